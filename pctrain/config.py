@@ -1,0 +1,163 @@
+"""The typed config tree. One class a section; the field's description and unit are what `--help` prints.
+
+Loading (YAML file, `--section.key=value`, nearest-key errors) is in `config_load.py`; this file only says what exists.
+It imports neither torch nor anything else heavy: a wrong key is refused in milliseconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Unknown keys are errors; values are checked on assignment too."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/default"), description="run folder: everything this run writes goes below it")
+    seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
+    tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
+
+
+class ArchitectureConfig(Section):
+    """Shape of a model made from scratch (Llama form: RMSNorm, SwiGLU, RoPE). Ignored where `model.path` is given."""
+
+    layers: int = Field(3, ge=1, description="transformer layers")
+    hidden: int = Field(128, ge=8, description="hidden size")
+    heads: int = Field(4, ge=1, description="attention heads")
+    kv_heads: int = Field(4, ge=1, description="key/value heads (fewer than heads: grouped-query attention)")
+    ffn: int = Field(384, ge=8, description="feed-forward width")
+    context: int = Field(256, ge=16, description="longest sequence, tokens")
+    tied: bool = Field(True, description="one matrix for the embedding and the output head")
+
+
+class ModelConfig(Section):
+    path: Path | None = Field(None, description="Hugging Face directory (config.json, tokenizer.json, safetensors)")
+    checkpoint: Path | None = Field(None, description="pctrain checkpoint (…/checkpoints/step-N) to start from; weights only")
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations")
+    spec: Literal["auto", "torch", "te"] = Field("auto", description="layer spec: Transformer Engine (te), plain torch, or by device")
+    architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
+
+
+class ParallelConfig(Section):
+    """Data parallel size is what is left: world size / (tensor x pipeline)."""
+
+    tensor: int = Field(1, ge=1, description="tensor parallel size, ranks")
+    pipeline: int = Field(1, ge=1, description="pipeline parallel size, ranks")
+    sequence_parallel: bool = Field(False, description="shard activations of norms and residuals along the sequence (needs tensor > 1)")
+    timeout: float = Field(600, gt=0, description="deadline of any collective, seconds")
+
+
+class ProblemsConfig(Section):
+    """Generated arithmetic problems with worked solutions. Used where `data.train` is not given."""
+
+    min_terms: int = Field(3, ge=2, le=12, description="fewest terms of a chain")
+    max_terms: int = Field(4, ge=2, le=12, description="most terms of a chain")
+    max_operand: int = Field(9, ge=1, le=9999, description="largest operand")
+    train: int = Field(600, ge=1, description="expert trajectories for SFT, records")
+    validation: int = Field(200, ge=1, description="held-out trajectories for the validation loss, records")
+    test: int = Field(512, ge=1, description="held-out problems for the score, records")
+    rl: int = Field(2000, ge=1, description="problems for RL (no solutions used), records")
+    vocab_size: int = Field(320, ge=270, description="SentencePiece vocabulary, upper bound, pieces")
+
+
+class DataConfig(Section):
+    train: Path | None = Field(None, description="JSONL of expert trajectories: prompt, response")
+    validation: Path | None = Field(None, description="JSONL of held-out trajectories: prompt, response")
+    test: Path | None = Field(None, description="JSONL of problems to score on: prompt, answer")
+    rl: Path | None = Field(None, description="JSONL of problems for RL: prompt, answer")
+    prompt_field: str = Field("prompt", description="name of the prompt field")
+    response_field: str = Field("response", description="name of the response field")
+    answer_field: str = Field("answer", description="name of the field with the gold answer")
+    problems: ProblemsConfig = Field(default_factory=ProblemsConfig)
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine schedule")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    warmup: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second decay")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+
+
+class SFTConfig(Section):
+    steps: int = Field(1000, ge=1, description="optimizer steps in all")
+    batch_size: int = Field(32, ge=1, description="trajectories per optimizer step, over all ranks")
+    token_budget: int = Field(1024, ge=16, description="tokens of one pack (micro-batch) on one rank; a multiple of parallel.tensor")
+    val_every: int = Field(50, ge=1, description="steps between exact validation losses")
+    eval_every: int = Field(0, ge=0, description="steps between scores on data.test; 0: never")
+    checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+
+
+class RLConfig(Section):
+    algorithm: Literal["grpo", "dapo_dc"] = Field("dapo_dc", description="grpo, or dapo_dc: dynamic sampling and clip-higher")
+    steps: int = Field(50, ge=1, description="RL steps (one rollout batch each)")
+    prompts: int = Field(32, ge=1, description="prompts per step, over all ranks")
+    group: int = Field(8, ge=2, description="rollouts per prompt")
+    updates: int = Field(1, ge=1, description="optimizer updates per step; above 1 the ratio leaves 1 and clipping matters")
+    token_budget: int = Field(2048, ge=16, description="tokens of one pack (micro-batch) on one rank; a multiple of parallel.tensor")
+    clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip of the ratio: 1 - clip_low")
+    clip_high: float = Field(0.28, gt=0, description="upper clip of the ratio: 1 + clip_high (dapo_dc; grpo uses clip_low on both sides)")
+    std_normalise: bool = Field(True, description="divide the advantage by the group's standard deviation")
+    max_rounds: int = Field(10, ge=1, description="dynamic sampling: most sampling rounds per step")
+    round_prompts: int = Field(48, ge=1, description="dynamic sampling: prompts sampled per round")
+    eval_every: int = Field(10, ge=1, description="steps between scores on data.test")
+    checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
+    optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(lr=1e-6))
+
+
+class RolloutConfig(Section):
+    tensor: int = Field(1, ge=1, description="tensor parallel size of one engine: 1, or parallel.tensor")
+    temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts; part of the policy")
+    max_response: int = Field(48, ge=1, description="longest response, tokens")
+    max_sequences: int = Field(256, ge=1, description="sequences an engine decodes at once")
+    kv_cache_mb: int = Field(256, ge=16, description="KV cache of an engine on CPU, MB")
+    gpu_memory: float = Field(0.4, gt=0, lt=1, description="share of GPU memory an engine may use (GPU only)")
+    verify_tolerance: float = Field(1e-4, gt=0, description="largest log-prob difference engine/learner after the first swap (float32)")
+
+
+class RewardConfig(Section):
+    workers: int = Field(1, ge=1, description="verifier processes per rank")
+    timeout: float = Field(5.0, gt=0, description="deadline of one verdict, seconds; later is killed and counted")
+
+
+class EvalConfig(Section):
+    temperature: float = Field(0.7, ge=0, description="sampling temperature of evaluation; 0 is greedy")
+    samples: int = Field(1, ge=1, description="samples per problem; the score is their mean")
+    max_response: int | None = Field(None, ge=1, description="longest response, tokens; default rollout.max_response")
+
+
+class CeilingConfig(Section):
+    delta: float = Field(0.02, gt=0, description="stable band: loss <= (1 + delta) x minimum (PAPER.md 2)")
+    delta2: float = Field(0.10, gt=0, description="severe overfit: loss >= (1 + delta2) x minimum")
+
+
+class StudyConfig(Section):
+    starts: list[Literal["early", "stable", "overfit"]] = Field(
+        ["early", "stable", "overfit"], description="SFT checkpoints that RL starts from")
+
+
+class Config(Section):
+    """Everything a run depends on. `pctrain <command> --help` prints it with units and defaults."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    sft: SFTConfig = Field(default_factory=SFTConfig)
+    rl: RLConfig = Field(default_factory=RLConfig)
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    ceiling: CeilingConfig = Field(default_factory=CeilingConfig)
+    study: StudyConfig = Field(default_factory=StudyConfig)

@@ -1,0 +1,176 @@
+"""Combinations of options that cannot work, found before anything heavy is imported.
+
+Each check names the keys, their values, the rule and what to change. Several broken rules are told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pctrain.config import Config
+from pctrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the layout checks need of a model."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    context: int
+    source: str  # where the figures come from, for the messages
+
+
+def check_combinations(config: Config, world_size: int, sections: Collection[str]) -> None:
+    """Refuses what cannot run on `world_size` ranks. Only rules about the given sections are applied.
+
+    Raises:
+        UserError: one line for each broken rule; or `model.path` without a readable config.json.
+    """
+    problems = []
+    if {"model", "parallel"} <= set(sections):
+        shape = model_shape(config)
+        problems += _shape_problems(shape)
+        problems += _layout_problems(config, shape, world_size)
+        if "rollout" in sections:
+            problems += _rollout_problems(config, shape)
+    data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
+    if "sft" in sections:
+        problems += _sft_problems(config, data_parallel)
+    if "rl" in sections:
+        problems += _rl_problems(config, data_parallel)
+    if "data" in sections:
+        problems += _data_problems(config, sections)
+    if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
+        problems.append(f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def model_shape(config: Config) -> Shape:
+    """From `model.path`/config.json where a path is given, else from `model.architecture`."""
+    if config.model.path is None:
+        a = config.model.architecture
+        return Shape(a.layers, a.hidden, a.heads, a.kv_heads, a.ffn, a.context, "model.architecture")
+    path = Path(config.model.path) / "config.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise UserError(f"model.path: {path}: expected a JSON object")
+
+    def number(name: str, default: str | None = None) -> int:
+        value = data.get(name, data.get(default) if default else None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}; "
+                            "pctrain trains Llama- and Qwen2-shaped models")
+        return value
+
+    return Shape(
+        number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads"),
+        number("num_key_value_heads", "num_attention_heads"), number("intermediate_size"), number("max_position_embeddings"), str(path))
+
+
+def _shape_problems(shape: Shape) -> Iterator[str]:
+    if shape.source != "model.architecture":
+        return  # a published model may have a head size of its own (head_dim)
+    if shape.hidden % shape.heads:
+        yield f"model.architecture.heads = {shape.heads} does not divide model.architecture.hidden = {shape.hidden}"
+    elif shape.hidden // shape.heads % 2:
+        yield (f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; "
+               "rotary embeddings turn pairs of channels and need an even head size")
+    if shape.heads % shape.kv_heads:
+        yield f"model.architecture.kv_heads = {shape.kv_heads} does not divide model.architecture.heads = {shape.heads}"
+
+
+def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[str]:
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    if world_size % (tensor * pipeline):
+        ranks = tensor * pipeline
+        yield (f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {ranks} does not divide the world size {world_size}; "
+               f"start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or lower them")
+    for name, value in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("feed-forward width", shape.ffn)):
+        if value % tensor:
+            yield f"parallel.tensor = {tensor} does not divide the {name}: {value} ({shape.source})"
+    if pipeline > shape.layers:
+        yield f"parallel.pipeline = {pipeline} stages, but the model has {shape.layers} layers ({shape.source})"
+    elif shape.layers % pipeline:
+        yield f"parallel.pipeline = {pipeline} does not divide the layers: {shape.layers} ({shape.source})"
+    if config.parallel.sequence_parallel and tensor == 1:
+        yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
+
+
+def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
+    if config.rollout.tensor not in (1, config.parallel.tensor):
+        yield (f"rollout.tensor = {config.rollout.tensor}: an engine spans one rank or one tensor parallel group; "
+               f"expected 1{f' or {config.parallel.tensor} (parallel.tensor)' if config.parallel.tensor > 1 else ''}")
+    for key, value in (("rollout.max_response", config.rollout.max_response), ("eval.max_response", config.eval.max_response)):
+        if value is not None and value >= shape.context:
+            yield f"{key} = {value} tokens leaves no room for a prompt in the context of {shape.context} tokens ({shape.source})"
+
+
+def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
+    sft = config.sft
+    yield from _budget_problems("sft", sft.token_budget, config.parallel.tensor)
+    if sft.batch_size % data_parallel:
+        yield f"sft.batch_size = {sft.batch_size} is not divisible by the data parallel size {data_parallel}"
+    if sft.val_every > sft.steps:
+        yield (f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the way; "
+               f"set sft.val_every to {sft.steps} or less")
+    yield from _schedule_problems("sft.optimizer", sft.optimizer)
+
+
+def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
+    rl = config.rl
+    samples = rl.prompts * rl.group
+    yield from _budget_problems("rl", rl.token_budget, config.parallel.tensor)
+    if samples % data_parallel:
+        yield f"rl.prompts x rl.group = {rl.prompts} x {rl.group} = {samples} is not divisible by the data parallel size {data_parallel}"
+    if samples % rl.updates:
+        yield f"rl.prompts x rl.group = {rl.prompts} x {rl.group} = {samples} is not divisible by rl.updates = {rl.updates}"
+    if config.rollout.max_response >= rl.token_budget:
+        yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
+               "a sequence must fit into one pack")
+    yield from _schedule_problems("rl.optimizer", rl.optimizer)
+
+
+def _budget_problems(section: str, token_budget: int, tensor: int) -> Iterator[str]:
+    if token_budget % tensor:
+        yield f"{section}.token_budget = {token_budget} is not a multiple of parallel.tensor = {tensor}"
+
+
+def _schedule_problems(section: str, optimizer) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"{section}.min_lr = {optimizer.min_lr} is above {section}.lr = {optimizer.lr}"
+
+
+def _data_problems(config: Config, sections: Collection[str]) -> Iterator[str]:
+    data = config.data
+    if data.problems.min_terms > data.problems.max_terms:
+        yield f"data.problems.min_terms = {data.problems.min_terms} is above data.problems.max_terms = {data.problems.max_terms}"
+    # Problems are generated where data.train is not given, and then for every set that is not given (data/prepare.py).
+    if "sft" in sections:
+        yield from _pair_problems(config, "train", "validation")
+        if data.train is not None and data.test is None and config.sft.eval_every > 0:
+            yield (f"data.train is given without data.test, but sft.eval_every = {config.sft.eval_every}: "
+                   "give data.test, or set sft.eval_every to 0")
+    if "rl" in sections:
+        yield from _pair_problems(config, "rl", "test")
+        if data.train is not None and data.rl is None and data.test is None:
+            yield "data.train is given without data.rl and data.test, the problems to sample and to score on: give all of them, or none"
+
+
+def _pair_problems(config: Config, one: str, other: str) -> Iterator[str]:
+    given = [name for name in (one, other) if getattr(config.data, name) is not None]
+    if len(given) == 1:
+        missing = other if given == [one] else one
+        yield f"data.{given[0]} is given without data.{missing}: give both, or neither for generated problems"

@@ -1,0 +1,36 @@
+"""Matrix products of half or full precision operands with a full precision result."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def math_dtype(tensor: Tensor) -> torch.dtype:
+    """dtype of logits, softmax and losses: float64 for float64 inputs, else fp32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def operand(tensor: Tensor) -> Tensor:
+    """The tensor as the products below take it: as it is, but half precision on a CPU in fp32.
+
+    PyTorch's CPU product of half precision matrices rounds its result to half precision; CUDA's can return fp32.
+    """
+    return tensor.float() if tensor.dtype in HALF and not tensor.is_cuda else tensor
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """out = a @ b; `out` is full precision."""
+    if a.dtype in HALF:
+        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+    return torch.mm(a, b, out=out)
+
+
+def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
+    """accumulator += a @ b; `accumulator` is full precision."""
+    if a.dtype in HALF:
+        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
+    else:
+        accumulator.addmm_(a, b)

@@ -1,0 +1,62 @@
+"""The definition of every operation, in plain PyTorch on one process: full logits, autograd, no chunks.
+
+The arithmetic is fp32, or float64 where the inputs are float64. Tests compare the fused operations with this file.
+`weight` is the whole output matrix [V, H]; a shard has no meaning here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def linear_logprob_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    want_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Row i: logprob = log softmax(W h_i / temperature)[target_i], entropy = -sum p log p, over columns below `valid_vocab`.
+
+    hidden [T, H], weight [V, H], target int64 [T] -> logprob [T], entropy [T] or None; both are 0 where target is `ignore_index`.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight[:valid_vocab].to(dtype).T
+    log_p = torch.log_softmax(logits / temperature, dim=-1)
+    labelled = target != ignore_index
+    logprob = log_p.gather(1, target.where(labelled, 0)[:, None]).squeeze(1).where(labelled, 0)
+    if not want_entropy:
+        return logprob, None
+    return logprob, -(log_p.exp() * log_p).sum(-1).where(labelled, 0)
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    token_loss: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    *,
+    streams: Mapping[str, Tensor],
+    denom: float | Tensor,
+    token_weight: Tensor | None = None,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    want_entropy: bool = True,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss = sum_i token_weight_i loss_i / denom over the rows with a target; metrics: sum_i token_weight_i value_i, detached."""
+    logprob, entropy = linear_logprob_entropy(
+        hidden, weight, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=want_entropy
+    )
+    labelled = target != ignore_index
+    loss, metrics = token_loss(
+        logprob[labelled], None if entropy is None else entropy[labelled], {name: stream[labelled] for name, stream in streams.items()}
+    )
+    weights = torch.ones_like(loss) if token_weight is None else token_weight[labelled]
+    return (weights * loss).sum() / denom, {name: (weights * value).sum().detach() for name, value in metrics.items()}

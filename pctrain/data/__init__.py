@@ -1,0 +1,1 @@
+"""Records, generated problems, tokenizer, packing and the order of the samples."""

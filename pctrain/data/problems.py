@@ -1,0 +1,33 @@
+"""Problems to sample answers for: what RL and evaluation draw from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pctrain.config import DataConfig
+from pctrain.data.records import read_records
+from pctrain.data.tokenizer import Tokenizer
+from pctrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and its gold answer. `index` is its place in the file: sampling seeds derive from it."""
+
+    id: str
+    index: int
+    prompt: str
+    prompt_ids: list[int]
+    answer: str
+
+
+def read_problems(path: Path, fields: DataConfig, tokenizer: Tokenizer, *, room: int, room_name: str) -> list[Problem]:
+    """Problems of a JSONL file. Raises UserError for a prompt longer than `room` tokens (what the context leaves beside the response)."""
+    records = read_records(path, fields, need=("prompt", "answer"))
+    problems = []
+    for index, (record, ids) in enumerate(zip(records, tokenizer.encode_all([r.prompt for r in records]), strict=True)):
+        if len(ids) > room:
+            raise UserError(f"{record.id}: the prompt has {len(ids)} tokens, more than the {room} that {room_name} leaves; shorten or remove it")
+        problems.append(Problem(record.id, index, record.prompt, list(ids), record.answer))
+    return problems

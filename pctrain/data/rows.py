@@ -1,0 +1,62 @@
+"""From a record to the token row that is packed and trained on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from pctrain.data.records import Record
+from pctrain.data.tokenizer import Tokenizer
+from pctrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sequence of L tokens.
+
+    `weights[i]` and `streams[name][i]` belong to the PREDICTION OF `tokens[i]`. Nothing predicts the first token: `weights[0]` is 0.
+    """
+
+    tokens: np.ndarray  # int64 [L]
+    weights: np.ndarray  # float32 [L]
+    streams: dict[str, np.ndarray] = field(default_factory=dict)  # {name: float32 [L]}
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def make_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: Mapping[str, float] | None = None) -> Row:
+    """Weight 1 on every token of the completion (its EOS included, where it has one), 0 on the prompt.
+
+    Args:
+        prompt_ids: at least one token, for the completion's first needs one to be predicted from.
+        streams: per-sequence values, such as an advantage, spread over the whole row.
+    """
+    if not len(prompt_ids):
+        raise ValueError("a row needs at least one prompt token")
+    tokens = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(completion_ids, np.int64)])
+    weights = np.ones(len(tokens), np.float32)
+    weights[: len(prompt_ids)] = 0
+    return Row(tokens, weights, {name: np.full(len(tokens), value, np.float32) for name, value in (streams or {}).items()})
+
+
+def sft_rows(records: Sequence[Record], tokenizer: Tokenizer, *, context: int, token_budget: int) -> list[Row]:
+    """prompt + response + EOS of every record; loss on the response and the EOS.
+
+    Raises:
+        UserError: a sample longer than the model's context or the token budget of a pack, named by its record's id.
+    """
+    limit, name = min((context, "the model's context"), (token_budget, "sft.token_budget"))
+    rows = []
+    prompts = tokenizer.encode_all([record.prompt for record in records])
+    responses = tokenizer.encode_all([record.response for record in records])
+    for record, prompt_ids, response_ids in zip(records, prompts, responses):
+        row = make_row(prompt_ids, [*response_ids, tokenizer.eos_id])
+        if len(row) > limit:
+            raise UserError(
+                f"{record.id}: the sample has {len(row)} tokens ({len(prompt_ids)} prompt, {len(response_ids)} response, 1 EOS), "
+                f"more than {name} of {limit}; shorten or remove it, or raise the limit")
+        rows.append(row)
+    return rows

@@ -1,0 +1,138 @@
+"""Packs: every prediction once, with its weight and streams, whatever the data parallel size."""
+
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pctrain.data.packing import NO_LABEL, PackedBatch, deal, first_fit_decreasing, pack_rows
+from pctrain.data.rows import Row, make_row
+from pctrain.errors import UserError
+
+BUDGET = 32
+
+
+@st.composite
+def row_lists(draw):
+    lengths = draw(st.lists(st.integers(1, BUDGET), min_size=1, max_size=20))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    rows = []
+    for length in lengths:
+        weights = rng.random(length).astype(np.float32) * (rng.random(length) < 0.7)
+        weights[0] = 0
+        streams = {name: rng.random(length).astype(np.float32) for name in ("advantage", "old_logprob")}
+        rows.append(Row(rng.integers(0, 100, length), weights.astype(np.float32), streams))
+    return rows
+
+
+def pack_on_all_ranks(rows, dp_size) -> list[PackedBatch]:
+    return [pack_rows(rows, BUDGET, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+
+
+@given(row_lists(), st.integers(1, 5))
+def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size):
+    found = Counter()
+    for batch in pack_on_all_ranks(rows, dp_size):
+        for pack in batch.packs:
+            bounds = pack.cu_seqlens.tolist()
+            assert len(bounds) == len(pack.rows) + 1
+            for index, start, stop in zip(pack.rows, bounds, bounds[1:]):
+                row = rows[index]
+                found[index] += 1
+                assert pack.tokens[start:stop].tolist() == row.tokens.tolist()
+                assert pack.position_ids[start:stop].tolist() == list(range(len(row)))
+                # What position i predicts is token i + 1; the last position predicts nothing.
+                assert pack.labels[start:stop].tolist() == [*row.tokens[1:].tolist(), NO_LABEL]
+                assert pack.weights[start:stop].tolist() == [*row.weights[1:].tolist(), 0]
+                for name, values in row.streams.items():
+                    assert pack.streams[name][start:stop].tolist() == [*values[1:].tolist(), 0]
+    assert found == Counter(range(len(rows)))
+
+
+@given(row_lists(), st.integers(1, 5))
+def test_shapes_dtypes_and_padding(rows, dp_size):
+    batches = pack_on_all_ranks(rows, dp_size)
+    assert len({len(batch.packs) for batch in batches}) == 1
+    for pack in (pack for batch in batches for pack in batch.packs):
+        dtypes = {"tokens": torch.int64, "labels": torch.int64, "weights": torch.float32, "position_ids": torch.int64}
+        for name, dtype in dtypes.items():
+            assert getattr(pack, name).dtype == dtype and getattr(pack, name).shape == (BUDGET,)
+        assert pack.cu_seqlens.dtype == torch.int32 and pack.cu_seqlens[0] == 0
+        assert set(pack.streams) == {"advantage", "old_logprob"}
+        assert all(s.dtype == torch.float32 and s.shape == (BUDGET,) for s in pack.streams.values())
+        real = int(pack.cu_seqlens[-1])
+        assert not pack.tokens[real:].any() and not pack.weights[real:].any() and (pack.labels[real:] == NO_LABEL).all()
+        assert all(not s[real:].any() for s in pack.streams.values())
+
+
+@given(row_lists(), st.integers(1, 5))
+def test_totals_and_packs_do_not_depend_on_the_data_parallel_size(rows, dp_size):
+    one, many = pack_on_all_ranks(rows, 1)[0], pack_on_all_ranks(rows, dp_size)
+    expected = sum(float(w) for row in rows for w in row.weights)
+    for batch in many:
+        assert batch.loss_tokens == one.loss_tokens  # exactly
+        assert batch.loss_tokens == pytest.approx(expected, rel=1e-12)  # float64 sums in another order
+        assert (batch.tokens, batch.sequences) == (sum(map(len, rows)), len(rows))
+    in_packs = sum(float(pack.weights.double().sum()) for batch in many for pack in batch.packs)
+    assert in_packs == pytest.approx(expected, rel=1e-12)
+    real = sorted(tuple(pack.rows) for batch in many for pack in batch.packs if pack.rows)
+    assert real == sorted(tuple(pack.rows) for pack in one.packs)
+
+
+@given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=60))
+def test_first_fit_decreasing(lengths):
+    lengths = np.array(lengths)
+    packs = first_fit_decreasing(lengths, BUDGET)
+    totals = [int(lengths[pack].sum()) for pack in packs]
+    assert max(totals) <= BUDGET
+    # No two packs could have been one: the first row of the later one would have fitted into the earlier.
+    assert all(a + b > BUDGET for i, a in enumerate(totals) for b in totals[i + 1:])
+
+
+@given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
+def test_dealing_is_complete_and_even(costs, ranks):
+    hands = deal(costs, ranks)
+    assert sorted(pack for hand in hands for pack in hand) == list(range(len(costs)))
+    assert max(map(len, hands)) <= -(-len(costs) // ranks)
+
+
+def test_dealing_balances_attention():
+    # Four full packs: one sequence of 1024 tokens, two of 512, four of 256, sixteen of 64. Equal in tokens, not in attention.
+    rows = [make_row([1], [2] * (length - 1)) for length in (1024, *[512] * 2, *[256] * 4, *[64] * 16)]
+    hands = [pack_rows(rows, 1024, dp_rank=rank, dp_size=2).packs for rank in (0, 1)]
+    assert [[len(pack.rows) for pack in hand] for hand in hands] == [[1, 16], [2, 4]]
+
+
+def test_a_padding_pack_carries_no_weight():
+    batches = [pack_rows([make_row([1], [2, 3])], 8, dp_rank=rank, dp_size=2) for rank in (0, 1)]
+    padding = batches[1].packs[0]
+    assert padding.cu_seqlens.tolist() == [0] and padding.rows == [] and not padding.weights.any() and (padding.labels == NO_LABEL).all()
+    assert [b.loss_tokens for b in batches] == [2, 2]
+
+
+def test_bad_rows():
+    with pytest.raises(UserError, match="sequence of 9 tokens does not fit into the token budget of 8"):
+        pack_rows([make_row([1], [2] * 8)], 8)
+    with pytest.raises(ValueError, match="no rows"):
+        pack_rows([], 8)
+    with pytest.raises(ValueError, match="weight on its first token"):
+        pack_rows([Row(np.array([1, 2]), np.ones(2, np.float32))], 8)
+    with pytest.raises(ValueError, match="streams"):
+        pack_rows([make_row([1], [2]), make_row([1], [2], {"advantage": 1.0})], 8)
+    with pytest.raises(ValueError, match="empty"):
+        pack_rows([Row(np.zeros(0, np.int64), np.zeros(0, np.float32))], 8)
+
+
+def test_packing_is_fast():
+    rng = np.random.default_rng(0)
+    rows = [make_row([1] * 10, rng.integers(0, 300, 30), {"advantage": 0.5}) for _ in range(256)]
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        pack_rows(rows, 2048)
+        seconds.append(time.perf_counter() - began)
+    assert min(seconds) < 0.02  # 3 ms on an idle core; a Python loop over 10 000 tokens would take longer

@@ -1,0 +1,121 @@
+"""Process groups, device and seeds: the one place that knows on what machine we run."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import random
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pctrain.config import ParallelConfig
+from pctrain.core import cpu_compat
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU where CUDA is present, else the CPU. The project's only device check."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Joins the process group (from torchrun's variables, or alone) and builds megatron-core's groups. Idempotent for one layout."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    cpu_compat.install()
+    here = device()
+    timeout = datetime.timedelta(seconds=parallel.timeout)
+    if not dist.is_initialized():
+        if here.type == "cuda":
+            torch.cuda.set_device(here)
+        if "RANK" in os.environ:
+            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout)
+        else:  # a single process needs no rendezvous: no port, no address
+            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=max(1, int(parallel.timeout // 60)),
+        )
+    layout = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+    if layout != (parallel.tensor, parallel.pipeline):
+        raise RuntimeError(f"this process already runs tensor x pipeline = {layout}, not {(parallel.tensor, parallel.pipeline)}")
+    seed_all(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def seed_all(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def data_parallel() -> tuple[int, int]:
+    """(rank, size) in the data parallel group."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def from_rank_zero(compute: Callable):
+    """`compute()` on rank 0 alone, its result on every rank; an exception there is raised on every rank."""
+    if world_size() == 1:
+        return compute()
+    box: list = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = compute()
+        except Exception as error:  # re-raised below, on all ranks together: nobody is left waiting
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def map_over_ranks(fn: Callable[[list], list], items: list) -> list:
+    """Rank r of n applies `fn` (a list to a list of equal length) to `items[r::n]`; every rank gets all results, in the order of `items`."""
+    n = world_size()
+    if n == 1:
+        return fn(items)
+    shares: list = [None] * n
+    dist.all_gather_object(shares, fn(items[rank() :: n]))
+    results: list = [None] * len(items)
+    for r, share in enumerate(shares):
+        results[r::n] = share
+    return results
+
+
+def agree(act: Callable):
+    """Runs `act()` on every rank; where it raised on any, every rank raises (its own error, or rank 0's), so that nobody is left waiting."""
+    result = error = None
+    try:
+        result = act()
+    except Exception as caught:
+        error = caught
+    if world_size() > 1:
+        errors: list = [None] * world_size()
+        dist.all_gather_object(errors, error)
+        error = error or next((e for e in errors if e is not None), None)
+    if error is not None:
+        raise error
+    return result

@@ -1,0 +1,165 @@
+"""The only forward and backward of the project: one batch of packs through megatron-core's schedule.
+
+The head returns sums; the division by the global token count happens once, in `finalize_model_grads` (gradients) and in
+`_reduce` (the reported loss). Nothing here is a mean of means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pctrain_kernels
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from pctrain.core import parallel
+from pctrain.core.model import HFConfig, attention_layout
+from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
+
+TokenLoss = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class Head:
+    """What the kernels need to know of the vocabulary's sharding."""
+
+    hf: HFConfig
+    sequence_parallel: bool
+
+    def shard(self) -> dict:
+        group = parallel_state.get_tensor_model_parallel_group()
+        rows = self.hf.padded_vocab(group.size()) // group.size()
+        return {
+            "vocab_start": rows * group.rank(),
+            "valid_vocab": self.hf.vocab,
+            "group": group if group.size() > 1 else None,
+            "sequence_parallel": self.sequence_parallel,
+        }
+
+    def loss(self, pack: Pack, token_loss: TokenLoss, temperature: float, want_entropy: bool, found: dict) -> Callable:
+        """A head that returns the pack's weighted loss sum and leaves the metrics' weighted sums in `found`."""
+        here = parallel.device()
+        # What is not trained on costs nothing in the head.
+        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(here)
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            total, metrics = pctrain_kernels.linear_token_loss(
+                hidden,
+                weight,
+                labels,
+                token_loss,
+                streams={name: stream.to(here) for name, stream in pack.streams.items()},
+                denom=1.0,
+                token_weight=pack.weights.to(here),
+                temperature=temperature,
+                want_entropy=want_entropy,
+                **self.shard(),
+            )
+            found.update(metrics)
+            return total
+
+        return head
+
+    def logprob(self, pack: Pack, temperature: float, found: list) -> Callable:
+        """A head that leaves the pack's log-probs [T] in `found`."""
+
+        def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            logprob, _ = pctrain_kernels.linear_logprob_entropy(
+                hidden, weight, pack.labels.to(parallel.device()), temperature=temperature, want_entropy=False, **self.shard()
+            )
+            found.append(logprob)
+            return logprob.sum()
+
+        return head
+
+
+def run_loss(model, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float, want_entropy: bool, backward: bool):
+    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`.
+
+    With `backward`, the model's main_grad holds the gradient of that loss when it returns.
+    """
+    sums: list[dict[str, torch.Tensor]] = []
+
+    def prepare(pack: Pack):
+        found: dict[str, torch.Tensor] = {}
+
+        def collect(total: torch.Tensor):
+            sums.append({"loss": total.detach().clone(), **found})
+            # megatron-core wants an integer token count here; `finalize` below uses the batch's own denominator.
+            return total, torch.ones((), dtype=torch.int), {}
+
+        return head.loss(pack, token_loss, temperature, want_entropy, found), collect
+
+    _schedule(model, spec, batch, prepare, denominator=batch.loss_tokens if backward else None)
+    return _reduce(sums, batch.loss_tokens)
+
+
+def run_logprob(model, head: Head, spec: str, batch: PackedBatch, temperature: float) -> list[torch.Tensor]:
+    """Log-probs [T] of this data parallel rank's packs, in their order, on every pipeline stage."""
+    found: list[torch.Tensor] = []
+
+    def prepare(pack: Pack):
+        return head.logprob(pack, temperature, found), lambda total: (total, torch.ones((), dtype=torch.int), {})
+
+    _schedule(model, spec, batch, prepare, denominator=None)
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() > 1:
+        if not found:
+            found = [torch.empty(len(pack.tokens), device=parallel.device()) for pack in batch.packs]
+        last = dist.get_process_group_ranks(group)[-1]
+        for logprob in found:
+            dist.broadcast(logprob, src=last, group=group)
+    return found
+
+
+def _schedule(model, spec: str, batch: PackedBatch, prepare: Callable, denominator: float | None) -> None:
+    """Runs every pack through the pipeline; `prepare(pack) -> (head, loss function)`. A denominator asks for gradients."""
+    module, here = model.module, parallel.device()
+
+    def forward_step(packs, wrapped):
+        pack = next(packs)
+        module.head, collect = prepare(pack)
+        output = wrapped(
+            pack.tokens[None].to(here),
+            pack.position_ids[None].to(here),
+            attention_mask=None,
+            packed_seq_params=attention_layout(spec, pack.cu_seqlens, len(pack.tokens)),
+        )
+        return output, collect
+
+    def finalize(chunks, num_tokens, **kwargs):
+        # Summed over data parallel ranks by megatron-core, so each contributes its equal part; float64 keeps the quotient exact.
+        share = torch.tensor(denominator / parallel.data_parallel()[1], dtype=torch.float64, device=here)
+        finalize_model_grads(chunks, share, **kwargs)
+
+    module.config.finalize_model_grads_func = finalize
+    with torch.set_grad_enabled(denominator is not None):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batch.packs),
+            model=model,
+            num_microbatches=len(batch.packs),
+            seq_length=len(batch.packs[0].tokens),
+            micro_batch_size=1,
+            forward_only=denominator is None,
+        )
+
+
+def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[float, dict[str, float]]:
+    """Adds the sums of all packs over the data parallel group (on the last stage) and tells every stage, in float64."""
+    group = parallel_state.get_pipeline_model_parallel_group()
+    result: list = [None]
+    if parallel_state.is_pipeline_last_stage():
+        names = list(sums[0])
+        totals = torch.stack([torch.stack([s[name].double() for s in sums]).sum() for name in names])
+        if parallel.data_parallel()[1] > 1:
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        result[0] = dict(zip(names, (totals / denominator).tolist(), strict=True))
+    if group.size() > 1:
+        dist.broadcast_object_list(result, src=dist.get_process_group_ranks(group)[-1], group=group)
+    loss = result[0].pop("loss")
+    return loss, result[0]

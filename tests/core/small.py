@@ -1,0 +1,57 @@
+"""A model and data small enough for many layouts, and what one rank does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from pctrain.config import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.data.hf_dir import make_hf_dir
+from pctrain.data.rows import Row, make_row
+
+OPTIMIZER = OptimizerConfig(lr=3e-3, warmup=5, weight_decay=0.1)
+BUDGET = 256
+
+
+def hf_dir(folder: Path, *, tied: bool) -> Path:
+    """Grouped-query attention (4 heads on 2 key/value heads), 4 layers for pipelines, an odd vocabulary that TP has to pad."""
+    architecture = ArchitectureConfig(layers=4, hidden=32, heads=4, kv_heads=2, ffn=80, context=256, tied=tied)
+    return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
+
+
+def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
+    """Sequences of very different lengths: several attention buckets, several packs."""
+    rng = np.random.default_rng(seed)
+    return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist()) for _ in range(count)]
+
+
+def core(directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None):
+    from pctrain.core import Core
+
+    return Core(
+        ModelConfig(path=directory, checkpoint=checkpoint), ParallelConfig(**layout),
+        optimizer_config=OPTIMIZER if train else None, total_steps=100, seed=0,
+    )  # fmt: skip
+
+
+def step(model, step: int):
+    """One SFT step on the batch of that step."""
+    from pctrain.core import parallel
+    from pctrain.data.packing import pack_rows
+    from pctrain.sft.validation import cross_entropy
+
+    rank, size = parallel.data_parallel()
+    batch = pack_rows(rows(seed=step), BUDGET, dp_rank=rank, dp_size=size)
+    return model.step(batch, cross_entropy, want_entropy=False)
+
+
+def train(directory: Path, layout: dict, steps: int) -> dict:
+    """Losses and gradient norms of the first steps, then the weights under their Hugging Face names."""
+    model = core(directory, layout)
+    updates = [step(model, i) for i in range(steps)]
+    return {
+        "loss": [u.loss for u in updates],
+        "grad_norm": [u.grad_norm for u in updates],
+        "weights": {name: tensor.numpy().copy() for name, tensor in model.hf_weights()},
+    }

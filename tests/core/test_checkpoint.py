@@ -1,0 +1,70 @@
+"""A run that is saved and loaded goes on as if it had not been: bit for bit at the same layout, within rounding at another."""
+
+import numpy as np
+import pytest
+from core import small
+
+BEFORE, AFTER = 6, 6
+
+
+def _save_and_go_on(directory, layout, folder):
+    from pctrain.core import parallel
+
+    model = small.core(directory, layout)
+    for i in range(BEFORE):
+        small.step(model, i)
+    if parallel.rank() == 0:
+        folder.mkdir()
+    parallel.barrier()
+    model.save(folder)
+    return _go_on(model)
+
+
+def _load_and_go_on(directory, layout, folder):
+    model = small.core(directory, layout)
+    model.load(folder)
+    return _go_on(model)
+
+
+def _go_on(model):
+    updates = [small.step(model, i) for i in range(BEFORE, BEFORE + AFTER)]
+    weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
+    return [u.loss for u in updates], [u.grad_norm for u in updates], [u.lr for u in updates], weights
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {})], ids=["single", "TP2", "DP2"])
+def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
+    uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
+    resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
+    for a, b in zip(uninterrupted, resumed, strict=True):
+        assert a[:3] == b[:3]
+        assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2})],
+                         ids=["single", "PP2", "DP2", "TP2 x PP2"])
+def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
+    uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", world=2)[0]
+    resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)[0]
+    np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
+    np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
+    assert resumed[2] == uninterrupted[2]
+
+
+def _weights_from(directory, folder):
+    return {n: t.numpy().copy() for n, t in small.core(directory, {}, checkpoint=folder, train=False).hf_weights()}
+
+
+def test_another_run_can_start_from_the_weights(ranks, hf_dirs, tmp_path):
+    saved = tmp_path / "step-6"
+    ranks.run(_save_and_go_on, hf_dirs[True], {}, saved, world=1)
+    started = ranks.run(_weights_from, hf_dirs[True], saved, world=1)[0]
+    initial = ranks.run(_weights_from, hf_dirs[True], None, world=1)[0]
+    assert any(not np.array_equal(started[name], initial[name]) for name in started)
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(ranks, hf_dirs, tmp_path):
+    from ranks import RanksFailed
+
+    with pytest.raises(RanksFailed, match="not a pctrain checkpoint"):
+        ranks.run(_weights_from, hf_dirs[True], tmp_path, world=1)

@@ -1,0 +1,179 @@
+"""The rollout engine: requests in, completions out, weights swapped in place before each RL step."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pctrain.config import RolloutConfig
+from pctrain.errors import UserError
+from pctrain.rollout.seeds import sampling_seed
+from pctrain.rollout.sharing import EngineGroups
+from pctrain.rollout.vllm_setup import guest, on_gpu, start_llm, stop_llm
+from pctrain.rollout.weight_stream import CheckedStream, expected_weights
+
+VERIFY_TOKENS = 8  # new tokens per prompt of a verification
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sample to draw. `prompt_ids`: token ids, at least one; `seed`: from `sampling_seed`, of this very sample."""
+
+    prompt_ids: Sequence[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`token_ids` ends with EOS where `finish` is "stop". `logprobs[i]` is the log-prob of token_ids[i] at the sampling temperature."""
+
+    token_ids: list[int]
+    finish: Literal["stop", "length"]
+    logprobs: list[float] | None
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One weight swap on this rank: wall-clock seconds (the learner's gathering of the weights included) and bytes received."""
+
+    seconds: float
+    bytes: int
+
+
+class RolloutEngine:
+    """One vLLM engine per group of `rollout.tensor` neighbouring ranks, in the learner's processes.
+
+    hf_dir: Hugging Face directory of the model (config.json, safetensors); the engine starts with its weights.
+    dtype: "float32" or "bfloat16". context: longest prompt + response, tokens. eos_id: the one token that ends a response.
+    Every method is collective: all ranks call it with the same arguments.
+    """
+
+    def __init__(self, hf_dir: str | Path, rollout: RolloutConfig, *, dtype: str, context: int, eos_id: int):
+        self._rollout = rollout
+        self._context = context
+        self._eos_id = eos_id
+        self._expected = expected_weights(Path(hf_dir))
+        self._groups = EngineGroups(rollout.tensor)
+        self._llm = start_llm(Path(hf_dir), rollout, self._groups, dtype=dtype, context=context)
+        self._usable = True  # weights whole and in memory
+
+    def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Swap:
+        """Replaces every weight by the stream's (hf_name, full tensor), each in a storage of its own; with tied embeddings lm_head.weight too.
+
+        UserError where a name is missing, unexpected or of another shape: the engine then refuses to sample until a swap succeeds.
+        """
+        begin = time.perf_counter()
+        checked = CheckedStream(stream, self._expected)
+        self.sleep()
+        with guest(self._groups):
+            if on_gpu():
+                self._llm.wake_up(tags=["weights"])
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
+            checked.finish()
+            if on_gpu() and not self._llm.wake_up(tags=["kv_cache"]):
+                raise RuntimeError("vLLM is not fully awake after the weight swap")
+            # Prompts cached under the old weights would be continued under the new ones.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError("vLLM did not reset its prefix cache after the weight swap")
+        self._usable = True
+        return Swap(time.perf_counter() - begin, checked.bytes)
+
+    def sleep(self) -> None:
+        """After the last rollout of a step: gives the engine's GPU memory (weights and KV cache) to the learner until `load_weights`.
+
+        Where there is no GPU nothing is freed, but sampling before the next swap is refused all the same.
+        """
+        if on_gpu() and self._usable:
+            with guest(self._groups):
+                self._llm.sleep(level=2)
+        self._usable = False
+
+    def generate(self, requests: Sequence[Request], *, temperature: float, max_response: int, logprobs: bool = False) -> list[Completion]:
+        """One completion per request, in order, on every rank. The requests are shared out over the engines.
+
+        temperature: 0 is greedy. max_response: new tokens at most, EOS included (fewer where the context ends).
+        What is sampled depends on weights, prompt, seed and temperature; not on batch, rank, or whether log-probs are asked for.
+        """
+        for index, request in enumerate(requests):
+            if not 0 < len(request.prompt_ids) < self._context:
+                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; expected 1 to {self._context - 1}, "
+                                f"so that a response fits the context of {self._context}: shorten the prompt or enlarge the context")
+            if not isinstance(request.seed, int):
+                raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
+        mine = self._sample(self._groups.share(requests), temperature, max_response, logprobs)
+        return self._groups.unshare(self._groups.gather(mine), len(requests))
+
+    def verify(self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int) -> float:
+        """Largest |log-prob of the engine - log-prob of the learner| over some sampled tokens; every engine is checked on every prompt.
+
+        Samples a few tokens after each prompt at `rollout.temperature`, and after one prompt longer than a KV-cache block (made of `prompts`,
+        joined by eos_id, as far as the context allows: a stale block of the cache shows only there).
+        learner_logprobs(rows of token ids) -> per row float [L], entry i the log-prob of token i at `rollout.temperature`; called once on all
+        ranks with the same rows. A log-prob that is not a number counts as infinity.
+        """
+        prompts = [list(prompt)[:self._context - 1] for prompt in prompts]
+        prompts.append(self._long_prompt(prompts, eos_id))
+        requests = [Request(prompt, sampling_seed(0, "verify", 0, index, 0)) for index, prompt in enumerate(prompts)]
+        by_engine = self._groups.gather(self._sample(requests, self._rollout.temperature, VERIFY_TOKENS, logprobs=True))
+        checks = [(prompt, completion) for completions in by_engine for prompt, completion in zip(prompts, completions, strict=True)]
+        learner = learner_logprobs([prompt + completion.token_ids for prompt, completion in checks])
+        worst = 0.0
+        for (prompt, completion), row in zip(checks, learner, strict=True):
+            difference = np.abs(np.asarray(row, dtype=np.float64)[len(prompt):] - np.asarray(completion.logprobs))
+            worst = max(worst, float(np.nan_to_num(difference, nan=math.inf).max()))
+        return worst
+
+    def close(self) -> None:
+        """Ends the engine. The learner's process groups stay as they are."""
+        if self._llm is not None:
+            stop_llm(self._llm, self._groups)
+            self._groups.close()
+            self._llm = None
+            self._usable = False
+
+    def _sample(self, requests: list[Request], temperature: float, max_response: int, logprobs: bool) -> list[Completion]:
+        """This engine's own requests, in one admission."""
+        if not self._usable:
+            raise RuntimeError("the rollout engine has no weights (asleep, closed, or a swap failed): call load_weights first")
+        if not requests:
+            return []
+        if self._llm.llm_engine.has_unfinished_requests():
+            raise RuntimeError("an earlier call into vLLM failed half-way and left requests behind: restart the run")
+        with guest(self._groups):
+            from vllm import SamplingParams
+
+            parameters = [
+                SamplingParams(temperature=temperature, max_tokens=max_response, seed=request.seed, stop_token_ids=[self._eos_id],
+                               logprobs=0 if logprobs else None, detokenize=False)
+                for request in requests
+            ]
+            prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
+            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return [_completion(output.outputs[0]) for output in outputs]
+
+    def _long_prompt(self, prompts: list[list[int]], eos_id: int) -> list[int]:
+        block = self._llm.llm_engine.vllm_config.cache_config.block_size
+        length = min(block + block // 4, self._context - VERIFY_TOKENS)
+        joined: list[int] = []
+        while len(joined) < length:
+            for prompt in prompts:
+                joined += [*prompt, eos_id]
+        return joined[:length]
+
+
+def _completion(output) -> Completion:
+    """From a vllm.CompletionOutput."""
+    if output.finish_reason not in ("stop", "length"):
+        raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
+    tokens = list(output.token_ids)
+    logprobs = None
+    if output.logprobs is not None:
+        logprobs = [position[token].logprob for token, position in zip(tokens, output.logprobs, strict=True)]
+    return Completion(tokens, output.finish_reason, logprobs)

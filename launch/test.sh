@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Runs the tests, after setting up. The fast tier by default; `--full` adds the tests marked `full`. Other arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+venv="${PCTRAIN_VENV:-$PWD/.venv}"
+bash launch/setup.sh
+
+tier=(-m "not full")
+arguments=()
+for argument in "$@"; do
+  if [[ "$argument" = --full ]]; then tier=(); else arguments+=("$argument"); fi
+done
+
+# One thread a process: two processes of two threads on two cores are ten times slower than two of one.
+export OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
+exec "$venv/bin/python" -m pytest tests --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"

@@ -1,0 +1,49 @@
+"""One process at a time in a folder: a lock that dies with its holder, however that dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from pctrain.errors import UserError
+
+_held_here: set[str] = set()
+
+
+def lock_folder(file: Path) -> Callable[[], None]:
+    """Take the lock on `file`, which is made where it is missing, for its folder; returns what releases it.
+
+    UserError naming the process that holds it.
+
+    A POSIX record lock belongs to this process alone: it dies with it, and forked verifier workers do not keep it alive as they
+    would a flock. It does not tell two openings of one process apart, hence `_held_here`.
+    """
+    key = os.path.realpath(file)
+    if key in _held_here:
+        raise _taken(file, str(os.getpid()), socket.gethostname())
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        pid, _, host = os.read(descriptor, 200).decode().strip().partition(" ")
+        os.close(descriptor)
+        raise _taken(file, pid or "unknown", host) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    _held_here.add(key)
+    owner = os.getpid()
+
+    def release() -> None:
+        if os.getpid() == owner:  # a forked child that exits has nothing to release
+            _held_here.discard(key)
+            os.close(descriptor)
+
+    return release
+
+
+def _taken(file: Path, pid: str, host: str) -> UserError:
+    where = f" on {host}" if host else ""
+    return UserError(f"{file.parent} is in use by process {pid}{where}; wait for it to end or stop it (kill {pid}), or set another run.dir")

@@ -1,0 +1,157 @@
+"""One progress bar for all long work: SFT steps, RL steps, evaluation, fits; with rate and time left.
+
+    with progress("SFT", total=1440, start=600, unit="step", rank=rank) as bar:
+        for step in ...:
+            bar.advance(loss=update.loss)
+
+On a terminal it is a rich bar; an inner `progress` is drawn below the outer one and goes when it ends. Elsewhere (CI logs, files)
+it is one plain line about every ten seconds and one at the end. Ranks other than 0 are silent.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.text import Text
+
+PLAIN_SECONDS = 10.0
+Item = TypeVar("Item")
+
+
+class Bar:
+    """State of one piece of work. `advance` is cheap enough for every item."""
+
+    def __init__(self, description: str, total: int, unit: str, start: int) -> None:
+        self.description = description
+        self.total = total
+        self.unit = unit
+        self.start = start
+        self.done = start
+        self.values: dict[str, Any] = {}
+        self._began = time.monotonic()
+
+    def advance(self, count: int = 1, **values: Any) -> None:
+        """`count` more units are done; `values` are shown beside the bar from now on (numbers with four digits)."""
+        self.done += count
+        self.values.update(values)
+        self._show()
+
+    def _show(self) -> None:
+        """Silent here: this is also the bar of ranks other than 0."""
+
+    def _close(self, failed: bool) -> None:
+        pass
+
+    def pace(self) -> str:
+        """`2.1 step/s, 0:05:12 left`. Units done before this start do not count towards the rate."""
+        elapsed, done = time.monotonic() - self._began, self.done - self.start
+        if done <= 0 or elapsed <= 0:
+            return ""
+        rate = done / elapsed
+        speed = f"{rate:.3g} {self.unit}/s" if rate >= 0.5 else f"{1 / rate:.3g} s/{self.unit}"
+        left = (self.total - self.done) / rate
+        return f"{speed}, {_clock(left)} left" if left > 0 else f"{speed}, {_clock(elapsed)} in all"
+
+    def shown_values(self) -> str:
+        return " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.values.items())
+
+
+class _PlainBar(Bar):
+    """An inner bar that was done before its first line was due stays silent: a log has one line in ten seconds, not one a bar."""
+
+    _open = 0  # plain bars now open; the outermost one always prints its last line
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._outermost = _PlainBar._open == 0
+        _PlainBar._open += 1
+        self._printed_at = time.monotonic()
+        self._printed_done: int | None = None
+
+    def _show(self) -> None:
+        if time.monotonic() - self._printed_at >= PLAIN_SECONDS:
+            self._print()
+
+    def _close(self, failed: bool) -> None:
+        _PlainBar._open -= 1
+        if failed:
+            self._print(" (stopped by an error)")
+        elif self._printed_done != self.done and (self._outermost or self._printed_done is not None):
+            self._print()
+
+    def _print(self, end: str = "") -> None:
+        share = 100 * self.done / self.total if self.total else 100
+        parts = [f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %)", self.pace(), self.shown_values()]
+        print("  ".join(part for part in parts if part) + end, flush=True)
+        self._printed_at, self._printed_done = time.monotonic(), self.done
+
+
+class _RichBar(Bar):
+    """A task of the one live display: rich draws a single display at a time, so inner bars join the outer one's."""
+
+    _display: Progress | None = None
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._outermost = _RichBar._display is None
+        if self._outermost:
+            _RichBar._display = _display()
+            _RichBar._display.start()
+        self._task: TaskID = _RichBar._display.add_task(self.description, total=self.total, completed=self.done, bar=self)
+
+    def _show(self) -> None:
+        _RichBar._display.update(self._task, completed=self.done)
+
+    def _close(self, failed: bool) -> None:
+        if self._outermost:
+            display, _RichBar._display = _RichBar._display, None
+            display.stop()
+        else:
+            _RichBar._display.remove_task(self._task)
+
+
+class _PaceColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["bar"].pace(), style="progress.remaining")
+
+
+class _ValuesColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["bar"].shown_values(), style="dim")
+
+
+def _display() -> Progress:
+    return Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
+                    _PaceColumn(), _ValuesColumn(), console=Console(), refresh_per_second=4)
+
+
+@contextmanager
+def progress(description: str, total: int, *, unit: str = "step", start: int = 0, rank: int = 0) -> Iterator[Bar]:
+    """A bar over `total` units of which `start` were done before (a resumed run). May be nested."""
+    kind = Bar if rank != 0 else _RichBar if sys.stdout.isatty() else _PlainBar
+    bar = kind(description, total, unit, start)
+    try:
+        yield bar
+    except BaseException as error:
+        bar._close(failed=not isinstance(error, GeneratorExit))  # a `track` that its consumer left early is no error
+        raise
+    bar._close(failed=False)
+
+
+def track(items: Iterable[Item], description: str, total: int, *, unit: str = "item", rank: int = 0) -> Iterator[Item]:
+    """Iterate over `items` under a bar."""
+    with progress(description, total, unit=unit, rank=rank) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

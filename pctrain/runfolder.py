@@ -1,0 +1,442 @@
+"""The run folder: everything a run writes, kept whole across SIGKILL and resume. docs/contracts.md lists the files.
+
+Only rank 0 writes; the other ranks hold the same object, whose writing methods do nothing. The order that makes a resumed run
+equal an uninterrupted one: record everything of step N, then commit the checkpoint of step N. On resume:
+
+    with RunFolder.open(config, "sft", data_files, rank) as run:      # rank 0 first, then a barrier
+        checkpoint = run.latest_checkpoint()                          # None: from the start
+        run.rewind(step_of(checkpoint) if checkpoint else None)       # cuts what lies beyond it
+
+Neither torch nor megatron-core is imported here, so a study or a report can read run folders without them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from pctrain.config import Config
+from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
+from pctrain.errors import UserError
+from pctrain.lock import lock_folder
+
+Kind = Literal["sft", "rl"]
+
+# What may differ between the starts of one run: where it lies, how it is spread over ranks and how its helpers are sized.
+FREE_ON_RESUME = {"run.dir", "run.tensorboard", "parallel", "reward",
+                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory"}
+# What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
+_BEFORE_OPEN = {"data", "model", "start.json", ".lock", "config.yaml.tmp"}
+_LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
+_CHECKPOINT = re.compile(r"^step-(\d+)$")
+
+
+class RunFolder:
+    """One run's folder. Make it with `RunFolder.open`; it is a context manager, and `close()` releases the lock."""
+
+    def __init__(self, path: Path, config: Config, kind: Kind, writes: bool) -> None:
+        self.path = path
+        self.config = config
+        self.kind: Kind = kind
+        self.writes = writes
+        self._appenders: dict[str, int] = {}  # file name -> descriptor opened with O_APPEND
+        self._tensorboard: Any = None
+        self._purge_step: int | None = None
+        self._release: Callable[[], Any] | None = None
+
+    # ---- opening and closing ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, config: Config, kind: Kind, data_files: Iterable[Path], rank: int = 0) -> RunFolder:
+        """Create `config.run.dir`, or open it where it already belongs to this config. Rank 0 checks, locks and writes.
+
+        Errors (UserError): another process runs in the folder; the folder holds something else, another kind of run or another
+        config (every differing key is listed); a data file is missing or has changed. In each case nothing has been written.
+        """
+        path = Path(config.run.dir)
+        run = cls(path, config, kind, writes=rank == 0)
+        if not run.writes:
+            return run
+        _refuse_foreign_folder(path)
+        fingerprints = {str(file): fingerprint(file) for file in data_files}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.dir {path}: cannot be created ({error.strerror}); set run.dir to a folder you may write to") from None
+        run._release = weakref.finalize(run, lock_folder(path / ".lock"))
+        try:
+            if (path / "config.yaml").exists():
+                run._resume(fingerprints)
+            else:
+                write_beside(path / "config.yaml", _config_text(config, kind, fingerprints))
+        except BaseException:
+            run.close()
+            raise
+        return run
+
+    def _resume(self, fingerprints: dict[str, str]) -> None:
+        """Refuse another config, kind or data. Then mend what a kill left; nothing is touched in a finished run.
+
+        Where only free keys changed, config.yaml is rewritten: it says what the newest start ran with.
+        """
+        changed = self._changed_keys(fingerprints)
+        if self.finished:
+            return
+        self._sweep()
+        if changed:
+            write_beside(self.path / "config.yaml", _config_text(self.config, self.kind, fingerprints))
+            self.log("resumed with " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items()))
+
+    def _changed_keys(self, fingerprints: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+        """{dotted key: (value in config.yaml, value now)}, free keys only; any other difference is a UserError."""
+        file = self.path / "config.yaml"
+        old = _read_config_file(file)
+        if old.get("kind") != self.kind:
+            raise UserError(f"{self.path} holds a run of kind {old.get('kind')}, not {self.kind}; set another run.dir")
+        _refuse_changed_data(file, old.get("fingerprints") or {}, fingerprints)
+        before = _flatten({key: value for key, value in old.items() if key not in ("kind", "fingerprints")})
+        now = _flatten(self.config.model_dump(mode="json"))
+        changed = {key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
+                   for key in sorted(before.keys() | now.keys()) if before.get(key, "(absent)") != now.get(key, "(absent)")}
+        refused = {key: pair for key, pair in changed.items() if not {key, key.split(".")[0]} & FREE_ON_RESUME}
+        if refused:
+            lines = "\n".join(f"  {key}: {old_value} -> {new_value}" for key, (old_value, new_value) in refused.items())
+            raise UserError(f"{self.path} belongs to another config; these keys differ (in {file} -> now):\n{lines}\n"
+                            f"Set another run.dir, or put the old values back, or delete {self.path} to begin anew.")
+        return changed
+
+    def _sweep(self) -> None:
+        """Remove what a killed process left half done: temporary files and folders, and torn last lines."""
+        for leftover in [*self.path.glob("*.tmp"), *self.path.glob("checkpoints/*.tmp"), *self.path.glob("rollouts/*.tmp")]:
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for name in ("metrics.jsonl", "ledger.jsonl", "train.log"):
+            cut_torn_line(self.path / name)
+
+    def close(self) -> None:
+        """Close the files and release the lock. Called again, it does nothing."""
+        for descriptor in self._appenders.values():
+            os.close(descriptor)
+        self._appenders.clear()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+            self._tensorboard = None
+        if self._release is not None:
+            self._release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- recording -------------------------------------------------------------------------------------------------
+
+    def record(self, step: int, kind: Literal["train", "val", "eval"], values: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard as `<kind>/<key>`.
+
+        `values` holds `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, or NumPy or torch scalars.
+        NaN and infinities are written as null.
+        """
+        if kind not in ("train", "val", "eval"):
+            raise ValueError(f"kind {kind!r}: expected train, val or eval")
+        if not self.writes:
+            return
+        numbers = {key: plain(value) for key, value in values.items()}
+        first = {key: numbers[key] for key in ("eflops_sft", "eflops_rl") if key in numbers}
+        self._append("metrics.jsonl", json_line({"step": step, "kind": kind, **first, **numbers}))
+        if self.config.run.tensorboard:
+            writer = self._open_tensorboard()
+            for key, value in numbers.items():
+                if isinstance(value, (int, float)):
+                    writer.add_scalar(f"{kind}/{key}", value, step)
+
+    def _open_tensorboard(self) -> Any:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and not needed by readers
+
+            self._tensorboard = SummaryWriter(str(self.path), purge_step=self._purge_step)
+        return self._tensorboard
+
+    def record_ledger(self, entries: Iterable[Any]) -> None:
+        """Append entries (mappings or dataclasses with the fields of docs/contracts.md) to ledger.jsonl, one a line."""
+        if self.writes:
+            self._append("ledger.jsonl", "".join(json_line(plain(entry)) for entry in entries))
+
+    def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Write rollouts/step-N.jsonl: prompt, response, answer, reward, cause, finish, kept, why of every sample of that step."""
+        if self.writes:
+            write_beside(self.path / "rollouts" / f"step-{step}.jsonl", "".join(json_line(plain(row)) for row in rows))
+
+    def log(self, line: str) -> None:
+        """Append a line to train.log, behind the time of day. A line about a step begins with `step N`: `rewind` cuts by that."""
+        if self.writes:
+            self._append("train.log", f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+
+    def _append(self, name: str, text: str) -> None:
+        """One write() to a descriptor in append mode: a killed process can tear the last line, never an earlier one."""
+        if name not in self._appenders:
+            self._appenders[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        data = text.encode()
+        while data:
+            data = data[os.write(self._appenders[name], data):]
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the complete checkpoint of `step` lies, or will lie."""
+        return self.path / "checkpoints" / f"step-{step}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """The empty folder `step-N.tmp` to write a checkpoint into. Rank 0 makes it; a barrier belongs before others write there."""
+        temporary = self.checkpoint_path(step).with_name(f"step-{step}.tmp")
+        if self.writes:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        return temporary
+
+    def commit_checkpoint(self, tmp_dir: Path, step: int) -> Path:
+        """Write manifest.json, bring everything to the disk and give the folder its final name, in this order.
+
+        Call it after a barrier: every rank has finished writing. A kill at any moment leaves the old state or the new one.
+        """
+        final = self.checkpoint_path(step)
+        if not self.writes:
+            return final
+        if final.exists():
+            raise FileExistsError(f"{final} exists already: a checkpoint is never overwritten")
+        tmp_dir = Path(tmp_dir)
+        files = sorted(path for path in tmp_dir.rglob("*") if path.is_file())
+        sizes = {path.relative_to(tmp_dir).as_posix(): path.stat().st_size for path in files}
+        manifest = tmp_dir / "manifest.json"
+        manifest.write_text(json.dumps({"step": step, "files": sizes}, indent=1) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+        for name in self._appenders:  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
+            fsync(self.path / name)
+        for path in [*files, manifest, *(path for path in tmp_dir.rglob("*") if path.is_dir()), tmp_dir]:
+            fsync(path)
+        os.rename(tmp_dir, final)
+        fsync(final.parent)
+        return final
+
+    def latest_checkpoint(self) -> Path | None:
+        """The newest checkpoint, proven complete against its manifest; None where there is none.
+
+        UserError where the newest has a missing or truncated file: it names the file and the newest complete checkpoint to go
+        on from. It is not skipped in silence, because a step lost without notice is worse than a stop.
+        """
+        found = list_checkpoints(self.path)
+        if not found:
+            return None
+        newest = found[-1]
+        fault = checkpoint_fault(newest)
+        if fault is None:
+            return newest
+        whole = next((path for path in reversed(found[:-1]) if checkpoint_fault(path) is None), None)
+        spoilt = found[found.index(whole) + 1:] if whole else found
+        names = " and ".join(path.name for path in spoilt)
+        advice = f"delete {names} to go on from {whole.name}" if whole else f"delete {names} to begin this run anew"
+        raise UserError(f"checkpoint {newest}: {fault}; {advice}, or put the file back")
+
+    def rewind(self, step: int | None) -> None:
+        """Cut metrics.jsonl, ledger.jsonl, train.log and rollouts/ back to `step` (None: to nothing), and TensorBoard's curves too."""
+        if not self.writes:
+            return
+        last = -1 if step is None else step
+        for name, descriptor in self._appenders.items():
+            os.close(descriptor)  # the files are about to be replaced
+        self._appenders.clear()
+        for name in ("metrics.jsonl", "ledger.jsonl"):
+            rewrite_lines(self.path / name, lambda lines, file: [line for number, line in enumerate(lines, 1)
+                                                            if _step_of_line(line, file, number) <= last])
+        rewrite_lines(self.path / "train.log", lambda lines, _: _log_until(lines, last))
+        for rollouts in self.path.glob("rollouts/step-*.jsonl"):
+            if int(rollouts.stem.removeprefix("step-")) > last:
+                rollouts.unlink()
+        self._purge_step = last + 1
+
+    # ---- start and end ---------------------------------------------------------------------------------------------
+
+    def write_start(self, values: Mapping[str, Any]) -> None:
+        """Write start.json of an RL run: start_step, role, sft_run, eflops_sft."""
+        if self.writes:
+            write_beside(self.path / "start.json", json.dumps(plain(values), indent=1) + "\n")
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended: a second start says so (`say_finished`) and changes nothing."""
+        return (self.path / "summary.json").exists()
+
+    def finish(self, summary: Mapping[str, Any], next_command: str) -> None:
+        """Write summary.json, print the closing summary with the next command, and close the folder."""
+        if self.writes:
+            values = {"summary": plain(summary), "next_command": next_command}
+            write_beside(self.path / "summary.json", json.dumps(values, indent=1) + "\n")
+            _print_summary(f"{self.kind} run finished", self.path, values["summary"], next_command)
+        self.close()
+
+    def say_finished(self) -> None:
+        """Print the closing summary of a run that had ended before this start."""
+        if self.writes:
+            values = json.loads((self.path / "summary.json").read_text())
+            title = f"{self.kind} run had finished before; nothing was changed"
+            _print_summary(title, self.path, values["summary"], values["next_command"])
+
+
+# ---- reading run folders -----------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
+    """(config, kind, sha256 by data file) of a run folder. UserError where it is none."""
+    old = _read_config_file(Path(folder) / "config.yaml")
+    kind, fingerprints = old.pop("kind", None), old.pop("fingerprints", None) or {}
+    return Config.model_validate(old), kind, fingerprints
+
+
+def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:
+    """{step: value} of one metric of a run folder."""
+    file = Path(folder) / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return {line["step"]: line[key] for line in lines if line["kind"] == kind and line.get(key) is not None}
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run folder under their final names, by step; not yet proven complete."""
+    found = [path for path in Path(folder).glob("checkpoints/step-*") if path.is_dir() and _CHECKPOINT.match(path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """12 of …/checkpoints/step-12."""
+    match = _CHECKPOINT.match(Path(path).name)
+    if match is None:
+        raise UserError(f"{path}: expected a checkpoint folder named step-N")
+    return int(match[1])
+
+
+def checkpoint_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, in words that name the file; None where every file of its manifest has its size."""
+    manifest = Path(path) / "manifest.json"
+    if not manifest.exists():
+        return f"{manifest} is missing"
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError, TypeError):
+        return f"{manifest} is not a manifest"
+    for name, size in files.items():
+        file = Path(path) / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes, expected {size}"
+    return None
+
+
+def fingerprint(file: Path) -> str:
+    """sha256 of a file's bytes, in hex. UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"data file {file}: {error.strerror}; check the path in the config's data section") from None
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign_folder(path: Path) -> None:
+    """Raise unless `path` is free, or a run folder, or holds only what is made for a run before it starts."""
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise UserError(f"run.dir {path} is a file; set run.dir to a folder")
+    names = {entry.name for entry in path.iterdir()}
+    if "config.yaml" not in names and names - _BEFORE_OPEN:
+        found = ", ".join(sorted(names - _BEFORE_OPEN)[:5])
+        raise UserError(f"run.dir {path} is no run folder and not empty (it holds {found}); set run.dir to a new folder")
+
+
+def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]) -> None:
+    """Files are matched by path; a file of another path by its name, so that a folder that was moved goes on."""
+    by_name = {Path(name).name: digest for name, digest in before.items()}
+    for name, digest in now.items():
+        old = before.get(name, by_name.get(Path(name).name))
+        if old is None:
+            raise UserError(f"data file {name} is not among those this run began with ({file}); set another run.dir")
+        if old != digest:
+            raise UserError(f"data file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
+                            f"put the old file back, or set another run.dir")
+
+
+def _read_config_file(file: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing: {file.parent} is no run folder") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); "
+                        f"this folder cannot be resumed: set another run.dir") from None
+    if not isinstance(tree, dict) or "kind" not in tree:
+        raise UserError(f"{file} is not the config of a run (no `kind`); set another run.dir")
+    return tree
+
+
+# ---- text -------------------------------------------------------------------------------------------------------------
+
+
+def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> str:
+    tree = {"kind": kind, **config.model_dump(mode="json"), "fingerprints": fingerprints}
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"sft.optimizer.lr": 1e-5, ...}; lists are values."""
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {key: value for name, branch in tree.items() for key, value in _flatten(branch, f"{prefix}{name}.").items()}
+
+
+def _step_of_line(line: str, file: Path, number: int) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{file}, line {number}: expected a JSON object with `step`; "
+                        f"mend or delete the line, or set another run.dir") from None
+
+
+def _log_until(lines: list[str], last: int) -> list[str]:
+    """The log up to the first line of a later step; lines without a step belong to what stands before them."""
+    if last < 0:
+        return []
+    for index, line in enumerate(lines):
+        match = _LOG_STEP.match(line)
+        if match and int(match[1]) > last:
+            return lines[:index]
+    return lines
+
+
+def _print_summary(title: str, path: Path, summary: Mapping[str, Any], next_command: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("run folder", Text(str(path)))
+    for key, value in summary.items():
+        table.add_row(Text(key), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
+    console.print(table)
+    console.print("Next:", style="bold")
+    console.print(f"  {next_command}", soft_wrap=True, markup=False)  # never broken over lines: it is there to be copied

@@ -1,0 +1,65 @@
+"""SIGKILL in SFT, SIGKILL in RL, the same command again: the numbers of a run that nobody killed, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from e2e import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(folder):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "pctrain", "run", *tiny.OPTIONS, f"--run.dir={folder}", "--study.starts=[stable]"]
+    with open(folder.with_suffix(".log"), "a") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def finish(folder):
+    assert start(folder).wait(timeout=280) == 0, folder.with_suffix(".log").read_text()[-3000:]
+
+
+def kill_when(folder, happened):
+    process = start(folder)
+    deadline = time.monotonic() + 240
+    try:
+        while not happened():
+            assert process.poll() is None, "the run ended before it could be killed:\n" + folder.with_suffix(".log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the run did not come as far as it was to be killed"
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def recorded(folder, pattern, step):
+    """Whether a run below `folder` has trained `step` steps."""
+    files = list(folder.glob(f"{pattern}/metrics.jsonl"))
+    return bool(files) and f'{{"step": {step}, "kind": "train"' in files[0].read_text()
+
+
+@pytest.mark.timeout(900)
+def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(whole)
+    kill_when(killed, lambda: recorded(killed, "sft", 47))  # between the checkpoints of 40 and 60
+    kill_when(killed, lambda: recorded(killed, "rl-step-*", 3))  # between those of 2 and 4
+    finish(killed)
+    [rl] = [path.name for path in whole.glob("rl-step-*")]
+    for run in ("sft", rl):
+        assert tiny.metrics(killed / run) == tiny.metrics(whole / run)
+        assert tiny.ledger(killed / run) == tiny.ledger(whole / run)
+        for checkpoint in sorted(path.name for path in (whole / run / "checkpoints").iterdir()):
+            ours, theirs = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
+            for part in theirs.glob("*.distcp"):
+                assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
+    for rollouts in (whole / rl / "rollouts").iterdir():
+        assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
+    assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed
+    for name in ("report.html", "study.json", "figures/validation_loss.png", "figures/score_vs_compute.png", "figures/ceilings.png"):
+        assert (killed / "report" / name).stat().st_size > 1000

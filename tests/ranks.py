@@ -1,0 +1,180 @@
+"""Gloo ranks that stay alive over many tests: starting a rank costs seconds (torch, megatron-core), a call on one milliseconds.
+
+`RankPool(world).run(fn, *args)` runs a module-level function on every rank and returns the results by rank. Each rank is a process
+of its own with RANK, WORLD_SIZE, MASTER_ADDR... as torchrun would set them, and the default process group is initialised over the
+whole world. megatron-core's groups are taken down after every call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pickle
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+START_SECONDS = 180.0  # importing torch on a busy machine
+GRACE_SECONDS = 15.0  # how long the others may still answer once one rank has failed: they may hang in a collective with it
+
+
+class RanksFailed(AssertionError):
+    """One or more ranks raised or did not answer. `causes`: {rank: exception}, of those that raised one that can be pickled."""
+
+    def __init__(self, message: str, causes: dict[int, BaseException]) -> None:
+        super().__init__(message)
+        self.causes = causes
+
+
+class RankPool:
+    """`world` processes; started by the first call, and again after a call that left them in doubt."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._processes: list[Any] = []
+        self._pipes: list[Connection] = []
+
+    def run(self, fn: Callable[..., Any], *args: Any, deadline: float = 120.0, **kwargs: Any) -> list[Any]:
+        """`fn(*args, **kwargs)` on every rank; the results by rank. RanksFailed names the ranks that raised or hung."""
+        if not self._processes:
+            self._start()
+        call = pickle.dumps((fn, args, kwargs))
+        for pipe in self._pipes:
+            pipe.send((sys.path, call))
+        answers = self._collect(deadline)
+        failed = {rank: answer for rank, answer in answers.items() if not answer["ok"]}
+        silent = [rank for rank in range(self.world) if rank not in answers]
+        if not failed and not silent:
+            return [answers[rank]["result"] for rank in range(self.world)]
+        if silent or len(failed) < self.world:  # some ranks may be a collective ahead of the others
+            self.stop()
+        raise RanksFailed(_describe(fn, failed, silent, deadline),
+                          {rank: answer["exception"] for rank, answer in failed.items() if answer["exception"] is not None})
+
+    def _collect(self, deadline: float) -> dict[int, dict[str, Any]]:
+        answers: dict[int, dict[str, Any]] = {}
+        end = time.monotonic() + deadline
+        open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes)}
+        while open_pipes and (left := end - time.monotonic()) > 0:
+            for pipe in wait(list(open_pipes), timeout=left):
+                rank = open_pipes.pop(pipe)
+                try:
+                    answers[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:
+                    self._processes[rank].join(GRACE_SECONDS)
+                    code = self._processes[rank].exitcode
+                    answers[rank] = {"ok": False, "exception": None, "traceback": f"the process died (exit code {code})"}
+                if not answers[rank]["ok"]:
+                    end = min(end, time.monotonic() + GRACE_SECONDS)
+        return answers
+
+    def _start(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = get_context("spawn")
+        for rank in range(self.world):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, port, there, os.getpid()))
+            process.start()
+            there.close()
+            self._processes.append(process)
+            self._pipes.append(here)
+        answers = self._collect(START_SECONDS)
+        failed = {rank: answer for rank, answer in answers.items() if not answer["ok"]}
+        silent = [rank for rank in range(self.world) if rank not in answers]
+        if failed or silent:
+            self.stop()
+            raise RanksFailed(_describe(_serve, failed, silent, START_SECONDS), {})
+
+    def stop(self) -> None:
+        """Kill every rank together with what it started; each is the leader of a process group of its own."""
+        for process in self._processes:
+            for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
+                try:
+                    kill()
+                except ProcessLookupError:
+                    pass  # it died before it led a group, or is gone already
+            process.join()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes, self._pipes = [], []
+
+
+class Ranks:
+    """Pools by world size; the `ranks` fixture."""
+
+    def __init__(self) -> None:
+        self._pools: dict[int, RankPool] = {}
+
+    def run(self, fn: Callable[..., Any], *args: Any, world: int = 2, deadline: float = 120.0, **kwargs: Any) -> list[Any]:
+        """Run a module-level function on `world` ranks (1, 2 or 4); returns the results by rank, or raises RanksFailed."""
+        if world not in (1, 2, 4):
+            raise ValueError(f"world {world}: expected 1, 2 or 4")
+        return self._pools.setdefault(world, RankPool(world)).run(fn, *args, deadline=deadline, **kwargs)
+
+    def stop(self) -> None:
+        for pool in self._pools.values():
+            pool.stop()
+
+
+def _describe(fn: Callable[..., Any], failed: dict[int, dict[str, Any]], silent: list[int], deadline: float) -> str:
+    parts = [f"rank {rank} failed:\n{failed[rank]['traceback']}" for rank in sorted(failed)]
+    if silent:
+        after = f"{GRACE_SECONDS:.0f} s after another failed" if failed else f"within {deadline:.0f} s"
+        parts.append(f"no answer {after} from rank(s) {', '.join(map(str, silent))}")
+    return f"{fn.__qualname__}: " + "\n".join(parts)
+
+
+def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> None:
+    """A rank's life: join the world, answer calls until the pipe closes."""
+    os.setsid()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest leaves no ranks behind
+    if os.getppid() != parent:
+        return
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+
+    def join() -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+    pipe.send_bytes(_answer(join))
+    while True:
+        try:
+            path, call = pipe.recv()
+        except EOFError:
+            return
+        sys.path.extend(folder for folder in path if folder not in sys.path)
+        pipe.send_bytes(_answer(lambda: _call(call)))
+
+
+def _call(call: bytes) -> Any:
+    fn, args, kwargs = pickle.loads(call)
+    try:
+        return fn(*args, **kwargs)
+    finally:
+        state = sys.modules.get("megatron.core.parallel_state")
+        if state is not None and state.model_parallel_is_initialized():
+            state.destroy_model_parallel()
+
+
+def _answer(work: Callable[[], Any]) -> bytes:
+    try:
+        return pickle.dumps({"ok": True, "result": work()})
+    except BaseException as error:
+        answer = {"ok": False, "exception": error, "traceback": traceback.format_exc()}
+        try:
+            data = pickle.dumps(answer)
+            pickle.loads(data)  # some exceptions pickle, and fail to be read
+            return data
+        except Exception:
+            return pickle.dumps(answer | {"exception": None})

@@ -13,8 +13,15 @@ from pctrain.runfolder import Kind, RunFolder, checkpoint_step
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path]) -> RunFolder:
-    """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises."""
-    return parallel.agree(lambda: RunFolder.open(config, kind, data_files, rank=parallel.rank()))
+    """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises.
+
+    The run is bound to what is in its data files, in the model's config and tokenizer, and to the checkpoint it starts from.
+    """
+    model = config.model
+    inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
+    if model.checkpoint is not None:
+        inputs += [model.checkpoint / "manifest.json", model.checkpoint / "state.json"]
+    return parallel.agree(lambda: RunFolder.open(config, kind, inputs, rank=parallel.rank()))
 
 
 def finished(run: RunFolder) -> bool:

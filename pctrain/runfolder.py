@@ -32,9 +32,10 @@ from pctrain.lock import lock_folder
 
 Kind = Literal["sft", "rl"]
 
-# What may differ between the starts of one run: where it lies, how it is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {"run.dir", "run.tensorboard", "parallel", "reward",
-                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory"}
+# What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
+# is spread over ranks and how its helpers are sized.
+FREE_ON_RESUME = {"run.dir", "run.tensorboard", "parallel", "reward", "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
+                  "data.train", "data.validation", "data.test", "data.rl", "model.path", "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 _BEFORE_OPEN = {"data", "model", "start.json", ".lock", "config.yaml.tmp"}
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
@@ -348,7 +349,7 @@ def fingerprint(file: Path) -> str:
         with open(file, "rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"data file {file}: {error.strerror}; check the path in the config's data section") from None
+        raise UserError(f"input file {file}: {error.strerror}; check the path in the config") from None
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
@@ -372,9 +373,9 @@ def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]
     for name, digest in now.items():
         old = before.get(name, by_name.get(Path(name).name))
         if old is None:
-            raise UserError(f"data file {name} is not among those this run began with ({file}); set another run.dir")
+            raise UserError(f"input file {name} is not among those this run began with ({file}); set another run.dir")
         if old != digest:
-            raise UserError(f"data file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
+            raise UserError(f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
                             f"put the old file back, or set another run.dir")
 
 

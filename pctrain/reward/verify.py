@@ -1,7 +1,7 @@
 r"""What can be settled about a boxed answer without Math-Verify: equal strings, integers, and unevaluated expressions.
 
-Math-Verify evaluates what it is given, so `\boxed{2+3}` would verify against 5 and a policy could be paid for copying the problem into the box.
-Where the gold answer is a literal number, the answer has to be one too.
+Math-Verify evaluates what it is given, so `\boxed{2+3}` would verify against 5 and a policy could be paid for copying the problem
+into the box. Where the gold answer is a literal number, the answer has to be one too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ _INTEGER = re.compile(r"[+-]?\d{1,400}")
 _DECIMAL = r"(?:\d+(?:,\d{3})*(?:\.\d*)?|\.\d+)"
 _FRACTION = rf"(?:{_DECIMAL}\s*/\s*{_DECIMAL}|\d*\s*\\frac\s*(?:\{{\s*[+-]?{_DECIMAL}\s*\}}\s*\{{\s*{_DECIMAL}\s*\}}|\d\s*\d))"
 _POWER_OF_TEN = r"(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*(?:\{\s*[+-]?\d+\s*\}|\d))"
-# A number may stand in plain words: "x = 5", "5 apples". Anything else beside it (operators, brackets, commands, a second number) is an expression.
+# A number may stand in plain words: "x = 5", "5 apples". Anything else beside it (operators, brackets, commands, a second number) is
+# an expression.
 _WORDS = r"[A-Za-z\s=:]*"
 _NUMBER_GOLD = re.compile(rf"[+-]?\s*{_DECIMAL}{_POWER_OF_TEN}?")
 _FRACTION_GOLD = re.compile(rf"[+-]?\s*{_FRACTION}")

@@ -1,7 +1,7 @@
 """A verifier process: reads one question a line, answers one verdict a line. `python -m pctrain.reward.worker`.
 
-It imports Math-Verify and nothing else heavy, and calls it in its main thread. Math-Verify's own time-outs are off: they are alarms that a long
-call in C can hold back, and they report a hang as a wrong answer. The parent holds the clock and kills.
+It imports Math-Verify and nothing else heavy, and calls it in its main thread. Math-Verify's own time-outs are off: they are alarms
+that a long call in C can hold back, and they report a hang as a wrong answer. The parent holds the clock and kills.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _only_text(parsed: list) -> bool:
 
 
 def serve(judge: Callable[[str, str], str]) -> None:
-    """Answers `{"answer": …, "gold": …}` lines on stdin with `{"cause": …}` lines on stdout until stdin ends, which it does with the parent."""
+    """Answers `{"answer": …, "gold": …}` lines on stdin with `{"cause": …}` lines on stdout, until stdin (the parent) ends."""
     _die_with_parent()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
     # Whatever a library prints must not get between the verdicts.

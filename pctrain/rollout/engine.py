@@ -65,8 +65,9 @@ class RolloutEngine:
         self._usable = True  # weights whole and in memory
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Swap:
-        """Replaces every weight by the stream's (hf_name, full tensor), each in a storage of its own; with tied embeddings lm_head.weight too.
+        """Replaces every weight by the stream's (hf_name, full tensor), each in a storage of its own.
 
+        With tied embeddings lm_head.weight comes too, after the embedding.
         UserError where a name is missing, unexpected or of another shape: the engine then refuses to sample until a swap succeeds.
         """
         begin = time.perf_counter()
@@ -95,7 +96,9 @@ class RolloutEngine:
                 self._llm.sleep(level=2)
         self._usable = False
 
-    def generate(self, requests: Sequence[Request], *, temperature: float, max_response: int, logprobs: bool = False) -> list[Completion]:
+    def generate(
+        self, requests: Sequence[Request], *, temperature: float, max_response: int, logprobs: bool = False
+    ) -> list[Completion]:
         """One completion per request, in order, on every rank. The requests are shared out over the engines.
 
         temperature: 0 is greedy. max_response: new tokens at most, EOS included (fewer where the context ends).
@@ -103,20 +106,23 @@ class RolloutEngine:
         """
         for index, request in enumerate(requests):
             if not 0 < len(request.prompt_ids) < self._context:
-                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; expected 1 to {self._context - 1}, "
-                                f"so that a response fits the context of {self._context}: shorten the prompt or enlarge the context")
+                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; "
+                                f"expected 1 to {self._context - 1}, so that a response fits the context of {self._context}: "
+                                "shorten the prompt or enlarge the context")
             if not isinstance(request.seed, int):
                 raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
         mine = self._sample(self._groups.share(requests), temperature, max_response, logprobs)
         return self._groups.unshare(self._groups.gather(mine), len(requests))
 
-    def verify(self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int) -> float:
+    def verify(
+        self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int
+    ) -> float:
         """Largest |log-prob of the engine - log-prob of the learner| over some sampled tokens; every engine is checked on every prompt.
 
-        Samples a few tokens after each prompt at `rollout.temperature`, and after one prompt longer than a KV-cache block (made of `prompts`,
-        joined by eos_id, as far as the context allows: a stale block of the cache shows only there).
-        learner_logprobs(rows of token ids) -> per row float [L], entry i the log-prob of token i at `rollout.temperature`; called once on all
-        ranks with the same rows. A log-prob that is not a number counts as infinity.
+        Samples a few tokens after each prompt at `rollout.temperature`, and after one prompt longer than a KV-cache block (made of
+        `prompts`, joined by eos_id, as far as the context allows: a stale block of the cache shows only there).
+        learner_logprobs(rows of token ids) -> per row float [L], entry i the log-prob of token i at `rollout.temperature`; called once
+        on all ranks with the same rows. A log-prob that is not a number counts as infinity.
         """
         prompts = [list(prompt)[:self._context - 1] for prompt in prompts]
         prompts.append(self._long_prompt(prompts, eos_id))

@@ -15,7 +15,7 @@ import random
 import uuid
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +92,8 @@ def engine_options(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *
         use_tqdm_on_load=False,
     )
     if groups.world > 1:
-        # One engine a rank (or a group of ranks) inside the learner's world. Not "uni" even for tensor=1: it would take GPU 0 on every rank.
+        # One engine a rank (or a group of ranks) inside the learner's world. Not "uni" even for tensor=1:
+        # that would take GPU 0 on every rank.
         options["distributed_executor_backend"] = "external_launcher"
     if on_gpu():
         options.update(gpu_memory_utilization=rollout.gpu_memory, enable_sleep_mode=True)
@@ -116,7 +117,7 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
     precision, default_dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     os.environ.update(_environment(groups))
     try:
-        with _quiet_start() if starting else _nothing():
+        with _quiet_start() if starting else nullcontext():
             yield
     finally:
         for name in os.environ.keys() - environment.keys():
@@ -147,13 +148,8 @@ def _environment(groups: EngineGroups) -> dict[str, str]:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
-@contextmanager
 def _quiet_start() -> Iterator[None]:
-    """vLLM's start-up warnings concern choices made here on purpose (eager mode, no tokenizer, no preloaded allocator): only errors are shown.
+    """Shows only errors: vLLM's start-up warnings concern choices made here on purpose (eager mode, no tokenizer, no preloaded allocator).
 
     Afterwards warnings are. A VLLM_LOGGING_LEVEL in the environment is obeyed instead.
     """
@@ -203,15 +199,15 @@ def _private_shared_memory(groups: EngineGroups) -> Iterator[None]:
         return
     from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
 
-    token = [uuid.uuid4().hex]
+    token = [f"pctrain-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(token, src=0)
     vllms_name = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: f"pctrain-{token[0]}{vllms_name(communicator).replace('/', '')}")
+    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: token[0] + vllms_name(communicator).replace("/", ""))
     try:
         yield  # every rank is past its mapping when this returns: LLM() reduces the KV-cache size over all ranks after it
     finally:
         _CPUSHMDistributed.make_group_name = staticmethod(vllms_name)
-        for file in Path("/dev/shm").glob(f"pctrain-{token[0]}*"):
+        for file in Path("/dev/shm").glob(f"{token[0]}*"):
             file.unlink(missing_ok=True)  # the other ranks do the same
 
 

@@ -60,7 +60,8 @@ class CheckedStream:
             if name in self._seen:
                 raise UserError(f"weight swap: the learner sent {name!r} twice")
             if tuple(tensor.shape) != self._expected[name]:
-                raise UserError(f"weight swap: {name!r} has shape {tuple(tensor.shape)}, the rollout engine's model expects {self._expected[name]}")
+                raise UserError(f"weight swap: {name!r} has shape {tuple(tensor.shape)}, "
+                                f"the rollout engine's model expects {self._expected[name]}")
             owner, reference = alive.get(tensor.data_ptr(), ("", None))
             if reference is not None and reference() is not None:
                 raise ValueError(f"weight swap: {name!r} lies in the storage of {owner!r}; each tensor of the stream needs its own")
@@ -74,5 +75,5 @@ class CheckedStream:
         missing = [name for name in self._expected if name not in self._seen]
         if missing:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise UserError(f"weight swap: {len(missing)} of {len(self._expected)} tensors did not come: {listed}; the rollout engine's weights are "
-                            "incomplete and must not be sampled from")
+            raise UserError(f"weight swap: {len(missing)} of {len(self._expected)} tensors did not come: {listed}; "
+                            "the rollout engine's weights are incomplete and must not be sampled from")

@@ -13,7 +13,7 @@ from pctrain.config_load import load
 OPTIONS = [
     "--data.problems.min_terms=2", "--data.problems.max_terms=3", "--data.problems.train=200", "--data.problems.validation=40",
     "--data.problems.test=64", "--data.problems.rl=200", "--model.architecture.layers=2", "--model.architecture.hidden=64",
-    "--model.architecture.heads=4", "--model.architecture.kv_heads=2", "--model.architecture.ffn=128", "--model.architecture.context=160",
+    "--model.architecture.heads=2", "--model.architecture.kv_heads=2", "--model.architecture.ffn=128", "--model.architecture.context=160",
     "--sft.steps=120", "--sft.batch_size=16", "--sft.token_budget=512", "--sft.val_every=20", "--sft.eval_every=60", "--sft.checkpoint_every=20",
     "--sft.optimizer.lr=5e-3", "--sft.optimizer.warmup=10",
     "--rl.steps=4", "--rl.prompts=8", "--rl.round_prompts=12", "--rl.max_rounds=3", "--rl.group=4", "--rl.token_budget=1024", "--rl.eval_every=2",

@@ -24,7 +24,8 @@ PROMPTS = [[DRAW.randrange(3, 320) for _ in range(12)] for _ in range(3)] + [LON
 def process_state() -> dict:
     """Everything of the learner's process that vLLM is known to change."""
     return {
-        "environment": dict(os.environ), "python": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist(),
+        "environment": dict(os.environ),
+        "python": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist(),
         "set_num_threads": torch.set_num_threads, "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(),
         "precision": torch.get_float32_matmul_precision(),
     }
@@ -38,7 +39,8 @@ class Rig:
         self.model = tiny.build(tied, seed=0)
         self.model.save_pretrained(directory)
         before = process_state()
-        self.engine = RolloutEngine(directory, RolloutConfig(temperature=TEMPERATURE, kv_cache_mb=64), dtype="float32", context=CONTEXT, eos_id=EOS)
+        rollout = RolloutConfig(temperature=TEMPERATURE, kv_cache_mb=64)
+        self.engine = RolloutEngine(directory, rollout, dtype="float32", context=CONTEXT, eos_id=EOS)
         self.state_kept = process_state() == before
 
     def swap(self, seed):

@@ -1,4 +1,4 @@
-"""Two ranks under torchrun: rollouts beside a megatron-core learner, one engine a rank and one engine over both. Run by test_engine_ranks.py.
+"""Two ranks under torchrun: rollouts beside a megatron-core learner, one engine a rank, then one over both. See test_engine_ranks.py.
 
     torchrun --nproc-per-node 2 two_ranks.py MODEL_DIR OUT.json
 """
@@ -25,7 +25,8 @@ def check_groups(tensor: int) -> None:
     """The learner's groups are the ones it made, and work."""
     total = torch.ones(1)
     dist.all_reduce(total)
-    for group, size in ((parallel_state.get_tensor_model_parallel_group(), tensor), (parallel_state.get_data_parallel_group(), 2 // tensor)):
+    sizes = {parallel_state.get_tensor_model_parallel_group(): tensor, parallel_state.get_data_parallel_group(): 2 // tensor}
+    for group, size in sizes.items():
         share = torch.ones(1)
         dist.all_reduce(share, group=group)
         assert (total.item(), share.item()) == (2, size)
@@ -37,7 +38,8 @@ def layout(tensor: int) -> dict:
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor)
     check_groups(tensor)
     environment = dict(os.environ)
-    engine = RolloutEngine(DIRECTORY, RolloutConfig(tensor=tensor, kv_cache_mb=64, temperature=0.7), dtype="float32", context=256, eos_id=tiny.EOS)
+    rollout = RolloutConfig(tensor=tensor, kv_cache_mb=64, temperature=0.7)
+    engine = RolloutEngine(DIRECTORY, rollout, dtype="float32", context=256, eos_id=tiny.EOS)
     check_groups(tensor)
     # Shared memory of the engine is mapped but has no name any more: a killed run leaves nothing that the next one would trip over.
     mapped = [line for line in open("/proc/self/maps") if "cpushm" in line]

@@ -9,7 +9,6 @@ All mistakes of one kind are told at once. Nothing heavy is imported here.
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import math
 import os
@@ -67,13 +66,6 @@ def read(path: Path | None, overrides: list[str]) -> Config:
 def dump(config: Config) -> str:
     """The whole resolved config as YAML; `load` of that text gives an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def fingerprint(config: Config) -> str:
-    """sha256 (hex) of every value but `run.dir`: a run folder may be moved, all else makes another run."""
-    data = config.model_dump(mode="json")
-    del data["run"]["dir"]
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def world_size_from_environment() -> int:

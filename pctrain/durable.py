@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 
-def write_beside(path: Path, text: str) -> None:
-    """Write `path` whole or not at all."""
+def write_beside(path: Path, content: str | bytes) -> None:
+    """Write `path` whole or not at all; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     fsync(temporary)
     os.replace(temporary, path)
     fsync(path.parent)

@@ -24,6 +24,11 @@ PLAIN_SECONDS = 10.0
 Item = TypeVar("Item")
 
 
+def make_console() -> Console:
+    """Where tables and summaries go. A log file has no width of its own: 80 columns would squeeze a table's last column to nothing."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 class Bar:
     """State of one piece of work. `advance` is cheap enough for every item."""
 
@@ -128,7 +133,7 @@ class _ValuesColumn(ProgressColumn):
 
 def _display() -> Progress:
     return Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
-                    _PaceColumn(), _ValuesColumn(), console=Console(), refresh_per_second=4)
+                    _PaceColumn(), _ValuesColumn(), console=make_console(), refresh_per_second=4)
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from typing import Any, Literal
 import yaml
 
 from pctrain.config import Config
+from pctrain.config_load import dump
 from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
+from pctrain.progress import make_console
 
 Kind = Literal["sft", "rl"]
 
@@ -396,8 +398,7 @@ def _read_config_file(file: Path) -> dict[str, Any]:
 
 
 def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> str:
-    tree = {"kind": kind, **config.model_dump(mode="json"), "fingerprints": fingerprints}
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": fingerprints}, allow_unicode=True)
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -427,11 +428,10 @@ def _log_until(lines: list[str], last: int) -> list[str]:
 
 
 def _print_summary(title: str, path: Path, summary: Mapping[str, Any], next_command: str) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(highlight=False)
+    console = make_console()
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")

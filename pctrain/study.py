@@ -1,4 +1,4 @@
-"""The study: SFT, RL from several of its checkpoints, ceilings, report. Every stage is a run folder, so it goes on wherever it was stopped."""
+"""The study: SFT, RL from several of its checkpoints, ceilings, report. Every stage is a run folder: it goes on wherever it was stopped."""
 
 from __future__ import annotations
 

@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable
 
 import torch
+from pctrain_kernels import linear_token_loss
 from torch import Tensor
 from torch.nn import functional as F
-
-from pctrain_kernels import linear_token_loss
 
 SHAPES = ((1024, 320, 128), (1024, 8000, 256), (4096, 32000, 512))  # T, V, H
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]

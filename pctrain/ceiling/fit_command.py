@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from rich.table import Table
 
 from pctrain.ceiling.curves import Curve, read_curves
 from pctrain.ceiling.fit import VERDICTS, Fit, fit_ceiling
+from pctrain.durable import write_beside
 from pctrain.errors import UserError
-from pctrain.progress import progress
+from pctrain.progress import make_console, progress
 
 MIN_CURVE_POINTS = 2  # one reading after the joint is no curve
 
@@ -40,9 +40,12 @@ def main(path: Path | str, out: Path | str, console: Console | None = None) -> l
             fits.append(fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se))
             bar.advance()
     rows = [fit.as_row(curve.dataset, curve.start_step) for curve, fit in zip(long_enough, fits, strict=True)]
-    _write(out, rows)
+    try:
+        write_beside(out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error})") from None
 
-    console = console or Console()
+    console = console or make_console()
     console.print(_table(long_enough, fits))
     console.print(LEGEND, style="dim", highlight=False)
     for curve in skipped:
@@ -75,14 +78,3 @@ def _check_out(path: Path, out: Path) -> None:
         raise UserError(f"{out}: the fits go into a file in a folder that exists; give --out FILE")
     if out.exists() and path.exists() and out.samefile(path):
         raise UserError(f"{out}: would overwrite the curves; give another --out")
-
-
-def _write(out: Path, rows: list[dict]) -> None:
-    """Beside, then renamed: a reader never sees half a file."""
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(out)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{out}: cannot be written ({error})") from None

@@ -7,7 +7,6 @@ it is compared with. The page stands alone: it opens from disk, loads nothing, a
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +23,8 @@ from pctrain.ceiling.figures import flop_scale, flops_text
 from pctrain.ceiling.fit import MIN_POINTS
 from pctrain.ceiling.ledger import PHASES
 from pctrain.ceiling.study_data import GAIN_FORMULA, Estimate, RLRun, SFTRun, Study, as_json, difference, read_study
+from pctrain.durable import write_beside
+from pctrain.progress import make_console
 
 PACKAGES = ("pctrain", "numpy", "scipy", "matplotlib", "plotly", "torch", "megatron-core", "vllm", "transformers", "math-verify")
 PAPER_LEAST_EFLOPS = 0.6  # the smallest SFT checkpoint of the paper's table (S1K, 62 steps, Qwen2.5-7B), before any RL
@@ -42,9 +42,9 @@ def main(run_dir: Path | str) -> Path:
     out = folder / "report"
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, png in pngs.items():
-        _write(out / "figures" / name, png)
-    _write(out / "study.json", (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-    _write(out / "report.html", page.encode())
+        write_beside(out / "figures" / name, png)
+    write_beside(out / "study.json", json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_beside(out / "report.html", page)
     _print_summary(study, values, out, len(pngs))
     return out
 
@@ -333,14 +333,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _print_summary(study: Study, values: dict[str, Any], out: Path, n_figures: int) -> None:
-    console = Console()
+    console = make_console()
     title = Text(f"{study.name}: RL from each start, scores in percent ± standard error")
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("start", "regime", "first", "last", "gain", "SFT alone*", "fit"):

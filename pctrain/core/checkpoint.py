@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from pctrain.core import optimizer as optim
 from pctrain.errors import UserError
 
+
 def save(directory: Path, model, optimizer, scheduler) -> None:
     """Collective. Writes into `directory`, which must exist and be empty; completing and naming it is the run folder's part."""
     state = _sharded_state(model, optimizer, is_loading=False)

@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.core import checkpoint, layers, model, optimizer, parallel, step, weights
+from pctrain.core.step import TokenLoss
 from pctrain.data.packing import PackedBatch, pack_rows
 from pctrain.data.rows import Row
 from pctrain.errors import UserError
@@ -52,7 +53,7 @@ class Core:
             dtype = model.DTYPES[config.dtype]
             self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.model, dtype, total_steps)
 
-    def step(self, batch: PackedBatch, token_loss: step.TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
+    def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
 
         Raises FloatingPointError where loss (before anything is updated) or gradient norm is not finite.
@@ -60,7 +61,8 @@ class Core:
         self.model.train()
         self.model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        loss, metrics = step.run_loss(self.model, self._head, self.spec, batch, token_loss, temperature=temperature, want_entropy=want_entropy, backward=True)
+        options = {"temperature": temperature, "want_entropy": want_entropy}
+        loss, metrics = step.run_loss(self.model, self._head, self.spec, batch, token_loss, **options, backward=True)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}: nothing was updated; lower the learning rate or look at the last batch")
         # Before the update, so that the first step already has a learning rate above 0.
@@ -71,10 +73,13 @@ class Core:
             raise FloatingPointError(f"the gradient norm is {grad_norm}: this run cannot go on; resume from its last checkpoint")
         return Update(loss, metrics, float(grad_norm), lr)
 
-    def forward(self, batch: PackedBatch, token_loss: step.TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> tuple[float, dict[str, float]]:
+    def forward(
+        self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True
+    ) -> tuple[float, dict[str, float]]:
         """(loss, metrics) of the batch, no gradient: sums over all ranks / `batch.loss_tokens`."""
         self.model.eval()
-        return step.run_loss(self.model, self._head, self.spec, batch, token_loss, temperature=temperature, want_entropy=want_entropy, backward=False)
+        options = {"temperature": temperature, "want_entropy": want_entropy}
+        return step.run_loss(self.model, self._head, self.spec, batch, token_loss, **options, backward=False)
 
     def logprobs(self, rows: list[Row], token_budget: int, *, temperature: float = 1.0) -> list[np.ndarray]:
         """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it)."""

@@ -11,6 +11,8 @@ import functools
 
 import torch
 
+from pctrain.device import on_gpu
+
 # Factories that megatron-core calls with device="cuda" or device=torch.cuda.current_device().
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "empty_like", "zeros_like", "ones_like")
 _installed = False
@@ -19,7 +21,7 @@ _installed = False
 def install() -> bool:
     """Returns True if the CPU patches are in force, False on a CUDA machine."""
     global _installed
-    if torch.cuda.is_available():
+    if on_gpu():
         return False
     if not _installed:
         _patch_device_names()

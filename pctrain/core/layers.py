@@ -12,14 +12,14 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from pctrain.core import parallel
+from pctrain.device import device, on_gpu
 
 
 def choose_spec(spec: str) -> str:
     """`auto` -> `te` on a CUDA machine with Transformer Engine, else `torch`. The one place of this choice."""
     if spec != "auto":
         return spec
-    has_te = parallel.device().type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    has_te = on_gpu() and importlib.util.find_spec("transformer_engine") is not None
     return "te" if has_te else "torch"
 
 
@@ -80,7 +80,7 @@ class PackedLayout(PackedSeqParams):
             offset += index.numel()
         if not buckets:  # a padding pack: nothing to attend to, but every layer still needs an output
             buckets = [torch.zeros(1, 1, dtype=torch.long)]
-        here = parallel.device()
+        here = device()
         return cls(
             qkv_format="packed",
             cu_seqlens_q=cu_seqlens,
@@ -100,7 +100,8 @@ class PackedSDPA(DotProductAttention):
         outputs = []
         for index in packed_seq_params.buckets:
             n, length = index.shape
-            q, k, v = (x.squeeze(1).index_select(0, index.flatten()).view(n, length, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
+            rows = (x.squeeze(1).index_select(0, index.flatten()) for x in (query, key, value))
+            q, k, v = (x.view(n, length, *x.shape[1:]).transpose(1, 2) for x in rows)  # [n, heads, length, dim]
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
             outputs.append(out.transpose(1, 2).reshape(n * length, -1))
         flat = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

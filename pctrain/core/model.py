@@ -17,7 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pctrain.ceiling.flops import ModelShape
 from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import layers, parallel
+from pctrain.core import layers
+from pctrain.device import device
 from pctrain.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -169,7 +170,7 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> DistributedD
         share_embeddings_and_output_weights=hf.tied,
         position_embedding_type="rope",
         rotary_base=hf.rope_theta,
-    ).to(parallel.device())
+    ).to(device())
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -184,5 +185,5 @@ def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> Packed
         return layers.PackedLayout.of(cu_seqlens, tokens)
     bounds = cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
     longest = int((bounds[1:] - bounds[:-1]).max())
-    bounds = bounds.to(parallel.device())
+    bounds = bounds.to(device())
     return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)

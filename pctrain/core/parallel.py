@@ -1,4 +1,4 @@
-"""Process groups, device and seeds: the one place that knows on what machine we run."""
+"""Process groups and seeds, and work shared out over ranks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ import torch.distributed as dist
 
 from pctrain.config import ParallelConfig
 from pctrain.core import cpu_compat
-
-
-def device() -> torch.device:
-    """The device of this rank: its GPU where CUDA is present, else the CPU. The project's only device check."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+from pctrain.device import device, on_gpu
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
@@ -28,15 +22,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     cpu_compat.install()
-    here = device()
-    timeout = datetime.timedelta(seconds=parallel.timeout)
     if not dist.is_initialized():
-        if here.type == "cuda":
-            torch.cuda.set_device(here)
-        if "RANK" in os.environ:
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout)
-        else:  # a single process needs no rendezvous: no port, no address
-            dist.init_process_group("nccl" if here.type == "cuda" else "gloo", timeout=timeout, rank=0, world_size=1, store=dist.HashStore())
+        if on_gpu():
+            torch.cuda.set_device(device())
+        # A process that torchrun did not start is alone, and needs no rendezvous: no port, no address.
+        alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=datetime.timedelta(seconds=parallel.timeout), **alone)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
@@ -93,7 +84,7 @@ def from_rank_zero(compute: Callable):
 
 
 def map_over_ranks(fn: Callable[[list], list], items: list) -> list:
-    """Rank r of n applies `fn` (a list to a list of equal length) to `items[r::n]`; every rank gets all results, in the order of `items`."""
+    """Rank r of n applies `fn` (a list to a list of equal length) to `items[r::n]`; every rank gets all results, in order."""
     n = world_size()
     if n == 1:
         return fn(items)
@@ -106,7 +97,7 @@ def map_over_ranks(fn: Callable[[list], list], items: list) -> list:
 
 
 def agree(act: Callable):
-    """Runs `act()` on every rank; where it raised on any, every rank raises (its own error, or rank 0's), so that nobody is left waiting."""
+    """Runs `act()` on every rank; where it raised on any, every rank raises (its own error, or another's): nobody is left waiting."""
     result = error = None
     try:
         result = act()

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from pctrain.core import parallel
 from pctrain.core.model import HFConfig, attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
+from pctrain.device import device
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -42,7 +43,7 @@ class Head:
 
     def loss(self, pack: Pack, token_loss: TokenLoss, temperature: float, want_entropy: bool, found: dict) -> Callable:
         """A head that returns the pack's weighted loss sum and leaves the metrics' weighted sums in `found`."""
-        here = parallel.device()
+        here = device()
         # What is not trained on costs nothing in the head.
         labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(here)
 
@@ -69,7 +70,7 @@ class Head:
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             logprob, _ = pctrain_kernels.linear_logprob_entropy(
-                hidden, weight, pack.labels.to(parallel.device()), temperature=temperature, want_entropy=False, **self.shard()
+                hidden, weight, pack.labels.to(device()), temperature=temperature, want_entropy=False, **self.shard()
             )
             found.append(logprob)
             return logprob.sum()
@@ -77,7 +78,9 @@ class Head:
         return head
 
 
-def run_loss(model, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float, want_entropy: bool, backward: bool):
+def run_loss(
+    model, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float, want_entropy: bool, backward: bool
+) -> tuple[float, dict[str, float]]:
     """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`.
 
     With `backward`, the model's main_grad holds the gradient of that loss when it returns.
@@ -109,7 +112,7 @@ def run_logprob(model, head: Head, spec: str, batch: PackedBatch, temperature: f
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() > 1:
         if not found:
-            found = [torch.empty(len(pack.tokens), device=parallel.device()) for pack in batch.packs]
+            found = [torch.empty(len(pack.tokens), device=device()) for pack in batch.packs]
         last = dist.get_process_group_ranks(group)[-1]
         for logprob in found:
             dist.broadcast(logprob, src=last, group=group)
@@ -118,7 +121,7 @@ def run_logprob(model, head: Head, spec: str, batch: PackedBatch, temperature: f
 
 def _schedule(model, spec: str, batch: PackedBatch, prepare: Callable, denominator: float | None) -> None:
     """Runs every pack through the pipeline; `prepare(pack) -> (head, loss function)`. A denominator asks for gradients."""
-    module, here = model.module, parallel.device()
+    module, here = model.module, device()
 
     def forward_step(packs, wrapped):
         pack = next(packs)

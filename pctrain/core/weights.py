@@ -34,7 +34,7 @@ class Unit:
 
 def units(hf: HFConfig, te: bool) -> list[Unit]:
     """Every parameter of the whole model, in the order of the layers. `te`: Transformer Engine fuses norms into the linears after them."""
-    H, D, Q, KV = hf.hidden, hf.head_dim, hf.heads, hf.kv_heads
+    H, attention = hf.hidden, hf.heads * hf.head_dim
     table = [_vocab("embedding.word_embeddings.weight", "model.embed_tokens.weight", hf)]
     for i in range(hf.layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
@@ -45,7 +45,7 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
             _replicated(f"{ours}.{input_norm}", f"{theirs}.input_layernorm.weight", (H,)),
             _qkv(f"{ours}.self_attention.linear_qkv.weight", [f"{n}.weight" for n in qkv_names], (H,), hf),
             *([_qkv(f"{ours}.self_attention.linear_qkv.bias", [f"{n}.bias" for n in qkv_names], (), hf)] if hf.qkv_bias else []),
-            _row(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (H, Q * D)),
+            _row(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (H, attention)),
             _replicated(f"{ours}.{mlp_norm}", f"{theirs}.post_attention_layernorm.weight", (H,)),
             _gate_up(f"{ours}.mlp.linear_fc1.weight", f"{theirs}.mlp", (hf.ffn, H)),
             _row(f"{ours}.mlp.linear_fc2.weight", f"{theirs}.mlp.down_proj.weight", (H, hf.ffn)),
@@ -183,7 +183,7 @@ class _Checkpoint:
         elif (directory / "model.safetensors").exists():
             self.files = dict.fromkeys(self._open("model.safetensors").keys(), "model.safetensors")
         else:
-            raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json; expected a Hugging Face directory with weights")
+            raise UserError(f"{directory}: no model.safetensors and no model.safetensors.index.json; expected a Hugging Face directory")
         self._handles: dict = {}
 
     def __enter__(self) -> _Checkpoint:

@@ -14,13 +14,13 @@ validation, rl, train: asking for more training data leaves the problems one mea
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from pctrain.config import ProblemsConfig
 from pctrain.data.records import Record
+from pctrain.durable import write_beside
 from pctrain.errors import UserError
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
@@ -119,10 +119,6 @@ def _solution(steps: Sequence[str], answer: int, rng: random.Random) -> str:
 
 
 def _write(path: Path, records: list[Record]) -> Path:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        for record in records:
-            fields = {"prompt": record.prompt, "response": record.response, "answer": record.answer}
-            file.write(json.dumps({k: v for k, v in fields.items() if v is not None}) + "\n")
-    beside.replace(path)
+    lines = [{"prompt": record.prompt, "response": record.response, "answer": record.answer} for record in records]
+    write_beside(path, "".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
     return path

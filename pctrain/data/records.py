@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -46,11 +45,6 @@ def read_records(path: Path | str, fields: DataConfig, need: Collection[str]) ->
     if not records:
         raise UserError(f"{path}: the data set is empty; expected one JSON object a line with the field {fields.prompt_field!r}")
     return records
-
-
-def file_fingerprint(path: Path | str) -> str:
-    """sha256 (hex) of the file's bytes: a run is bound to the data it began with."""
-    return hashlib.sha256(_read_bytes(Path(path))).hexdigest()
 
 
 def _read_bytes(path: Path) -> bytes:

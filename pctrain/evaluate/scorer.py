@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 from pctrain.config import Config
 from pctrain.core import Core, parallel
@@ -41,10 +42,10 @@ class Scorer:
         """The test problems, `data.test`."""
         return self.read_problems(self.config.data.test)
 
-    def read_problems(self, path) -> list[Problem]:
+    def read_problems(self, path: Path) -> list[Problem]:
         room = self.hf.context - max(self.config.rollout.max_response, self.config.eval.max_response or 0)
         return parallel.agree(
-            lambda: read_problems(path, self.config.data, self.tokenizer, room=room, room_name="the context less the response")
+            lambda: read_problems(path, self.config.data, self.tokenizer, room=room, room_name="the context less the longest response")
         )
 
     def load(self, core: Core) -> Swap:
@@ -68,13 +69,15 @@ class Scorer:
         worst = self.engine.verify(learner, [problem.prompt_ids for problem in self.problems[:4]], self.hf.eos_id)
         tolerance = rollout.verify_tolerance if self.config.model.dtype == "float32" else BF16_TOLERANCE
         if worst > tolerance:
-            raise RuntimeError(f"after the weight swap the engine's log-probs differ from the learner's by {worst:.2e} (allowed {tolerance:.0e}): "
-                               "the engine does not hold the learner's weights")
+            raise RuntimeError(f"after the weight swap the engine's log-probs differ from the learner's by {worst:.2e}, more than "
+                               f"{tolerance:.0e}: the engine does not hold the learner's weights")
 
     def score(self, core: Core) -> Score:
         """The accuracy of the core's weights on the test problems."""
         self.load(core)
-        return evaluate(self.engine, self.verifier, self.tokenizer, self.problems, self.config)
+        score = evaluate(self.engine, self.verifier, self.tokenizer, self.problems, self.config)
+        self.engine.sleep()
+        return score
 
     def __enter__(self) -> Scorer:
         return self

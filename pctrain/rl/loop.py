@@ -60,6 +60,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
             for step in range(start + 1, rl.steps + 1):
                 swap = scorer.load(core)
                 sampled = sampler.sample(prompts, step)
+                scorer.engine.sleep()  # its GPU memory is the learner's until the next swap
                 began = time.perf_counter()
                 updates = _update(config, core, algorithm, sampled, ledger, step)
                 update_seconds = time.perf_counter() - began
@@ -150,7 +151,8 @@ def _rollout_rows(sampled: Sampled, tokenizer: Tokenizer) -> list[dict]:
 
 
 def _line(step: int, values: dict, sampled: Sampled, wanted: int) -> str:
-    line = f"step {step} reward {values['reward']:.3f} length {values['response_length']:.1f} kept {len(sampled.kept)} rounds {sampled.rounds}"
+    line = f"step {step} reward {values['reward']:.3f} length {values['response_length']:.1f}"
+    line += f" kept {len(sampled.kept)} rounds {sampled.rounds}"
     if sampled.kept:
         line += f" loss {values['loss']:.4f} grad_norm {values['grad_norm']:.3f} entropy {values['entropy']:.3f}"
     if len(sampled.kept) < wanted:
@@ -168,7 +170,7 @@ def _joint(config: Config, role: str) -> dict:
     try:
         state = json.loads((path / "state.json").read_text())
     except FileNotFoundError:
-        raise UserError(f"model.checkpoint {path}: state.json not found; name a checkpoint folder of a run, RUN/checkpoints/step-N") from None
+        raise UserError(f"model.checkpoint {path}: state.json not found; name a checkpoint of a run, RUN/checkpoints/step-N") from None
     ledger = Ledger(HFConfig.read(config.model.path).shape)
     ledger.load_state_dict(state["ledger"])
     return {"start_step": checkpoint_step(path), "role": role, "sft_run": str(path.parent.parent), "eflops_sft": ledger.eflops_sft}

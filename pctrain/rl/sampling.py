@@ -113,9 +113,8 @@ class GroupSampler:
         rl, seed = self.config.rl, self.config.run.seed
         began = time.perf_counter()
         # The round is part of the key: a small prompt set may come round again within one step.
-        requests = [
-            Request(p.prompt_ids, sampling_seed(seed, f"rollout/{out.rounds}", step, p.index, sample)) for p in problems for sample in range(rl.group)
-        ]
+        purpose = f"rollout/{out.rounds}"
+        requests = [Request(p.prompt_ids, sampling_seed(seed, purpose, step, p.index, k)) for p in problems for k in range(rl.group)]
         completions = self.engine.generate(
             requests, temperature=self.config.rollout.temperature, max_response=self.config.rollout.max_response
         )
@@ -126,9 +125,8 @@ class GroupSampler:
         out.rounds += 1
         out.rollout_seconds += sampled_at - began
         out.reward_seconds += time.perf_counter() - sampled_at
-        return [
-            Group(p, completions[i * rl.group : (i + 1) * rl.group], verdicts[i * rl.group : (i + 1) * rl.group]) for i, p in enumerate(problems)
-        ]
+        starts = range(0, len(requests), rl.group)
+        return [Group(p, completions[i : i + rl.group], verdicts[i : i + rl.group]) for p, i in zip(problems, starts, strict=True)]
 
 
 def summary(sampled: Sampled) -> dict[str, float]:

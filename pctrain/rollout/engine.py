@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from pctrain.config import RolloutConfig
+from pctrain.device import on_gpu
 from pctrain.errors import UserError
 from pctrain.rollout.seeds import sampling_seed
 from pctrain.rollout.sharing import EngineGroups
-from pctrain.rollout.vllm_setup import guest, on_gpu, start_llm, stop_llm
+from pctrain.rollout.vllm_setup import guest, start_llm, stop_llm
 from pctrain.rollout.weight_stream import CheckedStream, expected_weights
 
 VERIFY_TOKENS = 8  # new tokens per prompt of a verification

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from pctrain.config import RolloutConfig
+from pctrain.device import on_gpu
 from pctrain.errors import UserError
 from pctrain.rollout.sharing import EngineGroups
 
@@ -35,11 +36,6 @@ CPU_BATCHED_TOKENS = 16384
 
 _running = 0  # engines in this process; they share vLLM's process groups
 _vllm_made_the_world = False  # torch.distributed was not initialised before the first engine
-
-
-def on_gpu() -> bool:
-    """The one device check of the rollout: vLLM is installed for the device the learner has."""
-    return torch.cuda.is_available()
 
 
 def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dtype: str, context: int) -> LLM:

@@ -12,10 +12,10 @@ from pctrain.data.prepare import prepare
 from pctrain.data.records import read_records
 from pctrain.data.rows import sft_rows
 from pctrain.data.sampler import ShuffledSampler
+from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import due, finished, open_run, record_ledger, resume, save
 from pctrain.runfolder import RunFolder, read_values
-from pctrain.evaluate.scorer import Scorer
 from pctrain.sft.validation import cross_entropy, validation_loss
 
 
@@ -35,9 +35,11 @@ def train(config: Config, scorer: Scorer) -> None:
         if finished(run):
             return
         limits = {"context": scorer.hf.context, "token_budget": sft.token_budget}
-        train_rows, val_rows = parallel.agree(
-            lambda: [sft_rows(read_records(path, data, need=("response",)), scorer.tokenizer, **limits) for path in (data.train, data.validation)]
-        )
+
+        def read(path):
+            return sft_rows(read_records(path, data, need=("response",)), scorer.tokenizer, **limits)
+
+        train_rows, val_rows = parallel.agree(lambda: (read(data.train), read(data.validation)))
         sampler = ShuffledSampler(len(train_rows), sft.batch_size, config.run.seed)
         ledger = Ledger(scorer.hf.shape)
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from core import small
 
 BEFORE, AFTER = 6, 6

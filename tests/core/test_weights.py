@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from core import small
 from safetensors.numpy import load_file, save_file
+
+from core import small
 
 
 def _export(directory, layout):

@@ -1,12 +1,11 @@
 """Reading JSONL: good files as they come, bad ones refused by file and line."""
 
-import hashlib
 import json
 
 import pytest
 
 from pctrain.config import DataConfig
-from pctrain.data.records import Record, file_fingerprint, read_records
+from pctrain.data.records import Record, read_records
 from pctrain.errors import UserError
 
 GOOD = '{"prompt": "1+1=", "response": "two", "answer": "2"}'
@@ -80,10 +79,5 @@ def test_a_bad_file_is_named(write, content, message):
 
 def test_missing_file_and_folder(tmp_path):
     for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "cannot be read")):
-        for read in (lambda p: read_records(p, DataConfig(), need=()), file_fingerprint):
-            with pytest.raises(UserError, match=message):
-                read(path)
-
-
-def test_fingerprint(write):
-    assert file_fingerprint(write("abc")) == hashlib.sha256(b"abc").hexdigest()
+        with pytest.raises(UserError, match=message):
+            read_records(path, DataConfig(), need=())

@@ -1,4 +1,5 @@
 import pytest
+
 from e2e import tiny
 
 

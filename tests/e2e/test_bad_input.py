@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from e2e import tiny
 from e2e.test_rl_layouts import options
 

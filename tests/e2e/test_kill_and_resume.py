@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from e2e import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,6 +1,7 @@
 """RL at several layouts: the same seeds, the same samples, the same updates."""
 
 import pytest
+
 from e2e import tiny
 
 

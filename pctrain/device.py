@@ -1,0 +1,17 @@
+"""The project's only device check: everything that differs between CPU and GPU asks here."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def on_gpu() -> bool:
+    """Whether this job runs on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU, else the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu() else torch.device("cpu")

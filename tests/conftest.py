@@ -28,3 +28,12 @@ def ranks():
     pools = Ranks()
     yield pools
     pools.stop()
+
+
+@pytest.fixture(scope="session")
+def hf_dirs(tmp_path_factory):
+    """{tied: Hugging Face directory} of the small model of core/small.py."""
+    from core import small
+
+    folder = tmp_path_factory.mktemp("models")
+    return {tied: small.hf_dir(folder / f"tied-{tied}", tied=tied) for tied in (True, False)}

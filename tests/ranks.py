@@ -1,13 +1,14 @@
 """Gloo ranks that stay alive over many tests: starting a rank costs seconds (torch, megatron-core), a call on one milliseconds.
 
 `RankPool(world).run(fn, *args)` runs a module-level function on every rank and returns the results by rank. Each rank is a process
-of its own with RANK, WORLD_SIZE, MASTER_ADDR... as torchrun would set them, and the default process group is initialised over the
-whole world. megatron-core's groups are taken down after every call.
+of its own with RANK, WORLD_SIZE, MASTER_ADDR... as torchrun would set them. Every call has process groups of its own, the default one
+initialised over the whole world; all are taken down after it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -141,23 +142,33 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> N
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
 
+    store = None
+
     def join() -> None:
+        nonlocal store
         import torch
 
         torch.set_num_threads(1)
-        torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+        store = torch.distributed.TCPStore("127.0.0.1", port, world, is_master=rank == 0)
 
     pipe.send_bytes(_answer(join))
+    number = 0
     while True:
         try:
             path, call = pipe.recv()
         except EOFError:
             return
         sys.path.extend(folder for folder in path if folder not in sys.path)
-        pipe.send_bytes(_answer(lambda: _call(call)))
+        number += 1
+        pipe.send_bytes(_answer(lambda call=call, number=number: _call(call, store, f"call {number}", rank, world)))
 
 
-def _call(call: bytes) -> Any:
+def _call(call: bytes, store: Any, name: str, rank: int, world: int) -> Any:
+    """Runs the call in process groups of its own. They all go with it: a gloo group keeps threads that poll, and megatron-core makes
+    some forty groups each time."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world)
     fn, args, kwargs = pickle.loads(call)
     try:
         return fn(*args, **kwargs)
@@ -165,6 +176,8 @@ def _call(call: bytes) -> Any:
         state = sys.modules.get("megatron.core.parallel_state")
         if state is not None and state.model_parallel_is_initialized():
             state.destroy_model_parallel()
+        dist.destroy_process_group()
+        gc.collect()
 
 
 def _answer(work: Callable[[], Any]) -> bytes:

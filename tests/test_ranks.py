@@ -18,7 +18,13 @@ def add_up(value):
 def fail_on(rank):
     if dist.get_rank() == rank:
         raise ValueError(f"broken on purpose on {rank}")
-    dist.barrier()  # never completes: the failed rank does not come
+    time.sleep(600)  # busy with something else, so it does not notice
+
+
+def meet_without(rank):
+    if dist.get_rank() == rank:
+        raise ValueError(f"broken on purpose on {rank}")
+    dist.barrier()  # the failed rank does not come
 
 
 def hang_on(rank):
@@ -57,12 +63,18 @@ def test_the_processes_stay_alive_between_calls(ranks):
 
 
 def test_a_failing_rank_is_named_with_its_traceback(ranks, monkeypatch):
-    monkeypatch.setattr("ranks.GRACE_SECONDS", 2.0)  # rank 0 waits at the barrier and will not answer, however long it is given
+    monkeypatch.setattr("ranks.GRACE_SECONDS", 2.0)  # rank 0 will not answer, however long it is given
     said = r"(?s)rank 1 failed:.*fail_on.*ValueError: broken on purpose on 1.*no answer .* rank\(s\) 0"
     with pytest.raises(RanksFailed, match=said) as failure:
         ranks.run(fail_on, 1)
     assert isinstance(failure.value.causes[1], ValueError)
     assert len(ranks.run(add_up, 1)) == 2  # and the next call finds working ranks
+
+
+def test_a_collective_without_a_failed_rank_ends_at_once(ranks):
+    with pytest.raises(RanksFailed, match=r"(?s)ValueError: broken on purpose on 1") as failure:
+        ranks.run(meet_without, 1)
+    assert set(failure.value.causes) == {0, 1}
 
 
 def test_an_error_on_all_ranks_keeps_the_processes(ranks):

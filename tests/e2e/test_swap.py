@@ -1,0 +1,41 @@
+"""Trained weights of a sharded learner in the engine: its log-probs are the learner's."""
+
+import numpy as np
+import pytest
+from core import small
+
+from pctrain.config import ArchitectureConfig, RolloutConfig
+from pctrain.data.hf_dir import make_hf_dir
+
+EOS = 2
+
+
+def _difference(directory, layout):
+    """(before the swap, after it): largest |log-prob of the engine - log-prob of the trained learner|."""
+    from pctrain.rollout import RolloutEngine
+
+    model = small.core(directory, layout)
+    for i in range(5):
+        small.step(model, i)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 260, length).tolist() for length in (5, 40, 200)]  # a cache block has 128 tokens
+    engine = RolloutEngine(directory, RolloutConfig(kv_cache_mb=64), dtype="float32", context=256, eos_id=EOS)
+    try:
+        def learner(token_rows):
+            return model.logprobs([small.make_row(tokens[:1], tokens[1:]) for tokens in token_rows], 512)
+
+        before = engine.verify(learner, prompts, EOS)
+        engine.load_weights(model.hf_weights())
+        return before, engine.verify(learner, prompts, EOS)
+    finally:
+        engine.close()
+
+
+@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_after_a_swap_the_engine_is_the_learner(ranks, tmp_path, layout, tied):
+    architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=tied)
+    directory = make_hf_dir(tmp_path / "model", architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
+    for before, after in ranks.run(_difference, directory, layout, world=2, deadline=240):
+        assert before > 1e-2  # the weights it started with are told apart
+        assert after < 1e-4  # fp32 on both sides

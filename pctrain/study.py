@@ -10,6 +10,7 @@ from pctrain.core import parallel
 from pctrain.data.prepare import prepare
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
+from pctrain.progress import make_console
 from pctrain.rl import loop as rl
 from pctrain.runfolder import checkpoint_step, list_checkpoints, read_values
 from pctrain.sft import loop as sft
@@ -27,7 +28,14 @@ def main(config: Config) -> None:
             stage = _stage(config, root / f"rl-step-{step}")
             stage.model.checkpoint = root / "sft" / "checkpoints" / f"step-{step}"
             rl.train(stage, scorer, role)
-    parallel.from_rank_zero(lambda: report.main(root))
+    parallel.from_rank_zero(lambda: _report(root))
+
+
+def _report(root: Path) -> None:
+    report.main(root)
+    console = make_console()
+    console.print("Next:", style="bold")
+    console.print(f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON", soft_wrap=True)
 
 
 def _stage(config: Config, folder: Path) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -74,6 +75,7 @@ class Sampled:
     rounds: int = 0
     rollout_seconds: float = 0.0
     reward_seconds: float = 0.0
+    sampled_before: Counter[int] = field(default_factory=Counter)  # groups so far of each problem
 
     @property
     def groups(self) -> list[Group]:
@@ -112,9 +114,14 @@ class GroupSampler:
     def _round(self, problems: list[Problem], step: int, out: Sampled) -> list[Group]:
         rl, seed = self.config.rl, self.config.run.seed
         began = time.perf_counter()
-        # The round is part of the key: a small prompt set may come round again within one step.
-        purpose = f"rollout/{out.rounds}"
-        requests = [Request(p.prompt_ids, sampling_seed(seed, purpose, step, p.index, k)) for p in problems for k in range(rl.group)]
+        requests = []
+        for problem in problems:
+            # A small prompt set may bring a problem again within one step: its second group must not repeat the first.
+            first = out.sampled_before[problem.index] * rl.group
+            out.sampled_before[problem.index] += 1
+            requests += [
+                Request(problem.prompt_ids, sampling_seed(seed, "rollout", step, problem.index, first + k)) for k in range(rl.group)
+            ]
         completions = self.engine.generate(
             requests, temperature=self.config.rollout.temperature, max_response=self.config.rollout.max_response
         )

@@ -47,7 +47,7 @@ def test_exact_at_every_layout_and_packing(ranks, hf_dirs, rows, by_transformers
 def test_the_mean_of_means_is_another_number(by_transformers):
     exact = sum(s for s, _ in by_transformers) / sum(n for _, n in by_transformers)
     of_means = np.mean([s / n for s, n in by_transformers])
-    assert abs(of_means - exact) > 1e-4 * exact
+    assert abs(of_means - exact) > 1e-5 * exact  # ten times what the exact one is held to
 
 
 def test_the_standard_error_is_that_of_repeated_draws(ranks, hf_dirs, rows, by_transformers):

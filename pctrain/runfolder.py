@@ -40,6 +40,7 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "parallel", "reward", "rollout.k
                   "data.train", "data.validation", "data.test", "data.rl", "model.path", "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 _BEFORE_OPEN = {"data", "model", "start.json", ".lock", "config.yaml.tmp"}
+HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
 _CHECKPOINT = re.compile(r"^step-(\d+)$")
 

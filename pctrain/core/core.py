@@ -38,6 +38,7 @@ class Core:
 
     def __init__(self, config: ModelConfig, par: ParallelConfig, *, optimizer_config: OptimizerConfig | None, total_steps: int, seed: int):
         parallel.initialize(par, seed)
+        self._source = config.path
         self.hf = model.HFConfig.read(config.path)
         self.spec = layers.choose_spec(config.spec)
         self.model = model.build(self.hf, config, par)
@@ -100,6 +101,11 @@ class Core:
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
         return weights.export_hf(self.model.module, self.hf, self._te)
+
+    def export(self, folder: Path) -> None:
+        """Writes the weights as a Hugging Face directory that transformers and vLLM load."""
+        weights.save_hf(self.hf_weights(), self.hf, self._source, folder, writes=parallel.rank() == 0)
+        parallel.barrier()
 
     def save(self, directory: Path) -> None:
         checkpoint.save(directory, self.model, self._optimizer, self._scheduler)

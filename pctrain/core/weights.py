@@ -7,6 +7,7 @@ Loading and exporting read the same table, so they cannot disagree.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from pctrain.core.model import HFConfig
 from pctrain.errors import UserError
@@ -146,6 +148,25 @@ def export_hf(module: torch.nn.Module, hf: HFConfig, te: bool) -> Iterator[tuple
             yield name, full
             if hf.tied and name == "model.embed_tokens.weight":
                 yield "lm_head.weight", full.clone()  # an engine that shares the matrix in name only would keep its old head
+
+
+def save_hf(weights: Iterator[tuple[str, torch.Tensor]], hf: HFConfig, source: Path, folder: Path, writes: bool) -> None:
+    """Writes `folder`, a Hugging Face directory: the weights as safetensors, everything else (config, tokenizer) as in `source`.
+
+    All ranks iterate over the weights; the one that `writes` holds them all. The folder is there whole or not at all.
+    """
+    state = {}
+    for name, tensor in weights:
+        if writes and not (hf.tied and name == "lm_head.weight"):  # a tied head is the embedding: transformers stores it once
+            state[name] = tensor.cpu()
+    if not writes:
+        return
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin"))
+    save_file(state, temporary / "model.safetensors", metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _local_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

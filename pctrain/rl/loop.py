@@ -21,7 +21,7 @@ from pctrain.progress import progress
 from pctrain.resume import due, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, batch
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
-from pctrain.runfolder import RunFolder, checkpoint_step, read_values
+from pctrain.runfolder import HF_FOLDER, RunFolder, checkpoint_step, read_values
 
 
 def main(config: Config) -> None:
@@ -84,6 +84,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
                 if due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {"step": step, "ledger": ledger.state_dict(), "prompts": prompts.state_dict()})
                 bar.advance(reward=values["reward"])
+        core.export(run.path / HF_FOLDER)
         _finish(config, run)
 
 
@@ -179,5 +180,5 @@ def _joint(config: Config, role: str) -> dict:
 def _finish(config: Config, run: RunFolder) -> None:
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     first, last = scores.get(0), scores.get(config.rl.steps)
-    summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last} if scores else {}
+    summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last, "final weights": run.path / HF_FOLDER}
     run.finish(summary, f"pctrain report {run.path}")

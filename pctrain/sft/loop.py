@@ -15,7 +15,7 @@ from pctrain.data.sampler import ShuffledSampler
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import due, finished, open_run, record_ledger, resume, save
-from pctrain.runfolder import RunFolder, read_values
+from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.validation import cross_entropy, validation_loss
 
 
@@ -79,6 +79,7 @@ def train(config: Config, scorer: Scorer) -> None:
                 if due(step, sft.checkpoint_every, sft.steps):
                     save(run, step, core, {"step": step, "ledger": ledger.state_dict()})
                 bar.advance(loss=update.loss)
+        core.export(run.path / HF_FOLDER)
         _finish(config, run)
 
 
@@ -99,7 +100,7 @@ def _measure(config: Config, run: RunFolder, core: Core, ledger: Ledger, scorer:
 
 
 def _finish(config: Config, run: RunFolder) -> None:
-    summary = {"steps": config.sft.steps}
+    summary = {"steps": config.sft.steps, "final weights": run.path / HF_FOLDER}
     losses = read_values(run.path, "val", "val_loss") if run.writes else {}
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     if losses:

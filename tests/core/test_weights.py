@@ -42,6 +42,22 @@ def test_every_tensor_comes_out_as_it_went_in(ranks, hf_dirs, tmp_path, world, l
             assert exported[name].dtype == tensor.dtype and np.array_equal(exported[name], tensor), name
 
 
+def _export_folder(directory, layout, folder):
+    small.core(directory, layout, train=False).export(folder)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_exported_directory_is_the_one_that_was_loaded(ranks, hf_dirs, tmp_path, tied):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    ranks.run(_export_folder, hf_dirs[tied], {"tensor": 2}, tmp_path / "hf", world=2)
+    assert not list(tmp_path.glob("*.tmp"))
+    before, after = (load_file(folder / "model.safetensors") for folder in (hf_dirs[tied], tmp_path / "hf"))
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == before["model.embed_tokens.weight"].shape[0]
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")("12+3")["input_ids"]
+
+
 def test_qwen2_equals_transformers(ranks, hf_dirs, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM

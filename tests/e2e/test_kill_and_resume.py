@@ -59,6 +59,7 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
             ours, theirs = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
             for part in theirs.glob("*.distcp"):
                 assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
+        assert (killed / run / "hf" / "model.safetensors").read_bytes() == (whole / run / "hf" / "model.safetensors").read_bytes()
     for rollouts in (whole / rl / "rollouts").iterdir():
         assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
     assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed

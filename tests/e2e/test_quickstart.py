@@ -1,0 +1,35 @@
+"""The quick start as a stranger runs it: it learns, it is quick, and its report says what happened."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "pctrain", "run"]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "GLOO_SOCKET_IFNAME": "lo"}
+    began = time.monotonic()
+    command = [sys.executable, *COMMAND, "--config", str(ROOT / "configs" / "quickstart.yaml"), f"--run.dir={tmp_path}/run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert time.monotonic() - began < 600
+
+    study = json.loads((tmp_path / "run" / "report" / "study.json").read_text())
+    regimes = {point["regime"] for point in study["sft"]["points"]}
+    assert {"adaptive", "stable", "severe"} <= regimes
+    losses = {point["step"]: point["val_loss"] for point in study["sft"]["points"] if point["val_loss"] is not None}
+    [stable] = [run for run in study["rl"] if run["role"] == "stable"]
+    assert stable["start_step"] == min(losses, key=losses.get)  # the validation minimum of the full SFT run
+    assert stable["gain"]["value"] > 10 and stable["gain"]["value"] - 2 * stable["gain"]["se"] > 0
+    assert {run["role"] for run in study["rl"]} == {"early", "stable", "overfit"}
+    assert study["not_shown"]
+    assert (tmp_path / "run" / "report" / "report.html").stat().st_size > 10_000

@@ -222,6 +222,8 @@ def _set_environment() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # Every model is a local directory; without this a typing error becomes minutes of retries against a hub.
         "HF_HUB_OFFLINE": "1",
+        # vLLM's extension tells every rank at its import how it binds memory to the NUMA node.
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if not _has_gpu():
         # Ranks, engine and verifiers share the cores: two processes of two threads on two cores are ten times slower than of one.

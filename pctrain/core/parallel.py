@@ -55,6 +55,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def launcher() -> str:
+    """How a command of pctrain is started on as many ranks as this job has, for "next command" lines."""
+    if world_size() == 1:
+        return "pctrain"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    where = "--standalone" if local == world_size() else f"--nnodes {world_size() // local}"
+    return f"torchrun {where} --nproc-per-node {local} -m pctrain"
+
+
 def data_parallel() -> tuple[int, int]:
     """(rank, size) in the data parallel group."""
     from megatron.core import parallel_state

@@ -109,4 +109,4 @@ def _finish(config: Config, run: RunFolder) -> None:
     if scores:
         summary["last score (%)"] = scores[max(scores)]
     checkpoint = run.checkpoint_path(config.sft.steps)
-    run.finish(summary, f"pctrain rl --config {run.path / 'config.yaml'} --model.checkpoint={checkpoint} --run.dir=runs/rl")
+    run.finish(summary, f"{parallel.launcher()} rl --config {run.path / 'config.yaml'} --model.checkpoint={checkpoint} --run.dir={run.path}-rl")

@@ -108,5 +108,5 @@ def _finish(config: Config, run: RunFolder) -> None:
         summary |= {"lowest validation loss": f"{losses[best]:.4f} at step {best}", "last validation loss": losses[max(losses)]}
     if scores:
         summary["last score (%)"] = scores[max(scores)]
-    checkpoint = run.checkpoint_path(config.sft.steps)
-    run.finish(summary, f"{parallel.launcher()} rl --config {run.path / 'config.yaml'} --model.checkpoint={checkpoint} --run.dir={run.path}-rl")
+    start = f"--config {run.path / 'config.yaml'} --model.checkpoint={run.checkpoint_path(config.sft.steps)}"
+    run.finish(summary, f"{parallel.launcher()} rl {start} --run.dir={run.path}-rl")

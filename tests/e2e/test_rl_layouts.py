@@ -33,6 +33,16 @@ def test_a_single_process_learns_from_mixed_rewards(single):
     assert [line["step"] for line in single if line["kind"] == "eval"] == [0, 2, 4]
 
 
+def test_several_updates_a_step(ranks, sft_run, tmp_path):
+    lines = run(ranks, sft_run, tmp_path / "run", 1, "--rl.updates=2", "--rl.algorithm=grpo", "--rl.steps=2")
+    train = [line for line in lines if line["kind"] == "train"]
+    for line in train:
+        # The first of the two updates has ratio 1 to fp32's rounding (another forward pass), the second has moved.
+        assert 1e-6 < abs(line["ratio"] - 1) < 0.2
+    assert "logprob" in {entry["phase"] for entry in tiny.ledger(tmp_path / "run")}
+    assert train[0]["kept_prompts"] == 8 and train[0]["rounds"] == 1
+
+
 @pytest.mark.parametrize("layout", [
     pytest.param(["--parallel.tensor=2", "--rollout.tensor=2"], id="TP2, one engine over both ranks"),
     pytest.param(["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2, an engine a rank"),

@@ -72,9 +72,13 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
     temporary = parallel.from_rank_zero(lambda: run.begin_checkpoint(step))
     about = {"layout": {"world": parallel.world_size(), **run.config.parallel.model_dump(exclude={"timeout"})},
              "ledger": state["ledger"], "versions": {name: version(name) for name in ("megatron-core", "torch")}}
-    if run.writes:
-        (temporary / "state.json").write_text(json.dumps(state))
-    core.save(temporary, done=lambda: parallel.from_rank_zero(lambda: run.commit_checkpoint(temporary, step, about)))
+    text = json.dumps(state)
+
+    def commit() -> None:
+        (temporary / "state.json").write_text(text)
+        run.commit_checkpoint(temporary, step, about)
+
+    core.save(temporary, done=lambda: parallel.from_rank_zero(commit))
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -114,8 +114,8 @@ def test_a_checkpoint_is_never_overwritten(config):
 ALL = [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("keep_last, keep_every, left", [(None, None, ALL), (None, 3, ALL), (1, None, [6]), (2, None, [5, 6]), (1, 3, [3, 6]),
-                                                         (2, 2, [2, 4, 5, 6]), (9, None, ALL)])
+@pytest.mark.parametrize("keep_last, keep_every, left", [(None, None, ALL), (None, 3, ALL), (1, None, [6]), (2, None, [5, 6]),
+                                                         (1, 3, [3, 6]), (2, 2, [2, 4, 5, 6]), (9, None, ALL)])
 def test_retention(config, keep_last, keep_every, left):
     config.run.keep_last, config.run.keep_every = keep_last, keep_every
     with RunFolder.open(config, "sft", []) as run:

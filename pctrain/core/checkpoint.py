@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
 from pctrain.checkpoints import note_digests
@@ -29,10 +34,12 @@ class Saver:
     def __init__(self, background: bool) -> None:
         self._background = background
         self._queue = AsyncCallsQueue()
+        self._results: SyncManager | None = None
 
     def save(self, directory: Path, model, optimizer, scheduler, done: Callable[[], None]) -> None:
         """Writes into `directory`, which must exist and hold no checkpoint; `done` is called on every rank when every rank has written."""
         self.poll(wait=True)
+        self._serve_results()
         state = _sharded_state(model, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict()
         state["rng"] = torch.get_rng_state()
@@ -47,6 +54,20 @@ class Saver:
     def poll(self, *, wait: bool) -> None:
         """Calls `done` of the save whose writing has ended on all ranks; `wait`: waits for that. No save under way: nothing, no message."""
         self._queue.maybe_finalize_async_calls(blocking=wait)
+
+
+    def _serve_results(self) -> None:
+        """megatron-core's writers report through a manager process, which would outlive a killed run: give it one that dies too."""
+        if filesystem_async._results_queue is None:
+            self._results = SyncManager(ctx=get_context("spawn"))  # forked, it would keep a copy of every page that training changes
+            self._results.start(initializer=_die_with, initargs=(os.getpid(),))
+            filesystem_async._results_queue = self._results.Queue()
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, **kwargs) -> None:
@@ -125,8 +146,8 @@ def _refuse_foreign_objects(metadata: Path) -> None:
 
 
 def _foreign(path: Path, what: str) -> UserError:
-    return UserError(f"{path} holds an object that no checkpoint holds ({what}): it was altered, and is not loaded; take it from its source "
-                     "again, or name another checkpoint")
+    return UserError(f"{path} holds an object that no checkpoint holds ({what}): it was altered, and is not loaded; "
+                     "take it from its source again, or name another checkpoint")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pctrain.durable import fsync
+from pctrain.durable import fsync, write_beside
 from pctrain.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -95,9 +95,16 @@ def size_fault(path: Path) -> str | None:
 def content_faults(path: Path, names: Iterable[str]) -> list[str | None]:
     """For each of the named files: what is wrong with its bytes, or None. Reads them whole; their sizes are right already."""
     path, names, files = Path(path), list(names), read_manifest(path)["files"]
-    digests = sha256([path / name for name in names])
-    return [None if digest == files[name]["sha256"] else f"{path / name} was altered: its sha256 is {digest[:12]}…, expected "
-            f"{files[name]['sha256'][:12]}…" for name, digest in zip(names, digests, strict=True)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(lambda name: _content_fault(path / name, files[name]["sha256"]), names))
+
+
+def _content_fault(file: Path, expected: str) -> str | None:
+    try:
+        digest = _sha256(file)
+    except OSError as error:
+        return f"{file} cannot be read ({error.strerror})"
+    return None if digest == expected else f"{file} was altered: its sha256 is {digest[:12]}…, expected {expected[:12]}…"
 
 
 def checkpoint_fault(path: Path) -> str | None:
@@ -152,7 +159,7 @@ def begin(final: Path) -> Path:
 def note_digests(temporary: Path, files: list[Path], writer: int) -> None:
     """Hash files of a checkpoint that is being written and leave the digests beside them, for `commit`. Any process may call it."""
     digests = {file.relative_to(temporary).as_posix(): digest for file, digest in zip(files, sha256(files), strict=True)}
-    (temporary / f"{writer}{_DIGESTS}").write_text(json.dumps(digests))
+    write_beside(temporary / f"{writer}{_DIGESTS}", json.dumps(digests))
 
 
 def commit(temporary: Path, final: Path, about: Mapping[str, Any]) -> None:

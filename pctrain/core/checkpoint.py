@@ -7,7 +7,7 @@ import os
 import pickle
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.managers import SyncManager
@@ -34,12 +34,11 @@ class Saver:
     def __init__(self, background: bool) -> None:
         self._background = background
         self._queue = AsyncCallsQueue()
-        self._results: SyncManager | None = None
 
     def save(self, directory: Path, model, optimizer, scheduler, done: Callable[[], None]) -> None:
         """Writes into `directory`, which must exist and hold no checkpoint; `done` is called on every rank when every rank has written."""
         self.poll(wait=True)
-        self._serve_results()
+        _serve_results()
         state = _sharded_state(model, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict()
         state["rng"] = torch.get_rng_state()
@@ -56,12 +55,12 @@ class Saver:
         self._queue.maybe_finalize_async_calls(blocking=wait)
 
 
-    def _serve_results(self) -> None:
-        """megatron-core's writers report through a manager process, which would outlive a killed run: give it one that dies too."""
-        if filesystem_async._results_queue is None:
-            self._results = SyncManager(ctx=get_context("spawn"))  # forked, it would keep a copy of every page that training changes
-            self._results.start(initializer=_die_with, initargs=(os.getpid(),))
-            filesystem_async._results_queue = self._results.Queue()
+def _serve_results() -> None:
+    """megatron-core's writers report through a manager process, which would outlive a killed run: give it one that dies too."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))  # forked, it would keep a copy of every page that training changes
+        manager.start(initializer=_die_with, initargs=(os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()  # holds on to the manager
 
 
 def _die_with(parent: int) -> None:
@@ -74,7 +73,8 @@ def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, *
     """What a writing process does: megatron-core's part, then the checksums while the bytes are still in the page cache."""
     if write is not None:  # None: nothing of the checkpoint is this rank's to write
         write(*args, **kwargs)
-    note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
+    with suppress(OSError):  # a failed write is told by the writer; what has no checksum gets it at the commit
+        note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
 
 
 def load(directory: Path, model, optimizer=None, scheduler=None) -> None:

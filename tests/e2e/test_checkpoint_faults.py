@@ -89,14 +89,18 @@ def assert_same_run(ours, theirs):
 
 
 def fault_test(forked, folder, whole, steps, moments, seed):
+    """Returns how many of the kills hit the writing of a checkpoint."""
     chance = random.Random(seed)
+    torn = 0
     log = folder.with_suffix(".log")
     for number in range(moments):
         run = forked.start(options(folder, steps), log)
         kill_somewhere(run, folder, whole, chance, ("next save", "first save", "start")[number % 3])
+        torn += bool(list(folder.glob("checkpoints/*.tmp")))
     assert forked.start(options(folder, steps), log).wait(120) == 0, log.read_text()[-3000:]
     assert not list(folder.rglob("*.tmp"))
     assert_same_run(folder, whole.folder)
+    return torn
 
 
 @pytest.mark.timeout(240)
@@ -108,7 +112,7 @@ def test_three_kills(forked, whole, tmp_path):
 @pytest.mark.timeout(900)
 def test_twenty_kills(forked, tmp_path):
     whole = uninterrupted(forked, tmp_path / "whole", steps=80)
-    fault_test(forked, tmp_path / "run", whole, steps=80, moments=20, seed=1)
+    assert 0 < fault_test(forked, tmp_path / "run", whole, steps=80, moments=20, seed=1) < 20
 
 
 @pytest.fixture

@@ -22,6 +22,9 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs/default"), description="run folder: everything this run writes goes below it")
     seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
     tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
+    keep_last: int | None = Field(
+        None, ge=1, description="checkpoints to keep, the newest ones; default all. `pctrain run` keeps all of SFT's: RL starts from them")
+    keep_every: int | None = Field(None, ge=1, description="with run.keep_last: also keep the steps that are multiples of this")
 
 
 class ArchitectureConfig(Section):

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
+from pctrain import checkpoints
 from pctrain.ceiling.ledger import Ledger
+from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, parallel
-from pctrain.runfolder import Kind, RunFolder, checkpoint_step
+from pctrain.errors import UserError
+from pctrain.runfolder import Kind, RunFolder
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path]) -> RunFolder:
@@ -20,6 +24,7 @@ def open_run(config: Config, kind: Kind, data_files: Iterable[Path]) -> RunFolde
     model = config.model
     inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
     if model.checkpoint is not None:
+        verify(model.checkpoint, checkpoints.damaged_start)
         inputs += [model.checkpoint / "manifest.json", model.checkpoint / "state.json"]
     return parallel.agree(lambda: RunFolder.open(config, kind, inputs, rank=parallel.rank()))
 
@@ -36,6 +41,8 @@ def finished(run: RunFolder) -> bool:
 def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
     """(step, state) of the newest checkpoint, loaded into `core`; (0, {}) where there is none. What lies beyond it is cut."""
     newest = parallel.from_rank_zero(run.latest_checkpoint)
+    if newest is not None:
+        verify(newest, checkpoints.damaged)
     step = checkpoint_step(newest) if newest else 0
     parallel.agree(lambda: run.rewind(step if newest else None))
     if newest is None:
@@ -45,16 +52,33 @@ def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
     return step, json.loads((newest / "state.json").read_text())
 
 
-def save(run: RunFolder, step: int, core: Core, state: dict) -> Path:
-    """Collective. `state`: plain JSON values. Everything of this step has been recorded before."""
-    temporary = run.begin_checkpoint(step)
-    parallel.barrier()
-    core.save(temporary)
-    if run.writes:
-        (temporary / "state.json").write_text(json.dumps(state))
-    parallel.barrier()
-    path = parallel.from_rank_zero(lambda: run.commit_checkpoint(temporary, step))
-    return path
+def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
+    """Collective: reads every byte of a checkpoint, each rank its share; where a file is not as it was written, all raise `error`."""
+    fault = parallel.from_rank_zero(lambda: checkpoints.size_fault(path))
+    if fault is None:
+        names = sorted(parallel.from_rank_zero(lambda: checkpoints.read_manifest(path)["files"]))
+        faults = parallel.map_over_ranks(lambda share: checkpoints.content_faults(path, share), names)
+        fault = next(filter(None, faults), None)
+    if fault is not None:
+        raise parallel.from_rank_zero(lambda: error(path, fault))
+
+
+def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
+    """Collective. `state`: plain JSON values. Everything of this step has been recorded before.
+
+    On a GPU the checkpoint is complete only after a later `core.poll_save`.
+    """
+    core.poll_save(wait=True)  # one at a time, in order: the newest complete checkpoint is always the last one begun, or the one before
+    temporary = parallel.from_rank_zero(lambda: run.begin_checkpoint(step))
+    about = {"layout": {"world": parallel.world_size(), **run.config.parallel.model_dump(exclude={"timeout"})},
+             "ledger": state["ledger"], "versions": {name: version(name) for name in ("megatron-core", "torch")}}
+    text = json.dumps(state)
+
+    def commit() -> None:
+        (temporary / "state.json").write_text(text)
+        run.commit_checkpoint(temporary, step, about)
+
+    core.save(temporary, done=lambda: parallel.from_rank_zero(commit))
 
 
 def due(step: int, every: int, last: int) -> bool:

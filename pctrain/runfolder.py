@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -25,6 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
+from pctrain import checkpoints
 from pctrain.config import Config
 from pctrain.config_load import dump
 from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
@@ -36,13 +36,13 @@ Kind = Literal["sft", "rl"]
 
 # What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
 # is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {"run.dir", "run.tensorboard", "parallel", "reward", "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
+FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.keep_last", "run.keep_every", "parallel", "reward",
+                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
                   "data.train", "data.validation", "data.test", "data.rl", "model.path", "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 _BEFORE_OPEN = {"data", "model", "start.json", ".lock", "config.yaml.tmp"}
 HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
-_CHECKPOINT = re.compile(r"^step-(\d+)$")
 
 
 class RunFolder:
@@ -53,6 +53,7 @@ class RunFolder:
         self.config = config
         self.kind: Kind = kind
         self.writes = writes
+        self._fingerprints: dict[str, str] = {}  # of the data files; rank 0 has them
         self._appenders: dict[str, int] = {}  # file name -> descriptor opened with O_APPEND
         self._tensorboard: Any = None
         self._purge_step: int | None = None
@@ -72,7 +73,7 @@ class RunFolder:
         if not run.writes:
             return run
         _refuse_foreign_folder(path)
-        fingerprints = {str(file): fingerprint(file) for file in data_files}
+        run._fingerprints = fingerprints = {str(file): fingerprint(file) for file in data_files}
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -122,7 +123,7 @@ class RunFolder:
     def _sweep(self) -> None:
         """Remove what a killed process left half done: temporary files and folders, and torn last lines."""
         for leftover in [*self.path.glob("*.tmp"), *self.path.glob("checkpoints/*.tmp"), *self.path.glob("rollouts/*.tmp")]:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            checkpoints.remove_folder(leftover) if leftover.is_dir() else leftover.unlink()
         for name in ("metrics.jsonl", "ledger.jsonl", "train.log"):
             cut_torn_line(self.path / name)
 
@@ -201,56 +202,33 @@ class RunFolder:
         return self.path / "checkpoints" / f"step-{step}"
 
     def begin_checkpoint(self, step: int) -> Path:
-        """The empty folder `step-N.tmp` to write a checkpoint into. Rank 0 makes it; a barrier belongs before others write there."""
-        temporary = self.checkpoint_path(step).with_name(f"step-{step}.tmp")
-        if self.writes:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        return temporary
+        """A new empty folder to write a checkpoint into. For rank 0 alone; the others are told its name."""
+        return checkpoints.begin(self.checkpoint_path(step))
 
-    def commit_checkpoint(self, tmp_dir: Path, step: int) -> Path:
-        """Write manifest.json, bring everything to the disk and give the folder its final name, in this order.
+    def commit_checkpoint(self, tmp_dir: Path, step: int, about: Mapping[str, Any]) -> Path:
+        """Complete the checkpoint and give it its final name, then delete what `run.keep_last` and `run.keep_every` do not keep.
 
-        Call it after a barrier: every rank has finished writing. A kill at any moment leaves the old state or the new one.
+        For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json with the hash of the
+        config and the fingerprints of the data. A kill at any moment leaves the old state or the new one.
         """
-        final = self.checkpoint_path(step)
-        if not self.writes:
-            return final
-        if final.exists():
-            raise FileExistsError(f"{final} exists already: a checkpoint is never overwritten")
-        tmp_dir = Path(tmp_dir)
-        files = sorted(path for path in tmp_dir.rglob("*") if path.is_file())
-        sizes = {path.relative_to(tmp_dir).as_posix(): path.stat().st_size for path in files}
-        manifest = tmp_dir / "manifest.json"
-        manifest.write_text(json.dumps({"step": step, "files": sizes}, indent=1) + "\n")
         if self._tensorboard is not None:
             self._tensorboard.flush()
         for name in self._appenders:  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
             fsync(self.path / name)
-        for path in [*files, manifest, *(path for path in tmp_dir.rglob("*") if path.is_dir()), tmp_dir]:
-            fsync(path)
-        os.rename(tmp_dir, final)
-        fsync(final.parent)
+        final = self.checkpoint_path(step)
+        run = {"kind": self.kind, "config_sha256": config_hash(self.config), "fingerprints": self._fingerprints}
+        checkpoints.commit(Path(tmp_dir), final, {**run, **about})
+        keep = self.config.run
+        if dropped := checkpoints.retire(self.path, keep.keep_last, keep.keep_every):
+            self.log(f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): steps {dropped}")
         return final
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint, proven complete against its manifest; None where there is none.
+        """The newest checkpoint, its files all there with their sizes; None where there is none. A UserError names what is wrong.
 
-        UserError where the newest has a missing or truncated file: it names the file and the newest complete checkpoint to go
-        on from. It is not skipped in silence, because a step lost without notice is worse than a stop.
+        `resume` proves the contents before it loads: that reads every byte, and is shared out over the ranks.
         """
-        found = list_checkpoints(self.path)
-        if not found:
-            return None
-        newest = found[-1]
-        fault = checkpoint_fault(newest)
-        if fault is None:
-            return newest
-        whole = next((path for path in reversed(found[:-1]) if checkpoint_fault(path) is None), None)
-        spoilt = found[found.index(whole) + 1:] if whole else found
-        names = " and ".join(path.name for path in spoilt)
-        advice = f"delete {names} to go on from {whole.name}" if whole else f"delete {names} to begin this run anew"
-        raise UserError(f"checkpoint {newest}: {fault}; {advice}, or put the file back")
+        return checkpoints.newest(self.path)
 
     def rewind(self, step: int | None) -> None:
         """Cut metrics.jsonl, ledger.jsonl, train.log and rollouts/ back to `step` (None: to nothing), and TensorBoard's curves too."""
@@ -314,38 +292,6 @@ def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in lines if line["kind"] == kind and line.get(key) is not None}
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run folder under their final names, by step; not yet proven complete."""
-    found = [path for path in Path(folder).glob("checkpoints/step-*") if path.is_dir() and _CHECKPOINT.match(path.name)]
-    return sorted(found, key=checkpoint_step)
-
-
-def checkpoint_step(path: Path) -> int:
-    """12 of …/checkpoints/step-12."""
-    match = _CHECKPOINT.match(Path(path).name)
-    if match is None:
-        raise UserError(f"{path}: expected a checkpoint folder named step-N")
-    return int(match[1])
-
-
-def checkpoint_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, in words that name the file; None where every file of its manifest has its size."""
-    manifest = Path(path) / "manifest.json"
-    if not manifest.exists():
-        return f"{manifest} is missing"
-    try:
-        files = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        return f"{manifest} is not a manifest"
-    for name, size in files.items():
-        file = Path(path) / name
-        if not file.is_file():
-            return f"{file} is missing"
-        if file.stat().st_size != size:
-            return f"{file} has {file.stat().st_size} bytes, expected {size}"
-    return None
-
-
 def fingerprint(file: Path) -> str:
     """sha256 of a file's bytes, in hex. UserError where it cannot be read."""
     try:
@@ -400,6 +346,12 @@ def _read_config_file(file: Path) -> dict[str, Any]:
 
 def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> str:
     return yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": fingerprints}, allow_unicode=True)
+
+
+def config_hash(config: Config) -> str:
+    """sha256 of the resolved config without the keys that may change on resume: the same for all checkpoints of a run."""
+    bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not {key, key.split(".")[0]} & FREE_ON_RESUME}
+    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

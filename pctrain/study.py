@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pctrain.ceiling import regimes, report
+from pctrain.checkpoints import checkpoint_step, list_checkpoints
 from pctrain.config import Config
 from pctrain.core import parallel
 from pctrain.data.prepare import prepare
@@ -12,7 +13,7 @@ from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import make_console
 from pctrain.rl import loop as rl
-from pctrain.runfolder import checkpoint_step, list_checkpoints, read_values
+from pctrain.runfolder import read_values
 from pctrain.sft import loop as sft
 
 
@@ -22,7 +23,9 @@ def main(config: Config) -> None:
     root = Path(config.run.dir)
     config = parallel.from_rank_zero(lambda: prepare(config, root))
     with Scorer(config) as scorer:
-        sft.train(_stage(config, root / "sft"), scorer)
+        sft_stage = _stage(config, root / "sft")
+        sft_stage.run.keep_last = None  # RL starts from any of its checkpoints
+        sft.train(sft_stage, scorer)
         starts = parallel.from_rank_zero(lambda: choose_starts(config, root / "sft"))
         for role, step in starts.items():
             stage = _stage(config, root / f"rl-step-{step}")

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from hypothesis import strategies as st
 
 from pctrain.config import Config
 from pctrain.errors import UserError
-from pctrain.runfolder import RunFolder, checkpoint_fault, checkpoint_step, list_checkpoints, read_config
+from pctrain.runfolder import RunFolder, read_config
 
 
 @pytest.fixture
@@ -35,14 +34,6 @@ def config(tmp_path):
 
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-def add_checkpoint(run, step, files=("weights.bin", "inner/state.json")):
-    folder = run.begin_checkpoint(step)
-    for name in files:
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text(f"content of {step}")
-    return run.commit_checkpoint(folder, step)
 
 
 def tree(folder):
@@ -229,92 +220,6 @@ def test_tensorboard_shows_the_curve_of_the_resumed_run(config):
         run.record(3, "train", {"loss": 30.0})
     events = EventAccumulator(str(config.run.dir)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-
-
-# ---- checkpoints ----
-
-
-def test_the_newest_complete_checkpoint_is_found_by_number(config):
-    with RunFolder.open(config, "sft", []) as run:
-        for step in (50, 100, 9):
-            add_checkpoint(run, step)
-        assert run.latest_checkpoint() == run.checkpoint_path(100)
-        assert [checkpoint_step(path) for path in list_checkpoints(run.path)] == [9, 50, 100]
-        manifest = json.loads((run.checkpoint_path(50) / "manifest.json").read_text())
-    assert manifest == {"step": 50, "files": {"inner/state.json": 13, "weights.bin": 13}}
-
-
-def damage(path, how):
-    file = path / "weights.bin"
-    if how == "missing":
-        file.unlink()
-    elif how == "truncated":
-        os.truncate(file, 4)
-    else:
-        (path / "manifest.json").unlink()
-
-
-@pytest.mark.parametrize("how, said", [("missing", "weights.bin is missing"), ("truncated", "weights.bin has 4 bytes, expected 14"),
-                                       ("manifest", "manifest.json is missing")])
-def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, said):
-    with RunFolder.open(config, "sft", []) as run:
-        for step in (100, 150, 200):
-            add_checkpoint(run, step)
-        damage(run.checkpoint_path(200), how)
-        with pytest.raises(UserError, match=said) as error:
-            run.latest_checkpoint()
-        assert "delete step-200 to go on from step-150" in str(error.value)
-        damage(run.checkpoint_path(150), how)
-        with pytest.raises(UserError, match="delete step-150 and step-200 to go on from step-100"):
-            run.latest_checkpoint()
-        for step in (150, 200):
-            shutil.rmtree(run.checkpoint_path(step))
-        assert run.latest_checkpoint() == run.checkpoint_path(100)
-        damage(run.checkpoint_path(100), how)
-        with pytest.raises(UserError, match="delete step-100 to begin this run anew"):
-            run.latest_checkpoint()
-
-
-def test_a_checkpoint_is_never_overwritten(config):
-    with RunFolder.open(config, "sft", []) as run:
-        add_checkpoint(run, 1)
-        with pytest.raises(FileExistsError):
-            add_checkpoint(run, 1)
-
-
-KILLED = """
-import sys
-from pctrain.config import Config
-from pctrain.runfolder import RunFolder
-run = RunFolder.open(Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False}}), "sft", [])
-print("open", flush=True)
-step = 0
-while True:
-    step += 1
-    run.record(step, "train", {"loss": 1.0, "long": "x" * 20000})
-    folder = run.begin_checkpoint(step)
-    for name in range(5):
-        (folder / str(name)).write_bytes(b"y" * 30000)
-    run.commit_checkpoint(folder, step)
-"""
-
-
-@pytest.mark.parametrize("seconds", [0.05, 0.11, 0.17])
-def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, seconds):
-    worker = subprocess.Popen([sys.executable, "-c", KILLED, str(config.run.dir)], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-    assert worker.stdout.readline() == "open\n"
-    time.sleep(seconds)
-    worker.kill()
-    worker.wait()
-    with RunFolder.open(config, "sft", []) as run:
-        assert not list(run.path.rglob("*.tmp"))
-        newest = run.latest_checkpoint()
-        assert all(checkpoint_fault(path) is None for path in list_checkpoints(run.path))
-        last = checkpoint_step(newest) if newest else 0
-        run.rewind(last)
-    metrics = config.run.dir / "metrics.jsonl"
-    assert [line["step"] for line in (lines(metrics) if metrics.exists() else [])] == list(range(1, last + 1))
 
 
 # ---- resuming ----

@@ -2,21 +2,79 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import pickle
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from pctrain.checkpoints import note_digests
 from pctrain.core import optimizer as optim
 from pctrain.errors import UserError
 
 
-def save(directory: Path, model, optimizer, scheduler) -> None:
-    """Collective. Writes into `directory`, which must exist and be empty; completing and naming it is the run folder's part."""
-    state = _sharded_state(model, optimizer, is_loading=False)
-    state["scheduler"] = scheduler.state_dict()
-    state["rng"] = torch.get_rng_state()
-    dist_checkpointing.save(state, str(directory), validate_access_integrity=False)
+class Saver:
+    """Writes checkpoints, one at a time; in the background or not, by the same steps.
+
+    In the background a forked process per rank writes what the tensors held when `save` was called (copied to the host before, where
+    they are on a GPU), while training goes on. All methods are collective.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._background = background
+        self._queue = AsyncCallsQueue()
+
+    def save(self, directory: Path, model, optimizer, scheduler, done: Callable[[], None]) -> None:
+        """Writes into `directory`, which must exist and hold no checkpoint; `done` is called on every rank when every rank has written."""
+        self.poll(wait=True)
+        _serve_results()
+        state = _sharded_state(model, optimizer, is_loading=False)
+        state["scheduler"] = scheduler.state_dict()
+        state["rng"] = torch.get_rng_state()
+        request = dist_checkpointing.save(state, str(directory), validate_access_integrity=False, async_sharded_save=True)
+        request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank()))
+        request.add_finalize_fn(done)
+        if self._background:
+            self._queue.schedule_async_request(request)
+        else:
+            request.execute_sync()
+
+    def poll(self, *, wait: bool) -> None:
+        """Calls `done` of the save whose writing has ended on all ranks; `wait`: waits for that. No save under way: nothing, no message."""
+        self._queue.maybe_finalize_async_calls(blocking=wait)
+
+
+def _serve_results() -> None:
+    """megatron-core's writers report through a manager process, which would outlive a killed run: give it one that dies too."""
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=get_context("spawn"))  # forked, it would keep a copy of every page that training changes
+        manager.start(initializer=_die_with, initargs=(os.getpid(),))
+        filesystem_async._results_queue = manager.Queue()  # holds on to the manager
+
+
+def _die_with(parent: int) -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, **kwargs) -> None:
+    """What a writing process does: megatron-core's part, then the checksums while the bytes are still in the page cache."""
+    if write is not None:  # None: nothing of the checkpoint is this rank's to write
+        write(*args, **kwargs)
+    with suppress(OSError):  # a failed write is told by the writer; what has no checksum gets it at the commit
+        note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
 
 
 def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
@@ -27,7 +85,13 @@ def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
         raise UserError(f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N")
     if optimizer is not None:
         optim.prime(optimizer)
-    loaded = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(directory))
+    _refuse_foreign_objects(Path(directory) / ".metadata")
+    state = _sharded_state(model, optimizer, is_loading=True)
+    try:
+        with _only_weights():
+            loaded = dist_checkpointing.load(state, str(directory))
+    except pickle.UnpicklingError as error:
+        raise _foreign(Path(directory), str(error)) from None
     model.module.load_state_dict(loaded["model"])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
@@ -45,3 +109,54 @@ def _sharded_state(model, optimizer, is_loading: bool) -> dict:
     if optimizer is not None:
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
     return state
+
+
+# ---- what a checkpoint may hold -----------------------------------------------------------------------------------------
+
+
+_DCP = "torch.distributed.checkpoint."
+_METADATA_CLASSES = {
+    _DCP + "metadata": {"Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "BytesStorageMetadata",
+                        "ChunkStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING"},
+    _DCP + "planner": {"SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"},
+    _DCP + "filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch": {"Size", *(str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+}  # fmt: skip
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows what torch.distributed.checkpoint and megatron-core write into `.metadata`, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if name not in _METADATA_CLASSES.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _refuse_foreign_objects(metadata: Path) -> None:
+    """torch reads `.metadata` by plain pickle, which runs whatever it names. Read it once with an allow-list before."""
+    try:
+        with open(metadata, "rb") as stream:
+            _MetadataUnpickler(stream).load()
+    except FileNotFoundError:
+        raise UserError(f"{metadata} is missing: this is no whole checkpoint; name another one") from None
+    except pickle.UnpicklingError as error:
+        raise _foreign(metadata, str(error)) from None
+
+
+def _foreign(path: Path, what: str) -> UserError:
+    return UserError(f"{path} holds an object that no checkpoint holds ({what}): it was altered, and is not loaded; "
+                     "take it from its source again, or name another checkpoint")
+
+
+@contextmanager
+def _only_weights() -> Iterator[None]:
+    """Inside, torch.load reads tensors and plain values alone (weights_only), also where a library asks it for more."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name) if before is None else os.environ.update({name: before})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from pctrain.core import checkpoint, layers, model, optimizer, parallel, step, w
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import PackedBatch, pack_rows
 from pctrain.data.rows import Row
+from pctrain.device import on_gpu
 from pctrain.errors import UserError
 
 
@@ -49,6 +50,7 @@ class Core:
         else:
             weights.load_hf(self.model.module, self.hf, config.path, self._te)
         self._head = step.Head(self.hf, par.sequence_parallel)
+        self.saver = checkpoint.Saver(background=on_gpu())
         self._optimizer = self._scheduler = None
         if optimizer_config is not None:
             dtype = model.DTYPES[config.dtype]
@@ -107,8 +109,16 @@ class Core:
         weights.save_hf(self.hf_weights(), self.hf, self._source, folder, writes=parallel.rank() == 0)
         parallel.barrier()
 
-    def save(self, directory: Path) -> None:
-        checkpoint.save(directory, self.model, self._optimizer, self._scheduler)
+    def save(self, directory: Path, done: Callable[[], None] = lambda: None) -> None:
+        """Writes into an empty folder what `load` reads; `done` (collective) is called when all of it lies there.
+
+        On a GPU the writing goes on in the background, and `done` comes out of a later `poll_save`.
+        """
+        self.saver.save(directory, self.model, self._optimizer, self._scheduler, done)
+
+    def poll_save(self, *, wait: bool = False) -> None:
+        """Completes a save whose writing has ended; `wait`: waits for the end. Does nothing where none is under way."""
+        self.saver.poll(wait=wait)
 
     def load(self, directory: Path) -> None:
         """Weights, optimizer, schedule and RNG of a checkpoint made at any layout."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.ceiling.ledger import Ledger
+from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
 from pctrain.core.model import HFConfig
@@ -21,7 +22,7 @@ from pctrain.progress import progress
 from pctrain.resume import due, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, batch
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
-from pctrain.runfolder import HF_FOLDER, RunFolder, checkpoint_step, read_values
+from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 
 
 def main(config: Config) -> None:
@@ -83,7 +84,9 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
                 record_ledger(run, ledger)
                 if due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {"step": step, "ledger": ledger.state_dict(), "prompts": prompts.state_dict()})
+                core.poll_save()
                 bar.advance(reward=values["reward"])
+        core.poll_save(wait=True)
         core.export(run.path / HF_FOLDER)
         _finish(config, run)
 

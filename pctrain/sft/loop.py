@@ -78,7 +78,9 @@ def train(config: Config, scorer: Scorer) -> None:
                 record_ledger(run, ledger)
                 if due(step, sft.checkpoint_every, sft.steps):
                     save(run, step, core, {"step": step, "ledger": ledger.state_dict()})
+                core.poll_save()
                 bar.advance(loss=update.loss)
+        core.poll_save(wait=True)
         core.export(run.path / HF_FOLDER)
         _finish(config, run)
 

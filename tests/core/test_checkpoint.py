@@ -69,3 +69,73 @@ def test_a_folder_that_is_no_checkpoint_is_refused(ranks, hf_dirs, tmp_path):
 
     with pytest.raises(RanksFailed, match="not a pctrain checkpoint"):
         ranks.run(_weights_from, hf_dirs[True], tmp_path, world=1)
+
+
+def _save_in_the_background(directory, folder):
+    """What a GPU does, on the CPU: training goes on while the checkpoint is written."""
+    from pctrain.core import checkpoint, parallel
+
+    model = small.core(directory, {})
+    model.saver = checkpoint.Saver(background=True)
+    events = []
+    for i in range(BEFORE):
+        small.step(model, i)
+    for number in (1, 2):
+        if parallel.rank() == 0:
+            folder.with_name(f"save-{number}").mkdir()
+        parallel.barrier()
+    model.save(folder.with_name("save-1"), done=lambda: events.append("save-1"))
+    assert events == [], "done before anybody looked"
+    after = _go_on(model)  # changes the tensors in place while they are being written
+    model.save(folder.with_name("save-2"), done=lambda: events.append("save-2"))
+    assert events == ["save-1"], "the next save begins when the one before is complete"
+    model.poll_save(wait=True)
+    assert events == ["save-1", "save-2"]
+    model.poll_save(wait=True)
+    assert events == ["save-1", "save-2"]
+    return after
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save_in_the_background_holds_the_moment_of_the_save(ranks, hf_dirs, tmp_path, world):
+    uninterrupted = ranks.run(_save_in_the_background, hf_dirs[True], tmp_path / "save-1", world=world)[0]
+    resumed = ranks.run(_load_and_go_on, hf_dirs[True], {}, tmp_path / "save-1", world=world)[0]
+    assert resumed[:3] == uninterrupted[:3]
+    assert all(np.array_equal(resumed[3][name], uninterrupted[3][name]) for name in resumed[3])
+
+
+def _load_foreign(directory, folder, part):
+    """A checkpoint in which `part` is a pickle that runs a command."""
+    import pickle
+
+    import torch
+
+    from pctrain.errors import UserError
+
+    model = small.core(directory, {})
+    small.step(model, 0)
+    folder.mkdir()
+    model.save(folder)
+    marker = folder / "it-ran"
+
+    class Runs:
+        def __reduce__(self):
+            import os
+
+            return os.mkdir, (str(marker),)
+
+    if part == "common.pt":
+        torch.save({"model": Runs()}, folder / part)
+    else:
+        (folder / part).write_bytes(pickle.dumps(Runs()))
+    try:
+        model.load(folder)
+    except UserError as error:
+        return str(error), marker.exists()
+    return "loaded", marker.exists()
+
+
+@pytest.mark.parametrize("part", ["common.pt", ".metadata"])
+def test_a_checkpoint_cannot_run_a_command(ranks, hf_dirs, tmp_path, part):
+    [(message, ran)] = ranks.run(_load_foreign, hf_dirs[True], tmp_path / "step-1", part, world=1)
+    assert "mkdir" in message and not ran

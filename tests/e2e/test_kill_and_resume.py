@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(folder):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
-    command = [sys.executable, "-m", "pctrain", "run", *tiny.OPTIONS, f"--run.dir={folder}", "--study.starts=[stable]"]
+    command = [sys.executable, "-m", "pctrain", "run", *tiny.OPTIONS, f"--run.dir={folder}", "--study.starts=[stable]", "--run.keep_last=1"]
     with open(folder.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -60,6 +60,8 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
             for part in theirs.glob("*.distcp"):
                 assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
         assert (killed / run / "hf" / "model.safetensors").read_bytes() == (whole / run / "hf" / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in (whole / "sft" / "checkpoints").iterdir()) == [f"step-{n}" for n in (100, 120, 20, 40, 60, 80)]
+    assert [path.name for path in (whole / rl / "checkpoints").iterdir()] == ["step-4"]
     for rollouts in (whole / rl / "rollouts").iterdir():
         assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
     assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed

@@ -1,0 +1,104 @@
+"""`pctrain` commands in processes of their own that start at once: forks of one process that has imported everything.
+
+    with Forked() as forked:
+        run = forked.start(["sft", "--run.dir=..."], log)
+        run.kill()                                        # SIGKILL
+        assert forked.start(...).wait(60) == 0
+
+Importing torch and megatron-core costs seconds; a test that kills a run twenty times pays them once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Forked:
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
+        assert self._server.stdout.readline() == "ready\n"
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()  # the server kills what still runs
+        self._server.wait()
+
+    def start(self, arguments: list[str], log: Path) -> Run:
+        return Run(self, self.ask({"start": arguments, "log": str(log)}), log)
+
+    def ask(self, question: dict) -> int | None:
+        self._server.stdin.write(json.dumps(question) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+@dataclass
+class Run:
+    forked: Forked
+    pid: int
+    log: Path
+    status: int | None = None
+
+    def poll(self) -> int | None:
+        """Exit status (negative: killed by that signal), or None while it runs."""
+        if self.status is None:
+            self.status = self.forked.ask({"poll": self.pid})
+        return self.status
+
+    def wait(self, deadline: float) -> int:
+        end = time.monotonic() + deadline
+        while self.poll() is None:
+            assert time.monotonic() < end, f"still running after {deadline} s:\n{self.log.read_text()[-3000:]}"
+            time.sleep(0.02)
+        return self.status
+
+    def kill(self) -> int:
+        """SIGKILL to the process alone: what it started lives on. Returns the exit status, which is that of a run that was faster."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+        return self.wait(10)
+
+
+def _serve() -> None:
+    import pctrain.rl.loop
+    import pctrain.sft.loop  # noqa: F401
+    from pctrain.cli import main
+
+    print("ready", flush=True)
+    running = set()
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "start" in question:
+            pid = os.fork()
+            if pid == 0:
+                log = os.open(question["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for stream in (1, 2):
+                    os.dup2(log, stream)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                sys.argv[1:] = question["start"]
+                sys.exit(main(question["start"]))
+            running.add(pid)
+            print(pid, flush=True)
+        else:
+            pid, status = os.waitpid(question["poll"], os.WNOHANG)
+            running.discard(pid)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    _serve()

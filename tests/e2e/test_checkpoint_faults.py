@@ -1,0 +1,152 @@
+"""SIGKILL at random moments, writing of checkpoints among them; another layout after a kill; a file that was altered meanwhile."""
+
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from e2e import tiny
+from e2e.forked import Forked
+from pctrain.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
+
+
+@pytest.fixture(scope="module")
+def forked():
+    with Forked() as server:
+        yield server
+
+
+def options(folder, steps, *more):
+    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", f"--sft.steps={steps}", "--sft.eval_every=0", "--sft.val_every=4",
+            "--sft.checkpoint_every=2", "--run.tensorboard=false", *more]
+
+
+@dataclass
+class Whole:
+    """A run that nobody killed, and its pace on this machine today, in seconds."""
+
+    folder: Path
+    start: float  # until its first checkpoint was begun
+    first_save: float  # which starts the writers' manager too
+    interval: float  # from then on between checkpoints
+
+
+def uninterrupted(forked, folder, steps):
+    began = time.monotonic()
+    run = forked.start(options(folder, steps), folder.with_suffix(".log"))
+    wait_for(run, lambda: list(folder.glob("checkpoints/*.tmp")))
+    first_begun = time.monotonic()
+    wait_for(run, lambda: len(steps_of(folder)) >= 1)
+    first_done = time.monotonic()
+    wait_for(run, lambda: len(steps_of(folder)) == steps // 2)
+    interval = (time.monotonic() - first_done) / (steps // 2 - 1)
+    assert run.wait(120) == 0, run.log.read_text()[-3000:]
+    return Whole(folder, first_begun - began, first_done - first_begun, interval)
+
+
+@pytest.fixture(scope="module")
+def whole(forked, tmp_path_factory):
+    return uninterrupted(forked, tmp_path_factory.mktemp("whole") / "run", steps=12)
+
+
+def steps_of(folder):
+    return [checkpoint_step(path) for path in list_checkpoints(folder)]
+
+
+def wait_for(run, happened):
+    end = time.monotonic() + 120
+    while not happened() and run.poll() is None:
+        assert time.monotonic() < end, run.log.read_text()[-3000:]
+        time.sleep(0.005)
+
+
+def kill_somewhere(run, folder, pace, chance, moment):
+    """Kills the run at a random moment: of its start, of its first save, or of the save after a complete one."""
+    before = steps_of(folder)
+    if moment == "start":
+        time.sleep(chance.uniform(0, pace.start + pace.first_save))
+    elif moment == "first save":
+        wait_for(run, lambda: list(folder.glob("checkpoints/*.tmp")))
+        time.sleep(chance.uniform(0, pace.first_save))
+    else:
+        wait_for(run, lambda: steps_of(folder) != before)
+        time.sleep(chance.uniform(0, pace.interval))
+    seen = steps_of(folder)
+    assert run.kill() == -9, run.log.read_text()[-3000:]
+    assert steps_of(folder)[: len(seen)] == seen, "a completed checkpoint is lost"
+    for path in list_checkpoints(folder):
+        assert checkpoint_fault(path) is None
+
+
+def assert_same_run(ours, theirs):
+    assert tiny.metrics(ours) == tiny.metrics(theirs)
+    assert tiny.ledger(ours) == tiny.ledger(theirs)
+    assert steps_of(ours) == steps_of(theirs)
+    for file in [*theirs.glob("checkpoints/*/*.distcp"), theirs / "hf" / "model.safetensors"]:
+        assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes(), file
+
+
+def fault_test(forked, folder, whole, steps, moments, seed):
+    """Returns how many of the kills hit the writing of a checkpoint."""
+    chance = random.Random(seed)
+    torn = 0
+    log = folder.with_suffix(".log")
+    for number in range(moments):
+        run = forked.start(options(folder, steps), log)
+        kill_somewhere(run, folder, whole, chance, ("next save", "first save", "start")[number % 3])
+        torn += bool(list(folder.glob("checkpoints/*.tmp")))
+    assert forked.start(options(folder, steps), log).wait(120) == 0, log.read_text()[-3000:]
+    assert not list(folder.rglob("*.tmp"))
+    assert_same_run(folder, whole.folder)
+    return torn
+
+
+@pytest.mark.timeout(240)
+def test_three_kills(forked, whole, tmp_path):
+    fault_test(forked, tmp_path / "run", whole, steps=12, moments=3, seed=0)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_twenty_kills(forked, tmp_path):
+    whole = uninterrupted(forked, tmp_path / "whole", steps=80)
+    assert 0 < fault_test(forked, tmp_path / "run", whole, steps=80, moments=20, seed=1) < 20
+
+
+@pytest.fixture
+def stopped(forked, tmp_path):
+    """A run of 12 steps that was killed after its second checkpoint or a little later."""
+    folder = tmp_path / "run"
+    run = forked.start(options(folder, 12), tmp_path / "log")
+    wait_for(run, lambda: len(steps_of(folder)) >= 2)
+    assert run.kill() == -9
+    return folder
+
+
+def test_an_altered_file_is_found_before_training_and_named(forked, stopped, tmp_path):
+    newest, before = list_checkpoints(stopped)[-1], list_checkpoints(stopped)[-2]
+    part = sorted(newest.glob("*.distcp"))[0]
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    lines = (stopped / "metrics.jsonl").read_bytes()
+    assert forked.start(options(stopped, 12), tmp_path / "altered.log").wait(60) == 2
+    message = (tmp_path / "altered.log").read_text().replace("\n", " ")
+    assert f"{part} was altered" in message and f"delete {newest.name} to go on from {before.name}" in message
+    assert (stopped / "metrics.jsonl").read_bytes() == lines  # nothing was cut
+
+
+def _sft(arguments):
+    return tiny.cli(*arguments)
+
+
+@pytest.mark.timeout(240)
+def test_a_killed_run_goes_on_at_another_layout(ranks, whole, stopped):
+    for status, message in ranks.run(_sft, options(stopped, 12, "--parallel.tensor=2"), world=2):
+        assert status == 0, message
+    for kind, key in (("train", "loss"), ("val", "val_loss")):
+        ours, theirs = ({line["step"]: line[key] for line in tiny.metrics(folder, kind)} for folder in (stopped, whole.folder))
+        assert ours == pytest.approx(theirs, rel=1e-5)  # fp32 sums in another order
+        assert ours != theirs  # it was another layout

@@ -118,11 +118,14 @@ def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
         yield f"parallel.pipeline = {par.pipeline} stages, but the model has {shape.layers} layers ({shape.source})"
         return
     rest, stages = shape.layers - sum(given.values()), par.pipeline - len(given)
-    taken = f" less {' and '.join(f'{key} = {value}' for key, value in given.items())}" if given else ""
-    if rest < stages or (stages == 0 and rest) or (stages and rest % stages):
-        yield (f"parallel.pipeline = {par.pipeline}: the layers, {shape.layers} ({shape.source}){taken}, leave {rest} for {stages} stages, "
-               "which must have equally many, at least one; "
-               "change parallel.first_stage_layers, parallel.last_stage_layers or parallel.pipeline")
+    if not given and rest % stages:
+        yield (f"parallel.pipeline = {par.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
+               "parallel.first_stage_layers and parallel.last_stage_layers take what is over")
+        return
+    if rest < stages or (rest % stages if stages else rest):
+        taken = " and ".join(f"{key} = {value}" for key, value in given.items())
+        yield (f"{taken} leave {rest} of the {shape.layers} layers ({shape.source}) for the other {stages} of parallel.pipeline = "
+               f"{par.pipeline} stages, which must have equally many, at least one")
         return
     for layers in {*given.values(), *([rest // stages] if stages else [])}:
         if layers % par.virtual_pipeline:

@@ -53,6 +53,12 @@ class ParallelConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor parallel size, ranks")
     pipeline: int = Field(1, ge=1, description="pipeline parallel size, ranks")
     sequence_parallel: bool = Field(False, description="shard activations of norms and residuals along the sequence (needs tensor > 1)")
+    virtual_pipeline: int = Field(1, ge=1, description="virtual stages of each pipeline stage, interleaved: smaller bubble, more traffic")
+    first_stage_layers: int | None = Field(None, ge=1, description="layers of the first pipeline stage; default: an even share")
+    last_stage_layers: int | None = Field(None, ge=1, description="layers of the last pipeline stage; default: an even share")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="activations made again in the backward pass: none, those inside attention, all but each layer's input")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients over data parallel ranks while the backward pass goes on")
     timeout: float = Field(600, gt=0, description="deadline of any collective, seconds")
 
 
@@ -82,14 +88,17 @@ class DataConfig(Section):
 
 class OptimizerConfig(Section):
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
-    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine schedule")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="learning rate after the warm-up")
+    min_lr: float = Field(0.0, ge=0, description="learning rate at the end of a cosine or wsd schedule")
+    schedule: Literal["constant", "cosine", "wsd"] = Field(
+        "constant", description="learning rate after the warm-up; wsd: constant, then linear down to min_lr over the last `decay` steps")
     warmup: int = Field(0, ge=0, description="linear warm-up, optimizer steps")
+    decay: int = Field(0, ge=0, description="wsd only: optimizer steps of the decay at the end")
     beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first decay")
     beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second decay")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
     weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, gt=0, description="largest global gradient norm")
+    max_skipped: int = Field(3, ge=1, description="updates in a row, skipped as loss or gradient was not finite, that stop the run")
 
 
 class SFTConfig(Section):

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pctrain.config import Config
+from pctrain.config import Config, OptimizerConfig
 from pctrain.errors import UserError
 
 
@@ -101,12 +101,35 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
     for name, value in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("feed-forward width", shape.ffn)):
         if value % tensor:
             yield f"parallel.tensor = {tensor} does not divide the {name}: {value} ({shape.source})"
-    if pipeline > shape.layers:
-        yield f"parallel.pipeline = {pipeline} stages, but the model has {shape.layers} layers ({shape.source})"
-    elif shape.layers % pipeline:
-        yield f"parallel.pipeline = {pipeline} does not divide the layers: {shape.layers} ({shape.source})"
+    yield from _stage_problems(config, shape)
     if config.parallel.sequence_parallel and tensor == 1:
         yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
+
+
+def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
+    """Layers over pipeline stages: the first and the last may have a number of their own, the others share the rest evenly."""
+    par = config.parallel
+    given = {f"parallel.{key}": getattr(par, key) for key in ("first_stage_layers", "last_stage_layers") if getattr(par, key) is not None}
+    if par.pipeline == 1:
+        virtual = {"parallel.virtual_pipeline": par.virtual_pipeline} if par.virtual_pipeline > 1 else {}
+        yield from (f"{key} = {value} needs parallel.pipeline above 1" for key, value in (virtual | given).items())
+        return
+    if par.pipeline > shape.layers:
+        yield f"parallel.pipeline = {par.pipeline} stages, but the model has {shape.layers} layers ({shape.source})"
+        return
+    rest, stages = shape.layers - sum(given.values()), par.pipeline - len(given)
+    if not given and rest % stages:
+        yield (f"parallel.pipeline = {par.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
+               "parallel.first_stage_layers and parallel.last_stage_layers take what is over")
+        return
+    if rest < stages or (rest % stages if stages else rest):
+        taken = " and ".join(f"{key} = {value}" for key, value in given.items())
+        yield (f"{taken} leave {rest} of the {shape.layers} layers ({shape.source}) for the other {stages} of parallel.pipeline = "
+               f"{par.pipeline} stages, which must have equally many, at least one")
+        return
+    for layers in {*given.values(), *([rest // stages] if stages else [])}:
+        if layers % par.virtual_pipeline:
+            yield f"parallel.virtual_pipeline = {par.virtual_pipeline} does not divide the {layers} layers of a pipeline stage"
 
 
 def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
@@ -126,7 +149,7 @@ def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if sft.val_every > sft.steps:
         yield (f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the way; "
                f"set sft.val_every to {sft.steps} or less")
-    yield from _schedule_problems("sft.optimizer", sft.optimizer)
+    yield from _schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
 
 
 def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
@@ -140,7 +163,7 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if config.rollout.max_response >= rl.token_budget:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")
-    yield from _schedule_problems("rl.optimizer", rl.optimizer)
+    yield from _schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
 
 
 def _budget_problems(section: str, token_budget: int, tensor: int) -> Iterator[str]:
@@ -148,9 +171,14 @@ def _budget_problems(section: str, token_budget: int, tensor: int) -> Iterator[s
         yield f"{section}.token_budget = {token_budget} is not a multiple of parallel.tensor = {tensor}"
 
 
-def _schedule_problems(section: str, optimizer) -> Iterator[str]:
+def _schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
     if optimizer.min_lr > optimizer.lr:
         yield f"{section}.min_lr = {optimizer.min_lr} is above {section}.lr = {optimizer.lr}"
+    if optimizer.schedule == "wsd" and not 1 <= optimizer.decay <= steps - optimizer.warmup:
+        yield (f"{section}.schedule = wsd with {section}.decay = {optimizer.decay}: expected 1 to {steps - optimizer.warmup}, "
+               f"the {steps} optimizer steps less {section}.warmup = {optimizer.warmup}")
+    if optimizer.schedule != "wsd" and optimizer.decay:
+        yield f"{section}.decay = {optimizer.decay} is read by {section}.schedule = wsd alone, not by {optimizer.schedule}; set it to 0"
 
 
 def _data_problems(config: Config, sections: Collection[str]) -> Iterator[str]:

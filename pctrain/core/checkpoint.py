@@ -35,11 +35,11 @@ class Saver:
         self._background = background
         self._queue = AsyncCallsQueue()
 
-    def save(self, directory: Path, model, optimizer, scheduler, done: Callable[[], None]) -> None:
+    def save(self, directory: Path, chunks: list, optimizer, scheduler, done: Callable[[], None]) -> None:
         """Writes into `directory`, which must exist and hold no checkpoint; `done` is called on every rank when every rank has written."""
         self.poll(wait=True)
         _serve_results()
-        state = _sharded_state(model, optimizer, is_loading=False)
+        state = _sharded_state(chunks, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict()
         state["rng"] = torch.get_rng_state()
         request = dist_checkpointing.save(state, str(directory), validate_access_integrity=False, async_sharded_save=True)
@@ -77,7 +77,7 @@ def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, *
         note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
 
 
-def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
+def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
     """Collective. Without an optimizer: the weights alone (the start of another run)."""
     if not Path(directory).is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint folder such as RUN/checkpoints/step-100")
@@ -86,13 +86,14 @@ def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
     if optimizer is not None:
         optim.prime(optimizer)
     _refuse_foreign_objects(Path(directory) / ".metadata")
-    state = _sharded_state(model, optimizer, is_loading=True)
+    state = _sharded_state(chunks, optimizer, is_loading=True)
     try:
         with _only_weights():
             loaded = dist_checkpointing.load(state, str(directory))
     except pickle.UnpicklingError as error:
         raise _foreign(Path(directory), str(error)) from None
-    model.module.load_state_dict(loaded["model"])
+    for i, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(loaded[_key(i)])
     if optimizer is not None:
         optimizer.load_state_dict(loaded["optimizer"])
         optim.unshare_steps(optimizer)
@@ -100,14 +101,20 @@ def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
         torch.set_rng_state(loaded["rng"])
 
 
-def _sharded_state(model, optimizer, is_loading: bool) -> dict:
+def _key(i: int) -> str:
+    """Where this rank's state has its chunk i (a virtual pipeline stage). In the checkpoint, tensors go by names of their own."""
+    return "model" if i == 0 else f"model{i}"
+
+
+def _sharded_state(chunks: list, optimizer, is_loading: bool) -> dict:
     # The fully reshardable format costs a gather over data parallel ranks and buys a resume at any TP x PP x DP.
     # (A new dict each time: megatron-core leaves its process group in it.)
     metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
     # The inner module's state, not the data parallel wrapper's: its names would carry the wrapper's prefix.
-    state = {"model": model.module.sharded_state_dict(metadata=metadata)}
+    state = {_key(i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=is_loading, metadata=metadata)
+        weights = dict(state)
+        state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state
 
 

@@ -23,12 +23,16 @@ from pctrain.errors import UserError
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did. `loss` and `metrics` are weighted means over the batch's loss tokens, from before the update."""
+    """What one optimizer step did. `loss` and `metrics` are weighted means over the batch's loss tokens, from before the update.
+
+    `skipped`: loss or gradient norm (then NaN here) was not finite, and no rank updated anything; the schedule went on.
+    """
 
     loss: float
     metrics: dict[str, float]
     grad_norm: float
     lr: float
+    skipped: bool = False
 
 
 class Core:
@@ -42,55 +46,60 @@ class Core:
         self._source = config.path
         self.hf = model.HFConfig.read(config.path)
         self.spec = layers.choose_spec(config.spec)
-        self.model = model.build(self.hf, config, par)
+        self.chunks = model.build(self.hf, config, par)
         self._te = self.spec == "te"
         # Weights first: the optimizer copies them where it keeps masters of its own.
         if config.checkpoint is not None:
-            checkpoint.load(config.checkpoint, self.model)
+            checkpoint.load(config.checkpoint, self.chunks)
         else:
-            weights.load_hf(self.model.module, self.hf, config.path, self._te)
+            weights.load_hf(self._modules(), self.hf, config.path, self._te)
         self._head = step.Head(self.hf, par.sequence_parallel)
         self.saver = checkpoint.Saver(background=on_gpu())
         self._optimizer = self._scheduler = None
         if optimizer_config is not None:
             dtype = model.DTYPES[config.dtype]
-            self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.model, dtype, total_steps)
+            self._clip = optimizer_config.clip
+            self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.chunks, dtype, total_steps)
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [chunk.module for chunk in self.chunks]
 
     def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
 
-        Raises FloatingPointError where loss (before anything is updated) or gradient norm is not finite.
+        A loss or gradient that is not finite leaves weights and optimizer as they were, on every rank (`Update.skipped`). The learning
+        rate follows the number of calls either way, so that a schedule ends with its run.
         """
-        self.model.train()
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
         options = {"temperature": temperature, "want_entropy": want_entropy}
-        loss, metrics = step.run_loss(self.model, self._head, self.spec, batch, token_loss, **options, backward=True)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}: nothing was updated; lower the learning rate or look at the last batch")
+        loss, metrics = step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=True)
         # Before the update, so that the first step already has a learning rate above 0.
         self._scheduler.step(1)
         lr = self._optimizer.param_groups[0]["lr"]
-        ok, grad_norm, _ = self._optimizer.step()
-        if not ok or not math.isfinite(grad_norm):
-            raise FloatingPointError(f"the gradient norm is {grad_norm}: this run cannot go on; resume from its last checkpoint")
-        return Update(loss, metrics, float(grad_norm), lr)
+        grad_norm = optimizer.global_norm(self._optimizer) if math.isfinite(loss) else None  # every rank has the same loss
+        if grad_norm is None:
+            return Update(loss, metrics, math.nan, lr, skipped=True)
+        optimizer.apply(self._optimizer, self._clip, grad_norm)
+        return Update(loss, metrics, grad_norm, lr)
 
     def forward(
         self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True
     ) -> tuple[float, dict[str, float]]:
         """(loss, metrics) of the batch, no gradient: sums over all ranks / `batch.loss_tokens`."""
-        self.model.eval()
+        self._eval()
         options = {"temperature": temperature, "want_entropy": want_entropy}
-        return step.run_loss(self.model, self._head, self.spec, batch, token_loss, **options, backward=False)
+        return step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=False)
 
     def logprobs(self, rows: list[Row], token_budget: int, *, temperature: float = 1.0) -> list[np.ndarray]:
         """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it)."""
-        self.model.eval()
+        self._eval()
         dp_rank, dp_size = parallel.data_parallel()
         batch = pack_rows(rows, token_budget, dp_rank=dp_rank, dp_size=dp_size)
         found: dict[int, np.ndarray] = {}
-        for pack, logprob in zip(batch.packs, step.run_logprob(self.model, self._head, self.spec, batch, temperature), strict=True):
+        for pack, logprob in zip(batch.packs, step.run_logprob(self.chunks, self._head, self.spec, batch, temperature), strict=True):
             values, bounds = logprob.cpu().numpy(), pack.cu_seqlens.tolist()
             for row, a, b in zip(pack.rows, bounds[:-1], bounds[1:], strict=True):
                 found[row] = np.concatenate([[0.0], values[a : b - 1]]).astype(np.float32)
@@ -100,9 +109,13 @@ class Core:
             found = {row: values for share in shares for row, values in share.items()}
         return [found[i] for i in range(len(rows))]
 
+    def _eval(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
-        return weights.export_hf(self.model.module, self.hf, self._te)
+        return weights.export_hf(self._modules(), self.hf, self._te)
 
     def export(self, folder: Path) -> None:
         """Writes the weights as a Hugging Face directory that transformers and vLLM load."""
@@ -114,7 +127,7 @@ class Core:
 
         On a GPU the writing goes on in the background, and `done` comes out of a later `poll_save`.
         """
-        self.saver.save(directory, self.model, self._optimizer, self._scheduler, done)
+        self.saver.save(directory, self.chunks, self._optimizer, self._scheduler, done)
 
     def poll_save(self, *, wait: bool = False) -> None:
         """Completes a save whose writing has ended; `wait`: waits for the end. Does nothing where none is under way."""
@@ -124,4 +137,4 @@ class Core:
         """Weights, optimizer, schedule and RNG of a checkpoint made at any layout."""
         if self._optimizer is None:
             raise UserError("a model without an optimizer cannot be resumed; this is a fault of the caller")
-        checkpoint.load(directory, self.model, self._optimizer, self._scheduler)
+        checkpoint.load(directory, self.chunks, self._optimizer, self._scheduler)

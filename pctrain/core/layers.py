@@ -23,8 +23,8 @@ def choose_spec(spec: str) -> str:
     return "te" if has_te else "torch"
 
 
-def layer_spec(spec: str, config, qk_layernorm: bool = False):
-    """The decoder spec that GPTModel takes. `spec` is `te` or `torch` (see `choose_spec`)."""
+def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | None = None):
+    """The decoder spec that GPTModel takes. `spec` is `te` or `torch` (see `choose_spec`); `vp_stage`: which virtual pipeline stage."""
     if spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
@@ -33,7 +33,7 @@ def layer_spec(spec: str, config, qk_layernorm: bool = False):
     attention.core_attention = PackedSDPA
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
 
 
 class RMSNorm(torch.nn.RMSNorm):

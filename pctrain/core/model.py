@@ -22,6 +22,11 @@ from pctrain.device import device
 from pctrain.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_RECOMPUTE = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 _ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
 
 
@@ -135,6 +140,12 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         attention_dropout=0.0,
         tensor_model_parallel_size=par.tensor,
         pipeline_model_parallel_size=par.pipeline,
+        virtual_pipeline_model_parallel_size=par.virtual_pipeline if par.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=par.first_stage_layers,
+        num_layers_in_last_pipeline_stage=par.last_stage_layers,
+        # With virtual stages, batched point-to-point calls give a wrong loss and no error.
+        overlap_p2p_comm=par.virtual_pipeline > 1,
+        batch_p2p_comm=par.virtual_pipeline == 1,
         sequence_parallel=par.sequence_parallel,
         params_dtype=DTYPES[model.dtype],
         pipeline_dtype=DTYPES[model.dtype],
@@ -147,6 +158,7 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         embedding_init_method=lambda weight: None,
         # The loss function returns sums; finalize_model_grads divides once by the global token count.
         calculate_per_token_loss=True,
+        **_RECOMPUTE[par.recompute],
         # Fused kernels of megatron-core that need CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -156,27 +168,41 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
     )
 
 
-def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> DistributedDataParallel:
-    """This rank's part of the model, wrapped for data parallelism. Weights are not loaded yet."""
+def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> list[DistributedDataParallel]:
+    """This rank's part of the model, wrapped for data parallelism: one module, or one for each virtual pipeline stage.
+
+    Weights are not loaded yet.
+    """
     config = transformer_config(hf, model, par)
-    spec = layers.choose_spec(model.spec)
-    module = CausalLM(
-        config,
-        layers.layer_spec(spec, config),
-        vocab_size=hf.padded_vocab(par.tensor),
-        max_sequence_length=hf.context,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=hf.tied,
-        position_embedding_type="rope",
-        rotary_base=hf.rope_theta,
-    ).to(device())
+    stages = range(par.virtual_pipeline) if par.virtual_pipeline > 1 else [None]
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=False,
+        overlap_grad_reduce=par.overlap_grad_reduce,
+        check_for_nan_in_grad=False,  # the step looks at the norm, and skips; an assertion on one rank would leave the others waiting
     )
-    return DistributedDataParallel(config, ddp, module)
+    # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
+    chunks = [DistributedDataParallel(config, ddp, _chunk(hf, model, par, config, i), disable_bucketing=bool(i)) for i in stages]
+    if par.overlap_grad_reduce:
+        # Without these, every micro-batch would reduce.
+        config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
+    return chunks
+
+
+def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None) -> CausalLM:
+    """Layers of this rank's pipeline stage, or of one of its virtual stages."""
+    return CausalLM(
+        config,
+        layers.layer_spec(layers.choose_spec(model.spec), config, vp_stage=vp_stage),
+        vocab_size=hf.padded_vocab(par.tensor),
+        max_sequence_length=hf.context,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=hf.tied,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_theta,
+        vp_stage=vp_stage,
+    ).to(device())
 
 
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:

@@ -28,15 +28,22 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         # A process that torchrun did not start is alone, and needs no rendezvous: no port, no address.
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=datetime.timedelta(seconds=parallel.timeout), **alone)
+    virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=virtual,
             distributed_timeout_minutes=max(1, int(parallel.timeout // 60)),
         )
-    layout = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-    if layout != (parallel.tensor, parallel.pipeline):
-        raise RuntimeError(f"this process already runs tensor x pipeline = {layout}, not {(parallel.tensor, parallel.pipeline)}")
+    layout = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+    )
+    wanted = (parallel.tensor, parallel.pipeline, virtual)
+    if layout != wanted:
+        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages = {layout}, not {wanted}")
     seed_all(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

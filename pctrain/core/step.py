@@ -58,6 +58,9 @@ class Head:
                 token_weight=pack.weights.to(here),
                 temperature=temperature,
                 want_entropy=want_entropy,
+                # dW goes straight into the fp32 main_grad that data parallelism made, in the forward pass: no [V, H] gradient of the
+                # parameter's dtype, and no rounding to it between micro-batches. (Ignored where grad mode is off.)
+                grad_weight_out=weight.main_grad,
                 **self.shard(),
             )
             found.update(metrics)
@@ -79,11 +82,13 @@ class Head:
 
 
 def run_loss(
-    model, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float, want_entropy: bool, backward: bool
+    chunks: list, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *,
+    temperature: float, want_entropy: bool, backward: bool,
 ) -> tuple[float, dict[str, float]]:
     """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`.
 
-    With `backward`, the model's main_grad holds the gradient of that loss when it returns.
+    `chunks`: this rank's part of the model, a module for each virtual pipeline stage.
+    With `backward`, their main_grad holds the gradient of that loss when it returns.
     """
     sums: list[dict[str, torch.Tensor]] = []
 
@@ -97,19 +102,20 @@ def run_loss(
 
         return head.loss(pack, token_loss, temperature, want_entropy, found), collect
 
-    _schedule(model, spec, batch, prepare, denominator=batch.loss_tokens if backward else None)
+    _schedule(chunks, spec, batch.packs, prepare, denominator=batch.loss_tokens if backward else None)
     return _reduce(sums, batch.loss_tokens)
 
 
-def run_logprob(model, head: Head, spec: str, batch: PackedBatch, temperature: float) -> list[torch.Tensor]:
+def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, temperature: float) -> list[torch.Tensor]:
     """Log-probs [T] of this data parallel rank's packs, in their order, on every pipeline stage."""
     found: list[torch.Tensor] = []
 
     def prepare(pack: Pack):
         return head.logprob(pack, temperature, found), lambda total: (total, torch.ones((), dtype=torch.int), {})
 
-    _schedule(model, spec, batch, prepare, denominator=None)
+    _schedule(chunks, spec, batch.packs, prepare, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()
+    del found[len(batch.packs) :]  # padding packs of the schedule
     if group.size() > 1:
         if not found:
             found = [torch.empty(len(pack.tokens), device=device()) for pack in batch.packs]
@@ -119,13 +125,16 @@ def run_logprob(model, head: Head, spec: str, batch: PackedBatch, temperature: f
     return found
 
 
-def _schedule(model, spec: str, batch: PackedBatch, prepare: Callable, denominator: float | None) -> None:
+def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, denominator: float | None) -> None:
     """Runs every pack through the pipeline; `prepare(pack) -> (head, loss function)`. A denominator asks for gradients."""
-    module, here = model.module, device()
+    config, here = chunks[0].module.config, device()
+    interleaved = len(chunks) > 1
+    if interleaved:  # virtual stages take micro-batches in groups of as many as there are stages
+        packs = packs + [_padding_like(packs[0])] * (-len(packs) % config.pipeline_model_parallel_size)
 
     def forward_step(packs, wrapped):
         pack = next(packs)
-        module.head, collect = prepare(pack)
+        wrapped.module.head, collect = prepare(pack)
         output = wrapped(
             pack.tokens[None].to(here),
             pack.position_ids[None].to(here),
@@ -139,17 +148,30 @@ def _schedule(model, spec: str, batch: PackedBatch, prepare: Callable, denominat
         share = torch.tensor(denominator / parallel.data_parallel()[1], dtype=torch.float64, device=here)
         finalize_model_grads(chunks, share, **kwargs)
 
-    module.config.finalize_model_grads_func = finalize
+    config.finalize_model_grads_func = finalize
     with torch.set_grad_enabled(denominator is not None):
         get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batch.packs),
-            model=model,
-            num_microbatches=len(batch.packs),
-            seq_length=len(batch.packs[0].tokens),
+            data_iterator=[iter(packs) for _ in chunks] if interleaved else iter(packs),
+            model=chunks if interleaved else chunks[0],
+            num_microbatches=len(packs),
+            seq_length=len(packs[0].tokens),
             micro_batch_size=1,
             forward_only=denominator is None,
         )
+
+
+def _padding_like(pack: Pack) -> Pack:
+    """A pack of that size without a sequence."""
+    return Pack(
+        tokens=torch.zeros_like(pack.tokens),
+        labels=torch.full_like(pack.labels, NO_LABEL),
+        weights=torch.zeros_like(pack.weights),
+        position_ids=torch.zeros_like(pack.position_ids),
+        cu_seqlens=torch.zeros(1, dtype=torch.int32),
+        streams={name: torch.zeros_like(stream) for name, stream in pack.streams.items()},
+        rows=[],
+    )
 
 
 def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[float, dict[str, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,7 +105,7 @@ def _qkv(name: str, theirs: list[str], tail: tuple[int, ...], hf: HFConfig) -> U
     return Unit(name, {n: (s, *tail) for n, s in zip(theirs, sizes, strict=True)}, shard, whole)
 
 
-def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) -> None:
+def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: bool) -> None:
     """Copies the safetensors of `directory` into this rank's shards.
 
     Raises UserError that lists missing or unknown tensors and wrong shapes: nothing is loaded by halves in silence.
@@ -115,7 +115,7 @@ def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) ->
         source.check({name: shape for unit in table for name, shape in unit.hf.items()}, hf)
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
-        mine = _local_parameters(module)
+        mine = _local_parameters(modules)
         for unit in table:
             targets = [mine[unit.name]] if unit.name in mine else []
             if hf.tied and unit.name == "embedding.word_embeddings.weight" and "output_layer.weight" in mine:
@@ -126,11 +126,12 @@ def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) ->
                     target.copy_(value)
 
 
-def export_hf(module: torch.nn.Module, hf: HFConfig, te: bool) -> Iterator[tuple[str, torch.Tensor]]:
+def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, full tensor on this rank, storage of its own). Collective over tensor and pipeline ranks."""
-    mine = _local_parameters(module)
+    mine = _local_parameters(modules)
     tp_group, pp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()
     tp, pp = tp_group.size(), pp_group.size()
+    owners = _owners(mine, pp_group) if pp > 1 else {}
     dtype, device = next(iter(mine.values())).dtype, next(iter(mine.values())).device
     for unit in units(hf, te):
         tensors = None
@@ -144,7 +145,7 @@ def export_hf(module: torch.nn.Module, hf: HFConfig, te: bool) -> Iterator[tuple
         for k, (name, shape) in enumerate(unit.hf.items()):
             full = tensors[k].clone() if tensors is not None else torch.empty(shape, dtype=dtype, device=device)
             if pp > 1:
-                dist.broadcast(full, src=_owner(unit.name, hf, pp_group), group=pp_group)
+                dist.broadcast(full, src=owners[unit.name], group=pp_group)
             yield name, full
             if hf.tied and name == "model.embed_tokens.weight":
                 yield "lm_head.weight", full.clone()  # an engine that shares the matrix in name only would keep its old head
@@ -169,28 +170,25 @@ def save_hf(weights: Iterator[tuple[str, torch.Tensor]], hf: HFConfig, source: P
     temporary.rename(folder)
 
 
-def _local_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by name, layers renumbered to their global index."""
-    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-
-    offset = get_transformer_layer_offset(module.config)
+def _local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by name, layers renumbered to their global index. `modules`: one for each virtual pipeline stage."""
     named = {}
-    for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + offset)
-        named[".".join(parts)] = parameter
+    for module in modules:
+        numbers = [layer.layer_number - 1 for layer in module.decoder.layers]  # megatron-core counts from 1
+        for name, parameter in module.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                parts[2] = str(numbers[int(parts[2])])
+            named[".".join(parts)] = parameter
     return named
 
 
-def _owner(name: str, hf: HFConfig, pp_group) -> int:
-    """Global rank of the pipeline stage that holds a parameter (layers are spread evenly)."""
+def _owners(names: Iterable[str], pp_group) -> dict[str, int]:
+    """{parameter: global rank of the pipeline stage that holds it}, at any spread of the layers. Collective over the stages."""
+    held: list = [None] * pp_group.size()
+    dist.all_gather_object(held, list(names), group=pp_group)
     ranks = dist.get_process_group_ranks(pp_group)
-    if name.startswith("embedding."):
-        return ranks[0]
-    if name.startswith("decoder.layers."):
-        return ranks[int(name.split(".")[2]) // (hf.layers // len(ranks))]
-    return ranks[-1]
+    return {name: rank for rank, stage in zip(ranks, held, strict=True) for name in stage}
 
 
 class _Checkpoint:

@@ -28,7 +28,7 @@ def with_old_logprobs(rows: list[Row], core: Core, token_budget: int, temperatur
     return [replace(row, streams={**row.streams, "old_logprob": logprob}) for row, logprob in zip(rows, old, strict=True)]
 
 
-def split(rows: list[Row], parts: int) -> list[list[Row]]:
+def split(rows: list, parts: int) -> list[list]:
     """`parts` consecutive mini-batches of (nearly) equal size; fewer where there are fewer rows."""
     bounds = np.linspace(0, len(rows), parts + 1).round().astype(int)
     return [rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]

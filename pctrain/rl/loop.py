@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
 from pctrain.core.model import HFConfig
+from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare
 from pctrain.data.tokenizer import Tokenizer
@@ -51,6 +53,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
 
         core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
         start, state = resume(run, core)
+        skipped = SkippedUpdates(rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
         if state:
             ledger.load_state_dict(state["ledger"])
             prompts.load_state_dict(state["prompts"])
@@ -79,11 +82,14 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
                 run.record(step, "train", values)
                 run.write_rollouts(step, _rollout_rows(sampled, scorer.tokenizer))
                 run.log(_line(step, values, sampled, rl.prompts))
+                for update, ids in zip(updates, _problem_ids(sampled.kept, rl.updates)):
+                    skipped.add(update, step, ids)
                 if due(step, rl.eval_every, rl.steps):
                     _score(run, core, ledger, scorer, step)
                 record_ledger(run, ledger)
                 if due(step, rl.checkpoint_every, rl.steps):
-                    save(run, step, core, {"step": step, "ledger": ledger.state_dict(), "prompts": prompts.state_dict()})
+                    state = {"step": step, "ledger": ledger.state_dict(), "prompts": prompts.state_dict()}
+                    save(run, step, core, {**state, "skipped_in_a_row": skipped.in_a_row})
                 core.poll_save()
                 bar.advance(reward=values["reward"])
         core.poll_save(wait=True)
@@ -119,13 +125,20 @@ def _count(ledger: Ledger, step: int, phase: str, groups: list[Group], seconds: 
         ledger.add(step, phase, sum(len(g.completions) for g in groups), sum(g.tokens for g in groups), seconds)
 
 
+def _problem_ids(kept: list[Group], updates: int) -> list[list[str]]:
+    """Ids of the problems behind the rows of each update."""
+    return batch.split([group.problem.id for group in kept for _ in group.completions], updates)
+
+
 def _means(updates: list[Update]) -> dict[str, float]:
-    """Over the updates of a step; empty where there was none."""
+    """Over the updates of a step that were made, and how many were skipped; empty where there was none."""
     if not updates:
         return {}
-    names = {"loss": [u.loss for u in updates], "grad_norm": [u.grad_norm for u in updates], "lr": [u.lr for u in updates]}
-    names |= {key: [u.metrics[key] for u in updates] for key in updates[0].metrics}
-    return {name: float(np.mean(values)) for name, values in names.items()}
+    made = [u for u in updates if not u.skipped]
+    names = {"loss": [u.loss for u in made], "grad_norm": [u.grad_norm for u in made], "lr": [u.lr for u in updates]}
+    names |= {key: [u.metrics[key] for u in made] for key in updates[0].metrics}
+    means = {name: float(np.mean(values)) if values else math.nan for name, values in names.items()}
+    return {**means, "skipped_updates": sum(u.skipped for u in updates)}
 
 
 def _score(run: RunFolder, core: Core, ledger: Ledger, scorer: Scorer, step: int) -> None:

@@ -7,6 +7,7 @@ import time
 from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, parallel
+from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare
 from pctrain.data.records import read_records
@@ -37,14 +38,16 @@ def train(config: Config, scorer: Scorer) -> None:
         limits = {"context": scorer.hf.context, "token_budget": sft.token_budget}
 
         def read(path):
-            return sft_rows(read_records(path, data, need=("response",)), scorer.tokenizer, **limits)
+            records = read_records(path, data, need=("response",))
+            return [record.id for record in records], sft_rows(records, scorer.tokenizer, **limits)
 
-        train_rows, val_rows = parallel.agree(lambda: (read(data.train), read(data.validation)))
+        (ids, train_rows), (_, val_rows) = parallel.agree(lambda: (read(data.train), read(data.validation)))
         sampler = ShuffledSampler(len(train_rows), sft.batch_size, config.run.seed)
         ledger = Ledger(scorer.hf.shape)
 
         core = Core(config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=sft.steps, seed=config.run.seed)
         start, state = resume(run, core)
+        skipped = SkippedUpdates(sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
         if state:
             ledger.load_state_dict(state["ledger"])
         else:
@@ -53,7 +56,8 @@ def train(config: Config, scorer: Scorer) -> None:
         with progress("SFT", total=sft.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, sft.steps + 1):
                 began = time.perf_counter()
-                rows = [train_rows[i] for i in sampler.indices(step - 1)]
+                chosen = sampler.indices(step - 1)
+                rows = [train_rows[i] for i in chosen]
                 rank, size = parallel.data_parallel()
                 batch = pack_rows(rows, sft.token_budget, dp_rank=rank, dp_size=size)
                 update = core.step(batch, cross_entropy, want_entropy=False)
@@ -67,17 +71,19 @@ def train(config: Config, scorer: Scorer) -> None:
                     **update.metrics,
                     "grad_norm": update.grad_norm,
                     "lr": update.lr,
+                    "skipped_updates": int(update.skipped),
                     "tokens": batch.tokens,
                     "loss_tokens": batch.loss_tokens,
                     "padding_share": 1 - batch.tokens / (size * len(batch.packs) * sft.token_budget),
                     "time/step_seconds": seconds,
                 })
                 run.log(f"step {step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} "
-                        f"tokens {batch.tokens} {batch.tokens / seconds:.0f} tokens/s")
+                        f"tokens {batch.tokens} {batch.tokens / seconds:.0f} tokens/s{' | update skipped' if update.skipped else ''}")
+                skipped.add(update, step, [ids[i] for i in chosen])
                 _measure(config, run, core, ledger, scorer, val_rows, step)
                 record_ledger(run, ledger)
                 if due(step, sft.checkpoint_every, sft.steps):
-                    save(run, step, core, {"step": step, "ledger": ledger.state_dict()})
+                    save(run, step, core, {"step": step, "ledger": ledger.state_dict(), "skipped_in_a_row": skipped.in_a_row})
                 core.poll_save()
                 bar.advance(loss=update.loss)
         core.poll_save(wait=True)

@@ -26,12 +26,15 @@ def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
     return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist()) for _ in range(count)]
 
 
-def core(directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None):
+def core(
+    directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None, optimizer: OptimizerConfig = OPTIMIZER,
+    total_steps: int = 100, dtype: str = "float32",
+):  # fmt: skip
     from pctrain.core import Core
 
     return Core(
-        ModelConfig(path=directory, checkpoint=checkpoint), ParallelConfig(**layout),
-        optimizer_config=OPTIMIZER if train else None, total_steps=100, seed=0,
+        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype), ParallelConfig(**layout),
+        optimizer_config=optimizer if train else None, total_steps=total_steps, seed=0,
     )  # fmt: skip
 
 

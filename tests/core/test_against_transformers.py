@@ -26,8 +26,10 @@ def transformers_models(hf_dirs):
     return {tied: AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for tied, path in hf_dirs.items()}
 
 
-@pytest.mark.parametrize("layout", [(1, {}), (2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (2, {})],
-                         ids=["single", "TP2 SP", "PP2", "DP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [(1, {}), (2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
+    ids=["single", "TP2 SP", "PP2", "PP2 with virtual stages", "DP2"])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logprobs_of_packed_sequences_equal_each_sequence_alone(ranks, hf_dirs, transformers_models, layout, tied):
     world, parallel = layout
@@ -82,10 +84,10 @@ def _gradient_of_one_row(directory, rows, which):
 
     model = small.core(directory, {})
     masked = [row if i == which else replace(row, weights=np.zeros_like(row.weights)) for i, row in enumerate(rows)]
-    model.model.zero_grad_buffer()
-    core_step.run_loss(model.model, model._head, model.spec, pack_rows(masked, 1024), cross_entropy, temperature=1.0, want_entropy=False,
+    model.chunks[0].zero_grad_buffer()
+    core_step.run_loss(model.chunks, model._head, model.spec, pack_rows(masked, 1024), cross_entropy, temperature=1.0, want_entropy=False,
                        backward=True)
-    return model.model.module.embedding.word_embeddings.weight.main_grad.abs().sum(1).numpy().copy()
+    return model.chunks[0].module.embedding.word_embeddings.weight.main_grad.abs().sum(1).numpy().copy()
 
 
 def test_no_gradient_crosses_a_sequence_bound(ranks, hf_dirs):

@@ -33,7 +33,8 @@ def _go_on(model):
     return [u.loss for u in updates], [u.grad_norm for u in updates], [u.lr for u in updates], weights
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {})], ids=["single", "TP2", "DP2"])
+@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
+                         ids=["single", "TP2", "PP2 with virtual stages", "DP2"])
 def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
     uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
     resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
@@ -42,8 +43,11 @@ def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"pipeline": 2}), (2, {}), (4, {"tensor": 2, "pipeline": 2})],
-                         ids=["single", "PP2", "DP2", "TP2 x PP2"])
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {"pipeline": 2, "first_stage_layers": 1}), (2, {}),
+     (4, {"tensor": 2, "pipeline": 2})],
+    ids=["single", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "DP2", "TP2 x PP2"])  # fmt: skip
 def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
     uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", world=2)[0]
     resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)[0]

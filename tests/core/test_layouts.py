@@ -10,7 +10,13 @@ LAYOUTS = {
     "TP2 with sequence parallel": (2, {"tensor": 2, "sequence_parallel": True}),
     "PP2": (2, {"pipeline": 2}),
     "DP2": (2, {}),
+    "PP2 with virtual stages": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "PP2 of 1 and 3 layers": (2, {"pipeline": 2, "first_stage_layers": 1}),
     "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
+    "TP2 x PP2 of 3 and 1 layers, sequence parallel": (
+        4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "last_stage_layers": 1}),
+    "PP2 x DP2 with virtual stages, reductions overlapped": (
+        4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}),
     "TP2 x DP2 with sequence parallel": (4, {"tensor": 2, "sequence_parallel": True}),
 }
 STEPS = 20

@@ -28,8 +28,11 @@ def _qwen2(folder, source):
     return folder
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (4, {"tensor": 2, "pipeline": 2})],
-                         ids=["single", "TP2", "PP2", "TP2 x PP2"])
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}),
+     (2, {"pipeline": 2, "first_stage_layers": 1}), (4, {"tensor": 2, "pipeline": 2})],
+    ids=["single", "TP2", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "TP2 x PP2"])  # fmt: skip
 @pytest.mark.parametrize("kind", ["tied", "untied", "qwen2"])
 def test_every_tensor_comes_out_as_it_went_in(ranks, hf_dirs, tmp_path, world, layout, kind):
     directory = _qwen2(tmp_path / "qwen2", hf_dirs[False]) if kind == "qwen2" else hf_dirs[kind == "tied"]

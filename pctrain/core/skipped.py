@@ -1,0 +1,31 @@
+"""Updates that were skipped because loss or gradient was not finite: counted, and too many in a row end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pctrain.core.core import Update
+from pctrain.errors import UserError
+
+
+class SkippedUpdates:
+    """Skipped updates since the last one that was made. `limit`: `optimizer.max_skipped`. State: the count."""
+
+    def __init__(self, limit: int, in_a_row: int = 0):
+        self.limit = limit
+        self.in_a_row = in_a_row
+
+    def add(self, update: Update, step: int, ids: Sequence[str]) -> None:
+        """`ids`: of the samples of this update, for the message.
+
+        Raises:
+            UserError: the limit is reached. Every rank raises, for an update is skipped on all of them.
+        """
+        self.in_a_row = self.in_a_row + 1 if update.skipped else 0
+        if self.in_a_row < self.limit:
+            return
+        what = "gradient norm" if update.loss - update.loss == 0 else f"loss ({update.loss})"
+        raise UserError(
+            f"step {step}: the {what} is not finite, and {self.in_a_row} updates in a row were skipped for that (optimizer.max_skipped = "
+            f"{self.limit}). Lower the learning rate, or look at the samples of the last batch: {', '.join(dict.fromkeys(ids))}"
+        )

@@ -49,6 +49,7 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="tensor parallel size, ranks")
     pipeline: int = Field(1, ge=1, description="pipeline parallel size, ranks")
+    expert: int = Field(1, ge=1, description="expert parallel size, ranks (taken from the data parallel ones; mixture of experts only)")
     sequence_parallel: bool = Field(False, description="shard activations of norms and residuals along the sequence (needs tensor > 1)")
     timeout: float = Field(600, gt=0, description="deadline of any collective, seconds")
 

@@ -19,6 +19,11 @@ def save(directory: Path, model, optimizer, scheduler) -> None:
     dist_checkpointing.save(state, str(directory), validate_access_integrity=False)
 
 
+def save_weights(directory: Path, model) -> None:
+    """Collective. As `save`, of the weights alone: the start of another run."""
+    dist_checkpointing.save(_sharded_state(model, None, is_loading=False), str(directory), validate_access_integrity=False)
+
+
 def load(directory: Path, model, optimizer=None, scheduler=None) -> None:
     """Collective. Without an optimizer: the weights alone (the start of another run)."""
     if not Path(directory).is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.core import checkpoint, layers, model, optimizer, parallel, step, weights
+from pctrain.core.hf_config import HFConfig
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import PackedBatch, pack_rows
 from pctrain.data.rows import Row
@@ -39,7 +40,7 @@ class Core:
     def __init__(self, config: ModelConfig, par: ParallelConfig, *, optimizer_config: OptimizerConfig | None, total_steps: int, seed: int):
         parallel.initialize(par, seed)
         self._source = config.path
-        self.hf = model.HFConfig.read(config.path)
+        self.hf = HFConfig.read(config.path)
         self.spec = layers.choose_spec(config.spec)
         self.model = model.build(self.hf, config, par)
         self._te = self.spec == "te"
@@ -102,9 +103,9 @@ class Core:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
         return weights.export_hf(self.model.module, self.hf, self._te)
 
-    def export(self, folder: Path) -> None:
-        """Writes the weights as a Hugging Face directory that transformers and vLLM load."""
-        weights.save_hf(self.hf_weights(), self.hf, self._source, folder, writes=parallel.rank() == 0)
+    def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""
+        weights.save_hf(self.model.module, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes)
         parallel.barrier()
 
     def save(self, directory: Path) -> None:

@@ -32,11 +32,17 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
+            expert_model_parallel_size=parallel.expert,
             distributed_timeout_minutes=max(1, int(parallel.timeout // 60)),
         )
-    layout = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
-    if layout != (parallel.tensor, parallel.pipeline):
-        raise RuntimeError(f"this process already runs tensor x pipeline = {layout}, not {(parallel.tensor, parallel.pipeline)}")
+    layout = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    wanted = (parallel.tensor, parallel.pipeline, parallel.expert)
+    if layout != wanted:
+        raise RuntimeError(f"this process already runs tensor x pipeline x expert = {layout}, not {wanted}")
     seed_all(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -11,7 +11,7 @@ import numpy as np
 from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
-from pctrain.core.model import HFConfig
+from pctrain.core.hf_config import HFConfig
 from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare
 from pctrain.data.tokenizer import Tokenizer

@@ -1,0 +1,127 @@
+"""`pctrain convert`: Hugging Face directory -> checkpoint of weights, and back, at any layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pctrain.ceiling.ledger import Ledger
+from pctrain.config import Config
+from pctrain.core import Core, checkpoint, hf_files, parallel, weights
+from pctrain.data.rows import make_row
+from pctrain.durable import fsync
+from pctrain.errors import UserError
+from pctrain.runfolder import checkpoint_fault, checkpoint_step
+
+# fp32 on both sides, another order of sums: 1e-6 on small models, below 1e-4 on large ones. A wrong layout is off by 0.1 and more.
+TOLERANCE = 2e-4
+_SEQUENCES, _LENGTH = 4, 64
+
+
+def hf_to_mcore(config: Config, source: Path, out: Path, verify: bool) -> None:
+    """Writes checkpoint folder `out` (named step-N) with the weights of the Hugging Face directory `source`; `model.checkpoint` takes it.
+
+    Collective, at `config.parallel`; the checkpoint loads at any other layout. The weights are kept in `model.dtype`.
+    """
+    step = checkpoint_step(out)
+    parallel.initialize(config.parallel, config.run.seed)
+    parallel.from_rank_zero(lambda: _refuse_existing(out))
+    core = _core(config, source)
+    temporary = out.with_name(f"{out.name}.tmp")
+    parallel.from_rank_zero(lambda: _empty(temporary))
+    checkpoint.save_weights(temporary, core.model)
+    parallel.barrier()
+    parallel.from_rank_zero(lambda: _commit(temporary, out, step, {"ledger": Ledger(core.hf.shape).state_dict(), "source": str(source)}))
+    _say(f"{out}: weights of {source} ({core.hf.architecture}, {config.model.dtype}); use it by --model.path={source} --model.checkpoint={out}")
+    if verify:
+        checkpoint.load(out, core.model)
+        _verify(core, source)
+
+
+def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
+    """Writes the weights of checkpoint `source` as Hugging Face directory `out`, in the dtypes of `model.path`, whose config and tokenizer
+    go with them.
+
+    Collective, at `config.parallel`, whatever the layout that the checkpoint was written at.
+    """
+    parallel.initialize(config.parallel, config.run.seed)
+    parallel.from_rank_zero(lambda: (_refuse_existing(out), _refuse_incomplete(source)))
+    core = _core(config, config.model.path, source)
+    with hf_files.HFReader(config.model.path) as reader:
+        dtypes = {name: reader.dtype(name) for unit in weights.units(core.hf, te=False) for name in unit.hf}
+    core.export(out, dtypes)
+    names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
+    _say(f"{out}: weights of {source} ({core.hf.architecture}) in {names}, as {config.model.path} has them")
+    if verify:
+        weights.round_to(core.model.module, core.hf, core.spec == "te", dtypes)
+        _verify(core, out)
+
+
+def _core(config: Config, hf_dir: Path, source: Path | None = None) -> Core:
+    model = config.model.model_copy(update={"path": hf_dir, "checkpoint": source})
+    return Core(model, config.parallel, optimizer_config=None, total_steps=1, seed=config.run.seed)
+
+
+def _verify(core: Core, hf_dir: Path) -> None:
+    """Log-probs of random sequences against transformers on the same directory, both in float32. Raises UserError above the tolerance."""
+    rng = np.random.default_rng(0)
+    length = min(_LENGTH, core.hf.context)
+    rows = [make_row(ids[:1], ids[1:]) for ids in rng.integers(0, core.hf.vocab, (_SEQUENCES, length)).tolist()]
+    ours = core.logprobs(rows, _SEQUENCES * _LENGTH)
+    worst = parallel.from_rank_zero(lambda: max(
+        float(np.abs(a[1:] - b).max()) for a, b in zip(ours, _transformers_logprobs(hf_dir, [row.tokens for row in rows]), strict=True)))
+    _say(f"verified against transformers: largest difference of {_SEQUENCES * (length - 1)} log-probs {worst:.2e} (allowed: {TOLERANCE:.0e})")
+    if not worst <= TOLERANCE:  # a NaN is refused too
+        raise UserError(f"{hf_dir}: its log-probs differ from transformers' by {worst:.2e}, above {TOLERANCE:.0e}; do not use the result")
+
+
+def _transformers_logprobs(hf_dir: Path, sequences: list[np.ndarray]) -> list[np.ndarray]:
+    """Log-prob of every token but the first, float32 [L - 1] a sequence, by transformers on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).eval()
+    found = []
+    for tokens in sequences:
+        ids = torch.as_tensor(tokens)[None]
+        with torch.no_grad():
+            logprobs = torch.log_softmax(model(ids).logits[0].float(), -1)
+        found.append(logprobs[:-1].gather(1, ids[0, 1:, None])[:, 0].numpy())
+    return found
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise UserError(f"{out} exists already; name a folder that is still to be made")
+
+
+def _refuse_incomplete(source: Path) -> None:
+    fault = checkpoint_fault(source) if source.is_dir() else f"{source} is not a folder"
+    if fault is not None:
+        raise UserError(f"checkpoint {source}: {fault}; name a complete one, such as RUN/checkpoints/step-100")
+
+
+def _empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _commit(temporary: Path, out: Path, step: int, state: dict) -> None:
+    """state.json and manifest.json, everything on the disk, then the name: the folder is there whole or not at all."""
+    (temporary / "state.json").write_text(json.dumps(state) + "\n")
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in files}
+    manifest = temporary / "manifest.json"
+    manifest.write_text(json.dumps({"step": step, "files": sizes}, indent=1) + "\n")
+    for path in [*files, manifest, temporary]:
+        fsync(path)
+    temporary.rename(out)
+    fsync(out.parent)
+
+
+def _say(line: str) -> None:
+    if parallel.rank() == 0:
+        print(line, flush=True)

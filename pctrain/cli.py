@@ -130,9 +130,9 @@ def _convert(command: Command, arguments: list[str]) -> None:
         options.append(f"--model.path={source}")  # the layout is checked against its config.json
     config = _config(command, options)
     if config.model.path is None:
-        raise UserError(f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory whose config and tokenizer the result gets")
+        raise UserError(f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory that gives the config and the tokenizer")
     if verify and config.model.dtype != "float32":
-        raise UserError(f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave model.dtype at float32 (nothing is lost)")
+        raise UserError(f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave it at float32 (nothing is lost)")
     from pctrain import convert
 
     (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
@@ -200,7 +200,8 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
             return command, arguments[len(words):]
     group = next((c for c in COMMANDS if c.name.split()[0] == arguments[0]), None)
     if group is not None and (len(arguments) == 1 or arguments[1].startswith("-")):
-        raise UserError(f"pctrain {arguments[0]} needs one more word; known: pctrain {group.name}")
+        known = [f"pctrain {c.name}" for c in COMMANDS if c.name.split()[0] == arguments[0]]
+        raise UserError(f"pctrain {arguments[0]} needs one more word; known: {', '.join(known)}")
     typed = " ".join(arguments[:2]) if group is not None else arguments[0]
     near = difflib.get_close_matches(typed, [c.name for c in COMMANDS], n=1, cutoff=0.5)
     hint = f"did you mean `pctrain {near[0]}`?" if near else f"commands are: {', '.join(c.name for c in COMMANDS)}"

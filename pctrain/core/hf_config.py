@@ -181,7 +181,7 @@ def _experts(raw: dict, path: Path) -> Experts:
     if experts.per_token > experts.count:
         raise UserError(f"{path}: num_experts_per_tok = {experts.per_token} is above {key} = {experts.count}")
     if experts.per_token == 1 and experts.normalised:
-        raise UserError(f"{path}: num_experts_per_tok = 1 with norm_topk_prob = true gives every expert the weight 1: its router cannot learn")
+        raise UserError(f"{path}: num_experts_per_tok = 1 with norm_topk_prob = true: every weight is 1, the router cannot learn")
     return experts
 
 

@@ -126,7 +126,7 @@ class Entry:
 
 
 def write(folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes `tensors`, which come in the order of `entries`, into one file or several of at most `shard_bytes` (or one tensor) and an index.
+    """Writes `tensors`, in the order of `entries`, into one file, or several of at most `shard_bytes` (or one tensor) and their index.
 
     A tensor is cast to the dtype of its entry. Memory: one tensor.
     """

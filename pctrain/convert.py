@@ -59,7 +59,7 @@ def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
     names = ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes.values()}))
     _say(f"{out}: weights of {source} ({core.hf.architecture}) in {names}, as {config.model.path} has them")
     if verify:
-        weights.round_to(core.model.module, core.hf, core.spec == "te", dtypes)
+        weights.round_to(core.modules, core.hf, core.spec == "te", dtypes)
         _verify(core, out)
 
 

@@ -48,12 +48,17 @@ class Core:
         if config.checkpoint is not None:
             checkpoint.load(config.checkpoint, self.model)
         else:
-            weights.load_hf(self.model.module, self.hf, config.path, self._te)
+            weights.load_hf(self.modules, self.hf, config.path, self._te)
         self._head = step.Head(self.hf, par.sequence_parallel)
         self._optimizer = self._scheduler = None
         if optimizer_config is not None:
             dtype = model.DTYPES[config.dtype]
             self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.model, dtype, total_steps)
+
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """This rank's part of the model, without the wrapper for data parallelism."""
+        return [self.model.module]
 
     def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
@@ -101,11 +106,11 @@ class Core:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
-        return weights.export_hf(self.model.module, self.hf, self._te)
+        return weights.export_hf(self.modules, self.hf, self._te)
 
     def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""
-        weights.save_hf(self.model.module, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes)
+        weights.save_hf(self.modules, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes)
         parallel.barrier()
 
     def save(self, directory: Path) -> None:

@@ -135,8 +135,8 @@ def _qkv(name: str, theirs: list[str], tail: tuple[int, ...], hf: HFConfig) -> U
     return Unit(name, {n: (hf.kv_heads * s, *tail) for n, s in zip(theirs, rows, strict=True)}, shard, whole)
 
 
-def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) -> None:
-    """Copies the safetensors of `directory` into this rank's shards; of a tensor only this rank's part is read.
+def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: bool) -> None:
+    """Copies the safetensors of `directory` into this rank's shards (`modules`); of a tensor only this rank's part is read.
 
     Raises UserError that lists missing or unknown tensors, wrong shapes and dtypes: nothing is loaded by halves in silence.
     """
@@ -148,7 +148,7 @@ def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) ->
             ignored=frozenset({LM_HEAD} if hf.tied else ()))
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
-        mine = local_parameters(module)
+        mine = _local_parameters(modules)
         for unit in table:
             targets = [mine[unit.name]] if unit.name in mine else []
             if hf.tied and unit.name == EMBEDDING and "output_layer.weight" in mine:
@@ -159,12 +159,12 @@ def load_hf(module: torch.nn.Module, hf: HFConfig, directory: Path, te: bool) ->
                     target.copy_(value)
 
 
-def export_hf(module: torch.nn.Module, hf: HFConfig, te: bool, *, tied_head: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_head: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, full tensor on this rank, storage of its own). Collective over all ranks of a model.
 
     `tied_head`: with tied embeddings, `lm_head.weight` follows the embedding.
     """
-    mine = local_parameters(module)
+    mine = _local_parameters(modules)
     tp_group = parallel_state.get_tensor_model_parallel_group()
     # A parameter may lie on one pipeline stage alone, and of that on one expert parallel rank alone; from there it goes to the others.
     routes = [parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_expert_model_parallel_group()]
@@ -205,7 +205,7 @@ def _sources(held: set[str], group) -> tuple[dict[str, int], set[str]]:
 
 
 def save_hf(
-    module: torch.nn.Module, hf: HFConfig, te: bool, source: Path, folder: Path, *, writes: bool,
+    modules: list[torch.nn.Module], hf: HFConfig, te: bool, source: Path, folder: Path, *, writes: bool,
     dtypes: Mapping[str, torch.dtype] | None = None, shard_bytes: int = hf_files.SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Writes `folder`, a Hugging Face directory: the weights as safetensors, everything else (config, tokenizer) as in `source`.
@@ -216,10 +216,10 @@ def save_hf(
         dtypes: of the tensors in the files, by name; None: all as they are in the model.
         shard_bytes: most bytes of one file.
     """
-    ours = next(module.parameters()).dtype
+    ours = next(modules[0].parameters()).dtype
     shapes = [(name, shape) for unit in units(hf, te) for name, shape in unit.hf.items()]
     entries = [hf_files.Entry(name, dtypes[name] if dtypes else ours, shape) for name, shape in shapes]
-    tensors = export_hf(module, hf, te, tied_head=False)  # transformers stores a tied matrix once
+    tensors = export_hf(modules, hf, te, tied_head=False)  # transformers stores a tied matrix once
     if not writes:
         for _ in tensors:
             pass
@@ -233,9 +233,9 @@ def save_hf(
     temporary.rename(folder)
 
 
-def round_to(module: torch.nn.Module, hf: HFConfig, te: bool, dtypes: Mapping[str, torch.dtype]) -> None:
+def round_to(modules: list[torch.nn.Module], hf: HFConfig, te: bool, dtypes: Mapping[str, torch.dtype]) -> None:
     """Gives this rank's parameters the values that they have in files of these dtypes."""
-    mine = local_parameters(module)
+    mine = _local_parameters(modules)
     for unit in units(hf, te):
         wanted = {dtypes[name] for name in unit.hf}
         copies = [unit.name] + (["output_layer.weight"] if hf.tied and unit.name == EMBEDDING else [])
@@ -253,17 +253,17 @@ def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
         config.write_text(json.dumps({**raw, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def local_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by name, layers and experts renumbered to their global index."""
-    layers = [layer.layer_number - 1 for layer in module.decoder.layers]
+def _local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+    """This rank's parameters by name, layers and experts renumbered to their global index. `modules`: one for each virtual stage."""
     named = {}
-    for name, parameter in module.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            layer = module.decoder.layers[int(parts[2])]
-            parts[2] = str(layers[int(parts[2])])
-            if "local_experts" in parts:
-                at = parts.index("local_experts") + 1
-                parts[at] = str(layer.mlp.local_expert_indices[int(parts[at])])
-        named[".".join(parts)] = parameter
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            parts = name.split(".")
+            if parts[:2] == ["decoder", "layers"]:
+                layer = module.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+                if "local_experts" in parts:
+                    at = parts.index("local_experts") + 1
+                    parts[at] = str(layer.mlp.local_expert_indices[int(parts[at])])
+            named[".".join(parts)] = parameter
     return named

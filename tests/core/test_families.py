@@ -65,7 +65,7 @@ def _export_shards(directory, layout, out, shard_bytes):
 
     model = small.core(directory, layout, train=False)
     writes = parallel.rank() == 0
-    weights.save_hf(model.model.module, model.hf, False, directory, out, writes=writes, shard_bytes=shard_bytes)
+    weights.save_hf(model.modules, model.hf, False, directory, out, writes=writes, shard_bytes=shard_bytes)
 
 
 def test_a_large_export_is_sharded_and_transformers_reads_it(ranks, models, tmp_path):

@@ -42,7 +42,7 @@ class Core:
         self._source = config.path
         self.hf = HFConfig.read(config.path)
         self.spec = layers.choose_spec(config.spec)
-        self.model = model.build(self.hf, config, par)
+        self.model = model.build(self.hf, config, par, trainable=optimizer_config is not None)
         self._te = self.spec == "te"
         # Weights first: the optimizer copies them where it keeps masters of its own.
         if config.checkpoint is not None:

@@ -108,7 +108,12 @@ def _patch_optimizer_checkpoints() -> None:
 
 def _patch_expert_dispatch() -> None:
     """The dispatcher of a mixture of experts copies token counts to the host on a CUDA stream of its own; here they are there already."""
+    from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    # The router asks whether Transformer Engine has this function, by a name that is never bound without Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
 
     def already_on_the_host(self, point, tokens_per_expert=None):
         if point == self.cuda_dtoh_point:

@@ -102,8 +102,11 @@ def _experts(hf: HFConfig, par: ParallelConfig) -> dict:
     }
 
 
-def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> DistributedDataParallel:
-    """This rank's part of the model, wrapped for data parallelism. Weights are not loaded yet."""
+def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: bool) -> DistributedDataParallel:
+    """This rank's part of the model, wrapped for data parallelism. Weights are not loaded yet.
+
+    Not `trainable`: without the buffers of gradients, which are as large as the model in float32.
+    """
     config = transformer_config(hf, model, par)
     spec = layers.choose_spec(model.spec)
     module = CausalLM(
@@ -116,7 +119,7 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> DistributedD
         share_embeddings_and_output_weights=hf.tied,
         position_embedding_type="rope",
         rotary_base=hf.rope_theta,
-    ).to(device())
+    ).to(device()).requires_grad_(trainable)
     if hf.rope_scaling is not None:
         # megatron-core's constructor fixes all values but the factor; its formula, which is transformers' (Llama 3.1), takes them all.
         rotary = module.rotary_pos_emb

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_COMMON = {
+COMMON = {
     "vocab_size": 331, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": None,
     # Large enough that a swapped or misplaced matrix moves log-probs by far more than the tolerance.
@@ -34,7 +34,7 @@ def make(name: str, folder: Path, *, max_shard_size: str = "50GB") -> Path:
     architecture, own = FAMILIES[name]
     model_class = getattr(transformers, architecture)
     torch.manual_seed(7)
-    model = model_class(model_class.config_class(**{**_COMMON, **own})).float()
+    model = model_class(model_class.config_class(**{**COMMON, **own})).float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -49,7 +49,7 @@ def _logprobs_and_export(directory, layout, rows, out):
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [name if name == "TP2" else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS])
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_logprobs_equal_transformers_and_tensors_come_out_as_they_went_in(ranks, models, tmp_path, family, layout):
     directory, rows, expected = models[family]
@@ -82,8 +82,9 @@ def test_a_large_export_is_sharded_and_transformers_reads_it(ranks, models, tmp_
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"expert": 2, "pipeline": 2}, {"expert": 2, "tensor": 2}],
-                         ids=["EP2", "EP2 x PP2", "EP2 x TP2"])
+@pytest.mark.parametrize("layout", [
+    {"expert": 2}, pytest.param({"expert": 2, "pipeline": 2}, marks=pytest.mark.full),
+    pytest.param({"expert": 2, "tensor": 2}, marks=pytest.mark.full)], ids=["EP2", "EP2 x PP2", "EP2 x TP2"])
 def test_experts_spread_over_ranks_come_out_as_they_went_in(ranks, models, tmp_path, layout):
     directory = models["qwen3-moe"][0]
     world = 2 * layout.get("pipeline", 1) * layout.get("tensor", 1)
@@ -102,7 +103,7 @@ def _train(directory, layout):
     return small.train(directory, layout, 3)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "llama3"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("llama3", marks=pytest.mark.full)])
 def test_training_at_any_layout_is_the_same_run(ranks, models, family):
     """Query and key norms are whole on every tensor parallel rank, their gradients are not."""
     alone = ranks.run(_train, models[family][0], {}, world=1)[0]
@@ -111,3 +112,26 @@ def test_training_at_any_layout_is_the_same_run(ranks, models, family):
         for result in both:
             np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)  # fp32, another order of sums, 3 steps of Adam
             np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
+    """megatron-core's local spec says by which names its norms are stored where Transformer Engine fuses them into the next linear."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from pctrain.core.hf_config import HFConfig
+    from pctrain.core.weights import units
+
+    hf = HFConfig.read(models[family][0])
+    renamed = dict(get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map)
+    assert len(renamed) == 2
+    if hf.experts:
+        del renamed["pre_mlp_layernorm."]  # its Transformer Engine spec keeps that norm apart: a router stands behind it
+    expected = []
+    for unit in units(hf, te=False):
+        name = unit.name
+        for ours, theirs in renamed.items():
+            name = name.replace(f".{ours}", f".{theirs}")
+        expected.append(name)
+    assert [unit.name for unit in units(hf, te=True)] == expected
+    assert sum("q_layernorm" in name for name in expected) == (hf.layers if hf.qk_norm else 0)

@@ -18,6 +18,8 @@ from pctrain.errors import UserError
 
 TRAINING = ("run", "model", "parallel", "data")
 SAMPLING = ("rollout", "reward", "eval")
+_CONVERT_OPTIONS = ("model", "parallel")
+_VERIFY = "  --verify       compare log-probs of random sequences with transformers; exit status 2 above 2e-4"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -116,6 +118,26 @@ def _data_generate(command: Command, arguments: list[str]) -> None:
         print(f"{path}: {getattr(config.data.problems, name)} records")
 
 
+def _convert(command: Command, arguments: list[str]) -> None:
+    verify, arguments = "--verify" in arguments, [argument for argument in arguments if argument != "--verify"]
+    paths = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    if len(paths) != 2:
+        raise UserError(f"pctrain {command.name}: expected 2 folders, got {len(paths)}; usage: {command.usage}")
+    source, out = Path(paths[0]), Path(paths[1])
+    options = arguments[2:]
+    to_mcore = command.name == "convert hf-to-mcore"
+    if to_mcore:
+        options.append(f"--model.path={source}")  # the layout is checked against its config.json
+    config = _config(command, options)
+    if config.model.path is None:
+        raise UserError(f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory that gives the config and the tokenizer")
+    if verify and config.model.dtype != "float32":
+        raise UserError(f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave it at float32 (nothing is lost)")
+    from pctrain import convert
+
+    (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
+
+
 COMMANDS = (
     Command(
         "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
@@ -152,6 +174,22 @@ COMMANDS = (
          "pctrain data generate --config configs/quickstart.yaml --out data --run.seed=1 --data.problems.max_terms=5"),
         ("run.seed", "data.problems"),
         ("  --out DIR      folder for train.jsonl, validation.jsonl, test.jsonl and rl.jsonl",)),
+    Command(
+        "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",
+        "pctrain convert hf-to-mcore HF CHECKPOINT [--verify] [--section.key=value ...]", _convert,
+        ("pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --verify",
+         "torchrun --nproc-per-node=2 -m pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --parallel.tensor=2"),
+        _CONVERT_OPTIONS,
+        ("  HF             Hugging Face directory: config.json, safetensors",
+         "  CHECKPOINT     new folder, named step-N", _VERIFY)),
+    Command(
+        "convert mcore-to-hf", "the weights of a checkpoint as a Hugging Face directory",
+        "pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF [--verify] [--section.key=value ...]", _convert,
+        ("pctrain convert mcore-to-hf runs/sft/checkpoints/step-270 exported --model.path=Qwen3-0.6B --verify",
+         "torchrun --nproc-per-node=2 -m pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF --parallel.pipeline=2"),
+        _CONVERT_OPTIONS,
+        ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
+         "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
 )
 
 
@@ -162,7 +200,8 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
             return command, arguments[len(words):]
     group = next((c for c in COMMANDS if c.name.split()[0] == arguments[0]), None)
     if group is not None and (len(arguments) == 1 or arguments[1].startswith("-")):
-        raise UserError(f"pctrain {arguments[0]} needs one more word; known: pctrain {group.name}")
+        known = [f"pctrain {c.name}" for c in COMMANDS if c.name.split()[0] == arguments[0]]
+        raise UserError(f"pctrain {arguments[0]} needs one more word; known: {', '.join(known)}")
     typed = " ".join(arguments[:2]) if group is not None else arguments[0]
     near = difflib.get_close_matches(typed, [c.name for c in COMMANDS], n=1, cutoff=0.5)
     hint = f"did you mean `pctrain {near[0]}`?" if near else f"commands are: {', '.join(c.name for c in COMMANDS)}"

@@ -52,6 +52,7 @@ class ParallelConfig(Section):
 
     tensor: int = Field(1, ge=1, description="tensor parallel size, ranks")
     pipeline: int = Field(1, ge=1, description="pipeline parallel size, ranks")
+    expert: int = Field(1, ge=1, description="expert parallel size, ranks (taken from the data parallel ones; mixture of experts only)")
     sequence_parallel: bool = Field(False, description="shard activations of norms and residuals along the sequence (needs tensor > 1)")
     virtual_pipeline: int = Field(1, ge=1, description="virtual stages of each pipeline stage, interleaved: smaller bubble, more traffic")
     first_stage_layers: int | None = Field(None, ge=1, description="layers of the first pipeline stage; default: an even share")

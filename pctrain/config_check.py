@@ -24,6 +24,7 @@ class Shape:
     kv_heads: int
     ffn: int
     context: int
+    experts: int  # 0: dense
     source: str  # where the figures come from, for the messages
 
 
@@ -57,7 +58,7 @@ def model_shape(config: Config) -> Shape:
     """From `model.path`/config.json where a path is given, else from `model.architecture`."""
     if config.model.path is None:
         a = config.model.architecture
-        return Shape(a.layers, a.hidden, a.heads, a.kv_heads, a.ffn, a.context, "model.architecture")
+        return Shape(a.layers, a.hidden, a.heads, a.kv_heads, a.ffn, a.context, 0, "model.architecture")
     path = Path(config.model.path) / "config.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -72,12 +73,14 @@ def model_shape(config: Config) -> Shape:
         value = data.get(name, data.get(default) if default else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}; "
-                            "pctrain trains Llama- and Qwen2-shaped models")
+                            "pctrain trains Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE models")
         return value
 
+    experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0
     return Shape(
         number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads"),
-        number("num_key_value_heads", "num_attention_heads"), number("intermediate_size"), number("max_position_embeddings"), str(path))
+        number("num_key_value_heads", "num_attention_heads"), number("moe_intermediate_size" if experts else "intermediate_size"),
+        number("max_position_embeddings"), experts, str(path))
 
 
 def _shape_problems(shape: Shape) -> Iterator[str]:
@@ -102,6 +105,14 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
         if value % tensor:
             yield f"parallel.tensor = {tensor} does not divide the {name}: {value} ({shape.source})"
     yield from _stage_problems(config, shape)
+    expert = config.parallel.expert
+    if expert > 1 and not shape.experts:
+        yield f"parallel.expert = {expert}, but the model has no experts ({shape.source})"
+    elif shape.experts % expert:
+        yield f"parallel.expert = {expert} does not divide the experts: {shape.experts} ({shape.source})"
+    elif world_size % (tensor * pipeline * expert):
+        yield (f"parallel.expert = {expert} does not divide the data parallel size: {world_size} ranks / "
+               f"(parallel.tensor {tensor} x parallel.pipeline {pipeline})")
     if config.parallel.sequence_parallel and tensor == 1:
         yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
 

@@ -77,6 +77,11 @@ def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, *
         note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
 
 
+def save_weights(directory: Path, chunks: list) -> None:
+    """Collective. As `Saver.save`, of the weights alone: the start of another run."""
+    dist_checkpointing.save(_sharded_state(chunks, None, is_loading=False), str(directory), validate_access_integrity=False)
+
+
 def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
     """Collective. Without an optimizer: the weights alone (the start of another run)."""
     if not Path(directory).is_dir():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron.core import parallel_state
 
 from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.core import checkpoint, layers, model, optimizer, parallel, step, weights
+from pctrain.core.hf_config import HFConfig
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import PackedBatch, pack_rows
 from pctrain.data.rows import Row
@@ -44,15 +45,15 @@ class Core:
     def __init__(self, config: ModelConfig, par: ParallelConfig, *, optimizer_config: OptimizerConfig | None, total_steps: int, seed: int):
         parallel.initialize(par, seed)
         self._source = config.path
-        self.hf = model.HFConfig.read(config.path)
+        self.hf = HFConfig.read(config.path)
         self.spec = layers.choose_spec(config.spec)
-        self.chunks = model.build(self.hf, config, par)
+        self.chunks = model.build(self.hf, config, par, trainable=optimizer_config is not None)
         self._te = self.spec == "te"
         # Weights first: the optimizer copies them where it keeps masters of its own.
         if config.checkpoint is not None:
             checkpoint.load(config.checkpoint, self.chunks)
         else:
-            weights.load_hf(self._modules(), self.hf, config.path, self._te)
+            weights.load_hf(self.modules, self.hf, config.path, self._te)
         self._head = step.Head(self.hf, par.sequence_parallel)
         self.saver = checkpoint.Saver(background=on_gpu())
         self._optimizer = self._scheduler = None
@@ -61,7 +62,9 @@ class Core:
             self._clip = optimizer_config.clip
             self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.chunks, dtype, total_steps)
 
-    def _modules(self) -> list[torch.nn.Module]:
+    @property
+    def modules(self) -> list[torch.nn.Module]:
+        """This rank's part of the model, without the wrapper for data parallelism."""
         return [chunk.module for chunk in self.chunks]
 
     def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
@@ -115,11 +118,11 @@ class Core:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
-        return weights.export_hf(self._modules(), self.hf, self._te)
+        return weights.export_hf(self.modules, self.hf, self._te)
 
-    def export(self, folder: Path) -> None:
-        """Writes the weights as a Hugging Face directory that transformers and vLLM load."""
-        weights.save_hf(self.hf_weights(), self.hf, self._source, folder, writes=parallel.rank() == 0)
+    def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+        """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""
+        weights.save_hf(self.modules, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes)
         parallel.barrier()
 
     def save(self, directory: Path, done: Callable[[], None] = lambda: None) -> None:

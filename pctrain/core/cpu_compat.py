@@ -27,6 +27,7 @@ def install() -> bool:
         _patch_device_names()
         _patch_rng()
         _patch_optimizer_checkpoints()
+        _patch_expert_dispatch()
         _installed = True
     return True
 
@@ -103,3 +104,23 @@ def _patch_optimizer_checkpoints() -> None:
         original(self, model_param, {**step, **tensors})
 
     distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
+
+
+def _patch_expert_dispatch() -> None:
+    """The dispatcher of a mixture of experts copies token counts to the host on a CUDA stream of its own; here they are there already."""
+    from megatron.core.transformer.moe import moe_utils
+    from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher as Dispatcher
+
+    # The router asks whether Transformer Engine has this function, by a name that is never bound without Transformer Engine.
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+    def already_on_the_host(self, point, tokens_per_expert=None):
+        if point == self.cuda_dtoh_point:
+            for name in ("input_splits", "output_splits", "output_splits_tp"):
+                if torch.is_tensor(getattr(self, name)):
+                    setattr(self, name, getattr(self, name).numpy())
+        return tokens_per_expert
+
+    Dispatcher.cuda_dtoh_stream = "none"  # anything but None: no stream is made
+    Dispatcher._maybe_dtoh_and_synchronize = already_on_the_host

@@ -26,8 +26,8 @@ def choose_spec(spec: str) -> str:
 def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | None = None):
     """The decoder spec that GPTModel takes. `spec` is `te` or `torch` (see `choose_spec`); `vp_stage`: which virtual pipeline stage."""
     if spec == "te":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_layernorm)
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_layernorm)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=qk_layernorm)
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = PackedSDPA

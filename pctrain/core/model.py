@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +13,10 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pctrain.ceiling.flops import ModelShape
 from pctrain.config import ModelConfig, ParallelConfig
 from pctrain.core import layers
+from pctrain.core.hf_config import HFConfig
 from pctrain.device import device
-from pctrain.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _RECOMPUTE = {
@@ -27,76 +24,6 @@ _RECOMPUTE = {
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-_ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen2ForCausalLM": "qwen2"}
-
-
-@dataclass(frozen=True)
-class HFConfig:
-    """The part of a Hugging Face config.json that decides the model's shape."""
-
-    architecture: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
-    context: int
-    rope_theta: float
-    norm_eps: float
-    tied: bool
-    qkv_bias: bool
-    eos_id: int
-
-    @classmethod
-    def read(cls, directory: Path) -> HFConfig:
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: not found; model.path must be a Hugging Face directory with config.json") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
-        name = (raw.get("architectures") or ["?"])[0]
-        if name not in _ARCHITECTURES:
-            raise UserError(f"{path}: architecture {name} is not supported; supported: {', '.join(_ARCHITECTURES)}")
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
-            raise UserError(f"{path}: rope_type {rope['rope_type']!r} is not supported yet; only plain RoPE is")
-        if raw.get("attention_bias") and name == "LlamaForCausalLM" or raw.get("mlp_bias"):
-            raise UserError(f"{path}: attention_bias and mlp_bias of Llama are not supported")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise UserError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported; silu is")
-        try:
-            heads, eos = raw["num_attention_heads"], raw["eos_token_id"]
-            return cls(
-                architecture=name,
-                layers=raw["num_hidden_layers"],
-                hidden=raw["hidden_size"],
-                heads=heads,
-                kv_heads=raw.get("num_key_value_heads", heads),
-                head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-                ffn=raw["intermediate_size"],
-                vocab=raw["vocab_size"],
-                context=raw["max_position_embeddings"],
-                rope_theta=float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-                norm_eps=raw["rms_norm_eps"],
-                tied=raw.get("tie_word_embeddings", False),
-                qkv_bias=name == "Qwen2ForCausalLM",
-                eos_id=eos[0] if isinstance(eos, list) else eos,
-            )
-        except KeyError as error:
-            raise UserError(f"{path}: key {error} is missing") from None
-
-    @property
-    def shape(self) -> ModelShape:
-        """What the ledger counts FLOPs by."""
-        return ModelShape(self.layers, self.hidden, self.ffn, self.heads, self.kv_heads, self.head_dim, self.vocab, self.tied)
-
-    def padded_vocab(self, tensor_parallel: int) -> int:
-        """Rows of the embedding over all ranks: every tensor parallel rank holds the same number."""
-        return -(-self.vocab // tensor_parallel) * tensor_parallel
 
 
 class CausalLM(GPTModel):
@@ -136,6 +63,8 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=hf.qkv_bias,
+        qk_layernorm=hf.qk_norm,
+        **_experts(hf, par),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=par.tensor,
@@ -168,10 +97,27 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
     )
 
 
-def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> list[DistributedDataParallel]:
+def _experts(hf: HFConfig, par: ParallelConfig) -> dict:
+    """TransformerConfig's keys of a mixture of experts; none for a dense model."""
+    if hf.experts is None:
+        return {}
+    return {
+        "num_moe_experts": hf.experts.count,
+        "moe_ffn_hidden_size": hf.experts.ffn,
+        "moe_router_topk": hf.experts.per_token,
+        # Softmax over the chosen logits alone = softmax over all, divided by the sum of the chosen.
+        "moe_router_pre_softmax": not hf.experts.normalised,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",  # the one that takes sequences of any length
+        "expert_model_parallel_size": par.expert,
+    }
+
+
+def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: bool) -> list[DistributedDataParallel]:
     """This rank's part of the model, wrapped for data parallelism: one module, or one for each virtual pipeline stage.
 
-    Weights are not loaded yet.
+    Weights are not loaded yet. Not `trainable`: without the buffers of gradients, which are as large as the model in float32.
     """
     config = transformer_config(hf, model, par)
     stages = range(par.virtual_pipeline) if par.virtual_pipeline > 1 else [None]
@@ -182,7 +128,8 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> list[Distrib
         check_for_nan_in_grad=False,  # the step looks at the norm, and skips; an assertion on one rank would leave the others waiting
     )
     # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
-    chunks = [DistributedDataParallel(config, ddp, _chunk(hf, model, par, config, i), disable_bucketing=bool(i)) for i in stages]
+    parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
+    chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
     if par.overlap_grad_reduce:
         # Without these, every micro-batch would reduce.
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -191,9 +138,9 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> list[Distrib
 
 def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None) -> CausalLM:
     """Layers of this rank's pipeline stage, or of one of its virtual stages."""
-    return CausalLM(
+    module = CausalLM(
         config,
-        layers.layer_spec(layers.choose_spec(model.spec), config, vp_stage=vp_stage),
+        layers.layer_spec(layers.choose_spec(model.spec), config, hf.qk_norm, vp_stage=vp_stage),
         vocab_size=hf.padded_vocab(par.tensor),
         max_sequence_length=hf.context,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -203,6 +150,11 @@ def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: Transf
         rotary_base=hf.rope_theta,
         vp_stage=vp_stage,
     ).to(device())
+    if hf.rope_scaling is not None:
+        # megatron-core's constructor fixes all values but the factor; its formula, which is transformers' (Llama 3.1), takes them all.
+        rotary = module.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **asdict(hf.rope_scaling))
+    return module
 
 
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:

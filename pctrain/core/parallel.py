@@ -34,16 +34,18 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=virtual,
+            expert_model_parallel_size=parallel.expert,
             distributed_timeout_minutes=max(1, int(parallel.timeout // 60)),
         )
     layout = (
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
     )
-    wanted = (parallel.tensor, parallel.pipeline, virtual)
+    wanted = (parallel.tensor, parallel.pipeline, virtual, parallel.expert)
     if layout != wanted:
-        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages = {layout}, not {wanted}")
+        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages x expert = {layout}, not {wanted}")
     seed_all(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 

@@ -17,7 +17,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from pctrain.core import parallel
-from pctrain.core.model import HFConfig, attention_layout
+from pctrain.core.hf_config import HFConfig
+from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
 from pctrain.device import device
 

@@ -40,6 +40,7 @@ class Tokenizer:
         self._backend.no_padding()
         self.eos_id = _eos_id(Path(hf_dir), self._backend)
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        _refuse_ids_without_embedding(Path(hf_dir), self._backend)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -83,6 +84,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
                             f"{needed} is enough for single characters, more for words") from None
         raise UserError(f"SentencePiece could not train a tokenizer: {error}") from None
     return model.getvalue()
+
+
+def _refuse_ids_without_embedding(hf_dir: Path, backend: tokenizers.Tokenizer) -> None:
+    rows = _read_json(hf_dir / "config.json").get("vocab_size")
+    token, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
+    if isinstance(rows, int) and largest >= rows:
+        raise UserError(f"{hf_dir / 'tokenizer.json'}: token {token!r} has id {largest}, but the embedding has {rows} rows (vocab_size of "
+                        "config.json): tokenizer and model do not belong together, or the embedding has to be resized first")
 
 
 def _eos_id(hf_dir: Path, backend: tokenizers.Tokenizer) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pctrain.config import Config
 from pctrain.core import Core, parallel
-from pctrain.core.model import HFConfig
+from pctrain.core.hf_config import HFConfig
 from pctrain.data.problems import Problem, read_problems
 from pctrain.data.rows import make_row
 from pctrain.data.tokenizer import Tokenizer

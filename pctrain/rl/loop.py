@@ -13,7 +13,7 @@ from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
-from pctrain.core.model import HFConfig
+from pctrain.core.hf_config import HFConfig
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare

@@ -179,3 +179,15 @@ def test_a_sample_that_is_too_long_is_named(encoders, context, token_budget, nam
     sft_rows(records[:2], encoders[0], context=context, token_budget=token_budget)  # exactly 12
     with pytest.raises(UserError, match=f"^c: the sample has 13 tokens .*{name}"):
         sft_rows(records, encoders[0], context=context, token_budget=token_budget)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(directory, tmp_path):
+    import json
+    import shutil
+
+    shutil.copytree(directory, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    rows = Tokenizer(directory).vocab_size - 1
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": rows}))
+    with pytest.raises(UserError, match=f"has id {rows}, but the embedding has {rows} rows"):
+        Tokenizer(tmp_path / "model")

@@ -46,7 +46,8 @@ class Saver:
         request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank()))
         request.add_finalize_fn(done)
         if self._background:
-            self._queue.schedule_async_request(request)
+            with _children_die_with_this_process():
+                self._queue.schedule_async_request(request)
         else:
             request.execute_sync()
 
@@ -63,16 +64,35 @@ def _serve_results() -> None:
         filesystem_async._results_queue = manager.Queue()  # holds on to the manager
 
 
+_libc = ctypes.CDLL(None)
+_parent: int | None = None  # the process whose forks are writers of a checkpoint, while it forks them
+
+
 def _die_with(parent: int) -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextmanager
+def _children_die_with_this_process() -> Iterator[None]:
+    """A writer whose run was killed waits for ever for somebody to take its result."""
+    global _parent
+    _parent = os.getpid()
+    try:
+        yield
+    finally:
+        _parent = None
+
+
+os.register_at_fork(after_in_child=lambda: _parent is not None and _die_with(_parent))
 
 
 def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, **kwargs) -> None:
     """What a writing process does: megatron-core's part, then the checksums while the bytes are still in the page cache."""
     if write is not None:  # None: nothing of the checkpoint is this rank's to write
-        write(*args, **kwargs)
+        with _children_die_with_this_process():
+            write(*args, **kwargs)
     with suppress(OSError):  # a failed write is told by the writer; what has no checksum gets it at the commit
         note_digests(directory, sorted(directory.glob(f"__{rank}_*.distcp")), rank)
 

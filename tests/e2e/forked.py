@@ -39,6 +39,18 @@ class Forked:
     def start(self, arguments: list[str], log: Path) -> Run:
         return Run(self, self.ask({"start": arguments, "log": str(log)}), log)
 
+    def orphans(self) -> list[int]:
+        """Processes of killed runs that live on: forks of the server whose parent is gone."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                command, parent = (entry / "cmdline").read_bytes(), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue  # it has ended
+            if __file__.encode() in command and int(entry.name) != self._server.pid and parent != self._server.pid:
+                found.append(int(entry.name))
+        return found
+
     def ask(self, question: dict) -> int | None:
         self._server.stdin.write(json.dumps(question) + "\n")
         self._server.stdin.flush()

@@ -99,6 +99,7 @@ def fault_test(forked, folder, whole, steps, moments, seed):
         torn += bool(list(folder.glob("checkpoints/*.tmp")))
     assert forked.start(options(folder, steps), log).wait(120) == 0, log.read_text()[-3000:]
     assert not list(folder.rglob("*.tmp"))
+    assert not forked.orphans(), "a process outlived the run that started it"
     assert_same_run(folder, whole.folder)
     return torn
 

@@ -79,8 +79,7 @@ def test_only_skips_in_a_row_stop_the_run():
 
 def test_a_diverged_run_stops_and_names_the_last_samples(ranks, tmp_path):
     options = [*tiny.OPTIONS, "--sft.steps=20", "--sft.batch_size=4", "--sft.val_every=20", "--sft.eval_every=0",
-               "--sft.optimizer.warmup=0",
-               "--sft.optimizer.lr=1e30", "--sft.optimizer.max_skipped=2", f"--run.dir={tmp_path}/run"]
+               "--sft.optimizer.warmup=0", "--sft.optimizer.lr=1e30", "--sft.optimizer.max_skipped=2", f"--run.dir={tmp_path}/run"]
     [(status, errors)] = ranks.run(tiny.cli, "sft", *options, world=1)
     assert status == 2 and "Traceback" not in errors and "2 updates in a row" in errors, errors
     lines = (tmp_path / "run" / "data" / "train.jsonl").read_text().splitlines()

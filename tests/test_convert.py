@@ -8,9 +8,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from core import families
 from safetensors.torch import load_file, save_file
 
-from core import families
 from pctrain.core import hf_files
 from pctrain.core.hf_config import FAMILIES, HFConfig
 from pctrain.errors import UserError

@@ -104,10 +104,11 @@ class CausalLM(GPTModel):
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        """The torch spec rotates by one angle per token (positions restart in every sequence of a pack): gather them here."""
+        """The torch spec rotates in its attention, where it knows each token's position in its sequence: the angles go there."""
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
         if isinstance(packed_seq_params, layers.PackedLayout):
-            out = (out[0], out[1][position_ids[0]], *out[2:])
+            packed_seq_params.angles = out[1]
+            out = (out[0], None, *out[2:])
         return out
 
     def _postprocess(self, hidden_states, *args, **kwargs):

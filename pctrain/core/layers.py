@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from pctrain.core.packed_attention import PackedLayout, PackedSDPA
+from pctrain.core.rms_norm import RMSNorm
 from pctrain.core.swiglu import swiglu
 from pctrain.device import on_gpu
-
 
 __all__ = ["PackedLayout", "RMSNorm", "choose_spec", "layer_spec"]
 
@@ -40,14 +39,3 @@ def layer_spec(spec: str, config, qk_layernorm: bool = False):
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """megatron-core's torch norm refuses sequence parallelism because it does not tag its weight.
-
-    This one tags it: `finalize_model_grads` then all-reduces the weight's gradient over the tensor parallel group.
-    """
-
-    def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel

@@ -28,6 +28,9 @@ def build(config: OptimizerConfig, model: torch.nn.Module, dtype: torch.dtype, t
         ),
         [model],
     )
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True  # one pass over memory for a parameter, instead of one for each operation; megatron-core has no key for it
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

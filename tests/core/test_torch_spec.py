@@ -1,10 +1,13 @@
 """The torch spec's own autograd nodes, against plain autograd, and how it cuts packs."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pctrain.core.packed_attention import PackedLayout, PackedSDPA, Rotate
+from pctrain.core.rms_norm import RMSNorm
 from pctrain.core.swiglu import swiglu
 
 
@@ -17,6 +20,20 @@ def test_swiglu_is_that_of_autograd():
     torch.testing.assert_close(ours, expected)
     (got,), (want,) = (torch.autograd.grad(out, gate_up, upstream) for out in (ours, expected))
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_rms_norm_is_that_of_autograd(scale):
+    torch.manual_seed(0)
+    norm = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=False), 48, eps=1e-6)
+    torch.nn.init.normal_(norm.weight)
+    x, upstream = (torch.randn(5, 1, 48) * scale).requires_grad_(), torch.randn(5, 1, 48)
+    wide, weight = x.detach().double().requires_grad_(), norm.weight.detach().double().requires_grad_()
+    ours, expected = norm(x), F.rms_norm(wide, (48,), weight, 1e-6)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-6)  # fp32 against float64
+    got = torch.autograd.grad(ours, (x, norm.weight), upstream)
+    for a, b in zip(got, torch.autograd.grad(expected, (wide, weight), upstream.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
 
 
 def _layout(lengths, tokens, dim=8):

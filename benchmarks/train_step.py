@@ -2,15 +2,17 @@
 
     python benchmarks/train_step.py [--models quickstart 30m] [--lengths equal varied] [--turns N] [--dtype float32]
 
-Both start from the same weights and train on the same sequences, loss on the responses only, gradients clipped to 1. A step goes from token
-rows to updated weights: packing or padding, forward, backward, gradient norm, update. pctrain: `core.step` at world size 1, through
-megatron-core's schedule, data parallel wrapper and distributed optimizer. Rivals: `LlamaForCausalLM` with SDPA on the padded batch, loss by its
-`labels`, `clip_grad_norm_` and AdamW as torch makes it by default and with `fused=True`. Before any timing loss and gradient norm are compared.
+Both start from the same weights and train on the same sequences, loss on the responses only, gradients clipped to 1. A step goes from
+token rows to updated weights: packing or padding, forward, backward, gradient norm, update. pctrain: `core.step` at world size 1, through
+megatron-core's schedule, data parallel wrapper and distributed optimizer. Rivals: `LlamaForCausalLM` with SDPA on the padded batch, loss
+by its `labels`, `clip_grad_norm_` and AdamW as torch makes it by default and with `fused=True`. Before any timing loss and gradient norm
+are compared.
 
-Providers take turns in one process, so that what else the machine does meets all of them; the table holds medians. On a CPU one thread works
-and time is CPU time of the process (other processes disturb it less than wall time, which stands beside it); on a GPU it is wall time.
-Utilisation is FLOPs of the model by the paper's and by the exact formula (`pctrain.ceiling.flops`) over time, as a share of the fastest matrix
-product seen in the same run. Peak memory is that of tensors: weights, gradients and Adam's moments, and what a step allocates on top.
+Providers take turns in one process, so that what else the machine does meets all of them; the table holds medians. On a CPU one thread
+works and time is CPU time of the process (other processes disturb it less than wall time, which stands beside it); on a GPU it is wall
+time. Utilisation is FLOPs of the model by the paper's and by the exact formula (`pctrain.ceiling.flops`) over time, as a share of the
+fastest matrix product seen in the same run. Peak memory is that of tensors: weights, gradients and Adam's moments, and what a step
+allocates on top.
 """
 
 from __future__ import annotations
@@ -232,14 +234,15 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
     paper = statistics.fmean(flops.paper_sft(shape, steps=1, batch=sequences, mean_length=np.mean([len(r) for r in rows])) for rows in used)
     exact = flops.TRAINING_UNITS * statistics.fmean(
         sum(flops.exact_forward(shape, tokens=len(row), mean_length=len(row)) for row in rows) for rows in used)
-    print(f"\n{name}: {shape.parameters / 1e6:.1f}M parameters, {sequences} sequences of {lengths} length, {tokens:.0f} tokens a step, {dtype}, "
-          f"{turns} turns; fastest matrix product {fastest / 1e9:.0f} GFLOP/s")
+    print(f"\n{name}: {shape.parameters / 1e6:.1f}M parameters, {sequences} sequences of {lengths} length, {tokens:.0f} tokens a step, "
+          f"{dtype}, {turns} turns; fastest matrix product {fastest / 1e9:.0f} GFLOP/s")
     print("| provider | step, ms | quartiles | wall, ms | tokens/s | MFU paper | MFU exact | padding | peak memory, MB | of transformers |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for label, provider in providers.items():
         low, median, high = statistics.quantiles(own[label], n=4)
         ratio = statistics.median(a / b for a, b in zip(own[label], own["transformers"], strict=True))
-        memory = provider.held() + max(peak_bytes(lambda: provider.step(rows)) for rows in (batches if lengths == "varied" else batches[:1]))
+        measured = batches if lengths == "varied" else batches[:1]
+        memory = provider.held() + max(peak_bytes(lambda: provider.step(rows)) for rows in measured)
         padding = 1 - tokens / statistics.fmean(provider.positions(rows) for rows in used)
         print(f"| {label} | {median * 1e3:.1f} | {low * 1e3:.1f} - {high * 1e3:.1f} | {statistics.median(wall[label]) * 1e3:.1f} "
               f"| {tokens / median:.0f} | {paper / median / fastest:.1%} | {exact / median / fastest:.1%} | {padding:.0%} "

@@ -177,7 +177,23 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> DistributedD
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=False,
     )
-    return DistributedDataParallel(config, ddp, module)
+    wrapped = DistributedDataParallel(config, ddp, module)
+    skip_collectives_of_one(wrapped)
+    return wrapped
+
+
+def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
+    """Data parallel groups of one rank need no reduce-scatter and no all-gather: both would copy buffers onto themselves.
+
+    megatron-core makes the calls all the same (on a small model 2 % of a step). They are left in place where they do more than that: where
+    they overlap with computation, look for NaN, or scale (never with `calculate_per_token_loss`).
+    """
+    config = wrapped.ddp_config
+    if config.overlap_grad_reduce or config.overlap_param_gather or config.check_for_nan_in_grad or config.check_for_large_grads:
+        return
+    for group in [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]:
+        if group.intra_distributed_optimizer_instance_size == 1 and all(b.gradient_scaling_factor == 1.0 for b in group.buckets):
+            group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
 
 
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:

@@ -35,8 +35,8 @@ class Bucket:
 class PackedLayout(PackedSeqParams):
     """How the torch spec attends within a pack.
 
-    `qkv_format` is not "thd": megatron-core then keeps [T, 1, heads, dim], and the rotation of queries and keys is made here, where positions
-    are the columns of a bucket. (megatron-core's own would take the cosine of every token's angles in every layer, for queries and for keys.)
+    `qkv_format` is not "thd": megatron-core then keeps [T, 1, heads, dim], and queries and keys are rotated here, where positions are the
+    columns of a bucket. (megatron-core's own would take the cosine of every token's angles in every layer, for queries and for keys.)
     """
 
     buckets: list[Bucket] = None

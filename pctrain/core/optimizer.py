@@ -58,7 +58,9 @@ def prime(optimizer) -> None:
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter].update(
-                    step=torch.tensor(0.0, device=parameter.device), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                    step=torch.tensor(0.0, device=parameter.device),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
                 )
 
 

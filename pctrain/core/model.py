@@ -36,10 +36,11 @@ class CausalLM(GPTModel):
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        """The torch spec rotates by one angle per token (positions restart in every sequence of a pack): gather them here."""
+        """The torch spec rotates in its attention, where it knows each token's position in its sequence: the angles go there."""
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
         if isinstance(packed_seq_params, layers.PackedLayout):
-            out = (out[0], out[1][position_ids[0]], *out[2:])
+            packed_seq_params.angles = out[1]
+            out = (out[0], None, *out[2:])
         return out
 
     def _postprocess(self, hidden_states, *args, **kwargs):
@@ -130,6 +131,8 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
     parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
     chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
+    for chunk in chunks:
+        skip_collectives_of_one(chunk)
     if par.overlap_grad_reduce:
         # Without these, every micro-batch would reduce.
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
@@ -155,6 +158,20 @@ def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: Transf
         rotary = module.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **asdict(hf.rope_scaling))
     return module
+
+
+def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
+    """Data parallel groups of one rank need no reduce-scatter and no all-gather: both would copy buffers onto themselves.
+
+    megatron-core makes the calls all the same (on a small model 2 % of a step). They are left in place where they do more than that: where
+    they overlap with computation, look for NaN, or scale (never with `calculate_per_token_loss`).
+    """
+    config = wrapped.ddp_config
+    if config.overlap_grad_reduce or config.overlap_param_gather or config.check_for_nan_in_grad or config.check_for_large_grads:
+        return
+    for group in [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]:
+        if group.intra_distributed_optimizer_instance_size == 1 and all(b.gradient_scaling_factor == 1.0 for b in group.buckets):
+            group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
 
 
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:

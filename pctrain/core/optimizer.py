@@ -37,6 +37,9 @@ def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.d
         ),
         chunks,
     )
+    for inner in _torch_optimizers(optimizer):
+        for group in inner.param_groups:
+            group["fused"] = True  # one pass over a parameter instead of one for each operation; megatron-core has no key for it
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -97,7 +100,9 @@ def prime(optimizer) -> None:
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
                 inner.state[parameter].update(
-                    step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
+                    step=torch.tensor(0.0, device=parameter.device),
+                    exp_avg=torch.zeros_like(parameter),
+                    exp_avg_sq=torch.zeros_like(parameter),
                 )
 
 

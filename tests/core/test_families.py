@@ -96,7 +96,7 @@ def test_experts_spread_over_ranks_come_out_as_they_went_in(ranks, models, tmp_p
 def _export_experts(directory, layout, out):
     model = small.core(directory, layout, train=False)
     model.export(out)
-    return sum(".experts." in name for name, _ in model.model.module.named_parameters())
+    return sum(".experts." in name for module in model.modules for name, _ in module.named_parameters())
 
 
 def _train(directory, layout):

@@ -99,8 +99,9 @@ class Pctrain:
 
     def held(self) -> int:
         """Bytes of weights, gradient buffers and optimizer state. (A master or gradient that shares memory with another counts once.)"""
-        tensors = [*self.core.model.parameters()]
-        tensors += [b.grad_data for b in [*self.core.model.buffers, *self.core.model.expert_parallel_buffers]]
+        [wrapped] = self.core.chunks  # one process, one stage
+        tensors = [*wrapped.parameters()]
+        tensors += [b.grad_data for b in [*wrapped.buffers, *wrapped.expert_parallel_buffers]]
         for inner in getattr(self.core._optimizer, "chained_optimizers", [self.core._optimizer]):
             tensors += [t for state in inner.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             tensors += [p for group in inner.optimizer.param_groups for p in group["params"]]

@@ -13,4 +13,4 @@ done
 
 # One thread a process: two processes of two threads on two cores are ten times slower than two of one.
 export OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
-exec "$venv/bin/python" -m pytest tests --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"
+exec "$venv/bin/python" -m pytest --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"

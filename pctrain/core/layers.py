@@ -8,12 +8,10 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
-from pctrain.core.packed_attention import PackedLayout, PackedSDPA
+from pctrain.core.packed_attention import PackedSDPA
 from pctrain.core.rms_norm import RMSNorm
 from pctrain.core.swiglu import swiglu
 from pctrain.device import on_gpu
-
-__all__ = ["PackedLayout", "RMSNorm", "choose_spec", "layer_spec"]
 
 
 def choose_spec(spec: str) -> str:

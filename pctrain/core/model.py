@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from pctrain.config import ModelConfig, ParallelConfig
 from pctrain.core import layers
 from pctrain.core.hf_config import HFConfig
+from pctrain.core.packed_attention import PackedLayout
 from pctrain.device import device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -38,7 +39,7 @@ class CausalLM(GPTModel):
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
         """The torch spec rotates in its attention, where it knows each token's position in its sequence: the angles go there."""
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
-        if isinstance(packed_seq_params, layers.PackedLayout):
+        if isinstance(packed_seq_params, PackedLayout):
             packed_seq_params.angles = out[1]
             out = (out[0], None, *out[2:])
         return out
@@ -177,7 +178,7 @@ def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
     """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its real tokens, `tokens` positions in all."""
     if spec == "torch":
-        return layers.PackedLayout.of(cu_seqlens, tokens)
+        return PackedLayout.of(cu_seqlens, tokens)
     bounds = cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
     longest = int((bounds[1:] - bounds[:-1]).max())
     bounds = bounds.to(device())

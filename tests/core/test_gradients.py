@@ -104,7 +104,7 @@ def test_forward_alone_leaves_the_gradients_untouched(ranks, hf_dirs, world, lay
 
 def _recomputed(directory, layout):
     """{recompute: (loss, gradients, attention calls)}"""
-    from pctrain.core.layers import PackedSDPA
+    from pctrain.core.packed_attention import PackedSDPA
 
     found, attend = {}, PackedSDPA.forward
     for recompute in ("none", "selective", "full"):

@@ -43,15 +43,19 @@ class ModelConfig(Section):
     path: Path | None = Field(None, description="Hugging Face directory (config.json, tokenizer.json, safetensors)")
     checkpoint: Path | None = Field(None, description="pctrain checkpoint (…/checkpoints/step-N) to start from; weights only")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations")
-    spec: Literal["auto", "torch", "te"] = Field("auto", description="layer spec: Transformer Engine (te), plain torch, or by device")
+    spec: Literal["auto", "te", "torch-varlen", "torch"] = Field(
+        "auto", description="layer spec: Transformer Engine; torch, with variable-length flash attention (CUDA) or without; best here")
+    fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
+        None, description="scaling recipe of matrix products in 8 bits (te only, with bfloat16); mxfp8: Blackwell; default: none")
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
 
 
 class ParallelConfig(Section):
-    """Data parallel size is what is left: world size / (tensor x pipeline)."""
+    """Data parallel size is what is left: world size / (tensor x pipeline x context)."""
 
     tensor: int = Field(1, ge=1, description="tensor parallel size, ranks")
     pipeline: int = Field(1, ge=1, description="pipeline parallel size, ranks")
+    context: int = Field(1, ge=1, description="context parallel size, ranks: every sequence is cut into that many parts (te only)")
     expert: int = Field(1, ge=1, description="expert parallel size, ranks (taken from the data parallel ones; mixture of experts only)")
     sequence_parallel: bool = Field(False, description="shard activations of norms and residuals along the sequence (needs tensor > 1)")
     virtual_pipeline: int = Field(1, ge=1, description="virtual stages of each pipeline stage, interleaved: smaller bubble, more traffic")

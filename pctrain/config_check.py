@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from pctrain.config import Config, OptimizerConfig
@@ -41,7 +42,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _layout_problems(config, shape, world_size)
         if "rollout" in sections:
             problems += _rollout_problems(config, shape)
-    data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
+    par = config.parallel
+    data_parallel = max(1, world_size // (par.tensor * par.pipeline * par.context))
     if "sft" in sections:
         problems += _sft_problems(config, data_parallel)
     if "rl" in sections:
@@ -96,14 +98,18 @@ def _shape_problems(shape: Shape) -> Iterator[str]:
 
 
 def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[str]:
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
-    if world_size % (tensor * pipeline):
-        ranks = tensor * pipeline
-        yield (f"parallel.tensor x parallel.pipeline = {tensor} x {pipeline} = {ranks} does not divide the world size {world_size}; "
+    tensor, pipeline, context = config.parallel.tensor, config.parallel.pipeline, config.parallel.context
+    ranks = tensor * pipeline * context
+    if world_size % ranks:
+        names, sizes = "parallel.tensor x parallel.pipeline", f"{tensor} x {pipeline}"
+        if context > 1:
+            names, sizes = f"{names} x parallel.context", f"{sizes} x {context}"
+        yield (f"{names} = {sizes} = {ranks} does not divide the world size {world_size}; "
                f"start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or lower them")
     for name, value in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("feed-forward width", shape.ffn)):
         if value % tensor:
             yield f"parallel.tensor = {tensor} does not divide the {name}: {value} ({shape.source})"
+    yield from _spec_problems(config)
     yield from _stage_problems(config, shape)
     expert = config.parallel.expert
     if expert > 1 and not shape.experts:
@@ -115,6 +121,17 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
                f"(parallel.tensor {tensor} x parallel.pipeline {pipeline})")
     if config.parallel.sequence_parallel and tensor == 1:
         yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
+
+
+def _spec_problems(config: Config) -> Iterator[str]:
+    """What only Transformer Engine has. (Whether `auto` finds it is seen when the model is built.)"""
+    model = config.model
+    if model.fp8 is not None and model.dtype != "bfloat16":
+        yield f"model.fp8 = {model.fp8} needs model.dtype = bfloat16, not {model.dtype}"
+    given = {"parallel.context": config.parallel.context if config.parallel.context > 1 else None, "model.fp8": model.fp8}
+    if model.spec not in ("auto", "te"):
+        yield from (f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave {key} out"
+                    for key, value in given.items() if value is not None)
 
 
 def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
@@ -154,7 +171,7 @@ def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
 
 def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
     sft = config.sft
-    yield from _budget_problems("sft", sft.token_budget, config.parallel.tensor)
+    yield from _budget_problems("sft", sft.token_budget, config)
     if sft.batch_size % data_parallel:
         yield f"sft.batch_size = {sft.batch_size} is not divisible by the data parallel size {data_parallel}"
     if sft.val_every > sft.steps:
@@ -166,7 +183,7 @@ def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
 def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     rl = config.rl
     samples = rl.prompts * rl.group
-    yield from _budget_problems("rl", rl.token_budget, config.parallel.tensor)
+    yield from _budget_problems("rl", rl.token_budget, config)
     if samples % data_parallel:
         yield f"rl.prompts x rl.group = {rl.prompts} x {rl.group} = {samples} is not divisible by the data parallel size {data_parallel}"
     if samples % rl.updates:
@@ -177,9 +194,16 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     yield from _schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
 
 
-def _budget_problems(section: str, token_budget: int, tensor: int) -> Iterator[str]:
-    if token_budget % tensor:
-        yield f"{section}.token_budget = {token_budget} is not a multiple of parallel.tensor = {tensor}"
+def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:
+    par = config.parallel
+    # What a rank gets of a pack: a part of it for every tensor parallel rank, cut into two pieces for every context parallel one; matrix
+    # products in 8 bits take tokens by sixteens (in blocks of 32 for mxfp8).
+    parts = {"parallel.tensor": par.tensor, "2 x parallel.context": 2 * par.context if par.context > 1 else 1,
+             "the block of model.fp8": {None: 1, "mxfp8": 32}.get(config.model.fp8, 16)}
+    parts = {name: size for name, size in parts.items() if size > 1}
+    if token_budget % prod(parts.values()):
+        rule = " x ".join(f"{name} = {size}" if len(parts) == 1 else f"{name} ({size})" for name, size in parts.items())
+        yield f"{section}.token_budget = {token_budget} is not a multiple of {rule}"
 
 
 def _schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:

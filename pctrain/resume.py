@@ -39,7 +39,11 @@ def finished(run: RunFolder) -> bool:
 
 
 def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
-    """(step, state) of the newest checkpoint, loaded into `core`; (0, {}) where there is none. What lies beyond it is cut."""
+    """(step, state) of the newest checkpoint, loaded into `core`; (0, {}) where there is none. What lies beyond it is cut.
+
+    Says what is about to run, before.
+    """
+    run.say(core.describe())
     newest = parallel.from_rank_zero(run.latest_checkpoint)
     if newest is not None:
         verify(newest, checkpoints.damaged)

@@ -187,6 +187,12 @@ class RunFolder:
         if self.writes:
             self._append("train.log", f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
+    def say(self, line: str) -> None:
+        """`log`, and print it."""
+        self.log(line)
+        if self.writes:
+            make_console().print(line, markup=False, highlight=False)
+
     def _append(self, name: str, text: str) -> None:
         """One write() to a descriptor in append mode: a killed process can tear the last line, never an earlier one."""
         if name not in self._appenders:

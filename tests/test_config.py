@@ -175,6 +175,14 @@ def test_malformed_command_line(tokens, message):
     (1, ["--parallel.sequence_parallel=true"], "parallel.sequence_parallel = true needs parallel.tensor above 1"),
     (2, ["--parallel.tensor=2", "--sft.token_budget=1023"], "sft.token_budget = 1023 is not a multiple of parallel.tensor = 2"),
     (2, ["--parallel.tensor=2", "--rl.token_budget=2047"], "rl.token_budget = 2047 is not a multiple of parallel.tensor = 2"),
+    (4, ["--parallel.tensor=2", "--parallel.context=2", "--sft.token_budget=1028"],
+     "sft.token_budget = 1028 is not a multiple of parallel.tensor (2) x 2 x parallel.context (4)"),
+    (1, ["--model.fp8=mxfp8", "--model.dtype=bfloat16", "--sft.token_budget=1040"], "not a multiple of the block of model.fp8 = 32"),
+    (2, ["--parallel.tensor=2", "--parallel.context=2"], "parallel.tensor x parallel.pipeline x parallel.context = 2 x 1 x 2 = 4 does not"),
+    (2, ["--parallel.context=2", "--model.spec=torch"], "parallel.context = 2 needs Transformer Engine, but model.spec = torch"),
+    (4, ["--parallel.context=2", "--sft.batch_size=33"], "sft.batch_size = 33 is not divisible by the data parallel size 2"),
+    (1, ["--model.fp8=delayed", "--model.dtype=bfloat16", "--model.spec=torch-varlen"], "model.fp8 = delayed needs Transformer Engine"),
+    (1, ["--model.fp8=delayed"], "model.fp8 = delayed needs model.dtype = bfloat16, not float32"),
     (4, ["--parallel.tensor=4", "--rollout.tensor=2"], "rollout.tensor = 2: an engine spans"),
     (1, ["--rollout.tensor=2"], "rollout.tensor = 2: an engine spans one rank or one tensor parallel group; expected 1"),
     (2, ["--sft.batch_size=33"], "sft.batch_size = 33 is not divisible by the data parallel size 2"),
@@ -202,6 +210,7 @@ def test_impossible_combinations(monkeypatch, world, overrides, message):
     (1, []),
     (4, ["--parallel.tensor=2", "--parallel.sequence_parallel=true", "--rollout.tensor=2"]),
     (3, ["--parallel.pipeline=3"]),
+    (4, ["--parallel.context=4", "--model.spec=te"]),
     (4, ["--parallel.tensor=2", "--parallel.pipeline=2", "--model.architecture.layers=4"]),
 ])
 def test_possible_combinations(monkeypatch, world, overrides):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.core import checkpoint, layers, model, optimizer, parallel, step, weights
+from pctrain.core import checkpoint, context_parallel, layers, model, optimizer, parallel, step, weights
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import PackedBatch, pack_rows
@@ -46,9 +46,10 @@ class Core:
         parallel.initialize(par, seed)
         self._source = config.path
         self.hf = HFConfig.read(config.path)
-        self.spec = layers.choose_spec(config.spec)
+        self.spec = layers.choose_spec(config, par)
         self.chunks = model.build(self.hf, config, par, trainable=optimizer_config is not None)
         self._te = self.spec == "te"
+        self._align = context_parallel.alignment(par.context)
         # Weights first: the optimizer copies them where it keeps masters of its own.
         if config.checkpoint is not None:
             checkpoint.load(config.checkpoint, self.chunks)
@@ -66,6 +67,19 @@ class Core:
     def modules(self) -> list[torch.nn.Module]:
         """This rank's part of the model, without the wrapper for data parallelism."""
         return [chunk.module for chunk in self.chunks]
+
+    def describe(self) -> str:
+        """One line for the start of a run: the model, the layer spec that was chosen, and the layout."""
+        tensor, pipeline = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+        context, data = parallel_state.get_context_parallel_world_size(), parallel.data_parallel()[1]
+        model = f"{self.hf.architecture}, {self.hf.shape.parameters / 1e6:.4g}M parameters"
+        return (f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): tensor {tensor} x pipeline {pipeline} "
+                f"x context {context} x data {data}")
+
+    def pack(self, rows: list[Row], token_budget: int) -> PackedBatch:
+        """The rows as micro-batches of `token_budget` positions; this rank holds its data parallel share of them."""
+        rank, size = parallel.data_parallel()
+        return pack_rows(rows, token_budget, dp_rank=rank, dp_size=size, align=self._align)
 
     def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
@@ -99,13 +113,12 @@ class Core:
     def logprobs(self, rows: list[Row], token_budget: int, *, temperature: float = 1.0) -> list[np.ndarray]:
         """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it)."""
         self._eval()
-        dp_rank, dp_size = parallel.data_parallel()
-        batch = pack_rows(rows, token_budget, dp_rank=dp_rank, dp_size=dp_size)
+        batch, dp_size = self.pack(rows, token_budget), parallel.data_parallel()[1]
         found: dict[int, np.ndarray] = {}
         for pack, logprob in zip(batch.packs, step.run_logprob(self.chunks, self._head, self.spec, batch, temperature), strict=True):
             values, bounds = logprob.cpu().numpy(), pack.cu_seqlens.tolist()
-            for row, a, b in zip(pack.rows, bounds[:-1], bounds[1:], strict=True):
-                found[row] = np.concatenate([[0.0], values[a : b - 1]]).astype(np.float32)
+            for row, start in zip(pack.rows, bounds[:-1], strict=True):
+                found[row] = np.concatenate([[0.0], values[start : start + len(rows[row]) - 1]]).astype(np.float32)
         if dp_size > 1:
             shares: list = [None] * dp_size
             dist.all_gather_object(shares, found, group=parallel_state.get_data_parallel_group())

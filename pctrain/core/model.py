@@ -17,6 +17,7 @@ from pctrain.config import ModelConfig, ParallelConfig
 from pctrain.core import layers
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.packed_attention import PackedLayout
+from pctrain.core.varlen_attention import VarlenLayout
 from pctrain.device import device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -24,6 +25,14 @@ _RECOMPUTE = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+# Gradients need range more than digits; where the scale belongs to a small block, e4m3 has range enough for both.
+_FP8 = {
+    None: {},
+    "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+    "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
+    "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
 }
 
 
@@ -37,9 +46,9 @@ class CausalLM(GPTModel):
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        """The torch spec rotates in its attention, where it knows each token's position in its sequence: the angles go there."""
+        """The torch specs rotate in their attention, where they know each token's position in its sequence: the angles go there."""
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
-        if isinstance(packed_seq_params, PackedLayout):
+        if isinstance(packed_seq_params, PackedLayout | VarlenLayout):
             packed_seq_params.angles = out[1]
             out = (out[0], None, *out[2:])
         return out
@@ -78,9 +87,11 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         overlap_p2p_comm=par.virtual_pipeline > 1,
         batch_p2p_comm=par.virtual_pipeline == 1,
         sequence_parallel=par.sequence_parallel,
+        context_parallel_size=par.context,
         params_dtype=DTYPES[model.dtype],
         pipeline_dtype=DTYPES[model.dtype],
         bf16=model.dtype == "bfloat16",
+        **_FP8[model.fp8],
         attention_softmax_in_fp32=True,
         # The weights come from the Hugging Face directory, so nothing is drawn here. (perform_initialization=False would also leave out the
         # tensor parallel marks of the parameters: gradient norm and clipping would then count one shard only.)
@@ -144,7 +155,7 @@ def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: Transf
     """Layers of this rank's pipeline stage, or of one of its virtual stages."""
     module = CausalLM(
         config,
-        layers.layer_spec(layers.choose_spec(model.spec), config, hf.qk_norm, vp_stage=vp_stage),
+        layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage),
         vocab_size=hf.padded_vocab(par.tensor),
         max_sequence_length=hf.context,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -176,9 +187,9 @@ def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
 
 
 def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
-    """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its real tokens, `tokens` positions in all."""
-    if spec == "torch":
-        return PackedLayout.of(cu_seqlens, tokens)
+    """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its sequences, `tokens` positions in all."""
+    if spec != "te":
+        return {"torch": PackedLayout, "torch-varlen": VarlenLayout}[spec].of(cu_seqlens, tokens)
     bounds = cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
     longest = int((bounds[1:] - bounds[:-1]).max())
     bounds = bounds.to(device())

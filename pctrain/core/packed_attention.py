@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
-from torch.autograd.function import once_differentiable
 
+from pctrain.core.rotary import Rotate, rotation
 from pctrain.device import device
 
 
@@ -78,39 +78,12 @@ class PackedLayout(PackedSeqParams):
             inverse=None if in_place else inverse.to(here),
         )
 
-    def rotation(self, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and signed sin [longest, heads, dim] of the positions; made once for a pack, not in every layer.
-
-        Spread over the heads, so that multiplying [count, length, heads, dim] runs over long rows of memory; no more of it than one query.
-        """
-        known = self.__dict__.setdefault("_rotations", {})
+    def turn(self, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin [longest, heads, dim]; made once for a pack, not in every layer."""
+        known = self.__dict__.setdefault("_turns", {})
         if (heads, dtype) not in known:
-            angles = self.angles.detach().view(len(self.angles), 1, -1)
-            cos, sin = angles.cos(), angles.sin()
-            half = angles.shape[-1] // 2
-            sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-            known[heads, dtype] = tuple(x.to(dtype).expand(-1, heads, -1).contiguous() for x in (cos, sin))
+            known[heads, dtype] = rotation(self.angles, heads, dtype)
         return known[heads, dtype]
-
-
-class Rotate(torch.autograd.Function):
-    """x [count, length, heads, dim] turned by the angle of its column: x cos + (halves of x exchanged) * signed sin."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor):
-        return _rotate(grad, *ctx.saved_tensors, -1.0), None, None  # a rotation's transpose turns back
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, direction: float) -> torch.Tensor:
-    length, half = x.shape[1], x.shape[-1] // 2
-    exchanged = torch.cat((x[..., half:], x[..., :half]), -1)
-    return torch.addcmul(x * cos[:length], exchanged, sin[:length], value=direction)
 
 
 class PackedSDPA(DotProductAttention):
@@ -122,7 +95,7 @@ class PackedSDPA(DotProductAttention):
         outputs = []
         for bucket in layout.buckets:
             q, k, v = (bucket.take(x.squeeze(1)) for x in (query, key, value))  # [n, length, heads, dim]
-            q, k = (Rotate.apply(x, *layout.rotation(x.shape[2], x.dtype)) for x in (q, k))
+            q, k = (Rotate.apply(x, *layout.turn(x.shape[2], x.dtype)) for x in (q, k))
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
             outputs.append(out.transpose(1, 2).reshape(bucket.count * bucket.length, -1))

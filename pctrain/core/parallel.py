@@ -34,6 +34,7 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
             virtual_pipeline_model_parallel_size=virtual,
+            context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             distributed_timeout_minutes=max(1, int(parallel.timeout // 60)),
         )
@@ -41,11 +42,12 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_virtual_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
     )
-    wanted = (parallel.tensor, parallel.pipeline, virtual, parallel.expert)
+    wanted = (parallel.tensor, parallel.pipeline, virtual, parallel.context, parallel.expert)
     if layout != wanted:
-        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages x expert = {layout}, not {wanted}")
+        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages x context x expert = {layout}, not {wanted}")
     seed_all(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -74,7 +76,7 @@ def launcher() -> str:
 
 
 def data_parallel() -> tuple[int, int]:
-    """(rank, size) in the data parallel group."""
+    """(rank, size) in the data parallel group; ranks that share a sequence (context parallel) have the same."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()

@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from pctrain.core import parallel
+from pctrain.core import context_parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
@@ -117,6 +117,8 @@ def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, tempera
     _schedule(chunks, spec, batch.packs, prepare, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()
     del found[len(batch.packs) :]  # padding packs of the schedule
+    if found:  # on the last stage
+        found = [context_parallel.gather(logprob, pack.cu_seqlens) for logprob, pack in zip(found, batch.packs, strict=True)]
     if group.size() > 1:
         if not found:
             found = [torch.empty(len(pack.tokens), device=device()) for pack in batch.packs]
@@ -134,19 +136,21 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
         packs = packs + [_padding_like(packs[0])] * (-len(packs) % config.pipeline_model_parallel_size)
 
     def forward_step(packs, wrapped):
-        pack = next(packs)
+        whole = next(packs)
+        pack = context_parallel.shard(whole)
         wrapped.module.head, collect = prepare(pack)
         output = wrapped(
             pack.tokens[None].to(here),
             pack.position_ids[None].to(here),
             attention_mask=None,
-            packed_seq_params=attention_layout(spec, pack.cu_seqlens, len(pack.tokens)),
+            packed_seq_params=attention_layout(spec, pack.cu_seqlens, len(whole.tokens)),
         )
         return output, collect
 
     def finalize(chunks, num_tokens, **kwargs):
-        # Summed over data parallel ranks by megatron-core, so each contributes its equal part; float64 keeps the quotient exact.
-        share = torch.tensor(denominator / parallel.data_parallel()[1], dtype=torch.float64, device=here)
+        # megatron-core sums it over the ranks that hold other tokens: each contributes an equal part. float64 keeps the quotient exact.
+        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        share = torch.tensor(denominator / ranks, dtype=torch.float64, device=here)
         finalize_model_grads(chunks, share, **kwargs)
 
     config.finalize_model_grads_func = finalize
@@ -176,14 +180,14 @@ def _padding_like(pack: Pack) -> Pack:
 
 
 def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[float, dict[str, float]]:
-    """Adds the sums of all packs over the data parallel group (on the last stage) and tells every stage, in float64."""
+    """Adds the sums of all packs over the data and context parallel ranks (on the last stage) and tells every stage, in float64."""
     group = parallel_state.get_pipeline_model_parallel_group()
     result: list = [None]
     if parallel_state.is_pipeline_last_stage():
         names = list(sums[0])
         totals = torch.stack([torch.stack([s[name].double() for s in sums]).sum() for name in names])
-        if parallel.data_parallel()[1] > 1:
-            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group())
+        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
         result[0] = dict(zip(names, (totals / denominator).tolist(), strict=True))
     if group.size() > 1:
         dist.broadcast_object_list(result, src=dist.get_process_group_ranks(group)[-1], group=group)

@@ -28,7 +28,7 @@ class Pack:
     labels: torch.Tensor  # int64 [T]; already shifted; -100: none (last of a sequence, padding)
     weights: torch.Tensor  # float32 [T]; loss weight of the prediction of `labels`
     position_ids: torch.Tensor  # int64 [T]; restart at 0 in every sequence; 0 on padding
-    cu_seqlens: torch.Tensor  # int32 [n + 1]; from 0 to the number of real tokens
+    cu_seqlens: torch.Tensor  # int32 [n + 1]; where sequences begin, and where the last one ends
     streams: dict[str, torch.Tensor]  # {name: float32 [T]}, aligned with `labels`
     rows: list[int]  # [n]; which of the packed rows each sequence is
 
@@ -40,13 +40,15 @@ class PackedBatch:
     packs: list[Pack]
     loss_tokens: float  # sum of all weights: the one denominator
     tokens: int  # real tokens
+    positions: int  # of all packs, padding included
     sequences: int
 
 
-def pack_rows(rows: Sequence[Row], token_budget: int, *, dp_rank: int = 0, dp_size: int = 1) -> PackedBatch:
+def pack_rows(rows: Sequence[Row], token_budget: int, *, dp_rank: int = 0, dp_size: int = 1, align: int = 1) -> PackedBatch:
     """First-fit decreasing over the rows; the packs are dealt over the ranks so that their costs are even.
 
-    The packs are the same whatever `dp_size` is, apart from the padding packs that a rank with fewer packs gets.
+    The packs are the same whatever `dp_size` is, apart from the padding packs that a rank with fewer packs gets. Every sequence takes a
+    multiple of `align` positions, a divisor of the budget: what is over is padding at its end, and belongs to it in `cu_seqlens`.
 
     Raises:
         UserError: a row longer than the token budget.
@@ -54,15 +56,16 @@ def pack_rows(rows: Sequence[Row], token_budget: int, *, dp_rank: int = 0, dp_si
     """
     _check(rows, token_budget)
     lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    packs = first_fit_decreasing(lengths, token_budget)
+    room = -(-lengths // align) * align
+    packs = first_fit_decreasing(room, token_budget)
     mine = deal([_cost(lengths[pack]) for pack in packs], dp_size)[dp_rank]
     per_rank = -(-len(packs) // dp_size)
     names = list(rows[0].streams)
-    built = [_build(rows, packs[i], token_budget, names) for i in mine]
-    built += [_build(rows, [], token_budget, names) for _ in range(per_rank - len(mine))]
+    built = [_build(rows, packs[i], room[packs[i]], token_budget, names) for i in mine]
+    built += [_build(rows, [], room[:0], token_budget, names) for _ in range(per_rank - len(mine))]
     # In double precision: a float32 sum of millions of ones would stop at 2**24.
     loss_tokens = float(sum(row.weights.sum(dtype=np.float64) for row in rows))
-    return PackedBatch(built, loss_tokens, int(lengths.sum()), len(rows))
+    return PackedBatch(built, loss_tokens, int(lengths.sum()), dp_size * per_rank * token_budget, len(rows))
 
 
 def first_fit_decreasing(lengths: np.ndarray, token_budget: int) -> list[list[int]]:
@@ -95,27 +98,28 @@ def _cost(lengths: np.ndarray) -> float:
     return float(lengths.sum() + (lengths**2).sum() / LENGTH_OF_EQUAL_COST)
 
 
-def _build(rows: Sequence[Row], pack: list[int], token_budget: int, names: list[str]) -> Pack:
-    lengths = np.array([len(rows[i]) for i in pack], dtype=np.int64)
-    bounds = np.concatenate([[0], np.cumsum(lengths)])
+def _build(rows: Sequence[Row], pack: list[int], room: np.ndarray, token_budget: int, names: list[str]) -> Pack:
+    """`room` [n]: positions that each sequence takes."""
+    bounds = np.concatenate([[0], np.cumsum(room)])
     tokens = np.zeros(token_budget, np.int64)
     labels = np.full(token_budget, NO_LABEL, np.int64)
     weights = np.zeros(token_budget, np.float32)
     positions = np.zeros(token_budget, np.int64)
     streams = {name: np.zeros(token_budget, np.float32) for name in names}
     if pack:
-        real, last = int(bounds[-1]), bounds[1:] - 1
-        tokens[:real] = np.concatenate([rows[i].tokens for i in pack])
-        positions[:real] = np.arange(real) - np.repeat(bounds[:-1], lengths)
-        # The prediction of token i is made at position i - 1: everything moves one to the left, and the last position of a sequence,
-        # which would get the next sequence's first token, predicts nothing.
-        labels[: real - 1] = tokens[1:real]
-        labels[last] = NO_LABEL
+        lengths = np.array([len(rows[i]) for i in pack], dtype=np.int64)
+        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        at = np.repeat(bounds[:-1], lengths) + position
+        tokens[at], positions[at] = np.concatenate([rows[i].tokens for i in pack]), position
+        # The prediction of token i is made at position i - 1: everything moves one to the left. Nothing predicts a first token, and the
+        # last position of a sequence predicts nothing.
+        predicted = position > 0
+        before = at[predicted] - 1
+        labels[before] = tokens[before + 1]
         shifted = [(weights, [rows[i].weights for i in pack])]
         shifted += [(streams[name], [rows[i].streams[name] for i in pack]) for name in names]
         for target, values in shifted:
-            target[: real - 1] = np.concatenate(values)[1:]
-            target[last] = 0
+            target[before] = np.concatenate(values)[predicted]
     return Pack(
         torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(weights), torch.from_numpy(positions),
         torch.from_numpy(bounds.astype(np.int32)), {name: torch.from_numpy(values) for name, values in streams.items()}, list(pack))

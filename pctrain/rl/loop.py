@@ -15,7 +15,6 @@ from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
@@ -111,9 +110,8 @@ def _update(config: Config, core: Core, algorithm: algorithms.Algorithm, sampled
         rows = batch.with_old_logprobs(rows, core, rl.token_budget, temperature)
         _count(ledger, step, "logprob", sampled.kept, time.perf_counter() - began)
     began = time.perf_counter()
-    rank, size = parallel.data_parallel()
     updates = [
-        core.step(pack_rows(part, rl.token_budget, dp_rank=rank, dp_size=size), algorithm.loss, temperature=temperature)
+        core.step(core.pack(part, rl.token_budget), algorithm.loss, temperature=temperature)
         for part in batch.split(rows, rl.updates)
     ]
     _count(ledger, step, "rl_update", sampled.kept, time.perf_counter() - began)

@@ -8,7 +8,6 @@ from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.packing import pack_rows
 from pctrain.data.prepare import prepare
 from pctrain.data.records import read_records
 from pctrain.data.rows import sft_rows
@@ -58,8 +57,7 @@ def train(config: Config, scorer: Scorer) -> None:
                 began = time.perf_counter()
                 chosen = sampler.indices(step - 1)
                 rows = [train_rows[i] for i in chosen]
-                rank, size = parallel.data_parallel()
-                batch = pack_rows(rows, sft.token_budget, dp_rank=rank, dp_size=size)
+                batch = core.pack(rows, sft.token_budget)
                 update = core.step(batch, cross_entropy, want_entropy=False)
                 seconds = time.perf_counter() - began
 
@@ -74,7 +72,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     "skipped_updates": int(update.skipped),
                     "tokens": batch.tokens,
                     "loss_tokens": batch.loss_tokens,
-                    "padding_share": 1 - batch.tokens / (size * len(batch.packs) * sft.token_budget),
+                    "padding_share": 1 - batch.tokens / batch.positions,
                     "time/step_seconds": seconds,
                 })
                 run.log(f"step {step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} "

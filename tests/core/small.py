@@ -40,21 +40,15 @@ def core(
 
 def step(model, step: int):
     """One SFT step on the batch of that step."""
-    from pctrain.core import parallel
-    from pctrain.data.packing import pack_rows
     from pctrain.sft.validation import cross_entropy
 
-    rank, size = parallel.data_parallel()
-    batch = pack_rows(rows(seed=step), BUDGET, dp_rank=rank, dp_size=size)
-    return model.step(batch, cross_entropy, want_entropy=False)
+    return model.step(model.pack(rows(seed=step), BUDGET), cross_entropy, want_entropy=False)
 
 
 def train(directory: Path, layout: dict, steps: int) -> dict:
-    """Losses and gradient norms of the first steps, then the weights under their Hugging Face names."""
+    """Losses and gradient norms of the first steps, and the weights after 3 of them under their Hugging Face names."""
     model = core(directory, layout)
-    updates = [step(model, i) for i in range(steps)]
-    return {
-        "loss": [u.loss for u in updates],
-        "grad_norm": [u.grad_norm for u in updates],
-        "weights": {name: tensor.numpy().copy() for name, tensor in model.hf_weights()},
-    }
+    updates = [step(model, i) for i in range(3)]
+    weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
+    updates += [step(model, i) for i in range(3, steps)]
+    return {"loss": [u.loss for u in updates], "grad_norm": [u.grad_norm for u in updates], "weights": weights}

@@ -18,6 +18,8 @@ LAYOUTS = {
     "PP2 x DP2 with virtual stages, reductions overlapped": (
         4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}),
     "TP2 x DP2 with sequence parallel": (4, {"tensor": 2, "sequence_parallel": True}),
+    "TP2 x PP2 with virtual stages and sequence parallel": (
+        4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_pipeline": 2}),
 }
 STEPS = 20
 
@@ -30,7 +32,7 @@ def single(ranks, hf_dirs):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_and_gradient_norms_equal_those_of_one_process(ranks, hf_dirs, single, layout, tied):
+def test_losses_gradient_norms_and_weights_equal_those_of_one_process(ranks, hf_dirs, single, layout, tied):
     world, parallel = LAYOUTS[layout]
     results = ranks.run(small.train, hf_dirs[tied], parallel, STEPS, world=world)
     for result in results:
@@ -40,9 +42,8 @@ def test_losses_and_gradient_norms_equal_those_of_one_process(ranks, hf_dirs, si
     # It trains, so the comparison means something (random tokens: no more is to be learned than which 257 of 290 ids occur, 0.12 nats).
     assert single[tied]["loss"][-1] < single[tied]["loss"][0] - 0.05
     for name, weight in single[tied]["weights"].items():
-        # Adam divides by the root of tiny second moments: where a gradient is near 0 its sign, and so a whole step, is rounding.
-        close = np.isclose(results[0]["weights"][name], weight, rtol=1e-3, atol=2e-4)
-        assert close.mean() > 0.99, name
+        # A step of Adam is 1e-3 here whatever the gradient's size, so that the rounding of a tiny gradient shows: measured 1.3e-6.
+        np.testing.assert_allclose(results[0]["weights"][name], weight, rtol=0, atol=5e-6, err_msg=name)
 
 
 def test_every_rank_reports_the_same(ranks, hf_dirs):

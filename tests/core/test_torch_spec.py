@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pctrain.core.packed_attention import PackedLayout, PackedSDPA, Rotate
+from pctrain.core.packed_attention import PackedLayout, PackedSDPA
 from pctrain.core.rms_norm import RMSNorm
+from pctrain.core.rotary import Rotate
 from pctrain.core.swiglu import swiglu
 
 
@@ -50,7 +51,7 @@ def test_rotation_is_that_of_megatron_core():
     torch.manual_seed(0)
     layout, _ = _layout([7, 7, 7], 21)
     x = torch.randn(3, 7, 2, 8, dtype=torch.float64, requires_grad=True)
-    ours = Rotate.apply(x, *layout.rotation(2, torch.float64))
+    ours = Rotate.apply(x, *layout.turn(2, torch.float64))
     expected = _apply_rotary_pos_emb_bshd(x.transpose(0, 1), layout.angles).transpose(0, 1)
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(x)

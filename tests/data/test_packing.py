@@ -29,20 +29,24 @@ def row_lists(draw):
     return rows
 
 
-def pack_on_all_ranks(rows, dp_size) -> list[PackedBatch]:
-    return [pack_rows(rows, BUDGET, dp_rank=rank, dp_size=dp_size) for rank in range(dp_size)]
+def pack_on_all_ranks(rows, dp_size, align=1) -> list[PackedBatch]:
+    return [pack_rows(rows, BUDGET, dp_rank=rank, dp_size=dp_size, align=align) for rank in range(dp_size)]
 
 
-@given(row_lists(), st.integers(1, 5))
-def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size):
+@given(row_lists(), st.integers(1, 5), st.sampled_from([1, 4, 8]))
+def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size, align):
     found = Counter()
-    for batch in pack_on_all_ranks(rows, dp_size):
+    for batch in pack_on_all_ranks(rows, dp_size, align):
+        assert batch.positions == dp_size * len(batch.packs) * BUDGET
         for pack in batch.packs:
             bounds = pack.cu_seqlens.tolist()
             assert len(bounds) == len(pack.rows) + 1
-            for index, start, stop in zip(pack.rows, bounds, bounds[1:]):
+            for index, start, end in zip(pack.rows, bounds, bounds[1:]):
                 row = rows[index]
                 found[index] += 1
+                stop = start + len(row)
+                assert end - start == -(-len(row) // align) * align
+                assert not pack.tokens[stop:end].any() and not pack.weights[stop:end].any() and (pack.labels[stop:end] == NO_LABEL).all()
                 assert pack.tokens[start:stop].tolist() == row.tokens.tolist()
                 assert pack.position_ids[start:stop].tolist() == list(range(len(row)))
                 # What position i predicts is token i + 1; the last position predicts nothing.

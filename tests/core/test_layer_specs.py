@@ -1,0 +1,150 @@
+"""Which layer spec is chosen where, and what of the GPU specs can be seen without a GPU."""
+
+from contextlib import ExitStack
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+
+from core.test_torch_spec import _attend_alone, _layout
+from pctrain.config import ModelConfig, ParallelConfig
+from pctrain.core import layers, varlen_attention
+from pctrain.core.varlen_attention import VarlenAttention, VarlenLayout
+from pctrain.errors import UserError
+
+
+def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(layers, "on_gpu", lambda: gpu))
+        stack.enter_context(mock.patch.object(layers.importlib.util, "find_spec", lambda name: te or None))
+        stack.enter_context(mock.patch.object(varlen_attention, "available", lambda: varlen))
+        return layers.choose_spec(ModelConfig(**model), ParallelConfig(**parallel or {}))
+
+
+@pytest.mark.parametrize("machine, model, expected", [
+    ({"gpu": False}, {}, "torch"),
+    ({"gpu": False, "te": True}, {}, "torch"),  # installed, but nothing to run it on
+    ({"gpu": True, "te": True}, {"dtype": "bfloat16"}, "te"),
+    ({"gpu": True}, {"dtype": "bfloat16"}, "torch-varlen"),
+    ({"gpu": True, "varlen": False}, {"dtype": "bfloat16"}, "torch"),
+    ({"gpu": True}, {"dtype": "float32"}, "torch"),  # flash attention has no float32
+    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch"}, "torch"),
+    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch-varlen"}, "torch-varlen"),
+    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "fp8": "blockwise"}, "te"),
+])
+def test_the_choice(machine, model, expected):
+    assert _choose(model, **machine) == expected
+
+
+@pytest.mark.parametrize("machine, model, parallel, message", [
+    ({"gpu": False}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
+    ({"gpu": True}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
+    ({"gpu": False}, {"spec": "torch-varlen", "dtype": "bfloat16"}, {}, "torch-varlen needs a CUDA device"),
+    ({"gpu": True}, {"spec": "torch-varlen"}, {}, "model.dtype = bfloat16"),
+    ({"gpu": True}, {"dtype": "bfloat16"}, {"context": 2}, "parallel.context needs the layer spec te"),
+    ({"gpu": False}, {"dtype": "bfloat16", "fp8": "delayed"}, {}, "model.fp8 needs the layer spec te"),
+])
+def test_what_cannot_run_is_refused(machine, model, parallel, message):
+    with pytest.raises(UserError, match=message):
+        _choose(model, parallel, **machine)
+
+
+@pytest.mark.parametrize("experts", [None, 4])
+def test_the_te_spec_is_built_of_transformer_engines_modules(experts):
+    """megatron-core's own wrappers of them can be imported without Transformer Engine; what they are made of is not looked at."""
+    from megatron.core.extensions import transformer_engine as te
+    from megatron.core.extensions import transformer_engine_spec_provider as provider
+    from megatron.core.models.gpt import gpt_layer_specs
+    from packaging.version import Version
+
+    with ExitStack() as stack:
+        for name, value in {"TESpecProvider": provider.TESpecProvider, "TENorm": te.TENorm}.items():
+            stack.enter_context(mock.patch.object(gpt_layer_specs, name, value, create=True))
+        stack.enter_context(mock.patch("megatron.core.utils.get_te_version", lambda: Version("2.10")))
+        spec = layers.layer_spec("te", SimpleNamespace(num_moe_experts=experts), qk_layernorm=True)
+    attention = spec.submodules.self_attention.submodules
+    assert attention.core_attention is te.TEDotProductAttention
+    assert attention.linear_qkv is te.TELayerNormColumnParallelLinear and attention.q_layernorm is te.TENorm
+    assert spec.submodules.mlp.module.__name__ == ("MoELayer" if experts else "MLP")
+
+
+def test_recipes_of_8_bits_reach_the_model():
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from pctrain.core import model
+
+    for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8"):
+        config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, bf16=True, **model._FP8[recipe])
+        assert config.fp8 == ("hybrid" if recipe in ("tensorwise", "delayed") else "e4m3") and config.fp8_recipe == recipe
+
+
+# ---- torch's variable-length flash attention
+
+
+def _of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
+    return _by_definition(query, key, value, cu_seq_q, max_q, scale)
+
+
+def _of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    assert is_causal and query.shape[1] == key.shape[1]
+    return _by_definition(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5)
+
+
+def _by_definition(query, key, value, cu_seqlens, longest, scale):
+    bounds = cu_seqlens.tolist()
+    assert cu_seqlens.dtype == torch.int32 and longest == max(b - a for a, b in zip(bounds[:-1], bounds[1:])) and bounds[-1] == len(query)
+    no_turn = torch.zeros(longest, 1, 1, query.shape[-1], dtype=query.dtype)
+    query = query * scale * query.shape[-1] ** 0.5  # `_attend_alone` scales by 1 / sqrt(dim)
+    return torch.cat([
+        _attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:]) for a, b in zip(bounds[:-1], bounds[1:])])
+
+
+def _attention(scale=8**-0.5):
+    attention = VarlenAttention.__new__(VarlenAttention)
+    torch.nn.Module.__init__(attention)
+    attention.softmax_scale = scale
+    return attention
+
+
+@pytest.fixture
+def fresh_options():
+    varlen_attention._takes.cache_clear()
+    yield
+    varlen_attention._takes.cache_clear()
+
+
+@pytest.mark.parametrize("varlen_attn", [_of_torch_2_13, _of_torch_2_10])
+@pytest.mark.parametrize("lengths, tokens", [([9, 9, 9, 9], 36), ([300, 9, 70], 400), ([], 16)], ids=str)
+def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varlen_attn, lengths, tokens):
+    torch.manual_seed(0)
+    bounds = [0, *torch.tensor(lengths, dtype=torch.int32).cumsum(0).tolist()]
+    layout = VarlenLayout.of(torch.tensor(bounds, dtype=torch.int32), tokens)
+    # The angles of the bucketed layout's test, as far as the longest piece, padding included.
+    layout.angles = _layout([layout.max_seqlen_q], layout.max_seqlen_q)[0].angles
+    q, k, v = (torch.randn(tokens, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
+    with mock.patch.object(varlen_attention, "_varlen", lambda: SimpleNamespace(varlen_attn=varlen_attn)):
+        ours = _attention()(q, k, v, None, packed_seq_params=layout)
+    assert ours.shape == (tokens, 1, 32) and ours.isfinite().all()
+    if not lengths:
+        return
+    real = ours[: bounds[-1], 0]
+    expected = torch.cat([_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])])
+    torch.testing.assert_close(real, expected)
+    upstream = torch.randn_like(real)
+    got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.skipif(not varlen_attention.available(), reason="needs torch 2.10 or later")
+def test_torch_takes_the_call(fresh_options):
+    """The real function, on tensors without data: its arguments are accepted, forward and backward, and the shapes are right."""
+    with mock.patch.object(varlen_attention, "device", lambda: torch.device("meta")):
+        layout = VarlenLayout.of(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
+        layout.angles = torch.empty(150, 1, 1, 64, device="meta")
+        q, k, v = (torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2))
+        out = _attention(64**-0.5)(q, k, v, None, packed_seq_params=layout)
+    assert out.shape == (256, 1, 512) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert q.grad.shape == q.shape and k.grad.shape == k.shape

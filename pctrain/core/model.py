@@ -14,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import layers
+from pctrain.core import grad_accumulation, layers
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.packed_attention import PackedLayout
 from pctrain.core.varlen_attention import VarlenLayout
@@ -100,13 +100,13 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         embedding_init_method=lambda weight: None,
         # The loss function returns sums; finalize_model_grads divides once by the global token count.
         calculate_per_token_loss=True,
+        gradient_accumulation_fusion=True,  # see grad_accumulation.py
         **_RECOMPUTE[par.recompute],
         # Fused kernels of megatron-core that need CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
     )
 
 
@@ -132,6 +132,7 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
 
     Weights are not loaded yet. Not `trainable`: without the buffers of gradients, which are as large as the model in float32.
     """
+    grad_accumulation.install()
     config = transformer_config(hf, model, par)
     stages = range(par.virtual_pipeline) if par.virtual_pipeline > 1 else [None]
     ddp = DistributedDataParallelConfig(

@@ -50,3 +50,26 @@ def test_a_resumed_run_is_exact(ranks, hf_dirs, tmp_path):
     [(resumed, resumed_weights)] = ranks.run(_run, hf_dirs[True], tmp_path / "step-5", True, world=1)
     assert resumed == expected
     assert all(np.array_equal(resumed_weights[name], weight) for name, weight in weights.items())
+
+
+def _rounded_gradients(directory):
+    """Names of the matrices whose main_grad holds nothing but bfloat16 values after one micro-batch."""
+    from pctrain.core import step
+    from pctrain.sft.validation import cross_entropy
+
+    model = small.core(directory, {}, dtype="bfloat16")
+    rng = np.random.default_rng(0)
+    batch = model.pack([small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, 32).tolist()) for _ in range(4)], 256)
+    assert batch.loss_tokens == 128 and len(batch.packs) == 1  # a power of two: dividing by it rounds nothing
+    [chunk] = model.chunks
+    chunk.zero_grad_buffer()
+    step.run_loss(model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True)
+    matrices = {name: p.main_grad for name, p in chunk.module.named_parameters() if p.ndim == 2 and "embedding" not in name}
+    assert all(gradient.any() for gradient in matrices.values())
+    return len(matrices), [name for name, gradient in matrices.items() if bool((gradient.bfloat16().float() == gradient).all())]
+
+
+def test_gradients_of_matrices_are_never_rounded_to_bfloat16(ranks, hf_dirs):
+    [(matrices, rounded)] = ranks.run(_rounded_gradients, hf_dirs[False], world=1)
+    assert matrices == 4 * 4 + 1  # four a layer, and the head
+    assert not rounded

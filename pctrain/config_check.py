@@ -15,6 +15,10 @@ from pctrain.config import Config, OptimizerConfig
 from pctrain.errors import UserError
 
 
+# The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the layout checks need of a model."""
@@ -71,11 +75,14 @@ def model_shape(config: Config) -> Shape:
     if not isinstance(data, dict):
         raise UserError(f"model.path: {path}: expected a JSON object")
 
+    architecture = (data.get("architectures") or ["?"])[0]
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"model.path: {path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+
     def number(name: str, default: str | None = None) -> int:
         value = data.get(name, data.get(default) if default else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}; "
-                            "pctrain trains Llama, Mistral, Qwen2, Qwen3 and Qwen3-MoE models")
+            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}")
         return value
 
     experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0

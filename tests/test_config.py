@@ -230,8 +230,8 @@ def test_a_world_size_that_is_none(monkeypatch, value):
     assert "WORLD_SIZE: expected a number of ranks" in refusal(None)
 
 
-QWEN = {"num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
-        "max_position_embeddings": 4096}
+QWEN = {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3584, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "max_position_embeddings": 4096}
 
 
 def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
@@ -246,6 +246,8 @@ def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
     (None, "config.json does not exist"),
     ("{", "cannot be read as JSON"),
     ("[]", "expected a JSON object"),
+    (json.dumps({**QWEN, "architectures": ["GPT2LMHeadModel"]}),
+     "architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"),
     (json.dumps({**QWEN, "num_hidden_layers": None}), "expected a whole number under 'num_hidden_layers', got None"),
     (json.dumps({k: v for k, v in QWEN.items() if k != "intermediate_size"}), "'intermediate_size', got None"),
 ])

@@ -14,7 +14,6 @@ from pathlib import Path
 from pctrain.config import Config, OptimizerConfig
 from pctrain.errors import UserError
 
-
 # The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 

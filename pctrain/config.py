@@ -44,6 +44,8 @@ class ModelConfig(Section):
     checkpoint: Path | None = Field(None, description="pctrain checkpoint (…/checkpoints/step-N) to start from; weights only")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of parameters and activations")
     spec: Literal["auto", "torch", "te"] = Field("auto", description="layer spec: Transformer Engine (te), plain torch, or by device")
+    router_aux_loss: float = Field(
+        0.0, ge=0, description="mixture of experts: coefficient of the load-balancing loss in training, summed over layers; 0: none")
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
 
 

@@ -39,6 +39,7 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         shape = model_shape(config)
         problems += _shape_problems(shape)
         problems += _layout_problems(config, shape, world_size)
+        problems += _expert_problems(config, shape, trains=bool({"sft", "rl"} & set(sections)))
         if "rollout" in sections:
             problems += _rollout_problems(config, shape)
     data_parallel = max(1, world_size // (config.parallel.tensor * config.parallel.pipeline))
@@ -115,6 +116,14 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
                f"(parallel.tensor {tensor} x parallel.pipeline {pipeline})")
     if config.parallel.sequence_parallel and tensor == 1:
         yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
+
+
+def _expert_problems(config: Config, shape: Shape, trains: bool) -> Iterator[str]:
+    if config.model.router_aux_loss and not shape.experts:
+        yield f"model.router_aux_loss = {config.model.router_aux_loss}, but the model has no experts ({shape.source}); set it to 0"
+    if trains and shape.experts and config.parallel.tensor > 1 and not config.parallel.sequence_parallel:
+        yield (f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel only: "
+               "set parallel.sequence_parallel to true")
 
 
 def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:

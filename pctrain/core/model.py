@@ -140,6 +140,8 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     )
     # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
     parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
+    for part in parts:
+        _keep_experts_apart(part)
     chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
     for chunk in chunks:
         skip_collectives_of_one(chunk)
@@ -171,6 +173,16 @@ def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: Transf
         rotary = module.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **asdict(hf.rope_scaling))
     return module
+
+
+def _keep_experts_apart(part: CausalLM) -> None:
+    """Gives experts gradient buffers and an optimizer of their own, as megatron-core does where they are spread over ranks.
+
+    A checkpoint is by optimizer: one that was written with expert parallel could not be read without it, nor the other way round.
+    """
+    for name, parameter in part.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:

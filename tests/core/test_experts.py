@@ -1,6 +1,5 @@
 """Training a mixture of experts: its auxiliary load-balancing loss against transformers, and the same run at every layout."""
 
-from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -72,7 +71,7 @@ def _reference(directory, rows, budget, coefficient):
         for j, of_one in enumerate(gradient):
             parts = {"down_proj": of_one} if matrix == "down_proj" else dict(zip(("gate_proj", "up_proj"), np.split(of_one, 2), strict=True))
             gradients.update({f"{stem}.{j}.{part}.weight": value for part, value in parts.items()})
-    return float(loss), float(aux) / batch.tokens / c.num_hidden_layers, gradients
+    return loss.item(), aux.item() / batch.tokens / c.num_hidden_layers, gradients
 
 
 def _gradient(directory, layout, rows, budget, coefficient):
@@ -87,8 +86,13 @@ def _gradient(directory, layout, rows, budget, coefficient):
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    # Left alone, a data parallel rank has its own part of the gradient only.
-    whole = partial(step.finalize_model_grads, force_all_reduce=True)
+        chunk.force_all_reduce = True  # where reductions overlap; elsewhere the argument below says it
+    finalize = step.finalize_model_grads
+
+    def whole(*args, **kwargs):
+        """Left alone, a data parallel rank has its own part of the gradient only."""
+        finalize(*args, **{**kwargs, "force_all_reduce": True})
+
     with mock.patch.object(step, "finalize_model_grads", whole):
         loss, metrics = step.run_loss(
             model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True)

@@ -122,8 +122,8 @@ def _expert_problems(config: Config, shape: Shape, trains: bool) -> Iterator[str
     if config.model.router_aux_loss and not shape.experts:
         yield f"model.router_aux_loss = {config.model.router_aux_loss}, but the model has no experts ({shape.source}); set it to 0"
     if trains and shape.experts and config.parallel.tensor > 1 and not config.parallel.sequence_parallel:
-        yield (f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel only: "
-               "set parallel.sequence_parallel to true")
+        yield (f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel "
+               "only: set parallel.sequence_parallel to true")
 
 
 def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:

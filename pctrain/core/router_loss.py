@@ -3,7 +3,7 @@
 For a pack of n real tokens (padding has no part in it) and one layer of E experts, k of them to a token (Switch Transformer, and
 megatron-core's `aux_loss`):
 
-    A = E * sum_i f_i * p_i     f_i = tokens that went to expert i / (k * n)     p_i = mean over the n tokens of the softmax probability of i
+    A = E * sum_i f_i * p_i     f_i = tokens that went to expert i / (k * n)     p_i = mean of its softmax probability over the n tokens
 
 A is 1 where all experts are used alike, and at most E / k. f is a count: the gradient goes through p alone. What is added to the loss is
 

@@ -69,8 +69,8 @@ def _reference(directory, rows, budget, coefficient):
             continue
         stem, matrix = name.rsplit(".", 1)  # of all experts in one; in the files, as in pctrain, each has its own
         for j, of_one in enumerate(gradient):
-            parts = {"down_proj": of_one} if matrix == "down_proj" else dict(zip(("gate_proj", "up_proj"), np.split(of_one, 2), strict=True))
-            gradients.update({f"{stem}.{j}.{part}.weight": value for part, value in parts.items()})
+            parts = ["down_proj"] if matrix == "down_proj" else ["gate_proj", "up_proj"]
+            gradients.update(zip([f"{stem}.{j}.{part}.weight" for part in parts], np.split(of_one, len(parts)), strict=True))
     return loss.item(), aux.item() / batch.tokens / c.num_hidden_layers, gradients
 
 
@@ -142,8 +142,10 @@ def test_the_auxiliary_loss_is_the_same_at_every_layout(ranks, directories, refe
         _assert_equal_gradients(found, references[True])
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), pytest.param(4, {"expert": 4}, marks=pytest.mark.full),
-                                           pytest.param(4, {"expert": 2, **TP2}, marks=pytest.mark.full)], ids=["single", "EP4", "EP2 x TP2"])
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), pytest.param(4, {"expert": 4}, marks=pytest.mark.full), pytest.param(4, {"expert": 2, **TP2}, marks=pytest.mark.full)],
+    ids=["single", "EP4", "EP2 x TP2"])
 def test_padding_has_no_part_in_the_auxiliary_loss(ranks, directories, world, layout):
     """One short sequence: most of its pack is padding, other ranks have nothing else, and experts are left without a token."""
     rows = small.rows(1, longest=4)

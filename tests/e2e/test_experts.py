@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-
 from core import families
+
 from e2e import tiny
 
 

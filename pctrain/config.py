@@ -47,6 +47,8 @@ class ModelConfig(Section):
         "auto", description="layer spec: Transformer Engine; torch, with variable-length flash attention (CUDA) or without; best here")
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
         None, description="scaling recipe of matrix products in 8 bits (te only, with bfloat16); mxfp8: Blackwell; default: none")
+    router_aux_loss: float = Field(
+        0.0, ge=0, description="mixture of experts: coefficient of the load-balancing loss in training, summed over layers; 0: none")
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
 
 

@@ -43,6 +43,7 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         shape = model_shape(config)
         problems += _shape_problems(shape)
         problems += _layout_problems(config, shape, world_size)
+        problems += _expert_problems(config, shape, trains=bool({"sft", "rl"} & set(sections)))
         if "rollout" in sections:
             problems += _rollout_problems(config, shape)
     par = config.parallel
@@ -138,6 +139,14 @@ def _spec_problems(config: Config) -> Iterator[str]:
     if model.spec not in ("auto", "te"):
         yield from (f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave {key} out"
                     for key, value in given.items() if value is not None)
+
+
+def _expert_problems(config: Config, shape: Shape, trains: bool) -> Iterator[str]:
+    if config.model.router_aux_loss and not shape.experts:
+        yield f"model.router_aux_loss = {config.model.router_aux_loss}, but the model has no experts ({shape.source}); set it to 0"
+    if trains and shape.experts and config.parallel.tensor > 1 and not config.parallel.sequence_parallel:
+        yield (f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel "
+               "only: set parallel.sequence_parallel to true")
 
 
 def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:

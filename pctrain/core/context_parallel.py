@@ -39,7 +39,7 @@ def shard(pack: Pack) -> Pack:
     mine = positions(pack.cu_seqlens, len(pack.tokens), rank, size)
     return replace(
         pack, tokens=pack.tokens[mine], labels=pack.labels[mine], weights=pack.weights[mine], position_ids=pack.position_ids[mine],
-        streams={name: stream[mine] for name, stream in pack.streams.items()})
+        padding=pack.padding[mine], streams={name: stream[mine] for name, stream in pack.streams.items()})
 
 
 def gather(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ def install() -> bool:
         _patch_rng()
         _patch_optimizer_checkpoints()
         _patch_expert_dispatch()
+        _patch_uneven_splits()
         _installed = True
     return True
 
@@ -124,3 +125,31 @@ def _patch_expert_dispatch() -> None:
 
     Dispatcher.cuda_dtoh_stream = "none"  # anything but None: no stream is made
     Dispatcher._maybe_dtoh_and_synchronize = already_on_the_host
+
+
+def _patch_uneven_splits() -> None:
+    """Experts over tensor parallel ranks gather and reduce-scatter unequal numbers of tokens; gloo has both for equal ones only.
+
+    Its all-to-all takes unequal ones, so they are made of that. A sum goes over the ranks in their order.
+    """
+    from megatron.core.tensor_parallel import mappings
+
+    gather_equal, scatter_equal = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    def gather(input_, group, output_split_sizes=None, use_global_buffer=False):
+        if group.size() == 1 or output_split_sizes is None:
+            return gather_equal(input_, group, output_split_sizes, use_global_buffer)
+        output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
+        torch.distributed.all_to_all_single(
+            output, torch.cat([input_] * group.size()), output_split_sizes, [len(input_)] * group.size(), group=group)
+        return output
+
+    def reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
+        if group.size() == 1 or input_split_sizes is None:
+            return scatter_equal(input_, group, input_split_sizes, use_global_buffer)
+        mine = input_split_sizes[group.rank()]
+        parts = input_.new_empty(group.size() * mine, *input_.shape[1:])
+        torch.distributed.all_to_all_single(parts, input_.contiguous(), [mine] * group.size(), input_split_sizes, group=group)
+        return parts.view(group.size(), mine, *input_.shape[1:]).sum(0)
+
+    mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter

@@ -14,7 +14,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import grad_accumulation, layers
+from pctrain.core import grad_accumulation, layers, router_loss
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.packed_attention import PackedLayout
 from pctrain.core.varlen_attention import VarlenLayout
@@ -45,9 +45,17 @@ class CausalLM(GPTModel):
 
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, **kwargs):
-        """The torch specs rotate in their attention, where they know each token's position in its sequence: the angles go there."""
+    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, padding_mask=None, **kwargs):
+        """The torch specs rotate in their attention, where they know each token's position in its sequence: the angles go there.
+
+        Under sequence parallel, megatron-core would cut the mask of padding (bool [1, T]) to this rank's positions on the first pipeline
+        stage alone.
+        """
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
+        if padding_mask is not None and self.config.sequence_parallel:
+            group = parallel_state.get_tensor_model_parallel_group()
+            padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
+        out = (*out[:5], padding_mask, *out[6:])
         if isinstance(packed_seq_params, PackedLayout | VarlenLayout):
             packed_seq_params.angles = out[1]
             out = (out[0], None, *out[2:])
@@ -75,7 +83,7 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         add_bias_linear=False,
         add_qkv_bias=hf.qkv_bias,
         qk_layernorm=hf.qk_norm,
-        **_experts(hf, par),
+        **_experts(hf, model, par),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=par.tensor,
@@ -110,7 +118,7 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
     )
 
 
-def _experts(hf: HFConfig, par: ParallelConfig) -> dict:
+def _experts(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> dict:
     """TransformerConfig's keys of a mixture of experts; none for a dense model."""
     if hf.experts is None:
         return {}
@@ -121,7 +129,8 @@ def _experts(hf: HFConfig, par: ParallelConfig) -> dict:
         # Softmax over the chosen logits alone = softmax over all, divided by the sum of the chosen.
         "moe_router_pre_softmax": not hf.experts.normalised,
         "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss else "none",
+        "moe_aux_loss_coeff": model.router_aux_loss,
         "moe_token_dispatcher_type": "alltoall",  # the one that takes sequences of any length
         "expert_model_parallel_size": par.expert,
     }
@@ -143,6 +152,8 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     )
     # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
     parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
+    for part in parts:
+        _keep_experts_apart(part)
     chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
     for chunk in chunks:
         skip_collectives_of_one(chunk)
@@ -154,9 +165,12 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
 
 def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None) -> CausalLM:
     """Layers of this rank's pipeline stage, or of one of its virtual stages."""
+    spec = layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage)
+    if hf.experts is not None:
+        router_loss.use_in(spec)
     module = CausalLM(
         config,
-        layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage),
+        spec,
         vocab_size=hf.padded_vocab(par.tensor),
         max_sequence_length=hf.context,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -171,6 +185,16 @@ def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: Transf
         rotary = module.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **asdict(hf.rope_scaling))
     return module
+
+
+def _keep_experts_apart(part: CausalLM) -> None:
+    """Gives experts gradient buffers and an optimizer of their own, as megatron-core does where they are spread over ranks.
+
+    A checkpoint is by optimizer: one that was written with expert parallel could not be read without it, nor the other way round.
+    """
+    for name, parameter in part.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False
 
 
 def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:

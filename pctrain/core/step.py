@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from pctrain.core import context_parallel
+from pctrain.core import context_parallel, router_loss
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
@@ -89,7 +89,8 @@ def run_loss(
     """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`.
 
     `chunks`: this rank's part of the model, a module for each virtual pipeline stage.
-    With `backward`, their main_grad holds the gradient of that loss when it returns.
+    With `backward`, their main_grad holds the gradient of that loss when it returns; of a mixture of experts trained with its auxiliary
+    loss, the gradient has that loss in it, and the metrics tell its value.
     """
     sums: list[dict[str, torch.Tensor]] = []
 
@@ -103,8 +104,14 @@ def run_loss(
 
         return head.loss(pack, token_loss, temperature, want_entropy, found), collect
 
+    balanced = backward and _has_router_loss(chunks)
+    if balanced:
+        router_loss.start(chunks, batch.loss_tokens, batch.tokens)
     _schedule(chunks, spec, batch.packs, prepare, denominator=batch.loss_tokens if backward else None)
-    return _reduce(sums, batch.loss_tokens)
+    loss, metrics = _reduce(sums, batch.loss_tokens)
+    if balanced:
+        metrics[router_loss.METRIC] = router_loss.mean(chunks, batch.tokens)
+    return loss, metrics
 
 
 def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, temperature: float) -> list[torch.Tensor]:
@@ -131,6 +138,7 @@ def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, tempera
 def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, denominator: float | None) -> None:
     """Runs every pack through the pipeline; `prepare(pack) -> (head, loss function)`. A denominator asks for gradients."""
     config, here = chunks[0].module.config, device()
+    balanced = denominator is not None and _has_router_loss(chunks)
     interleaved = len(chunks) > 1
     if interleaved:  # virtual stages take micro-batches in groups of as many as there are stages
         packs = packs + [_padding_like(packs[0])] * (-len(packs) % config.pipeline_model_parallel_size)
@@ -143,6 +151,7 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
             pack.tokens[None].to(here),
             pack.position_ids[None].to(here),
             attention_mask=None,
+            padding_mask=pack.padding[None].to(here) if balanced else None,  # its reader is the auxiliary loss
             packed_seq_params=attention_layout(spec, pack.cu_seqlens, len(whole.tokens)),
         )
         return output, collect
@@ -166,6 +175,10 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
         )
 
 
+def _has_router_loss(chunks: list) -> bool:
+    return chunks[0].module.config.moe_aux_loss_coeff > 0
+
+
 def _padding_like(pack: Pack) -> Pack:
     """A pack of that size without a sequence."""
     return Pack(
@@ -173,6 +186,7 @@ def _padding_like(pack: Pack) -> Pack:
         labels=torch.full_like(pack.labels, NO_LABEL),
         weights=torch.zeros_like(pack.weights),
         position_ids=torch.zeros_like(pack.position_ids),
+        padding=torch.ones_like(pack.padding),
         cu_seqlens=torch.zeros(1, dtype=torch.int32),
         streams={name: torch.zeros_like(stream) for name, stream in pack.streams.items()},
         rows=[],

@@ -28,6 +28,7 @@ class Pack:
     labels: torch.Tensor  # int64 [T]; already shifted; -100: none (last of a sequence, padding)
     weights: torch.Tensor  # float32 [T]; loss weight of the prediction of `labels`
     position_ids: torch.Tensor  # int64 [T]; restart at 0 in every sequence; 0 on padding
+    padding: torch.Tensor  # bool [T]; no token of a sequence lies there
     cu_seqlens: torch.Tensor  # int32 [n + 1]; where sequences begin, and where the last one ends
     streams: dict[str, torch.Tensor]  # {name: float32 [T]}, aligned with `labels`
     rows: list[int]  # [n]; which of the packed rows each sequence is
@@ -105,12 +106,13 @@ def _build(rows: Sequence[Row], pack: list[int], room: np.ndarray, token_budget:
     labels = np.full(token_budget, NO_LABEL, np.int64)
     weights = np.zeros(token_budget, np.float32)
     positions = np.zeros(token_budget, np.int64)
+    padding = np.ones(token_budget, bool)
     streams = {name: np.zeros(token_budget, np.float32) for name in names}
     if pack:
         lengths = np.array([len(rows[i]) for i in pack], dtype=np.int64)
         position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         at = np.repeat(bounds[:-1], lengths) + position
-        tokens[at], positions[at] = np.concatenate([rows[i].tokens for i in pack]), position
+        tokens[at], positions[at], padding[at] = np.concatenate([rows[i].tokens for i in pack]), position, False
         # The prediction of token i is made at position i - 1: everything moves one to the left. Nothing predicts a first token, and the
         # last position of a sequence predicts nothing.
         predicted = position > 0
@@ -122,7 +124,7 @@ def _build(rows: Sequence[Row], pack: list[int], room: np.ndarray, token_budget:
             target[before] = np.concatenate(values)[predicted]
     return Pack(
         torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(weights), torch.from_numpy(positions),
-        torch.from_numpy(bounds.astype(np.int32)), {name: torch.from_numpy(values) for name, values in streams.items()}, list(pack))
+        torch.from_numpy(padding), torch.from_numpy(bounds.astype(np.int32)), {name: torch.from_numpy(values) for name, values in streams.items()}, list(pack))
 
 
 def _check(rows: Sequence[Row], token_budget: int) -> None:

@@ -28,12 +28,12 @@ def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
 
 def core(
     directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None, optimizer: OptimizerConfig = OPTIMIZER,
-    total_steps: int = 100, dtype: str = "float32",
+    total_steps: int = 100, dtype: str = "float32", router_aux_loss: float = 0.0,
 ):  # fmt: skip
     from pctrain.core import Core
 
     return Core(
-        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype), ParallelConfig(**layout),
+        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss), ParallelConfig(**layout),
         optimizer_config=optimizer if train else None, total_steps=total_steps, seed=0,
     )  # fmt: skip
 
@@ -45,10 +45,15 @@ def step(model, step: int):
     return model.step(model.pack(rows(seed=step), BUDGET), cross_entropy, want_entropy=False)
 
 
-def train(directory: Path, layout: dict, steps: int) -> dict:
-    """Losses and gradient norms of the first steps, and the weights after 3 of them under their Hugging Face names."""
-    model = core(directory, layout)
+def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float = 0.0) -> dict:
+    """Losses, metrics and gradient norms of the first steps, and the weights after 3 of them under their Hugging Face names."""
+    model = core(directory, layout, router_aux_loss=router_aux_loss)
     updates = [step(model, i) for i in range(3)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
     updates += [step(model, i) for i in range(3, steps)]
-    return {"loss": [u.loss for u in updates], "grad_norm": [u.grad_norm for u in updates], "weights": weights}
+    return {
+        "loss": [u.loss for u in updates],
+        "metrics": [u.metrics for u in updates],
+        "grad_norm": [u.grad_norm for u in updates],
+        "weights": weights,
+    }

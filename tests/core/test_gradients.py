@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from core import small
+from core import families, small
 
 LAYOUTS = {
     "single": (1, {}),
@@ -42,7 +42,7 @@ def _gradient(model, batch) -> tuple[float, dict[str, np.ndarray]]:
     return loss, {f"{i}.{name}": p.main_grad.numpy().copy() for i, c in enumerate(model.chunks) for name, p in c.module.named_parameters()}
 
 
-def _fused_and_unfused(directory, layout):
+def _fused_and_unfused(directory, layout, router_aux_loss=0.0):
     """{(overlap, packs): (fused, unfused)} of `_gradient`."""
     import pctrain_kernels
 
@@ -54,7 +54,7 @@ def _fused_and_unfused(directory, layout):
 
     found = {}
     for overlap in (False, True):
-        model = small.core(directory, {**layout, "overlap_grad_reduce": overlap})
+        model = small.core(directory, {**layout, "overlap_grad_reduce": overlap}, router_aux_loss=router_aux_loss)
         for packs in (1, 5):
             fused = _gradient(model, _batch(packs))
             with mock.patch.object(pctrain_kernels, "linear_token_loss", unfused_head):
@@ -75,6 +75,27 @@ def test_the_heads_gradient_made_in_the_forward_pass_is_that_of_autograd(ranks, 
             _assert_close(fused, rank[not overlap, packs][0][1])
             if layout != "DP2":  # there a rank keeps the part of main_grad that is another's to reduce, and has other rows in it
                 _assert_close(fused, rank[overlap, 1][0][1])
+
+
+EXPERT_LAYOUTS = {
+    "single": (1, {}),
+    "EP2": (2, {"expert": 2}),
+    "TP2 with sequence parallel": (2, {"tensor": 2, "sequence_parallel": True}),
+    "PP2 with virtual stages": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", [n if n in ("single", "EP2") else pytest.param(n, marks=pytest.mark.full) for n in EXPERT_LAYOUTS])
+def test_it_is_of_a_mixture_of_experts_with_its_auxiliary_loss_too(ranks, tmp_path, layout):
+    world, parallel = EXPERT_LAYOUTS[layout]
+    directory = families.make("qwen3-moe", tmp_path / "model")
+    for rank in ranks.run(_fused_and_unfused, directory, parallel, 0.05, world=world):
+        losses = {loss for pair in rank.values() for loss, _ in pair}
+        np.testing.assert_allclose(list(losses), min(losses), rtol=1e-6)
+        for (overlap, packs), ((_, fused), (_, unfused)) in rank.items():
+            assert any(gradient.any() for name, gradient in fused.items() if name.endswith("mlp.router.weight"))
+            _assert_close(fused, unfused)
+            _assert_close(fused, rank[not overlap, packs][0][1])  # one pack is not compared with five: the auxiliary loss is of a pack
 
 
 def _assert_close(gradients, expected):

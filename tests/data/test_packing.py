@@ -45,6 +45,7 @@ def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_stream
                 row = rows[index]
                 found[index] += 1
                 stop = start + len(row)
+                assert not pack.padding[start:stop].any() and pack.padding[stop:end].all() and pack.padding[bounds[-1] :].all()
                 assert end - start == -(-len(row) // align) * align
                 assert not pack.tokens[stop:end].any() and not pack.weights[stop:end].any() and (pack.labels[stop:end] == NO_LABEL).all()
                 assert pack.tokens[start:stop].tolist() == row.tokens.tolist()

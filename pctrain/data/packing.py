@@ -124,7 +124,8 @@ def _build(rows: Sequence[Row], pack: list[int], room: np.ndarray, token_budget:
             target[before] = np.concatenate(values)[predicted]
     return Pack(
         torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(weights), torch.from_numpy(positions),
-        torch.from_numpy(padding), torch.from_numpy(bounds.astype(np.int32)), {name: torch.from_numpy(values) for name, values in streams.items()}, list(pack))
+        torch.from_numpy(padding), torch.from_numpy(bounds.astype(np.int32)),
+        {name: torch.from_numpy(values) for name, values in streams.items()}, list(pack))
 
 
 def _check(rows: Sequence[Row], token_budget: int) -> None:

@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 
 from pctrain.core import hf_files
 from pctrain.core.hf_config import HFConfig
+from pctrain.device import on_gpu
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -194,8 +195,12 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
 
 
 def _gather(local: torch.Tensor, group) -> torch.Tensor:
-    """[ranks of the group, *shape of local], on all of them. One broadcast a rank: gloo's all_gather holds everything twice."""
+    """[ranks of the group, *shape of local], on all of them."""
     gathered = local.new_empty((group.size(), *local.shape))
+    if on_gpu():
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
+        return gathered
+    # gloo's all_gather holds everything twice
     gathered[group.rank()] = local
     for part, source in zip(gathered, dist.get_process_group_ranks(group), strict=True):
         dist.broadcast(part, src=source, group=group)

@@ -45,7 +45,7 @@ def _largest(shapes):
 def test_conversion_holds_no_second_copy_of_the_model(tmp_path):
     # Nearly all of it feed-forward, whose first matrices megatron-core stores in halves: a copy of them alone is 300 MB.
     shapes = _model(tmp_path / "hf", hidden=512, ffn=12288, layers=6, heads=8, kv_heads=4, vocab=1000)
-    # Beside shard and tensor: pieces of files, buffers, what Python imports late. 20 to 150 MB measured, and 250 where the halves are copied.
+    # Beside shard and tensor: pieces of files, buffers, what Python imports late: 20 to 150 MB measured; 250 where the halves are copied.
     allowed = _shard(shapes) + _largest(shapes) + 240 * MB
     [there] = measure("convert", "hf-to-mcore", tmp_path / "hf", tmp_path / "step-0")
     [back] = measure("convert", "mcore-to-hf", tmp_path / "step-0", tmp_path / "out", f"--model.path={tmp_path / 'hf'}")

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pctrain_kernels.matmul import add_product, math_dtype, operand, product
-from pctrain_kernels.merge import RowStatistics, empty_shard, offset
+from pctrain_kernels.merge import RowStatistics, empty_shard
 from pctrain_kernels.parallel import gather_sequence, largest_shard
+from pctrain_kernels.softmax import softmax_of
 
 # Bytes of the logits of one chunk, which a second buffer of the same size joins where entropy is wanted.
 # GPU: accumulating dW costs a pass over [V, H] a chunk (T 8192, V 152064, H 3584 by H200 bandwidth: 32 ms with 256 tokens a chunk,
@@ -120,7 +121,7 @@ class Head:
             yield slice(start, min(n, start + size))
 
     def chunk(self, piece: slice) -> Chunk:
-        """The softmax of those rows, unnormalised. Its memory is taken over by the next call."""
+        """Those rows. Their memory is taken over by the next call."""
         return Chunk(self, piece)
 
     def buffer(self, index: int, n: int) -> Tensor:
@@ -133,11 +134,7 @@ class Head:
 
 
 class Chunk:
-    """Rows `piece` of a head: logits, then e^y and e^y y in the same memory, then the gradient with respect to the logits.
-
-    y = (logit - shift) / temperature, where `shift` [n] is this shard's row maximum unless given.
-    The target's column is 0 in both buffers; its values are in the statistics (merge.py says why).
-    """
+    """Rows `piece` of a head: their logits, the softmax of them, and what their gradient adds to those of hidden states and weight."""
 
     def __init__(self, head: Head, piece: slice) -> None:
         self.head = head
@@ -145,41 +142,23 @@ class Chunk:
         self.hidden = operand(head.hidden[piece] if head.rows is None else head.hidden.index_select(0, self.rows))
         self.target = head.target[piece]
 
-    def exponentials(self, shift: Tensor | None = None) -> None:
-        """The matrix product, and e^y (with entropy wanted also e^y y) in its place."""
-        columns, n = self.head.columns, self.target.shape[0]
-        options = self.head.options
-        if columns == 0:
-            self.shift = self.hidden.new_full((n,), -torch.inf, dtype=math_dtype(self.hidden))
-            return
-        y = product(self.hidden, self.head.weight.t(), out=self.head.buffer(0, n))
-        self.shift = y.amax(1) if shift is None else shift
-        y.sub_(self.shift[:, None])
-        if options.temperature != 1.0:
-            y.div_(options.temperature)
-
-        column = (self.target - options.vocab_start)[:, None] if options.vocab_start else self.target[:, None]
-        self.owned = None if self.head.group is None else (column >= 0) & (column < columns)
-        self.column = column if self.owned is None else column.clamp(0, columns - 1)
-        self.y_target = y.gather(1, self.column)
-        self.e = torch.exp(y, out=self.head.buffer(1, n)) if options.want_entropy else y.exp_()
-        self._set_target(self.e, torch.zeros_like(self.y_target))
-        if options.want_entropy:
-            self.e_y = y.mul_(self.e)
+    def multiply(self, shift: Tensor | None = None) -> None:
+        """The matrix product, and the softmax over it; `shift` as in `softmax_of`. Does nothing where the shard has no valid columns."""
+        head, options, n = self.head, self.head.options, self.target.shape[0]
+        if head.columns:
+            self.softmax = softmax_of(
+                product(self.hidden, head.weight.t(), out=head.buffer(0, n)),
+                self.target - options.vocab_start if options.vocab_start else self.target,
+                temperature=options.temperature, want_entropy=options.want_entropy, sharded=head.group is not None,
+                scratch=lambda: head.buffer(1, n), shift=shift,
+            )  # fmt: skip
 
     def statistics(self) -> RowStatistics:
-        """This shard's part of the statistics of the rows, after `exponentials`."""
-        want_entropy = self.head.options.want_entropy
+        """This shard's part of the statistics of the rows, after `multiply`."""
         if self.head.columns == 0:
-            return empty_shard(self.shift, want_entropy)
-        target = self.y_target if self.owned is None else self.y_target.masked_fill(~self.owned, -torch.inf)
-        return RowStatistics(self.shift, self.e.sum(1), self.e_y.sum(1) if want_entropy else None, target.squeeze(1))
-
-    def _set_target(self, matrix: Tensor, value: Tensor) -> None:
-        """matrix[i, target_i] = value[i] on the rows whose target this shard holds; value [n, 1]."""
-        if self.owned is not None:
-            value = value.where(self.owned, matrix.gather(1, self.column))
-        matrix.scatter_(1, self.column, value)
+            return empty_shard(self.hidden.new_full(self.target.shape, -torch.inf, dtype=math_dtype(self.hidden)),
+                               self.head.options.want_entropy)  # fmt: skip
+        return self.softmax.statistics()
 
     def add_gradients(
         self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, grad_hidden: Tensor | None, grad_weight: Tensor | None
@@ -187,11 +166,10 @@ class Chunk:
         """Writes these rows of `grad_hidden` [T, H] and adds to `grad_weight` [V_l, H], both full precision.
 
         row: statistics of the whole rows; dlogprob, dentropy [n]: derivatives of the loss (dentropy None: not needed).
-        d logprob / d logit_j = ([j = target] - p_j) / temperature, d entropy / d logit_j = -p_j (y_j - E[y]) / temperature.
         """
         if self.head.columns == 0:
             return
-        dlogits = self._logits_gradient(row, dlogprob, dentropy).to(self.head.weight.dtype)
+        dlogits = self.softmax.gradient(row, dlogprob, dentropy, self.head.weight.dtype)
         if grad_hidden is not None:
             if self.head.rows is None:
                 product(dlogits, self.head.weight, out=grad_hidden[self.rows])
@@ -200,24 +178,6 @@ class Chunk:
                 grad_hidden.index_copy_(0, self.rows, product(dlogits, self.head.weight, out=part))
         if grad_weight is not None:
             add_product(grad_weight[: self.head.columns], dlogits.t(), self.hidden)
-
-    def _logits_gradient(self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None) -> Tensor:
-        temperature = self.head.options.temperature
-        total = row.sum()
-        to_row = offset(self.shift, row.max, temperature)
-        scale = to_row.exp() / (total * -temperature)  # e^y of this shard -> -p / temperature
-        at_target = dlogprob * row.rest / total  # 1 - p without the difference
-        factor = dlogprob
-        if dentropy is not None:
-            mean = row.mean_shifted()
-            factor = dlogprob + dentropy * (to_row - mean)
-            at_target = at_target - dentropy * (row.target.exp() / total) * (row.target - mean)
-            self.e_y.mul_((scale * dentropy)[:, None])
-        gradient = self.e.mul_((scale * factor)[:, None])
-        if dentropy is not None:
-            gradient.add_(self.e_y)
-        self._set_target(gradient, (at_target / temperature)[:, None])
-        return gradient
 
 
 def dummy_weight_gradient(weight: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def row_statistics(head: Head) -> RowStatistics:
     parts = []
     for piece in head.chunks(equal_on_all_ranks=False):
         chunk = head.chunk(piece)
-        chunk.exponentials()
+        chunk.multiply()
         parts.append(chunk.statistics())
     shard = RowStatistics(*(None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)))
     return merge_shards(shard, head.options.temperature, head.group)
@@ -104,7 +104,7 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         dentropy = None if dentropy is None else head.select(dentropy)
         for piece in head.chunks(equal_on_all_ranks=False):
             chunk = head.chunk(piece)
-            chunk.exponentials(shift=row.max[piece])
+            chunk.multiply(shift=row.max[piece])
             of_piece = RowStatistics(*(None if part is None else part[piece] for part in row))
             chunk.add_gradients(of_piece, dlogprob[piece], None if dentropy is None else dentropy[piece], grad_hidden, grad_weight)
 

@@ -159,7 +159,7 @@ class _LinearTokenLoss(torch.autograd.Function):
 
         for piece in head.chunks(equal_on_all_ranks=True):
             chunk = head.chunk(piece)
-            chunk.exponentials()
+            chunk.multiply()
             row = merge_shards(chunk.statistics(), options.temperature, head.group)
             derivatives = sums.add_differentiated(piece, row.logprob(), row.entropy() if options.want_entropy else None)
             chunk.add_gradients(row, *derivatives, grad_hidden, grad_weight)

@@ -134,7 +134,7 @@ class Head:
             self._buffers.append(torch.empty(0, dtype=math_dtype(self.hidden), device=self.hidden.device))
         buffer = self._buffers[index]
         if buffer.shape[0] < n:
-            # Aligned rows: a GPU reads and multiplies them faster, and valid columns cut out of a padded vocabulary are often odd in number.
+            # Aligned rows: a GPU reads and multiplies them faster, and the valid columns of a padded vocabulary may be odd in number.
             stride = -(-self.columns // 16) * 16 if runs_triton(buffer) else self.columns
             buffer = self._buffers[index] = buffer.new_empty(n, stride)[:, : self.columns]
         return buffer[:n]

@@ -12,14 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pctrain_kernels.backend import runs_triton
 from pctrain_kernels.matmul import add_product, math_dtype, operand, product
 from pctrain_kernels.merge import RowStatistics, empty_shard
 from pctrain_kernels.parallel import gather_sequence, largest_shard
 from pctrain_kernels.softmax import softmax_of
 
-# Bytes of the logits of one chunk, which a second buffer of the same size joins where entropy is wanted.
+# Bytes of the logits of one chunk. In PyTorch a second buffer of the same size joins where entropy is wanted; the Triton kernels work in
+# these fp32 logits alone, and leave their half precision gradient in the same memory.
 # GPU: accumulating dW costs a pass over [V, H] a chunk (T 8192, V 152064, H 3584 by H200 bandwidth: 32 ms with 256 tokens a chunk,
-# 2 ms with 4096), so as large as memory bears.
+# 2 ms with 4096), so as large as memory bears. The sum at that size in bf16, inputs, outputs and dW left out: two chunks of 4096 rows, of
+# 2.49 GB each in turn; fp32 dX 0.12 GB; where rows are ignored, a chunk's hidden states 0.03 GB and their fp32 gradient 0.06 GB; cuBLAS
+# workspace 0.03 GB: 2.73 GB. A chunk that fills the budget (2.68 GB) stays below 3 GB too.
 # CPU: below 4 MiB the products are slow (few rows) and dW is passed over too often; above 32 MiB nothing is gained, with memory to lose
 # (one thread of a Zen 4; V 8000, H 256, T 1024: 8 MiB 152 ms, 32 MiB 145 ms; V 32000, H 512, T 4096: 16 MiB 4.8 s, 32 and 64 MiB 4.4 s;
 # `benchmarks/run_all.py --ops chunk_sizes`). Small models (V 320) have all their rows in one chunk.
@@ -128,9 +132,12 @@ class Head:
         """[n, k] in memory that all chunks share; uninitialised."""
         while len(self._buffers) <= index:
             self._buffers.append(torch.empty(0, dtype=math_dtype(self.hidden), device=self.hidden.device))
-        if self._buffers[index].shape[0] < n:
-            self._buffers[index] = self._buffers[index].new_empty(n, self.columns)
-        return self._buffers[index][:n]
+        buffer = self._buffers[index]
+        if buffer.shape[0] < n:
+            # Aligned rows: a GPU reads and multiplies them faster, and valid columns cut out of a padded vocabulary are often odd in number.
+            stride = -(-self.columns // 16) * 16 if runs_triton(buffer) else self.columns
+            buffer = self._buffers[index] = buffer.new_empty(n, stride)[:, : self.columns]
+        return buffer[:n]
 
 
 class Chunk:

@@ -11,11 +11,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pctrain_kernels.backend import runs_triton
 from pctrain_kernels.merge import RowStatistics, offset
 
 
 class Softmax(Protocol):
-    """Rows of logits x [n, k], k > 0, one vocabulary shard; y = (x - shift) / temperature with `shift` [n] the shard's row maximum."""
+    """Rows of logits x [n, k], k > 0, one vocabulary shard; y = (x - max) / temperature with the shard's row maximum."""
 
     def statistics(self) -> RowStatistics:
         """This shard's part of the statistics of the rows, each [n]."""
@@ -35,9 +36,14 @@ def softmax_of(
     """Takes over the memory of `logits` [n, k] (full precision).
 
     column     int64 [n], the target's column; with `sharded` it may lie outside [0, k): another shard holds it
-    scratch    memory of the size of the logits, asked for where entropy is wanted
-    shift      [n] or None: taken instead of the row maximum (which is known then, and not looked for again)
+    scratch    memory of the size of the logits, asked for where entropy is wanted, but never by the Triton kernels
+    shift      [n] or None: taken instead of the row maximum (which is known then, and not looked for again). `statistics` is not for
+               this case: those of the whole rows are known too
     """
+    if runs_triton(logits):
+        from pctrain_kernels.triton_softmax import TritonSoftmax
+
+        return TritonSoftmax(logits, column, temperature, want_entropy)
     return TorchSoftmax(logits, column, temperature, want_entropy, sharded, scratch, shift)
 
 

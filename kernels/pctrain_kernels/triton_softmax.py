@@ -1,0 +1,152 @@
+"""The softmax of a block of logits in two Triton kernels: one reads the logits, one reads them again and writes their gradient in place.
+
+Between the two only the statistics of the rows are kept. One program works on one row, block after block; sums have a fixed order, so
+results are the same every time. Arithmetic is fp32; the gradient is rounded once, when it is stored.
+
+Written for Triton 3.6 to 3.9: block sizes come from a table, not from autotuning; scalars are cast by `tl.cast`, because an integer
+argument equal to 1 is a constant without methods.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from pctrain_kernels.merge import RowStatistics
+from pctrain_kernels.softmax import target_gradient
+
+
+def launch_shape(columns: int) -> tuple[int, int]:
+    """Columns of a block and warps of a program: at most 16 columns a thread, so that three programs fit the registers of an SM."""
+    block = min(4096, max(128, triton.next_power_of_2(columns)))
+    return block, max(1, block // 512)
+
+
+class TritonSoftmax:
+    """`Softmax` over logits [n, k] in fp32, bf16 or fp16, columns next to each other, rows at any distance. See softmax.py."""
+
+    def __init__(self, logits: Tensor, column: Tensor, temperature: float, want_entropy: bool) -> None:
+        if logits.ndim != 2 or logits.stride(1) != 1 and logits.shape[1] > 1:
+            raise ValueError(f"expected logits [n, k] with columns next to each other, got {list(logits.shape)}, strides {logits.stride()}")
+        self.logits = logits
+        self.column = column.contiguous()
+        self.temperature = float(temperature)
+        self.want_entropy = want_entropy
+
+    def statistics(self) -> RowStatistics:
+        rows, columns = self.logits.shape
+        row = torch.empty(4 if self.want_entropy else 3, rows, dtype=torch.float32, device=self.logits.device)
+        block, warps = launch_shape(columns)
+        with torch.cuda.device_of(self.logits):
+            statistics_kernel[(rows,)](
+                self.logits, self.column, row[0], row[1], row[2], row[-1], self.logits.stride(0), columns,
+                self.temperature, 1.0 / self.temperature,
+                want_entropy=self.want_entropy, block=block, num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+        return RowStatistics(row[0], row[1], row[2] if self.want_entropy else None, row[-1])
+
+    def gradient(self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype) -> Tensor:
+        # dlogits = e^y (constant + slope y), y taken from the maximum of the whole row; for the target another formula (softmax.py).
+        scale = -1.0 / (row.sum() * self.temperature)  # e^y -> -p / temperature
+        constant = scale * (dlogprob if dentropy is None else dlogprob - dentropy * row.mean_shifted())
+        slope = constant if dentropy is None else scale * dentropy
+        at_target = target_gradient(row, dlogprob, dentropy, self.temperature)
+        rows, columns = self.logits.shape
+        gradient = in_memory_of(self.logits, dtype)
+        block, warps = launch_shape(columns)
+        with torch.cuda.device_of(self.logits):
+            gradient_kernel[(rows,)](
+                self.logits, gradient, self.column, row.max.contiguous(), constant, slope, at_target,
+                self.logits.stride(0), gradient.stride(0), columns, 1.0 / self.temperature,
+                want_entropy=dentropy is not None, block=block, num_warps=warps, enable_fp_fusion=True,
+            )  # fmt: skip
+        return gradient
+
+
+def in_memory_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, k] in `dtype`, which is not wider than that of `logits`: each row at the front of the memory of its row of logits."""
+    if dtype.itemsize > logits.dtype.itemsize:
+        raise ValueError(f"a gradient in {dtype} does not fit into the memory of logits in {logits.dtype}")
+    ratio = logits.dtype.itemsize // dtype.itemsize
+    rows, columns = logits.shape
+    return torch.empty(0, dtype=dtype, device=logits.device).set_(
+        logits.untyped_storage(), logits.storage_offset() * ratio, (rows, columns), (logits.stride(0) * ratio, 1)
+    )
+
+
+@triton.jit
+def statistics_kernel(
+    logits, column, out_max, out_rest, out_shifted, out_target, stride, columns, temperature, inverse_temperature,
+    want_entropy: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """One online pass over a row: maximum, and sums of e^y and e^y y over columns other than the target (merge.py).
+
+    The sums are kept a column of the block each, against the maximum so far; they are added up once, at the end. A NaN enters the sums
+    (or `out_target`) even where the maximum, as on a GPU, takes no notice of it; an infinite logit makes y NaN.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    logits += row * stride
+    target = tl.load(column + row)
+    owned = (target >= 0) & (target < columns)
+    target = tl.cast(tl.where(owned, target, -1), tl.int32)
+    maximum = tl.full([], -float("inf"), tl.float32)
+    rest = tl.zeros([block], tl.float32)
+    shifted = tl.zeros([block], tl.float32)
+    for start in range(0, columns, block):
+        index = start + tl.arange(0, block)
+        inside = index < columns
+        x = tl.load(logits + index, mask=inside, other=-float("inf")).to(tl.float32)
+        grown = tl.maximum(maximum, tl.max(x, axis=0))
+        # Nothing but -inf so far: y is -inf then, not NaN.
+        origin = tl.where(grown == -float("inf"), 0.0, grown)
+        # The sums are zero before the first finite logit, and vanish beyond a distance of 200: a bound, because -inf times 0 is NaN.
+        distance = tl.maximum((maximum - origin) * inverse_temperature, -200.0)
+        decay = tl.exp(distance)
+        y = (x - origin) * inverse_temperature
+        counted = inside & (index != target)
+        e = tl.where(counted, tl.exp(y), 0.0)
+        if want_entropy:
+            shifted = decay * (shifted + distance * rest) + tl.where(counted, e * y, 0.0)
+        rest = decay * rest + e
+        maximum = grown
+    y_target = tl.div_rn(tl.load(logits + target, mask=owned, other=-float("inf")).to(tl.float32) - maximum, temperature)
+    total = tl.sum(rest, axis=0)
+    tl.store(out_max + row, maximum)
+    # A row of -inf alone has no softmax.
+    tl.store(out_rest + row, tl.where(maximum == -float("inf"), float("nan"), total))
+    if want_entropy:
+        tl.store(out_shifted + row, tl.sum(shifted, axis=0))
+    tl.store(out_target + row, tl.where(owned, y_target, -float("inf")))
+
+
+@triton.jit
+def gradient_kernel(
+    logits, gradient, column, row_max, row_constant, row_slope, row_target, stride, gradient_stride, columns, inverse_temperature,
+    want_entropy: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """gradient = e^y (constant + slope y), and `row_target` in the target's column. A row's gradient may begin where its logits do.
+
+    Blocks go upwards, so what a store overwrites has been read: before this block, or (by another thread) in it, hence the barrier.
+    """
+    row = tl.cast(tl.program_id(0), tl.int64)
+    logits += row * stride
+    gradient += row * gradient_stride
+    target = tl.load(column + row)
+    target = tl.cast(tl.where((target >= 0) & (target < columns), target, -1), tl.int32)
+    maximum = tl.load(row_max + row)
+    constant = tl.load(row_constant + row)
+    slope = tl.load(row_slope + row)
+    at_target = tl.load(row_target + row)
+    for start in range(0, columns, block):
+        index = start + tl.arange(0, block)
+        inside = index < columns
+        x = tl.load(logits + index, mask=inside, other=0.0).to(tl.float32)
+        y = (x - maximum) * inverse_temperature
+        factor = constant
+        if want_entropy:
+            factor = constant + slope * y
+        value = tl.where(index == target, at_target, tl.exp(y) * factor)
+        tl.debug_barrier()
+        tl.store(gradient + index, tl.cast(value, gradient.dtype.element_ty), mask=inside)

@@ -28,10 +28,7 @@ import report  # noqa: E402
 import torch  # noqa: E402
 from harness import Op, Row, Setting, Shape, check_memory_events, run_point, skipped  # noqa: E402
 
-OPS = {
-    op.name: op
-    for op in (logprob_entropy.OP, cross_entropy.OP, linear_logprob_entropy.OP, linear_token_loss.OP, linear_policy_loss.OP)
-}
+OPS = {op.name: op for op in (logprob_entropy.OP, cross_entropy.OP, linear_logprob_entropy.OP, linear_token_loss.OP, linear_policy_loss.OP)}
 EXTRA_OPS = {linear_token_loss.CHUNKS.name: linear_token_loss.CHUNKS}  # by name only
 
 GPU_SHAPES = tuple(

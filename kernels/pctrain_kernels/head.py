@@ -26,7 +26,7 @@ from pctrain_kernels.softmax import softmax_of
 # workspace 0.03 GB: 2.73 GB. A chunk that fills the budget (2.68 GB) stays below 3 GB too.
 # CPU: below 4 MiB the products are slow (few rows) and dW is passed over too often; above 32 MiB nothing is gained, with memory to lose
 # (one thread of a Zen 4; V 8000, H 256, T 1024: 8 MiB 152 ms, 32 MiB 145 ms; V 32000, H 512, T 4096: 16 MiB 4.8 s, 32 and 64 MiB 4.4 s;
-# `benchmarks/linear_token_loss.py --chunks`). Small models (V 320) have all their rows in one chunk.
+# `benchmarks/run_all.py --ops chunk_sizes`). Small models (V 320) have all their rows in one chunk.
 GPU_LOGITS_BYTES = 5 * 2**29
 CPU_LOGITS_BYTES = 2**25
 

@@ -1,0 +1,288 @@
+"""Compiles every Triton kernel of the package for GPUs that need not be here: registers, stack and spills of each specialisation.
+
+    python kernels/benchmarks/compile_report.py [--tier fast|full] [--markdown FILE] [--json FILE]
+
+A specialisation is what Triton makes of the arguments of one call: pointers and integers divisible by 16 or not, integers equal to 1 as
+constants, strides beyond 2^31. Exit status 1 where a kernel spills registers, does not compile, or is launched without an entry here.
+Another Triton than the installed one: put it first in PYTHONPATH (`pip install --no-deps --target DIR triton==3.6.0`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pctrain_kernels of this checkout, installed or not
+
+PROCESSES = 2
+HOPPER, BLACKWELL = 90, 100
+# Columns of a shard: the vocabularies of Qwen 2.5 and Llama 3 over 1 to 8 ranks.
+REAL_COLUMNS = tuple(vocab // shards for vocab in (152064, 128256) for shards in (1, 2, 4, 8))
+SMALL_COLUMNS = (1, 127, 320, 1003, 2048)
+
+
+@dataclass(frozen=True)
+class Specialisation:
+    name: str
+    aligned: bool  # pointers divisible by 16
+    integers: str  # "any", "16" (divisible by it), "1" (equal to it) or "wide" (strides int64)
+
+
+SPECIALISATIONS = (
+    Specialisation("generic", True, "any"),
+    Specialisation("divisible by 16", True, "16"),
+    Specialisation("not divisible", False, "any"),
+    Specialisation("equal to 1", True, "1"),
+    Specialisation("stride int64", True, "wide"),
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How a kernel is called: types of its run-time arguments for each variant, constants, and the launch shape its caller chooses.
+
+    Pointers are "*fp32" and so on; "stride" is an integer that may be int64; "columns" one that says how wide a row is.
+    """
+
+    module: str
+    variants: Sequence[Mapping[str, str]]  # argument -> type, in the order of the kernel's parameters
+    constants: Sequence[Mapping[str, Any]]
+    launch: Callable[[int], tuple[Mapping[str, int], int]]  # columns -> constants that follow from it, warps
+
+
+def _launch_shape(columns: int) -> tuple[Mapping[str, int], int]:
+    from pctrain_kernels.triton_softmax import launch_shape
+
+    block, warps = launch_shape(columns)
+    return {"block": block}, warps
+
+
+def _statistics(logits: str) -> Mapping[str, str]:
+    outputs = dict.fromkeys(("out_max", "out_rest", "out_shifted", "out_target"), "*fp32")
+    return {"logits": logits, "column": "*i64", **outputs, "stride": "stride", "columns": "columns",
+            "temperature": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
+
+
+def _gradient(logits: str, gradient: str) -> Mapping[str, str]:
+    rows = dict.fromkeys(("row_max", "row_constant", "row_slope", "row_target"), "*fp32")
+    return {"logits": logits, "gradient": gradient, "column": "*i64", **rows, "stride": "stride", "gradient_stride": "stride",
+            "columns": "columns", "inverse_temperature": "fp32"}  # fmt: skip
+
+
+ENTROPY = ({"want_entropy": True}, {"want_entropy": False})
+ENTRIES = {
+    "statistics_kernel": Entry(
+        "pctrain_kernels.triton_softmax", [_statistics(f"*{dtype}") for dtype in ("fp32", "bf16", "fp16")], ENTROPY, _launch_shape
+    ),
+    "gradient_kernel": Entry(
+        "pctrain_kernels.triton_softmax",
+        [_gradient(f"*{logits}", f"*{gradient}") for logits, gradient in
+         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"))],
+        ENTROPY, _launch_shape,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation."""
+
+    kernel: str
+    module: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    warps: int
+    specialisation: Specialisation
+    capability: int
+
+    def label(self) -> str:
+        constants = ", ".join(f"{name} {value}" for name, value in self.constants)
+        return f"{self.kernel} {self.dtypes()}, {constants}, {self.warps} warps, {self.specialisation.name}, sm_{self.capability}"
+
+    def dtypes(self) -> str:
+        return " -> ".join(kind[1:] for name, kind in self.types if name in ("logits", "gradient"))
+
+
+def launched_kernels() -> set[str]:
+    """Names of the package's kernels that are launched, `kernel[grid](...)`, in its source."""
+    import pctrain_kernels
+
+    names = set()
+    for module in pkgutil.walk_packages(pctrain_kernels.__path__, "pctrain_kernels."):
+        tree = ast.parse(Path(importlib.util.find_spec(module.name).origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                called = node.func.value
+                name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
+                if name is not None and is_kernel(module.name, name):
+                    names.add(name)
+    return names
+
+
+def is_kernel(module: str, name: str) -> bool:
+    import triton
+
+    return isinstance(getattr(importlib.import_module(module), name, None), triton.runtime.jit.KernelInterface)
+
+
+def cases(tier: str, capabilities: Sequence[int]) -> list[Case]:
+    """full: every specialisation of every variant at real sizes, and every variant at small ones and for the newer GPU; fast: every variant
+    at real sizes with the specialisations in turn, and one of each kernel for the newer GPU."""
+    chosen: dict[Case, None] = {}
+    for kernel, entry in ENTRIES.items():
+        variants = [(types, constants) for types in entry.variants for constants in entry.constants]
+        for i, (types, constants) in enumerate(variants):
+            in_turn = SPECIALISATIONS[i % len(SPECIALISATIONS)]
+            for specialisation in SPECIALISATIONS if tier == "full" else (in_turn,):
+                for columns in REAL_COLUMNS:
+                    chosen[_case(kernel, entry, types, constants, columns, specialisation, HOPPER)] = None
+            if tier == "full":
+                for columns in SMALL_COLUMNS:
+                    chosen[_case(kernel, entry, types, constants, columns, in_turn, HOPPER)] = None
+            if BLACKWELL in capabilities and (tier == "full" or i == 0):
+                chosen[_case(kernel, entry, types, constants, REAL_COLUMNS[0], in_turn, BLACKWELL)] = None
+    return [*chosen]
+
+
+def _case(
+    kernel: str, entry: Entry, types: Mapping[str, str], constants: Mapping[str, Any], columns: int, specialisation: Specialisation,
+    capability: int,
+) -> Case:  # fmt: skip
+    of_columns, warps = entry.launch(1 if specialisation.integers == "1" else columns)
+    return Case(kernel, entry.module, tuple(types.items()), (*constants.items(), *of_columns.items()), warps, specialisation, capability)
+
+
+def source(case: Case):
+    """Triton's description of the call, as its launcher would make it."""
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(case.module), case.kernel)
+    kinds, constants = dict(case.types), dict(case.constants)
+    if list(kernel.arg_names) != [*kinds, *constants]:
+        raise ValueError(f"the entry of {case.kernel} has arguments {[*kinds, *constants]}, the kernel {list(kernel.arg_names)}")
+    how = case.specialisation
+    signature, constexprs, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        kind = kinds.get(name, "constexpr")
+        integer = kind in ("stride", "columns")
+        if integer:
+            kind = "constexpr" if how.integers == "1" else "i64" if kind == "stride" and how.integers == "wide" else "i32"
+        signature[name] = kind
+        if kind == "constexpr":
+            constexprs[(i,)] = constants.get(name, 1)
+        elif (kind.startswith("*") and how.aligned) or (integer and how.integers == "16"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constexprs, attributes)
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Registers a thread, bytes of stack, instructions that spill and reload; or the compiler's error."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    row = {
+        "kernel": case.kernel, "label": case.label(), "dtypes": case.dtypes(), "constants": dict(case.constants), "warps": case.warps,
+        "specialisation": case.specialisation.name, "capability": case.capability,
+    }  # fmt: skip
+    try:
+        compiled = triton.compile(
+            source(case), target=GPUTarget("cuda", case.capability, 32), options={"num_warps": case.warps, "enable_fp_fusion": True}
+        )
+    except Exception as error:  # whatever the compiler raises is a finding of this report
+        return row | {"error": f"{type(error).__name__}: {error}"[:1000]}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None or "EXIT" not in listing:
+        return row | {"error": f"cuobjdump or nvdisasm gave nothing to read: {usage[:300]}"}
+    return row | {
+        "registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\bSTL\b", listing)), "reloads": len(re.findall(r"\bLDL\b", listing)),
+    }  # fmt: skip
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def known_capabilities() -> tuple[int, ...]:
+    """sm_100 where this Triton brings an assembler for it."""
+    import triton
+
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return (HOPPER, BLACKWELL) if (binaries / "ptxas-blackwell").exists() else (HOPPER,)
+
+
+def measure_all(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
+        yield from pool.imap(measure, chosen, chunksize=4)
+
+
+def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    found = [f"{row['label']}: {row['error']}" for row in rows if "error" in row]
+    found += [f"{row['label']}: {row['spills']} spills, {row['reloads']} reloads, {row['stack']} bytes of stack"
+              for row in rows if "error" not in row and (row["spills"] or row["reloads"] or row["stack"])]  # fmt: skip
+    found += [f"{name} is launched but has no entry in compile_report.py" for name in sorted(launched_kernels() - ENTRIES.keys())]
+    found += [f"{name} has an entry in compile_report.py but is not launched" for name in sorted(ENTRIES.keys() - launched_kernels())]
+    return found
+
+
+def markdown(rows: Sequence[Mapping[str, Any]], triton_version: str) -> str:
+    lines = [f"Triton {triton_version}; registers a thread, bytes of stack and of shared memory, instructions that spill (STL) and "
+             "reload (LDL). `python kernels/benchmarks/compile_report.py --tier full` makes this table.", "",
+             "| kernel | logits -> gradient | constants | warps | specialisation | GPU | registers | stack | spills | reloads | shared |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for row in rows:
+        constants = ", ".join(f"{name} {value}" for name, value in row["constants"].items())
+        measured = ([f"does not compile: {row['error'].splitlines()[0]}"] + [""] * 4 if "error" in row
+                    else [row[key] for key in ("registers", "stack", "spills", "reloads", "shared")])  # fmt: skip
+        cells = [row["kernel"], row["dtypes"], constants, row["warps"], row["specialisation"], f"sm_{row['capability']}", *measured]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", choices=["fast", "full"], default="fast", help="full: minutes")
+    parser.add_argument("--markdown", type=Path, help="where to write the table as well")
+    parser.add_argument("--json", type=Path, help="where to write the rows, with version and path of Triton")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile")
+    import triton
+
+    rows = [*measure_all(cases(options.tier, known_capabilities()))]
+    table = markdown(rows, triton.__version__)
+    print(table, end="")
+    if options.markdown:
+        options.markdown.write_text(table)
+    if options.json:
+        where = str(Path(triton.__file__).resolve())
+        options.json.write_text(json.dumps({"triton": triton.__version__, "triton_path": where, "rows": rows}))
+    found = faults(rows)
+    if found:
+        raise SystemExit("\n".join(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Builders of providers that several operations share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from harness import Results, Step
+from problems import FromHidden, FromLogits
+from torch import Tensor
+
+
+def of_logits(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromLogits], Step]:
+    """function(logits, target) -> (logprob, entropy), differentiated with the problem's upstream gradients."""
+    return lambda problem: _with_upstream(problem, "grad_logits", (problem.logits,), lambda: function(problem.logits, problem.target))
+
+
+def of_hidden(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromHidden], Step]:
+    """function(hidden, weight, target) -> (logprob, entropy), differentiated with the problem's upstream gradients."""
+    return lambda problem: _with_upstream(problem, "grad_hidden grad_weight", problem.leaves,
+                                          lambda: function(*problem.leaves, problem.target))  # fmt: skip
+
+
+def _with_upstream(problem: FromLogits | FromHidden, names: str, leaves: tuple[Tensor, ...], call: Callable[[], tuple]) -> Step:
+    def step() -> Results:
+        logprob, entropy = call()
+        grads = torch.autograd.grad((logprob, entropy), leaves, (problem.upstream, problem.entropy_upstream))
+        return {"logprob": logprob.detach(), "entropy": entropy.detach(), **dict(zip(names.split(), grads, strict=True))}
+
+    return step
+
+
+def loss_of_hidden(function: Callable[..., Tensor]) -> Callable[[FromHidden], Step]:
+    """function(hidden, weight, problem) -> scalar loss."""
+
+    def build(problem: FromHidden) -> Step:
+        def step() -> Results:
+            loss = function(*problem.leaves, problem)
+            grad_hidden, grad_weight = torch.autograd.grad(loss, problem.leaves)
+            return {"loss": loss.detach(), "grad_hidden": grad_hidden, "grad_weight": grad_weight}
+
+        return step
+
+    return build
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile of it, one graph for all shapes."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise RuntimeError("TORCHDYNAMO_DISABLE is set")
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it falls back to eager in silence
+    return torch.compile(function, dynamic=True)
+
+
+def warm(step: Step) -> Step:
+    """The step, called once: what it compiles is compiled."""
+    step()
+    return step
+
+
+def copy_floor(problem: FromLogits) -> Step:
+    """Two reads of the logits and one write of their gradient, by copies: the whole, and half of it (read and written)."""
+    logits = problem.logits.detach()
+    whole = torch.empty_like(logits)
+    half = logits[: logits.shape[0] // 2]
+
+    def step() -> Results:
+        whole.copy_(logits)
+        whole[: half.shape[0]].copy_(half)
+        return {}
+
+    return step
+
+
+def product_floor(products: int) -> Callable[[FromHidden], Step]:
+    """The bare products: logits (`products` - 2 times), dX and dW, all rows at once into buffers of the inputs' dtype."""
+
+    def build(problem: FromHidden) -> Step:
+        hidden, weight = (leaf.detach() for leaf in problem.leaves)
+        logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+        def step() -> Results:
+            for _ in range(products - 2):
+                torch.mm(hidden, weight.t(), out=logits)
+            torch.mm(logits, weight, out=grad_hidden)
+            torch.mm(logits.t(), hidden, out=grad_weight)
+            return {}
+
+        return step
+
+    return build

@@ -1,0 +1,96 @@
+"""The benchmarks of the kernels package: what a run leaves behind, and that a wrong provider gets no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")  # half a minute of compilation
+    import harness
+    import report
+    import run_all
+
+    return SimpleNamespace(harness=harness, report=report, run_all=run_all)
+
+
+def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    benchmarks.run_all.main(["--device", "cpu", "--shapes", "32,96,8", "--seconds", "0", "--out", str(tmp_path)])
+
+    [path] = tmp_path.glob("*.json")
+    rows = json.loads(path.read_text())
+    [picture] = tmp_path.glob("*.png")
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+    assert {row["op"] for row in rows} == {*benchmarks.run_all.OPS}
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert (row["tokens"], row["vocab"], row["width"], row["dtype"]) == (32, 96, 8, "float32")
+        assert row["machine"] and row["driver"] is None and row["versions"]["torch"] == torch.__version__ and row["date"]
+        assert benchmarks.report.line(row) in printed
+        if row["status"] == "ok":
+            quantiles = [row["quantiles_ms"][q] for q in ("10", "25", "50", "75", "90")]
+            assert 0 < quantiles[0] and quantiles == sorted(quantiles) and row["median_ms"] == pytest.approx(quantiles[2])
+            assert row["turns"] == benchmarks.harness.LEAST_TURNS
+            assert row["of_floor"] == 1 if row["provider"] == "floor" else row["of_floor"] > 0
+            assert row["provider"] == "floor" or row["peak_bytes"] >= row["result_bytes"] > 0 and max(row["errors"].values()) < 1e-4
+        else:
+            assert row["status"] in ("absent", "error") and row["reason"] and "median_ms" not in row
+    timed = {(row["op"], row["provider"]) for row in rows if row["status"] == "ok"}
+    assert timed >= {(op, name) for op in benchmarks.run_all.OPS for name in ("floor", "eager", "pctrain_kernels")}
+
+
+def without_softmax(results: dict[str, torch.Tensor], target: torch.Tensor) -> None:
+    """dW of tokens that are nobody's target: all of it comes from the softmax."""
+    others = torch.ones(96, dtype=torch.bool)
+    others[target] = False
+    results["grad_weight"][others] = 0
+
+
+@pytest.mark.parametrize(
+    "piece, spoil",
+    [
+        ("loss", lambda results, target: results["loss"].mul_(1.0001)),
+        ("grad_hidden", lambda results, target: results["grad_hidden"][0].fill_(torch.nan)),
+        ("grad_weight of others", without_softmax),
+    ],
+)
+def test_a_wrong_provider_prints_fail_and_has_no_time(benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture, piece, spoil) -> None:
+    right = benchmarks.run_all.OPS["linear_token_loss"]
+
+    def wrong(problem):
+        step = right.providers["eager"](problem)
+
+        def spoiled():
+            results = step()
+            spoil(results, problem.target)
+            return results
+
+        return spoiled
+
+    op = dataclasses.replace(right, providers={"floor": right.providers["floor"], "wrong": wrong})
+    harness = benchmarks.harness
+    setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
+    floor, row = benchmarks.run_all.run([(op, harness.Shape(32, 96, 8))], setting, 0.0, 60.0, tmp_path / "wrong")
+
+    assert floor["status"] == "ok"
+    assert row["status"] == "FAIL" and row["reason"] == f"differs from float64 in {piece}"
+    assert not row.keys() & {"median_ms", "quantiles_ms", "of_floor", "turns"}
+    [line] = [line for line in capsys.readouterr().out.splitlines() if " wrong " in line]
+    assert "FAIL" in line and " ms" not in line
+
+
+def test_after_the_limit_points_are_skipped_by_name(benchmarks, tmp_path: Path) -> None:
+    op, harness = benchmarks.run_all.OPS["cross_entropy"], benchmarks.harness
+    setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
+    rows = benchmarks.run_all.run([(op, harness.Shape(8, 32, 4))], setting, 0.0, -1.0, tmp_path / "late")
+    assert {row["status"] for row in rows} == {"skipped"} and {row["provider"] for row in rows} == op.providers.keys()

@@ -70,9 +70,16 @@ def merge_shards(shard: RowStatistics, temperature: float, group: dist.ProcessGr
 
     Every rank does the same arithmetic on the same gathered numbers, so the results are equal bit for bit on all ranks.
     """
-    if group is None:
-        return shard
-    every = gather_ranks(torch.stack([part for part in shard if part is not None]), group)
+    return shard if group is None else merge_gathered(gather_ranks(stacked(shard), group), temperature)
+
+
+def stacked(shard: RowStatistics) -> Tensor:
+    """[4, n], or [3, n] without entropy."""
+    return torch.stack([part for part in shard if part is not None])
+
+
+def merge_gathered(every: Tensor, temperature: float) -> RowStatistics:
+    """`stacked` shards [ranks, 4 or 3, n] -> statistics of the whole rows."""
     maxes, rests, targets = every[:, 0], every[:, 1], every[:, -1]
     max = maxes.amax(0)
     offsets = offset(maxes, max, temperature)
@@ -80,6 +87,6 @@ def merge_shards(shard: RowStatistics, temperature: float, group: dist.ProcessGr
     return RowStatistics(
         max=max,
         rest=(scales * rests).sum(0),
-        shifted=None if shard.shifted is None else (scales * (every[:, 2] + offsets * rests)).sum(0),
+        shifted=(scales * (every[:, 2] + offsets * rests)).sum(0) if every.shape[1] == 4 else None,
         target=(targets + offsets).amax(0),
     )

@@ -1,7 +1,9 @@
 """The definition of every operation, in plain PyTorch on one process: full logits, autograd, no chunks.
 
 The arithmetic is fp32, or float64 where the inputs are float64. Tests compare the fused operations with this file.
-`weight` is the whole output matrix [V, H]; a shard has no meaning here.
+`weight` is the whole output matrix [V, H], `logits` are [T, V]; a shard has no meaning here.
+`policy.policy_loss` is per token, in plain PyTorch, and so its own definition; `linear_policy_loss` and `linear_cross_entropy` are
+`linear_token_loss` with that and with -logprob.
 """
 
 from __future__ import annotations
@@ -10,6 +12,50 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+
+def vocab_parallel_logprob_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    want_entropy: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Row i: logprob = log softmax(x_i / temperature)[target_i], entropy = -sum p log p, over columns below `valid_vocab`.
+
+    logits x [T, V], target int64 [T] -> logprob [T], entropy [T] or None; both are 0 where target is `ignore_index`.
+    """
+    log_p = torch.log_softmax(_full_precision(logits[:, :valid_vocab]) / temperature, dim=-1)
+    labelled = target != ignore_index
+    logprob = log_p.gather(1, target.where(labelled, 0)[:, None]).squeeze(1).where(labelled, 0)
+    if not want_entropy:
+        return logprob, None
+    return logprob, -(log_p.exp() * log_p).sum(-1).where(labelled, 0)
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    valid_vocab: int | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """loss [T] = (1 - label_smoothing) (-log p[target]) + label_smoothing mean_j(-log p_j) + z_loss (log sum_j e^(x_j / temperature))^2."""
+    logprob, _ = vocab_parallel_logprob_entropy(
+        logits, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=False
+    )
+    y = _full_precision(logits[:, :valid_vocab]) / temperature
+    others = -label_smoothing * torch.log_softmax(y, -1).mean(-1) + z_loss * torch.logsumexp(y, -1).square()
+    return -(1 - label_smoothing) * logprob + others.where(target != ignore_index, 0)
+
+
+def _full_precision(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def linear_logprob_entropy(
@@ -26,14 +72,10 @@ def linear_logprob_entropy(
 
     hidden [T, H], weight [V, H], target int64 [T] -> logprob [T], entropy [T] or None; both are 0 where target is `ignore_index`.
     """
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    logits = hidden.to(dtype) @ weight[:valid_vocab].to(dtype).T
-    log_p = torch.log_softmax(logits / temperature, dim=-1)
-    labelled = target != ignore_index
-    logprob = log_p.gather(1, target.where(labelled, 0)[:, None]).squeeze(1).where(labelled, 0)
-    if not want_entropy:
-        return logprob, None
-    return logprob, -(log_p.exp() * log_p).sum(-1).where(labelled, 0)
+    logits = _full_precision(hidden) @ _full_precision(weight[:valid_vocab]).T
+    return vocab_parallel_logprob_entropy(
+        logits, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=want_entropy
+    )
 
 
 def linear_token_loss(

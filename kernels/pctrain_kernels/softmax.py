@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pctrain_kernels.backend import runs_triton
+from pctrain_kernels.matmul import math_dtype
 from pctrain_kernels.merge import RowStatistics, offset
 
 
@@ -21,8 +22,12 @@ class Softmax(Protocol):
     def statistics(self) -> RowStatistics:
         """This shard's part of the statistics of the rows, each [n]."""
 
-    def gradient(self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def gradient(
+        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
         """dlogits [n, k] in `dtype`, in the memory of the logits where it can be. The last thing that is asked for.
+
+        out: [n, k] of that dtype and any row stride, written instead; it may be the logits.
 
         row: statistics of the whole rows; dlogprob, dentropy [n]: derivatives of the loss (dentropy None: not needed).
         d logprob / d x_j = ([j = target] - p_j) / temperature, d entropy / d x_j = -p_j (y_j - E[y]) / temperature.
@@ -31,19 +36,24 @@ class Softmax(Protocol):
 
 def softmax_of(
     logits: Tensor, column: Tensor, *, temperature: float, want_entropy: bool, sharded: bool, scratch: Callable[[], Tensor],
-    shift: Tensor | None = None,
+    shift: Tensor | None = None, keep: bool = False,
 ) -> Softmax:  # fmt: skip
-    """Takes over the memory of `logits` [n, k] (full precision).
+    """Takes over the memory of `logits` [n, k].
 
     column     int64 [n], the target's column; with `sharded` it may lie outside [0, k): another shard holds it
     scratch    memory of the size of the logits, asked for where entropy is wanted, but never by the Triton kernels
     shift      [n] or None: taken instead of the row maximum (which is known then, and not looked for again). `statistics` is not for
                this case: those of the whole rows are known too
+    keep       the logits are the caller's: read alone, whatever their strides
     """
     if runs_triton(logits):
         from pctrain_kernels.triton_softmax import TritonSoftmax
 
-        return TritonSoftmax(logits, column, temperature, want_entropy)
+        if logits.stride(1) != 1 and logits.shape[1] > 1:
+            logits, keep = logits.contiguous(), False
+        return TritonSoftmax(logits, column, temperature, want_entropy, keep)
+    if keep or logits.dtype != math_dtype(logits):
+        logits = logits.to(math_dtype(logits), memory_format=torch.contiguous_format, copy=True)
     return TorchSoftmax(logits, column, temperature, want_entropy, sharded, scratch, shift)
 
 
@@ -74,7 +84,9 @@ class TorchSoftmax:
         target = self.y_target if self.owned is None else self.y_target.masked_fill(~self.owned, -torch.inf)
         return RowStatistics(self.shift, self.e.sum(1), None if self.e_y is None else self.e_y.sum(1), target.squeeze(1))
 
-    def gradient(self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def gradient(
+        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
         total = row.sum()
         to_row = offset(self.shift, row.max, self.temperature)
         scale = to_row.exp() / (total * -self.temperature)  # e^y of this shard -> -p / temperature
@@ -86,7 +98,7 @@ class TorchSoftmax:
         if dentropy is not None:
             gradient.add_(self.e_y)
         self._set_target(gradient, target_gradient(row, dlogprob, dentropy, self.temperature)[:, None])
-        return gradient.to(dtype)
+        return gradient.to(dtype) if out is None else out.copy_(gradient)
 
     def _set_target(self, matrix: Tensor, value: Tensor) -> None:
         """matrix[i, target_i] = value[i] on the rows whose target this shard holds; value [n, 1]."""

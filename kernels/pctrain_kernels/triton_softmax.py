@@ -27,10 +27,11 @@ def launch_shape(columns: int) -> tuple[int, int]:
 class TritonSoftmax:
     """`Softmax` over logits [n, k] in fp32, bf16 or fp16, columns next to each other, rows at any distance. See softmax.py."""
 
-    def __init__(self, logits: Tensor, column: Tensor, temperature: float, want_entropy: bool) -> None:
+    def __init__(self, logits: Tensor, column: Tensor, temperature: float, want_entropy: bool, keep: bool = False) -> None:
         if logits.ndim != 2 or logits.stride(1) != 1 and logits.shape[1] > 1:
             raise ValueError(f"expected logits [n, k] with columns next to each other, got {list(logits.shape)}, strides {logits.stride()}")
         self.logits = logits
+        self.keep = keep
         self.column = column.contiguous()
         self.temperature = float(temperature)
         self.want_entropy = want_entropy
@@ -47,14 +48,16 @@ class TritonSoftmax:
             )  # fmt: skip
         return RowStatistics(row[0], row[1], row[2] if self.want_entropy else None, row[-1])
 
-    def gradient(self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def gradient(
+        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
         # dlogits = e^y (constant + slope y), y taken from the maximum of the whole row; for the target another formula (softmax.py).
         scale = -1.0 / (row.sum() * self.temperature)  # e^y -> -p / temperature
         constant = scale * (dlogprob if dentropy is None else dlogprob - dentropy * row.mean_shifted())
         slope = constant if dentropy is None else scale * dentropy
         at_target = target_gradient(row, dlogprob, dentropy, self.temperature)
         rows, columns = self.logits.shape
-        gradient = in_memory_of(self.logits, dtype)
+        gradient = self._memory(dtype, out)
         block, warps = launch_shape(columns)
         with torch.cuda.device_of(self.logits):
             gradient_kernel[(rows,)](
@@ -62,13 +65,19 @@ class TritonSoftmax:
                 self.logits.stride(0), gradient.stride(0), columns, 1.0 / self.temperature,
                 want_entropy=dentropy is not None, block=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
-        return gradient
+        return gradient if out is None else out.copy_(gradient) if gradient is not out else out
+
+    def _memory(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """[n, k] for the gradient: what the caller gives, else the memory of the logits, unless that is too narrow or the caller's."""
+        if out is not None and (out.stride(1) == 1 or out.shape[1] == 1):
+            return out
+        if self.keep or dtype.itemsize > self.logits.dtype.itemsize:
+            return torch.empty(self.logits.shape, dtype=dtype, device=self.logits.device)
+        return in_memory_of(self.logits, dtype)
 
 
 def in_memory_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """[n, k] in `dtype`, which is not wider than that of `logits`: each row at the front of the memory of its row of logits."""
-    if dtype.itemsize > logits.dtype.itemsize:
-        raise ValueError(f"a gradient in {dtype} does not fit into the memory of logits in {logits.dtype}")
     ratio = logits.dtype.itemsize // dtype.itemsize
     rows, columns = logits.shape
     return torch.empty(0, dtype=dtype, device=logits.device).set_(

@@ -32,5 +32,4 @@ class DAPO:
 
     def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor]):
         """logprob [n], entropy [n] -> (loss [n], metrics {name: [n]})."""
-        loss, metrics = clipped_loss(logprob, streams, self.clip_low, self.clip_high)
-        return loss, {**metrics, "entropy": entropy.detach()}
+        return clipped_loss(logprob, entropy, streams, self.clip_low, self.clip_high)

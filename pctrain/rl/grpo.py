@@ -30,5 +30,4 @@ class GRPO:
 
     def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor]):
         """logprob [n], entropy [n] -> (loss [n], metrics {name: [n]})."""
-        loss, metrics = clipped_loss(logprob, streams, self.clip, self.clip)
-        return loss, {**metrics, "entropy": entropy.detach()}
+        return clipped_loss(logprob, entropy, streams, self.clip, self.clip)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from pctrain_kernels import policy_loss
 
 
 def group_advantages(rewards: np.ndarray, std_normalise: bool) -> np.ndarray:
@@ -18,14 +19,14 @@ def group_advantages(rewards: np.ndarray, std_normalise: bool) -> np.ndarray:
     return centred / (rewards.std(1, ddof=1, keepdims=True) + 1e-6)
 
 
-def clipped_loss(logprob: torch.Tensor, streams: dict[str, torch.Tensor], clip_low: float, clip_high: float):
+def clipped_loss(
+    logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor], clip_low: float, clip_high: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) per token (PAPER.md 5), r = exp(logprob - old_logprob).
 
-    logprob [n], streams["advantage"] [n], streams["old_logprob"] [n] -> (loss [n], {"ratio": [n], "clip_share": [n]}).
+    logprob [n], entropy [n], streams["advantage"] [n], streams["old_logprob"] [n] -> (loss [n], metrics {name: [n]}).
     Without `old_logprob` the policy is the one that sampled: r is exactly 1 and only its gradient counts.
     """
-    advantage = streams["advantage"]
-    ratio = torch.exp(logprob - streams.get("old_logprob", logprob.detach()))
-    plain, clipped = ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
-    metrics = {"ratio": ratio.detach(), "clip_share": (clipped < plain).float().detach()}
-    return -torch.minimum(plain, clipped), metrics
+    loss, metrics = policy_loss(logprob, entropy, **streams, clip_low=clip_low, clip_high=clip_high)
+    clip_share = metrics["clipped_low"] + metrics["clipped_high"]
+    return loss, {"ratio": metrics["ratio"], "clip_share": clip_share, "entropy": metrics["entropy"]}

@@ -227,19 +227,23 @@ def test_frozen_inputs_get_no_gradient() -> None:
 
 
 class Tensors(TorchDispatchMode):
-    """Watches every operation below autograd: the largest tensor made and the matrix products."""
+    """Watches every operation below autograd: elements of the tensors made, and the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.largest = 0
+        self.sizes: set[int] = set()
         self.products = 0
+
+    @property
+    def largest(self) -> int:
+        return max(self.sizes, default=0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(tensor, torch.Tensor):
-                self.largest = max(self.largest, tensor.numel())
+                self.sizes.add(tensor.numel())
         return result
 
 

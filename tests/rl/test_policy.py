@@ -33,7 +33,7 @@ def test_clipped_loss_by_hand():
     # A = +1: min(1.6487, 1.28) = 1.28, clipped, no gradient.   A = -1: min(-1.6487, -1.28) = -1.6487, gradient +r.
     logprob = torch.tensor([-0.5, -0.5], dtype=torch.float64, requires_grad=True)
     streams = {"advantage": torch.tensor([1.0, -1.0], dtype=torch.float64), "old_logprob": torch.tensor([-1.0, -1.0], dtype=torch.float64)}
-    loss, metrics = clipped_loss(logprob, streams, 0.2, 0.28)
+    loss, metrics = clipped_loss(logprob, torch.zeros(2), streams, 0.2, 0.28)
     loss.sum().backward()
     assert loss.tolist() == pytest.approx([-1.28, math.exp(0.5)])
     assert logprob.grad.tolist() == pytest.approx([0.0, math.exp(0.5)])
@@ -66,7 +66,7 @@ def test_the_algorithms_follow_the_formula(tokens, name):
 def test_at_ratio_one_the_gradient_is_reinforce():
     logprob = torch.tensor([-0.1, -2.0, -3.0], dtype=torch.float64, requires_grad=True)
     advantage = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
-    loss, metrics = clipped_loss(logprob, {"advantage": advantage}, 0.2, 0.28)
+    loss, metrics = clipped_loss(logprob, torch.zeros(3), {"advantage": advantage}, 0.2, 0.28)
     loss.sum().backward()
     assert logprob.grad.tolist() == (-advantage).tolist()
     assert metrics["ratio"].tolist() == [1, 1, 1]
@@ -76,7 +76,7 @@ def test_dapo_equals_an_independent_implementation():
     """verl's and TRL's form of the clipped objective: max over negated terms, token mean."""
     generator = torch.Generator().manual_seed(0)
     logprob, old, advantage = (torch.randn(50, generator=generator, dtype=torch.float64) for _ in range(3))
-    ours, _ = clipped_loss(logprob, {"advantage": advantage, "old_logprob": old}, 0.2, 0.28)
+    ours, _ = clipped_loss(logprob, torch.zeros(50), {"advantage": advantage, "old_logprob": old}, 0.2, 0.28)
     ratio = torch.exp(logprob - old)
     theirs = torch.max(-advantage * ratio, -advantage * torch.clamp(ratio, 0.8, 1.28))
     assert ours.mean().item() == pytest.approx(theirs.mean().item(), rel=1e-12)

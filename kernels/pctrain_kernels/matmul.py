@@ -1,4 +1,8 @@
-"""Matrix products of half or full precision operands with a full precision result."""
+"""Matrix products of half or full precision operands with a full precision result.
+
+On a GPU they are cuBLAS's, which takes rows at any distance: the half precision gradient that lies in the memory of fp32 logits goes in
+without a copy.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,7 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """accumulator += a @ b; `accumulator` is full precision."""
-    if a.dtype in HALF:
+    if a.dtype in HALF:  # an fp32 accumulator: torch 2.10 and later (pytorch/pytorch#167931)
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
     else:
         accumulator.addmm_(a, b)

@@ -85,7 +85,8 @@ def in_memory_of(logits: Tensor, dtype: torch.dtype) -> Tensor:
     )
 
 
-@triton.jit
+# One value a row is read or written through these: their alignment, which follows the number of rows, is no reason to compile again.
+@triton.jit(do_not_specialize_on_alignment=["column", "out_max", "out_rest", "out_shifted", "out_target"])
 def statistics_kernel(
     logits, column, out_max, out_rest, out_shifted, out_target, stride, columns, temperature, inverse_temperature,
     want_entropy: tl.constexpr, block: tl.constexpr,
@@ -127,10 +128,10 @@ def statistics_kernel(
     tl.store(out_rest + row, tl.where(maximum == -float("inf"), float("nan"), total))
     if want_entropy:
         tl.store(out_shifted + row, tl.sum(shifted, axis=0))
-    tl.store(out_target + row, tl.where(owned, y_target, -float("inf")))
+    tl.store(out_target + row, y_target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["column", "row_max", "row_constant", "row_slope", "row_target"])
 def gradient_kernel(
     logits, gradient, column, row_max, row_constant, row_slope, row_target, stride, gradient_stride, columns, inverse_temperature,
     want_entropy: tl.constexpr, block: tl.constexpr,

@@ -129,6 +129,7 @@ def check(case: Case, values: tuple[Tensor, Tensor] | None = None, kernels: type
         none = torch.full((case.tokens,), -torch.inf)
         parts.append(blocks[-1].statistics() if end > start else empty_shard(none, want_entropy))
     row = merged(parts, case.temperature) if case.shards else parts[0]
+    assert torch.equal(row.max, values.float().amax(1))
     errors = {"logprob": largest_error(row.logprob(), want_logprob)}
     if want_entropy:
         errors["entropy"] = largest_error(row.entropy(), want_entropies)

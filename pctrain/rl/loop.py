@@ -15,12 +15,11 @@ from pctrain.config import Config
 from pctrain.core import Core, Update, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.prepare import prepare
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import due, finished, open_run, record_ledger, resume, save
+from pctrain.resume import begin, due, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, batch
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
@@ -28,8 +27,7 @@ from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 
 def main(config: Config) -> None:
     """`pctrain rl`."""
-    parallel.initialize(config.parallel, config.run.seed)
-    config = parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+    config = begin(config)
     with Scorer(config) as scorer:
         train(config, scorer)
 

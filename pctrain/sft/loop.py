@@ -8,21 +8,19 @@ from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.prepare import prepare
 from pctrain.data.records import read_records
 from pctrain.data.rows import sft_rows
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import due, finished, open_run, record_ledger, resume, save
+from pctrain.resume import begin, due, finished, open_run, record_ledger, resume, save
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.validation import cross_entropy, validation_loss
 
 
 def main(config: Config) -> None:
     """`pctrain sft`."""
-    parallel.initialize(config.parallel, config.run.seed)
-    config = parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+    config = begin(config)
     with Scorer(config) as scorer:
         train(config, scorer)
 

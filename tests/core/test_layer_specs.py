@@ -9,7 +9,7 @@ import torch
 
 from core.test_torch_spec import _attend_alone, _layout
 from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import layers, varlen_attention
+from pctrain.core import layers, router_loss, varlen_attention
 from pctrain.core.varlen_attention import VarlenAttention, VarlenLayout
 from pctrain.errors import UserError
 
@@ -67,6 +67,9 @@ def test_the_te_spec_is_built_of_transformer_engines_modules(experts):
     assert attention.core_attention is te.TEDotProductAttention
     assert attention.linear_qkv is te.TELayerNormColumnParallelLinear and attention.q_layernorm is te.TENorm
     assert spec.submodules.mlp.module.__name__ == ("MoELayer" if experts else "MLP")
+    if experts:
+        router_loss.use_in(spec)
+        assert spec.submodules.mlp.submodules.router is router_loss.BalancedRouter
 
 
 def test_recipes_of_8_bits_reach_the_model():
@@ -148,3 +151,18 @@ def test_torch_takes_the_call(fresh_options):
     assert out.shape == (256, 1, 512) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape
+
+
+def _begin(folder):
+    from pctrain.config import Config, RunConfig
+    from pctrain.resume import begin
+
+    begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te")))
+
+
+def test_a_run_that_cannot_start_writes_nothing(ranks, tmp_path):
+    from ranks import RanksFailed
+
+    with pytest.raises(RanksFailed, match="model.spec = te needs"):
+        ranks.run(_begin, tmp_path / "run", world=1)
+    assert not (tmp_path / "run").exists()

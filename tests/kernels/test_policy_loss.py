@@ -355,7 +355,7 @@ def test_linear_losses_of_shards_are_those_of_one_process(ranks, shards) -> None
             assert relative(got_gradient, want_gradient.double()) < 2 * GRADIENT_TOLERANCE  # both are rounded
 
 
-# Independent implementations, where they are installed (pip install --no-deps trl accelerate liger-kernel).
+# Independent implementations, where they are installed (PCTRAIN_TEST_EXTRAS of launch/setup.sh).
 
 same_tokens = st.lists(
     st.tuples(logprobs, st.floats(0, 3), st.just(0.0), logprobs, logprobs, logprobs, st.just(False)), min_size=6, max_size=6

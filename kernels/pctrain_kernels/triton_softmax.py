@@ -65,7 +65,7 @@ class TritonSoftmax:
                 self.logits.stride(0), gradient.stride(0), columns, 1.0 / self.temperature,
                 want_entropy=dentropy is not None, block=block, num_warps=warps, enable_fp_fusion=True,
             )  # fmt: skip
-        return gradient if out is None else out.copy_(gradient) if gradient is not out else out
+        return gradient if out is None or gradient is out else out.copy_(gradient)
 
     def _memory(self, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         """[n, k] for the gradient: what the caller gives, else the memory of the logits, unless that is too narrow or the caller's."""

@@ -17,7 +17,7 @@ from pctrain.config import ModelConfig, ParallelConfig
 from pctrain.core import grad_accumulation, layers, router_loss
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.packed_attention import PackedLayout
-from pctrain.core.varlen_attention import VarlenLayout
+from pctrain.core.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
 from pctrain.device import device
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -215,7 +215,4 @@ def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> Packed
     """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its sequences, `tokens` positions in all."""
     if spec != "te":
         return {"torch": PackedLayout, "torch-varlen": VarlenLayout}[spec].of(cu_seqlens, tokens)
-    bounds = cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
-    longest = int((bounds[1:] - bounds[:-1]).max())
-    bounds = bounds.to(device())
-    return PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    return PackedSeqParams(qkv_format="thd", **flash_bounds(whole_bounds(cu_seqlens, tokens)))

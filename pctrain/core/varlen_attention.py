@@ -29,13 +29,9 @@ class VarlenLayout(PackedSeqParams):
     @classmethod
     def of(cls, cu_seqlens: torch.Tensor, tokens: int) -> VarlenLayout:
         """`cu_seqlens` int32 [n + 1] over the sequences of a pack of `tokens` positions."""
-        bounds = cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
-        lengths = bounds[1:] - bounds[:-1]
-        starts = torch.repeat_interleave(bounds[:-1].long(), lengths.long())
-        longest, bounds = int(lengths.max()), bounds.to(device())
-        return cls(
-            qkv_format="varlen", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest,
-            positions=(torch.arange(tokens) - starts).to(device()))
+        bounds = whole_bounds(cu_seqlens, tokens)
+        starts = torch.repeat_interleave(bounds[:-1].long(), bounds.diff().long())
+        return cls(**flash_bounds(bounds), qkv_format="varlen", positions=(torch.arange(tokens) - starts).to(device()))
 
     def turn(self, heads: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin [T, heads, dim]; made once for a pack, not in every layer."""
@@ -43,6 +39,17 @@ class VarlenLayout(PackedSeqParams):
         if (heads, dtype) not in known:
             known[heads, dtype] = tuple(x.index_select(0, self.positions) for x in rotation(self.angles, heads, dtype))
         return known[heads, dtype]
+
+
+def whole_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
+    """int32 [n + 1] over the sequences of a pack of `tokens` positions -> the same, the padding after them as one more sequence."""
+    return cu_seqlens if int(cu_seqlens[-1]) == tokens else torch.cat([cu_seqlens, cu_seqlens.new_tensor([tokens])])
+
+
+def flash_bounds(bounds: torch.Tensor) -> dict:
+    """`whole_bounds` as the keywords of PackedSeqParams that flash attention reads, on this rank's device."""
+    longest, bounds = int(bounds.diff().max()), bounds.to(device())
+    return {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 
 class VarlenAttention(DotProductAttention):

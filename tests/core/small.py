@@ -57,3 +57,30 @@ def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float =
         "grad_norm": [u.grad_norm for u in updates],
         "weights": weights,
     }
+
+
+def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+    """`steps` steps, a checkpoint in `folder`, and what `go_on` tells of as many more."""
+    from pctrain.core import parallel
+
+    model = core(directory, layout, **options)
+    for i in range(steps):
+        step(model, i)
+    if parallel.rank() == 0:
+        folder.mkdir()
+    parallel.barrier()
+    model.save(folder)
+    return go_on(model, steps)
+
+
+def load_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+    model = core(directory, layout, **options)
+    model.load(folder)
+    return go_on(model, steps)
+
+
+def go_on(model, steps: int) -> tuple:
+    """(losses, gradient norms, (learning rate, metrics) of each step, weights after the last) of the second `steps` steps."""
+    updates = [step(model, i) for i in range(steps, 2 * steps)]
+    weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
+    return [u.loss for u in updates], [u.grad_norm for u in updates], [(u.lr, u.metrics) for u in updates], weights

@@ -5,39 +5,14 @@ import pytest
 
 from core import small
 
-BEFORE, AFTER = 6, 6
-
-
-def _save_and_go_on(directory, layout, folder):
-    from pctrain.core import parallel
-
-    model = small.core(directory, layout)
-    for i in range(BEFORE):
-        small.step(model, i)
-    if parallel.rank() == 0:
-        folder.mkdir()
-    parallel.barrier()
-    model.save(folder)
-    return _go_on(model)
-
-
-def _load_and_go_on(directory, layout, folder):
-    model = small.core(directory, layout)
-    model.load(folder)
-    return _go_on(model)
-
-
-def _go_on(model):
-    updates = [small.step(model, i) for i in range(BEFORE, BEFORE + AFTER)]
-    weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
-    return [u.loss for u in updates], [u.grad_norm for u in updates], [u.lr for u in updates], weights
+STEPS = 6
 
 
 @pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
                          ids=["single", "TP2", "PP2 with virtual stages", "DP2"])
 def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
-    uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
-    resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)
+    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
+    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
     for a, b in zip(uninterrupted, resumed, strict=True):
         assert a[:3] == b[:3]
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
@@ -49,8 +24,8 @@ def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
      (4, {"tensor": 2, "pipeline": 2})],
     ids=["single", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "DP2", "TP2 x PP2"])  # fmt: skip
 def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
-    uninterrupted = ranks.run(_save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", world=2)[0]
-    resumed = ranks.run(_load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", world=world)[0]
+    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2)[0]
+    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)[0]
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
     assert resumed[2] == uninterrupted[2]
@@ -62,7 +37,7 @@ def _weights_from(directory, folder):
 
 def test_another_run_can_start_from_the_weights(ranks, hf_dirs, tmp_path):
     saved = tmp_path / "step-6"
-    ranks.run(_save_and_go_on, hf_dirs[True], {}, saved, world=1)
+    ranks.run(small.save_and_go_on, hf_dirs[True], {}, saved, STEPS, world=1)
     started = ranks.run(_weights_from, hf_dirs[True], saved, world=1)[0]
     initial = ranks.run(_weights_from, hf_dirs[True], None, world=1)[0]
     assert any(not np.array_equal(started[name], initial[name]) for name in started)
@@ -82,7 +57,7 @@ def _save_in_the_background(directory, folder):
     model = small.core(directory, {})
     model.saver = checkpoint.Saver(background=True)
     events = []
-    for i in range(BEFORE):
+    for i in range(STEPS):
         small.step(model, i)
     for number in (1, 2):
         if parallel.rank() == 0:
@@ -90,7 +65,7 @@ def _save_in_the_background(directory, folder):
         parallel.barrier()
     model.save(folder.with_name("save-1"), done=lambda: events.append("save-1"))
     assert events == [], "done before anybody looked"
-    after = _go_on(model)  # changes the tensors in place while they are being written
+    after = small.go_on(model, STEPS)  # changes the tensors in place while they are being written
     model.save(folder.with_name("save-2"), done=lambda: events.append("save-2"))
     assert events == ["save-1"], "the next save begins when the one before is complete"
     model.poll_save(wait=True)
@@ -103,7 +78,7 @@ def _save_in_the_background(directory, folder):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_save_in_the_background_holds_the_moment_of_the_save(ranks, hf_dirs, tmp_path, world):
     uninterrupted = ranks.run(_save_in_the_background, hf_dirs[True], tmp_path / "save-1", world=world)[0]
-    resumed = ranks.run(_load_and_go_on, hf_dirs[True], {}, tmp_path / "save-1", world=world)[0]
+    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], {}, tmp_path / "save-1", STEPS, world=world)[0]
     assert resumed[:3] == uninterrupted[:3]
     assert all(np.array_equal(resumed[3][name], uninterrupted[3][name]) for name in resumed[3])
 

@@ -204,39 +204,16 @@ def test_training_at_any_layout_is_the_same_run(ranks, directories, alone, layou
 
 # ---- checkpoints
 
-BEFORE, AFTER = 3, 3
-
-
-def _save_and_go_on(directory, layout, folder):
-    from pctrain.core import parallel
-
-    model = small.core(directory, layout, router_aux_loss=COEFFICIENT)
-    for i in range(BEFORE):
-        small.step(model, i)
-    if parallel.rank() == 0:
-        folder.mkdir()
-    parallel.barrier()
-    model.save(folder)
-    return _go_on(model)
-
-
-def _load_and_go_on(directory, layout, folder):
-    model = small.core(directory, layout, router_aux_loss=COEFFICIENT)
-    model.load(folder)
-    return _go_on(model)
-
-
-def _go_on(model):
-    updates = [small.step(model, i) for i in range(BEFORE, BEFORE + AFTER)]
-    weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
-    return [u.loss for u in updates], [u.grad_norm for u in updates], [u.metrics for u in updates], weights
+STEPS = 3
 
 
 @layouts(fast=("EP2",))
 def test_a_resumed_run_is_the_same_bit_for_bit(ranks, directories, tmp_path, layout):
     world, parallel = LAYOUTS[layout]
-    uninterrupted = ranks.run(_save_and_go_on, directories[True], parallel, tmp_path / "step-3", world=world)
-    resumed = ranks.run(_load_and_go_on, directories[True], parallel, tmp_path / "step-3", world=world)
+    uninterrupted = ranks.run(
+        small.save_and_go_on, directories[True], parallel, tmp_path / "step-3", STEPS, world=world, router_aux_loss=COEFFICIENT)
+    resumed = ranks.run(
+        small.load_and_go_on, directories[True], parallel, tmp_path / "step-3", STEPS, world=world, router_aux_loss=COEFFICIENT)
     for a, b in zip(uninterrupted, resumed, strict=True):
         assert a[:3] == b[:3]
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
@@ -251,8 +228,9 @@ OTHERS = {"single": (1, {}), **LAYOUTS}
         ("TP2 x PP2", "EP4, reductions overlapped"), ("EP2 of DP4", "single")))])  # fmt: skip
 def test_a_run_resumes_at_another_layout(ranks, directories, tmp_path, saved, loaded):
     uninterrupted, resumed = (
-        ranks.run(call, directories[True], OTHERS[layout][1], tmp_path / "step-3", world=OTHERS[layout][0])[0]
-        for call, layout in ((_save_and_go_on, saved), (_load_and_go_on, loaded)))
+        ranks.run(call, directories[True], OTHERS[layout][1], tmp_path / "step-3", STEPS, world=OTHERS[layout][0],
+                  router_aux_loss=COEFFICIENT)[0]
+        for call, layout in ((small.save_and_go_on, saved), (small.load_and_go_on, loaded)))
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
-    assert [list(m) for m in resumed[2]] == [["router_aux_loss"]] * AFTER
+    assert [list(metrics) for _, metrics in resumed[2]] == [["router_aux_loss"]] * STEPS

@@ -30,6 +30,10 @@ setup(
         "transformers>=5.0",  # rope_parameters in config.json, tokenizer.json from a SentencePiece model
         "tokenizers>=0.22",
         "sentencepiece>=0.2",
+        "datasets>=4.0",
+        "pyarrow>=20.0",
+        "zstandard>=0.23",
+        "datasketch>=1.6",
         "safetensors>=0.5",
         "numpy>=1.26",
         "scipy>=1.12",

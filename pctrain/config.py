@@ -7,9 +7,9 @@ It imports neither torch nor anything else heavy: a wrong key is refused in mill
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Section(BaseModel):
@@ -22,6 +22,7 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs/default"), description="run folder: everything this run writes goes below it")
     seed: int = Field(0, ge=0, description="seed of data order, initial weights and sampling")
     tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
+    wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to write to as well (needs the wandb package)")
     keep_last: int | None = Field(
         None, ge=1, description="checkpoints to keep, the newest ones; default all. `pctrain run` keeps all of SFT's: RL starts from them")
     keep_every: int | None = Field(None, ge=1, description="with run.keep_last: also keep the steps that are multiples of this")
@@ -82,14 +83,49 @@ class ProblemsConfig(Section):
     vocab_size: int = Field(320, ge=270, description="SentencePiece vocabulary, upper bound, pieces")
 
 
+class SourceConfig(Section):
+    """One source of trajectories."""
+
+    path: Path = Field(description="file, glob (*, ?, [], **) of files, or folder written by datasets' save_to_disk")
+    weight: float = Field(1.0, gt=0, description="passes over it in one epoch: 2 shows every trajectory twice, 0.5 every other one")
+    name: str | None = Field(None, min_length=1, description="its name in metrics; default: the last part of the path without its suffix")
+
+
+def _as_sources(value: Any) -> Any:
+    """`train.jsonl`, `{path: ..., weight: 2}` and lists of these all mean a list of sources."""
+    items = value if isinstance(value, list) else [value]
+    return None if value is None else [{"path": item} if isinstance(item, (str, Path)) else item for item in items]
+
+
+Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_length=1)]
+
+
+class FieldsConfig(Section):
+    """Where a record's fields lie. A dot goes into an object, a number into a list: `extra_info.question`, `prompt.0.content`.
+
+    What is not given is found by the columns: `messages`; RETU's; or `prompt`, `response`, `answer`.
+    """
+
+    prompt: str | None = Field(None, min_length=1, description="the question")
+    response: str | None = Field(None, min_length=1, description="the expert's trajectory")
+    answer: str | None = Field(None, min_length=1, description="the gold answer")
+    messages: str | None = Field(None, min_length=1, description="a chat in OpenAI's form, [{role, content}, ...]; in place of the prompt")
+
+
 class DataConfig(Section):
-    train: Path | None = Field(None, description="JSONL of expert trajectories: prompt, response")
-    validation: Path | None = Field(None, description="JSONL of held-out trajectories: prompt, response")
-    test: Path | None = Field(None, description="JSONL of problems to score on: prompt, answer")
-    rl: Path | None = Field(None, description="JSONL of problems for RL: prompt, answer")
-    prompt_field: str = Field("prompt", description="name of the prompt field")
-    response_field: str = Field("response", description="name of the response field")
-    answer_field: str = Field("answer", description="name of the field with the gold answer")
+    train: Sources | None = Field(None, description="expert trajectories: a path, or [{path, weight, name}, ...] for several sources")
+    validation: Sources | None = Field(None, description="held-out trajectories; weights are not read: every one counts once")
+    test: Path | None = Field(None, description="problems to score on: prompt, answer; file, glob or folder")
+    rl: Path | None = Field(None, description="problems for RL: prompt, answer; file, glob or folder")
+    fields: FieldsConfig = Field(default_factory=FieldsConfig)
+    template: str = Field("auto", description="chat template: auto (the checkpoint's own, none where it has none), none, or a Jinja file")
+    loss_on: Literal["last", "all"] = Field("last", description="assistant turns of a chat that are trained on")
+    overlong: Literal["error", "drop", "right"] = Field(
+        "error", description="trajectories longer than the context or sft.token_budget: stop, or count them and drop or cut them")
+    unusable: Literal["error", "drop"] = Field(
+        "error", description="records without a trainable token or that the template cannot mask: stop, or drop and count")
+    cache: Path | None = Field(None, description="folder of tokenised data, which runs may share; default: `tokens` in run.dir")
+    workers: int | None = Field(None, ge=1, description="processes that tokenise; default: one a core")
     problems: ProblemsConfig = Field(default_factory=ProblemsConfig)
 
 
@@ -110,11 +146,14 @@ class OptimizerConfig(Section):
 
 class SFTConfig(Section):
     steps: int = Field(1000, ge=1, description="optimizer steps in all")
+    epochs: float | None = Field(None, gt=0, description="passes over the training set, in place of sft.steps")
     batch_size: int = Field(32, ge=1, description="trajectories per optimizer step, over all ranks")
     token_budget: int = Field(1024, ge=16, description="tokens of one pack (micro-batch) on one rank; a multiple of parallel.tensor")
     val_every: int = Field(50, ge=1, description="steps between exact validation losses")
     eval_every: int = Field(0, ge=0, description="steps between scores on data.test; 0: never")
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
+    stop_after: Literal["stable", "mild", "never"] = Field(
+        "never", description="stop when the validation loss has left this regime for good (ceiling.delta, ceiling.delta2)")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 
 

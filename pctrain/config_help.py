@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from pctrain.config import Config, Section
+from pctrain.config import Config, Section, Sources
 
 
 def option_lines(prefixes: Sequence[str]) -> list[str]:
@@ -34,6 +34,8 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
 
 def describe_type(annotation: Any) -> str:
     """INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
+    if annotation is Sources:
+        return "PATH or [{path, weight, name}, ...]"
     if get_origin(annotation) is Literal:
         return "|".join(str(word) for word in get_args(annotation))
     if get_origin(annotation) is list:

@@ -21,7 +21,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from pctrain.config import Config, Section
+from pctrain.config import Config, Section, SourceConfig, Sources
 from pctrain.config_check import check_combinations
 from pctrain.errors import UserError
 
@@ -65,7 +65,8 @@ def read(path: Path | None, overrides: list[str]) -> Config:
 
 def dump(config: Config) -> str:
     """The whole resolved config as YAML; `load` of that text gives an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    # ASCII with escapes: PyYAML reads an unescaped U+0085 of a name as a line break.
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def world_size_from_environment() -> int:
@@ -174,7 +175,7 @@ def _text_settings(key: tuple[str, ...], text: str) -> Iterator[_Setting]:
         problem = getattr(error, "problem", None) or error
         raise UserError(f"--{'.'.join(key)}: {text!r} is not valid YAML: {problem}") from None
     field = _field(key)
-    if field is not None and value is not None and _takes_text(field.annotation):
+    if field is not None and value is not None and _takes_text(field.annotation, several=isinstance(value, (list, dict))):
         value = text  # --run.dir=2024 is a path: a shell has no quotes left to say so
     yield from _flatten(key, value)
 
@@ -206,8 +207,10 @@ def _field(key: tuple[str, ...]):
     return section.model_fields.get(key[-1]) if section is not None else None
 
 
-def _takes_text(annotation: Any) -> bool:
-    return any(kind in (str, Path) for kind in (annotation, *get_args(annotation)))
+def _takes_text(annotation: Any, several: bool) -> bool:
+    """A path or a string; or sources, of which a path alone stands for one."""
+    kinds = (annotation, *get_args(annotation))
+    return str in kinds or Path in kinds or (Sources in kinds and not several)
 
 
 def _leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[str]:
@@ -275,12 +278,17 @@ def _refuse_not_finite(settings: list[_Setting]) -> None:
 def _type_errors(error: ValidationError, origins: dict[tuple[str, ...], str]) -> str:
     lines = []
     for item in error.errors(include_url=False):
-        key = tuple(part for part in item["loc"] if isinstance(part, str))
-        while key and _field(key) is None:  # pydantic appends the member of a union that failed
-            key = key[:-1]
-        origin = origins.get(key, "default")
-        expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")
-        line = f"{'.'.join(key)} ({origin}): expected {expected}, got {json.dumps(item['input'], ensure_ascii=False)}"
+        loc = item["loc"]
+        depth = next(n for n in range(len(loc), 0, -1) if all(isinstance(part, str) for part in loc[:n]) and _field(loc[:n]) is not None)
+        # Below the option: an item of a list and its key. (pydantic also appends the member of a union that failed.)
+        inner = [str(part) for part in loc[depth:]] if any(isinstance(part, int) for part in loc[depth:]) else []
+        name, origin = ".".join([*loc[:depth], *inner]), origins.get(loc[:depth], "default")
+        if item["type"] in ("extra_forbidden", "missing"):
+            what = "unknown key" if item["type"] == "extra_forbidden" else "missing"
+            line = f"{name} ({origin}): {what}; an item takes {', '.join(SourceConfig.model_fields)}"
+        else:
+            expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")
+            line = f"{name} ({origin}): expected {expected}, got {json.dumps(item['input'], ensure_ascii=False)}"
         if line not in lines:
             lines.append(line)
     return "\n".join(lines)

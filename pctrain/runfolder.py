@@ -40,7 +40,7 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.keep_last", "run.keep_every
                   "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
                   "data.train", "data.validation", "data.test", "data.rl", "model.path", "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
-_BEFORE_OPEN = {"data", "model", "start.json", ".lock", "config.yaml.tmp"}
+_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", "config.yaml.tmp"}
 HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
 
@@ -351,7 +351,7 @@ def _read_config_file(file: Path) -> dict[str, Any]:
 
 
 def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> str:
-    return yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": fingerprints}, allow_unicode=True)
+    return yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": fingerprints})
 
 
 def config_hash(config: Config) -> str:

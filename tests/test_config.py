@@ -57,7 +57,7 @@ def test_numbers_as_people_write_them(write, text):
 def test_paths_lists_and_null(write):
     overrides = ["--run.dir=2024-01-01", "--study.starts=[stable, overfit]", "--eval.max_response=null", "--data.train=7"]
     config = load(None, overrides, sections=())
-    assert config.run.dir == Path("2024-01-01") and config.data.train == Path("7")
+    assert config.run.dir == Path("2024-01-01") and [source.path for source in config.data.train] == [Path("7")]
     assert config.study.starts == ["stable", "overfit"] and config.eval.max_response is None
 
 
@@ -74,7 +74,7 @@ def test_the_config_of_a_run_folder_starts_the_next_run(write):
 @given(st.integers(1, 10**9), st.floats(1e-12, 1e3), st.sampled_from(["float32", "bfloat16"]), st.text(min_size=1))
 def test_dump_and_read_give_the_same_config(tmp_path_factory, steps, lr, dtype, name):
     config = Config()
-    config.sft.steps, config.sft.optimizer.lr, config.model.dtype, config.data.prompt_field = steps, lr, dtype, name
+    config.sft.steps, config.sft.optimizer.lr, config.model.dtype, config.data.fields.prompt = steps, lr, dtype, name
     path = tmp_path_factory.mktemp("dump") / "config.yaml"
     path.write_text(dump(config), encoding="utf-8")
     assert read(path, []) == config
@@ -120,7 +120,7 @@ def test_a_key_like_nothing_lists_the_sections():
     ("run.seed", "null", "run.seed (command line): expected an integer, got null"),
     ("model.dtype", "fp16", "model.dtype (command line): expected 'float32' or 'bfloat16', got \"fp16\""),
     ("study.starts", "early", "study.starts (command line): expected a list, such as [a, b], got \"early\""),
-    ("study.starts", "[erly]", "study.starts (command line): expected 'early', 'stable' or 'overfit', got \"erly\""),
+    ("study.starts", "[erly]", "study.starts.0 (command line): expected 'early', 'stable' or 'overfit', got \"erly\""),
     ("eval.max_response", "long", "eval.max_response (command line): expected an integer, got \"long\""),
     ("sft", "3", "sft (command line): expected a section (key: value pairs), got 3"),
     ("sft.steps", "[1", "--sft.steps: '[1' is not valid YAML"),
@@ -133,7 +133,7 @@ def test_a_wrong_value_of_a_file_names_file_and_line(write):
     path = write("sft:\n  optimizer:\n    lr: fast\nstudy:\n  starts:\n  - early\n  - 3\n")
     message = refusal(path)
     assert f"sft.optimizer.lr ({path}:3): expected a number" in message
-    assert f"study.starts ({path}:5): expected" in message
+    assert f"study.starts.1 ({path}:5): expected" in message
 
 
 @pytest.mark.parametrize("text, message", [

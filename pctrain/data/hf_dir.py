@@ -29,7 +29,8 @@ def make(config: Config, folder: Path) -> Path:
     """The directory for a config without `model.path`: `model.architecture`, and a tokenizer trained from `data.train`."""
     if config.data.train is None:
         raise UserError("data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path")
-    texts = [text for r in read_records(config.data.train, config.data, need=("response",)) for text in (r.prompt, r.response)]
+    records = [r for source in config.data.train for r in read_records(source.path, config.data.fields, need=("response",))]
+    texts = [text for r in records for text in (r.prompt, r.response)]
     return make_hf_dir(folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pctrain.config import DataConfig
+from pctrain.config import FieldsConfig
 from pctrain.data.records import read_records
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
@@ -22,7 +22,7 @@ class Problem:
     answer: str
 
 
-def read_problems(path: Path, fields: DataConfig, tokenizer: Tokenizer, *, room: int, room_name: str) -> list[Problem]:
+def read_problems(path: Path, fields: FieldsConfig, tokenizer: Tokenizer, *, room: int, room_name: str) -> list[Problem]:
     """Problems of a JSONL file. Raises UserError for a prompt longer than `room` tokens (what the context leaves for it)."""
     records = read_records(path, fields, need=("prompt", "answer"))
     problems = []

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pctrain.config import DataConfig
+from pctrain.config import FieldsConfig
 from pctrain.errors import UserError
 
 
@@ -22,12 +22,12 @@ class Record:
     answer: str | None = None
 
 
-def read_records(path: Path | str, fields: DataConfig, need: Collection[str]) -> list[Record]:
+def read_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> list[Record]:
     """All records of a JSONL file, in the order of the file.
 
     Args:
         path: JSONL file, UTF-8. Blank lines are passed over.
-        fields: names the fields (`prompt_field`, `response_field`, `answer_field`).
+        fields: names the fields.
         need: what every record must have beside the prompt: "response", "answer" or both. A field that is not needed is read where it
             is well-formed and is None otherwise.
     Raises:
@@ -43,7 +43,7 @@ def read_records(path: Path | str, fields: DataConfig, need: Collection[str]) ->
         if line.strip():
             records.append(_record(_parse(line, path, number), path, number, fields, need))
     if not records:
-        raise UserError(f"{path}: the data set is empty; expected one JSON object a line with the field {fields.prompt_field!r}")
+        raise UserError(f"{path}: the data set is empty; expected one JSON object a line with the field {fields.prompt or 'prompt'!r}")
     return records
 
 
@@ -70,11 +70,12 @@ def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
     return value
 
 
-def _record(value: dict[str, Any], path: Path, number: int, fields: DataConfig, need: set[str]) -> Record:
+def _record(value: dict[str, Any], path: Path, number: int, fields: FieldsConfig, need: set[str]) -> Record:
     where = f"{path}:{number}"
     texts = {
         name: _text(value, field, where, needed=name in need or name == "prompt", numbers=name == "answer")
-        for name, field in (("prompt", fields.prompt_field), ("response", fields.response_field), ("answer", fields.answer_field))
+        for name in ("prompt", "response", "answer")
+        for field in [getattr(fields, name) or name]
     }
     own = value.get("id")
     named = isinstance(own, (str, int)) and not isinstance(own, bool) and own != ""

@@ -44,9 +44,8 @@ class Scorer:
 
     def read_problems(self, path: Path) -> list[Problem]:
         room = self.hf.context - max(self.config.rollout.max_response, self.config.eval.max_response or 0)
-        return parallel.agree(
-            lambda: read_problems(path, self.config.data, self.tokenizer, room=room, room_name="the context less the longest response")
-        )
+        name = "the context less the longest response"
+        return parallel.agree(lambda: read_problems(path, self.config.data.fields, self.tokenizer, room=room, room_name=name))
 
     def load(self, core: Core) -> Swap:
         """Swaps the core's weights into the engine; the first swap is verified by log-probs of both on the same tokens.

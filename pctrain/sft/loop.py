@@ -28,17 +28,17 @@ def main(config: Config) -> None:
 def train(config: Config, scorer: Scorer) -> None:
     """Runs, or goes on with, the SFT run of `config.run.dir`."""
     data, sft = config.data, config.sft
-    files = [data.train, data.validation] + ([data.test] if sft.eval_every else [])
+    files = [source.path for source in data.train + data.validation] + ([data.test] if sft.eval_every else [])
     with open_run(config, "sft", files) as run:
         if finished(run):
             return
         limits = {"context": scorer.hf.context, "token_budget": sft.token_budget}
 
         def read(path):
-            records = read_records(path, data, need=("response",))
+            records = read_records(path, data.fields, need=("response",))
             return [record.id for record in records], sft_rows(records, scorer.tokenizer, **limits)
 
-        (ids, train_rows), (_, val_rows) = parallel.agree(lambda: (read(data.train), read(data.validation)))
+        (ids, train_rows), (_, val_rows) = parallel.agree(lambda: (read(data.train[0].path), read(data.validation[0].path)))
         sampler = ShuffledSampler(len(train_rows), sft.batch_size, config.run.seed)
         ledger = Ledger(scorer.hf.shape)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.config import DataConfig, ProblemsConfig
+from pctrain.config import FieldsConfig, ProblemsConfig
 from pctrain.data import arithmetic
 from pctrain.data.records import read_records
 from pctrain.errors import UserError
@@ -86,7 +86,7 @@ def test_written_files_read_back_and_are_the_same_bytes_again(tmp_path):
     paths = arithmetic.write_sets(problems(), 5, tmp_path / "a")
     for name, records in arithmetic.generate(problems(), 5).items():
         need = ("response", "answer") if name in ("train", "validation") else ("answer",)
-        read = read_records(paths[name], DataConfig(), need=need)
+        read = read_records(paths[name], FieldsConfig(), need=need)
         assert [(r.prompt, r.response, r.answer) for r in read] == [(r.prompt, r.response, r.answer) for r in records]
         assert ("response" in json.loads(paths[name].read_text().splitlines()[0])) == (name in ("train", "validation"))
     again = arithmetic.write_sets(problems(), 5, tmp_path / "b")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pctrain.config import DataConfig
+from pctrain.config import FieldsConfig
 from pctrain.data.records import Record, read_records
 from pctrain.errors import UserError
 
@@ -22,24 +22,25 @@ def write(tmp_path):
 
 def test_records_have_the_files_line_as_id_unless_they_have_their_own(write):
     path = write(f'{GOOD}\n\n{{"prompt": "p", "answer": 7, "id": "own"}}\n{{"prompt": "q", "answer": 0.5, "id": 12, "more": [1]}}')
-    assert read_records(path, DataConfig(), need=("answer",)) == [
+    assert read_records(path, FieldsConfig(), need=("answer",)) == [
         Record("train.jsonl:1", "1+1=", "two", "2"), Record("own", "p", None, "7"), Record("12", "q", None, "0.5")]
 
 
 def test_names_of_the_fields_come_from_the_config(write):
     path = write('{"question": "p", "solution": "s"}')
-    fields = DataConfig(prompt_field="question", response_field="solution")
+    fields = FieldsConfig(prompt="question", response="solution")
     assert read_records(path, fields, need=("response",)) == [Record("train.jsonl:1", "p", "s", None)]
 
 
 def test_line_ends_byte_order_mark_and_separators_inside_text(write):
     text = json.dumps({"prompt": "a\u2028b\x85", "response": "r"}, ensure_ascii=False)  # characters that str.splitlines would cut at
     path = write(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
-    assert [r.prompt for r in read_records(path, DataConfig(), need=())] == ["a\u2028b\x85"] * 2
+    assert [r.prompt for r in read_records(path, FieldsConfig(), need=())] == ["a\u2028b\x85"] * 2
 
 
 def test_a_field_that_is_not_needed_may_be_anything(write):
-    assert read_records(write('{"prompt": "p", "response": null, "answer": [1]}'), DataConfig(), need=()) == [Record("train.jsonl:1", "p")]
+    path = write('{"prompt": "p", "response": null, "answer": [1]}')
+    assert read_records(path, FieldsConfig(), need=()) == [Record("train.jsonl:1", "p")]
 
 
 @pytest.mark.parametrize("line, message", [
@@ -61,7 +62,7 @@ def test_a_field_that_is_not_needed_may_be_anything(write):
 def test_a_bad_line_is_named(write, line, message):
     path = write(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
-        read_records(path, DataConfig(), need=("response", "answer"))
+        read_records(path, FieldsConfig(), need=("response", "answer"))
     assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
 
 
@@ -73,11 +74,11 @@ def test_a_bad_line_is_named(write, line, message):
 def test_a_bad_file_is_named(write, content, message):
     path = write(content)
     with pytest.raises(UserError) as error:
-        read_records(path, DataConfig(), need=("response",))
+        read_records(path, FieldsConfig(), need=("response",))
     assert str(path) in str(error.value) and message in str(error.value)
 
 
 def test_missing_file_and_folder(tmp_path):
     for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "cannot be read")):
         with pytest.raises(UserError, match=message):
-            read_records(path, DataConfig(), need=())
+            read_records(path, FieldsConfig(), need=())

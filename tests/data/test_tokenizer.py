@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.config import ArchitectureConfig, Config, ProblemsConfig
+from pctrain.config import ArchitectureConfig, Config, ProblemsConfig, SourceConfig
 from pctrain.data import arithmetic, hf_dir
 from pctrain.data.records import Record
 from pctrain.data.rows import make_row, sft_rows
@@ -91,7 +91,7 @@ def test_initial_weights_are_seeded_and_scaled():
 
 def test_the_same_config_gives_the_same_bytes(tmp_path):
     config = Config()
-    config.data.train = arithmetic.write_sets(PROBLEMS, 0, tmp_path / "data")["train"]
+    config.data.train = [SourceConfig(path=arithmetic.write_sets(PROBLEMS, 0, tmp_path / "data")["train"])]
     a, b = hf_dir.make(config, tmp_path / "a"), hf_dir.make(config, tmp_path / "b")
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert sorted(p.name for p in a.iterdir()) == names

@@ -1,0 +1,121 @@
+"""Every command: a table of entries, and what each does with its arguments. Nothing heavy is imported before its config is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pctrain import cli_data
+from pctrain.cli_arguments import Command, resolve_config, take_paths
+from pctrain.config import Config
+from pctrain.errors import UserError
+
+TRAINING = ("run", "model", "parallel", "data")
+SAMPLING = ("rollout", "reward", "eval")
+_CONVERT_OPTIONS = ("model", "parallel")
+_VERIFY = "  --verify       compare log-probs of random sequences with transformers; exit status 2 above 2e-4"
+
+
+def _sft(command: Command, arguments: list[str]) -> None:
+    config = resolve_config(command, arguments)
+    from pctrain.sft.loop import main as run
+
+    run(config)
+
+
+def _rl(command: Command, arguments: list[str]) -> None:
+    config = resolve_config(command, arguments)
+    from pctrain.rl.loop import main as run
+
+    run(config)
+
+
+def _run(command: Command, arguments: list[str]) -> None:
+    config = resolve_config(command, arguments)
+    from pctrain.study import main as run
+
+    run(config)
+
+
+def _fit(command: Command, arguments: list[str]) -> None:
+    (curves,), out = take_paths(command, arguments, operands=1)
+    from pctrain.ceiling.fit_command import main as run
+
+    run(curves, out or Path("fits.json"))
+
+
+def _report(command: Command, arguments: list[str]) -> None:
+    (folder,), out = take_paths(command, arguments, operands=1)
+    if out is not None:
+        raise UserError(f"pctrain report writes into {folder}/report; it takes no --out")
+    from pctrain.ceiling.report import main as run
+
+    run(folder)
+
+
+def _convert(command: Command, arguments: list[str]) -> None:
+    verify, arguments = "--verify" in arguments, [argument for argument in arguments if argument != "--verify"]
+    paths = [argument for argument in arguments[:2] if not argument.startswith("-")]
+    if len(paths) != 2:
+        raise UserError(f"pctrain {command.name}: expected 2 folders, got {len(paths)}; usage: {command.usage}")
+    source, out = Path(paths[0]), Path(paths[1])
+    options = arguments[2:]
+    to_mcore = command.name == "convert hf-to-mcore"
+    if to_mcore:
+        options.append(f"--model.path={source}")  # the layout is checked against its config.json
+    config = resolve_config(command, options)
+    if config.model.path is None:
+        raise UserError(f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory that gives the config and the tokenizer")
+    if verify and config.model.dtype != "float32":
+        raise UserError(f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave it at float32 (nothing is lost)")
+    from pctrain import convert
+
+    (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
+
+
+COMMANDS = (
+    Command(
+        "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
+        ("pctrain sft --config configs/quickstart.yaml --run.dir=runs/sft",
+         "pctrain sft --model.path=Qwen2.5-7B --data.train=train.jsonl --data.validation=validation.jsonl",
+         "torchrun --nproc-per-node=4 -m pctrain sft --config sft.yaml --parallel.tensor=2"),
+        (*TRAINING, "sft", *SAMPLING)),
+    Command(
+        "rl", "reinforcement learning on problems with verifiable answers", "pctrain rl [--config FILE] [--section.key=value ...]", _rl,
+        ("pctrain rl --config configs/quickstart.yaml --run.dir=runs/rl --model.checkpoint=runs/sft/checkpoints/step-270",
+         "pctrain rl --model.path=Qwen2.5-7B --data.rl=problems.jsonl --data.test=test.jsonl --rl.algorithm=grpo",
+         "torchrun --nproc-per-node=2 -m pctrain rl --config rl.yaml --parallel.tensor=2 --rollout.tensor=2"),
+        (*TRAINING, "rl", *SAMPLING)),
+    Command(
+        "run", "the whole study: SFT, RL from several of its checkpoints, fits and a report",
+        "pctrain run [--config FILE] [--section.key=value ...]", _run,
+        ("pctrain run --config configs/quickstart.yaml",
+         "pctrain run --config configs/quickstart.yaml --run.dir=runs/second --run.seed=1",
+         "pctrain run --config study.yaml --study.starts='[stable, overfit]'"),
+        tuple(Config.model_fields)),
+    Command(
+        "fit", "ceilings of score-against-compute curves, with intervals", "pctrain fit CURVES [--out FILE]", _fit,
+        ("pctrain fit curves.json --out fits.json", "pctrain fit curves.json"),
+        notes=("  CURVES         JSON file of score curves against EFLOPs",
+               "  --out FILE     where the fits go, a JSON list  [default: fits.json]")),
+    Command(
+        "report", "report.html, figures and study.json of a finished study", "pctrain report DIR", _report,
+        ("pctrain report runs/quickstart",),
+        notes=("  DIR            study folder (run.dir of `pctrain run`); the report goes to DIR/report",)),
+    *cli_data.COMMANDS,
+    Command(
+        "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",
+        "pctrain convert hf-to-mcore HF CHECKPOINT [--verify] [--section.key=value ...]", _convert,
+        ("pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --verify",
+         "torchrun --nproc-per-node=2 -m pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --parallel.tensor=2"),
+        _CONVERT_OPTIONS,
+        ("  HF             Hugging Face directory: config.json, safetensors",
+         "  CHECKPOINT     new folder, named step-N", _VERIFY)),
+    Command(
+        "convert mcore-to-hf", "the weights of a checkpoint as a Hugging Face directory",
+        "pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF [--verify] [--section.key=value ...]", _convert,
+        ("pctrain convert mcore-to-hf runs/sft/checkpoints/step-270 exported --model.path=Qwen3-0.6B --verify",
+         "torchrun --nproc-per-node=2 -m pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF --parallel.pipeline=2"),
+        _CONVERT_OPTIONS,
+        ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
+         "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
+)

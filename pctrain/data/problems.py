@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pctrain.config import FieldsConfig
-from pctrain.data.records import read_records
+from pctrain.data.sources import read_records
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
 

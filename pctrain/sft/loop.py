@@ -8,9 +8,9 @@ from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.records import read_records
 from pctrain.data.rows import sft_rows
 from pctrain.data.sampler import ShuffledSampler
+from pctrain.data.sources import read_records
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, finished, open_run, record_ledger, resume, save

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pctrain import cli_sets
 from pctrain.cli_arguments import Command, resolve_config, take
 from pctrain.errors import UserError
 
@@ -27,4 +28,5 @@ COMMANDS = (
          "pctrain data generate --config configs/quickstart.yaml --out data --run.seed=1 --data.problems.max_terms=5"),
         ("run.seed", "data.problems"),
         ("  --out DIR      folder for train.jsonl, validation.jsonl, test.jsonl and rl.jsonl",)),
+    *cli_sets.COMMANDS,
 )

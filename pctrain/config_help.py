@@ -17,7 +17,6 @@ from pctrain.config import Config, Section, Sources
 
 def option_lines(prefixes: Sequence[str]) -> list[str]:
     """Every option below the prefixes (a section, a part of one, or one option), wrapped to the width of the terminal."""
-    width = max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
     lines = []
     for name in Config.model_fields:
         section = getattr(Config(), name)
@@ -25,11 +24,25 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
         if options:
             lines += ["", f"{name}: {_summary(type(section))}".rstrip()]
         for key, field, value in options:
-            limits = _limits(field)
-            text = f"{field.description}{f' ({limits})' if limits else ''}  [default: {_show(value)}]"
-            lines += [f"  --{key} {describe_type(field.annotation)}",
-                      *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+            lines += _lines(key, field, f"[default: {_show(value)}]")
     return lines[1:]
+
+
+def own_option_lines(kind: type[Section]) -> list[str]:
+    """The options that one command has beside the config tree: the fields of `kind`."""
+    lines = []
+    for name, field in kind.model_fields.items():
+        value = field.get_default(call_default_factory=True)
+        lines += _lines(name, field, "[required]" if field.is_required() else f"[default: {_show(value)}]")
+    return lines
+
+
+def _lines(key: str, field: FieldInfo, ending: str) -> list[str]:
+    width = max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
+    limits = _limits(field)
+    text = f"{field.description}{f' ({limits})' if limits else ''}  {ending}"
+    return [f"  --{key} {describe_type(field.annotation)}",
+            *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
 
 
 def describe_type(annotation: Any) -> str:

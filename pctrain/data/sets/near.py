@@ -1,0 +1,122 @@
+"""Near-duplicates: candidates by MinHash and LSH bands, each confirmed by the exact Jaccard similarity of the shingles.
+
+Two readings of the data: the first sketches every text (8 bytes a band stay in memory, no text does); the second asks for the
+neighbours of a text among those read before it. Only texts that share a band with another one are kept for the comparison, as sorted
+hashes of their shingles in a scratch file.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from pctrain.data.sets.options import NearOptions
+from pctrain.data.sets.text import jaccard, mixed, shingles
+
+# Of the errors that LSH's bands are chosen by, a missed pair is the one that costs: a false candidate is found out by the exact comparison.
+WEIGHTS = (0.02, 0.98)
+STEEPEST = 0.95  # above it one band of all permutations would be best, which a single different one breaks
+
+
+class Sketches:
+    """Band keys of texts, in the order they are added."""
+
+    def __init__(self, options: NearOptions):
+        from datasketch import MinHash
+
+        self.bands, self.rows = _bands(min(options.threshold, STEEPEST), options.num_perm)
+        self._options = options
+        # Shingles are hashes already; MinHash takes 32 bits of them.
+        self._empty = MinHash(num_perm=options.num_perm, seed=1, hashfunc=int)
+        self._places = array("q")
+        self._keys = array("Q")
+
+    def shingles(self, text: str) -> np.ndarray:
+        return shingles(text, self._options.shingle, self._options.ngram)
+
+    def add(self, place: int, text: str) -> None:
+        """`place`: the record's number in the data."""
+        sketch = self._empty.copy()
+        sketch.update_batch((self.shingles(text) >> np.uint64(32)).tolist())
+        minima = sketch.hashvalues[: self.bands * self.rows].astype(np.uint64).reshape(self.bands, self.rows)
+        key = np.zeros(self.bands, np.uint64)
+        for row in range(self.rows):
+            key = mixed(key + minima[:, row] + np.uint64(1))
+        self._places.append(place)
+        self._keys.frombytes(key.tobytes())
+
+    def buckets(self) -> dict[int, list[tuple[int, int]]]:
+        """{place: its (band, key) pairs that another text has too}; texts that share none are absent."""
+        places, keys = np.frombuffer(self._places, np.int64), np.frombuffer(self._keys, np.uint64).reshape(-1, self.bands)
+        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for band in range(self.bands):
+            column = keys[:, band]
+            order = np.argsort(column, kind="stable")
+            equal = column[order][1:] == column[order][:-1]
+            shared = np.zeros(len(order), bool)
+            shared[1:] |= equal
+            shared[:-1] |= equal
+            for index in order[shared].tolist():
+                found[int(places[index])].append((band, int(column[index])))
+        return dict(found)
+
+
+class Neighbours:
+    """Texts remembered by `keep`, and those of them that a new text is near to."""
+
+    def __init__(self, sketches: Sketches, threshold: float, scratch: Path):
+        self._sketches, self._threshold = sketches, threshold
+        self._buckets = sketches.buckets()
+        self._members: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self._spans: dict[int, tuple[int, int]] = {}
+        self._file = open(scratch, "w+b", buffering=0)
+        self._end = 0
+
+    def __contains__(self, place: int) -> bool:
+        """Whether the text shares a band with another one; one that does not needs neither `near` nor `keep`."""
+        return place in self._buckets
+
+    def near(self, place: int, text: str, skip: Callable[[int], bool] = lambda other: False) -> Iterator[tuple[int, float]]:
+        """(place, exact Jaccard similarity) of the kept texts at or above the threshold, in order of place.
+
+        skip: whether a kept text need not be compared, asked just before it would be.
+        """
+        mine = None
+        for other in sorted({member for bucket in self._buckets[place] for member in self._members[bucket]}):
+            if skip(other):
+                continue
+            mine = self._sketches.shingles(text) if mine is None else mine
+            similarity = jaccard(mine, self._read(other))
+            if similarity >= self._threshold:
+                yield other, similarity
+
+    def keep(self, place: int, text: str) -> None:
+        data = self._sketches.shingles(text).tobytes()
+        self._file.seek(self._end)
+        self._file.write(data)
+        self._spans[place] = (self._end, len(data))
+        self._end += len(data)
+        for bucket in self._buckets[place]:
+            self._members[bucket].append(place)
+
+    def _read(self, place: int) -> np.ndarray:
+        start, size = self._spans[place]
+        self._file.seek(start)
+        return np.frombuffer(self._file.read(size), np.uint64)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@lru_cache
+def _bands(threshold: float, num_perm: int) -> tuple[int, int]:
+    """(bands, rows in each) by datasketch's choice, which integrates the errors for every pair of them."""
+    from datasketch import MinHashLSH
+
+    lsh = MinHashLSH(threshold=threshold, num_perm=num_perm, weights=WEIGHTS)
+    return lsh.b, lsh.r

@@ -1,0 +1,224 @@
+"""`pctrain data winrate`: how often a model answers each record rightly, in k attempts; written beside the record.
+
+Every attempt is one sample of the rollout engine at `eval.temperature`, judged against the record's answer. What is done is kept record
+by record in `<out>.partial/progress.jsonl`: a killed process goes on from there, and the seeds depend on the record alone, so the result
+is that of a process that nobody killed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pctrain.config import Config
+from pctrain.core import parallel
+from pctrain.data.records import Fault, Record
+from pctrain.data.sets.options import Request, WinrateOptions
+from pctrain.data.sets.outputs import Outputs
+from pctrain.data.sets.reading import Data, Item
+from pctrain.durable import cut_torn_line, fsync, json_line, write_beside
+from pctrain.errors import UserError
+from pctrain.evaluate.scorer import Scorer
+from pctrain.progress import progress
+from pctrain.reward.boxed import last_boxed
+from pctrain.rollout import Request as Sample
+from pctrain.rollout import sampling_seed
+from pctrain.runfolder import fingerprint
+
+PROGRESS = "progress.jsonl"
+COLUMNS = ("win_rate", "attempts", "win_rate_model")
+WAVES = 4  # a batch fills the engines' sequences that many times: enough to keep them busy, and a kill costs no more than a batch
+
+
+def main(request: Request[WinrateOptions]) -> None:
+    config = request.config
+    _check(config)
+    parallel.initialize(config.parallel, config.run.seed)
+    data = parallel.agree(lambda: Data(request.paths, config.data.fields))
+    outputs = parallel.agree(lambda: Outputs(request, data.files, goes_on_from=PROGRESS) if parallel.rank() == 0 else None)
+    with outputs or nullcontext(), Scorer(config) as scorer:
+        survey = parallel.from_rank_zero(lambda: _survey(data))
+        done = parallel.from_rank_zero(lambda: _begin(outputs.folder / PROGRESS, request, data))
+        _rate(data, request, scorer, survey, done, outputs)
+        parallel.from_rank_zero(lambda: _write(data, request, survey, outputs))
+
+
+def _check(config: Config) -> None:
+    if config.model.path is None:
+        raise UserError("pctrain data winrate needs --model.path=HF, the Hugging Face directory of the model that answers")
+    if config.model.checkpoint is not None:
+        raise UserError(f"model.checkpoint = {config.model.checkpoint}: the attempts are sampled from a Hugging Face directory; "
+                        "make one by `pctrain convert mcore-to-hf` and give it as model.path")
+
+
+# ---- what there is to do ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Counts of the records: `answers` own ones, `boxed` taken from the trajectory, `unanswered` without any."""
+
+    read: int
+    answers: int
+    boxed: int
+    unanswered: int
+
+
+def _survey(data: Data) -> Survey:
+    """Everything that can be wrong with the records, before the first attempt."""
+    counts: Counter[str] = Counter()
+    fault = None
+    for item in data.items("reading"):
+        counts["read"] += 1
+        if isinstance(item, Fault):
+            fault = fault or item
+            continue
+        there = [column for column in COLUMNS if column in item.value]
+        if there:
+            raise UserError(f"{item.where}: the record has a column {there[0]!r} already; rename or remove it, nothing is written over")
+        counts["answers" if item.record.answer is not None else "boxed" if answer_of(item.record) is not None else "unanswered"] += 1
+    data.refuse_empty(counts["answers"] + counts["boxed"] + counts["unanswered"], fault)
+    if not counts["answers"] + counts["boxed"]:
+        raise UserError(f"{', '.join(map(str, data.files))}: no record has an answer to judge by: neither the field "
+                        rf"{data.fields.answer or 'answer'!r} nor a \boxed{{}} in its trajectory; name the field by --data.fields.answer")
+    return Survey(counts["read"], counts["answers"], counts["boxed"], counts["unanswered"])
+
+
+def answer_of(record: Record) -> str | None:
+    r"""The record's answer, or else what the last \boxed{} of its trajectory holds."""
+    return record.answer if record.answer is not None else last_boxed(record.trajectory or "") or None
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------------
+
+
+def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarray:
+    """int64, the places that an earlier start rated. UserError where that start sampled something else."""
+    config, options = request.config, request.options
+    model = [config.model.path / name for name in ("config.json", "tokenizer.json")]
+    about = json.loads(json_line({
+        "inputs": [fingerprint(path) if path.is_file() else str(path) for path in data.files],
+        "model": {path.name: fingerprint(path) for path in [*model, *sorted(config.model.path.glob("*.safetensors"))]},
+        "attempts": options.attempts, "seed": config.run.seed, "temperature": config.eval.temperature, "max_response": max_response(config),
+        "dtype": config.model.dtype, "fields": config.data.fields.model_dump(), "template": config.data.template,
+    }))
+    if not file.exists():
+        write_beside(file, json_line(about))
+        return np.empty(0, np.int64)
+    cut_torn_line(file)
+    with open(file, encoding="utf-8") as stream:
+        before = json.loads(stream.readline())
+        changed = sorted(key for key in about.keys() | before.keys() if about.get(key) != before.get(key))
+        if changed:
+            raise UserError(f"{file.parent} holds the attempts of a call with other {', '.join(changed)}; repeat that call to go on, "
+                            "delete the folder to begin anew, or name another --out")
+        return np.array([json.loads(line)["place"] for line in stream], np.int64)
+
+
+def max_response(config: Config) -> int:
+    return config.eval.max_response or config.rollout.max_response
+
+
+# ---- the attempts ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Task:
+    place: int
+    prompt_ids: list[int]
+    answer: str
+
+
+def _rate(data: Data, request: Request[WinrateOptions], scorer: Scorer, survey: Survey, done: np.ndarray, outputs: Outputs | None) -> None:
+    """Collective: attempts at every record that is not done yet, a batch at a time."""
+    config, attempts = request.config, request.options.attempts
+    engines = max(1, parallel.world_size() // config.rollout.tensor)
+    size = max(1, WAVES * engines * config.rollout.max_sequences // attempts)
+    todo = survey.answers + survey.boxed
+    with (progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
+          open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file):
+        for batch in _batches(_tasks(data, scorer, set(done.tolist())), size):
+            rates = _attempt([task for task in batch if task.prompt_ids], scorer, config, attempts)
+            if file is not None:
+                lines = [{"place": task.place, "win_rate": rates.get(task.place)} for task in batch]
+                file.write("".join(map(json_line, lines)))
+                file.flush()
+                fsync(outputs.folder / PROGRESS)
+            bar.advance(len(batch))
+
+
+def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
+    """The records with an answer, in order. One whose prompt leaves no room for the response has no prompt ids."""
+    room = scorer.hf.context - max_response(scorer.config)
+    for item in data.usable(None):
+        answer = answer_of(item.record)
+        if item.place not in done and answer is not None:
+            task = _Task(item.place, scorer.tokenizer.encode(item.record.question), answer)
+            yield task if len(task.prompt_ids) <= room else replace(task, prompt_ids=[])
+
+
+def _batches(tasks: Iterator[_Task], size: int) -> Iterator[list[_Task]]:
+    batch: list[_Task] = []
+    for task in tasks:
+        batch.append(task)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _attempt(tasks: list[_Task], scorer: Scorer, config: Config, attempts: int) -> dict[int, float]:
+    """{place: share of right answers}."""
+    samples = [(task, sample) for task in tasks for sample in range(attempts)]
+    requests = [Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample)) for task, sample in samples]
+    if not requests:
+        return {}
+    completions = scorer.engine.generate(requests, temperature=config.eval.temperature, max_response=max_response(config))
+    pairs = [(scorer.tokenizer.decode(c.token_ids), task.answer) for c, (task, _) in zip(completions, samples, strict=True)]
+    right = np.array([v.reward for v in parallel.map_over_ranks(scorer.verifier.score, pairs)]).reshape(len(tasks), attempts)
+    return {task.place: float(share) for task, share in zip(tasks, right.mean(1), strict=True)}
+
+
+# ---- the result ------------------------------------------------------------------------------------------------------------
+
+
+def _write(data: Data, request: Request[WinrateOptions], survey: Survey, outputs: Outputs) -> None:
+    with open(outputs.folder / PROGRESS, encoding="utf-8") as stream:
+        stream.readline()
+        lines = map(json.loads, stream)
+        rates = {line["place"]: line["win_rate"] for line in lines}
+    levels: Counter[float] = Counter(rate for rate in rates.values() if rate is not None)
+    outputs.write(_rated(data, rates, request, outputs))
+    too_long = sum(rate is None for rate in rates.values())
+    figures = {"answers": {"own": survey.answers, "boxed": survey.boxed, "none": survey.unanswered}, "prompts_too_long": too_long,
+               "win_rates": {f"{level:g}": levels[level] for level in sorted(levels)}}
+    outputs.report(outputs.finish(survey.read, **figures), *_rows(survey, too_long, levels))
+
+
+def _rated(data: Data, rates: dict[int, float | None], request: Request[WinrateOptions], outputs: Outputs) -> Iterator[dict[str, Any]]:
+    model = str(request.config.model.path)
+    for item in data.items("writing"):
+        if isinstance(item, Item):
+            rate = rates.get(item.place)
+            yield {**item.value, "win_rate": rate, "attempts": request.options.attempts if rate is not None else 0, "win_rate_model": model}
+        else:
+            outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+
+
+def _rows(survey: Survey, too_long: int, levels: Counter[float]) -> Iterator[tuple[str, str]]:
+    rated = max(1, sum(levels.values()))
+    yield "answers", f"{survey.answers:,} of the records, {survey.boxed:,} from the last box of the trajectory"
+    if survey.unanswered:
+        yield "win_rate null: no answer", f"{survey.unanswered:,}"
+    if too_long:
+        yield "win_rate null: prompt too long", f"{too_long:,}"
+    for level in sorted(levels):
+        yield f"win rate {level:g}", f"{levels[level]:,}  ({100 * levels[level] / rated:.0f} %)"

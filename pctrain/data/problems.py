@@ -23,11 +23,15 @@ class Problem:
 
 
 def read_problems(path: Path, fields: FieldsConfig, tokenizer: Tokenizer, *, room: int, room_name: str) -> list[Problem]:
-    """Problems of a JSONL file. Raises UserError for a prompt longer than `room` tokens (what the context leaves for it)."""
+    """Problems of a file, glob or folder; of a chat the turns before its answer.
+
+    Raises:
+        UserError: a record without a prompt or an answer, or a prompt longer than `room` tokens (what the context leaves for it).
+    """
     records = read_records(path, fields, need=("prompt", "answer"))
     problems = []
-    for index, (record, ids) in enumerate(zip(records, tokenizer.encode_all([r.prompt for r in records]), strict=True)):
+    for index, (record, ids) in enumerate(zip(records, tokenizer.encode_all([r.question for r in records]), strict=True)):
         if len(ids) > room:
             raise UserError(f"{record.id}: the prompt has {len(ids)} tokens, more than {room_name} of {room}; shorten or remove it")
-        problems.append(Problem(record.id, index, record.prompt, list(ids), record.answer))
+        problems.append(Problem(record.id, index, record.question, list(ids), record.answer))
     return problems

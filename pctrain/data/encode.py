@@ -119,7 +119,8 @@ class Encoder:
             if not spans:
                 raise Unusable("no_labels", f"cut to {self._limit} tokens, nothing of its response is left; shorten the prompt, raise the "
                                             "limit, or set data.unusable to drop")
-        return Sample(np.asarray(tokens[: self._limit], np.int32), np.asarray(spans, np.int32), length > self._limit)
+            tokens = tokens[: spans[-1][1]]  # what stands between the last span and the cut is of no use either
+        return Sample(np.asarray(tokens, np.int32), np.asarray(spans, np.int32), length > self._limit)
 
     # ---- without a template ----------------------------------------------------------------------------------------
 

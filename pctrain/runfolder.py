@@ -27,7 +27,7 @@ import yaml
 from pctrain import checkpoints, tracking
 from pctrain.config import Config
 from pctrain.config_load import dump
-from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
+from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, plain, rewrite_lines, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 from pctrain.progress import make_console
@@ -294,15 +294,6 @@ def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:
     file = Path(folder) / "metrics.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     return {line["step"]: line[key] for line in lines if line["kind"] == kind and line.get(key) is not None}
-
-
-def fingerprint(file: Path) -> str:
-    """sha256 of a file's bytes, in hex. UserError where it cannot be read."""
-    try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"input file {file}: {error.strerror}; check the path in the config") from None
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pctrain.config import ArchitectureConfig, Config
-from pctrain.data.records import read_records
+from pctrain.data.sources import read_records
 from pctrain.data.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_sentencepiece
 from pctrain.errors import UserError
 

@@ -1,115 +1,166 @@
-"""Trajectories and problems from JSONL files, one JSON object a line."""
+"""A record of a data set: a question and what answers it, or a chat; and the fault of one that cannot be used."""
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from typing import Any
 
-from pctrain.config import FieldsConfig
-from pctrain.errors import UserError
+from pctrain.data.columns import Columns, Missing, kind, look_up
+
+NEEDS = frozenset({"prompt", "response", "answer"})
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat. `role` is one of ROLES."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
 class Record:
-    """One problem. `id` is "<file name>:<line>" unless the record has an `id` of its own."""
+    """A prompt with its response or its answer or both, or a chat: `messages`, and prompt and response are None.
+
+    `id` is "<file name>:<line or row>" unless the record has an `id` of its own.
+    """
 
     id: str
-    prompt: str
+    prompt: str | None = None
     response: str | None = None
     answer: str | None = None
+    messages: tuple[Message, ...] = ()
+
+    @property
+    def question(self) -> str:
+        """The text asked: the prompt, or the turns before the assistant's last word, a blank line between them."""
+        if not self.messages:
+            return self.prompt
+        asked = self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
+        return "\n\n".join(message.content for message in asked)
+
+    @property
+    def trajectory(self) -> str | None:
+        """The text answered: the response, or the assistant's turn that ends the chat."""
+        if not self.messages:
+            return self.response
+        return self.messages[-1].content if self.messages[-1].role == "assistant" else None
 
 
-def read_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> list[Record]:
-    """All records of a JSONL file, in the order of the file.
+@dataclass(frozen=True)
+class Fault:
+    """A record that cannot be used.
+
+    `where` is "<path>:<line or row>". `cause` is one of not_utf8, malformed_json, not_an_object, missing_field, wrong_type, surrogate,
+    empty_prompt, empty_response, empty_answer, bad_chat.
+    """
+
+    where: str
+    cause: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.message}"
+
+
+class Unreadable(ValueError):
+    """Why a record cannot be made; `cause` as in Fault."""
+
+    def __init__(self, cause: str, message: str):
+        super().__init__(message)
+        self.cause = cause
+
+
+def make_record(value: dict[str, Any], identity: str, columns: Columns, need: Collection[str]) -> Record:
+    """The record of one object.
 
     Args:
-        path: JSONL file, UTF-8. Blank lines are passed over.
-        fields: names the fields.
-        need: what every record must have beside the prompt: "response", "answer" or both. A field that is not needed is read where it
-            is well-formed and is None otherwise.
+        value: the object as JSON or a table has it.
+        identity: the record's id where the object has none of its own.
+        columns: where its fields lie.
+        need: what it must have beside the prompt: "response", "answer" or both. A chat has a response where it ends with an assistant's
+            turn. A field that is not needed is read where it is well-formed and is None otherwise.
     Raises:
-        UserError: missing file, not UTF-8, malformed JSON, not an object, a needed field missing, empty or not text (with file and
-            line); no record at all. An answer may also be a number.
+        Unreadable: a needed field is missing, empty or not text. An answer may also be a number.
     """
-    need = {need} if isinstance(need, str) else set(need)
-    if not need <= {"prompt", "response", "answer"}:
-        raise ValueError(f"need: expected prompt, response or answer, got {sorted(need)}")
-    path = Path(path)
-    records = []
-    for number, line in enumerate(_read_bytes(path).removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if line.strip():
-            records.append(_record(_parse(line, path, number), path, number, fields, need))
-    if not records:
-        raise UserError(f"{path}: the data set is empty; expected one JSON object a line with the field {fields.prompt or 'prompt'!r}")
-    return records
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"data file {path} does not exist") from None
-    except OSError as error:
-        raise UserError(f"data file {path} cannot be read: {error.strerror}") from None
-
-
-def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    try:
-        value = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{number}: malformed JSON at column {error.colno}: {error.msg}") from None
-    except (RecursionError, ValueError) as error:  # nested too deep; an integer of thousands of digits
-        raise UserError(f"{path}:{number}: malformed JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}:{number}: expected a JSON object, got {_kind(value)}")
-    return value
-
-
-def _record(value: dict[str, Any], path: Path, number: int, fields: FieldsConfig, need: set[str]) -> Record:
-    where = f"{path}:{number}"
-    texts = {
-        name: _text(value, field, where, needed=name in need or name == "prompt", numbers=name == "answer")
-        for name in ("prompt", "response", "answer")
-        for field in [getattr(fields, name) or name]
-    }
     own = value.get("id")
-    named = isinstance(own, (str, int)) and not isinstance(own, bool) and own != ""
-    return Record(id=str(own) if named else f"{path.name}:{number}", **texts)
+    if isinstance(own, (str, int)) and not isinstance(own, bool) and own != "":
+        identity = str(own)
+    answer = _text(value, "answer", columns.answer, needed="answer" in need)
+    if columns.messages is not None:
+        return Record(identity, answer=answer, messages=_chat(value, columns.messages, need))
+    return Record(identity, _text(value, "prompt", columns.prompt, needed=True),
+                  _text(value, "response", columns.response, needed="response" in need), answer)
 
 
-def _text(value: dict[str, Any], field: str, where: str, *, needed: bool, numbers: bool) -> str | None:
-    content = value.get(field)
-    if numbers and isinstance(content, (int, float)) and not isinstance(content, bool):
-        content = str(content)
-    problem = None
-    if field not in value:
-        problem = f"the record has no field {field!r} (it has: {', '.join(sorted(value)) or 'none'})"
-    elif not isinstance(content, str):
-        problem = f"field {field!r}: expected a string{' or a number' if numbers else ''}, got {_kind(content)}"
-    elif not content.strip():
-        problem = f"field {field!r} is empty"
-    elif not _encodable(content):
-        problem = f"field {field!r} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
-    if problem is None:
-        return content
-    if needed:
-        raise UserError(f"{where}: {problem}")
+def _text(value: dict[str, Any], name: str, path: str, *, needed: bool) -> str | None:
+    try:
+        return _checked_text(value, name, path)
+    except Unreadable:
+        if needed:
+            raise
     return None
 
 
-def _encodable(text: str) -> bool:
+def _checked_text(value: dict[str, Any], name: str, path: str) -> str:
+    try:
+        content = look_up(value, path)
+    except Missing as missing:
+        raise Unreadable("missing_field", str(missing)) from None
+    numbers = name == "answer"
+    if numbers and _is_number(content):
+        content = str(content)
+    if not isinstance(content, str):
+        raise Unreadable("wrong_type", f"field {path!r}: expected a string{' or a number' if numbers else ''}, got {kind(content)}")
+    if not content.strip():
+        raise Unreadable(f"empty_{name}", f"field {path!r} is empty")
+    _refuse_surrogates(content, f"field {path!r}")
+    return content
+
+
+def _is_number(content: Any) -> bool:
+    if isinstance(content, bool) or not isinstance(content, (int, float, Decimal)):
+        return False
+    return math.isfinite(content)
+
+
+def _chat(value: dict[str, Any], path: str, need: Collection[str]) -> tuple[Message, ...]:
+    try:
+        turns = look_up(value, path)
+    except Missing as missing:
+        raise Unreadable("missing_field", str(missing)) from None
+    if not isinstance(turns, list):
+        raise Unreadable("wrong_type", f"field {path!r}: expected a list of messages, got {kind(turns)}")
+    messages = tuple(_message(turn, f"field {path!r}, message {number}") for number, turn in enumerate(turns, start=1))
+    ends_with_assistant = bool(messages) and messages[-1].role == "assistant"
+    asked = messages[:-1] if ends_with_assistant else messages
+    if not any(message.content.strip() for message in asked):
+        raise Unreadable("empty_prompt", f"field {path!r}: nothing is asked before the assistant's last turn")
+    if "response" in need and not ends_with_assistant:
+        raise Unreadable("bad_chat", f"field {path!r}: the chat ends with a turn of role {messages[-1].role!r}; expected 'assistant'")
+    if "response" in need and not messages[-1].content.strip():
+        raise Unreadable("empty_response", f"field {path!r}: the assistant's last turn is empty")
+    return messages
+
+
+def _message(turn: Any, name: str) -> Message:
+    if not isinstance(turn, dict):
+        raise Unreadable("bad_chat", f"{name}: expected an object with role and content, got {kind(turn)}")
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise Unreadable("bad_chat", f"{name}: expected a role of {', '.join(ROLES)}, got {role!r}")
+    if not isinstance(content, str):
+        raise Unreadable("bad_chat", f"{name}: expected a string as content, got {kind(content)}")
+    _refuse_surrogates(content, name)
+    return Message(role, content)
+
+
+def _refuse_surrogates(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
-    return kinds.get(type(value), "null")
+        raise Unreadable("surrogate", f"{name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None

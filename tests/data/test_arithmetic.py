@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pctrain.config import FieldsConfig, ProblemsConfig
 from pctrain.data import arithmetic
-from pctrain.data.records import read_records
+from pctrain.data.sources import read_records
 from pctrain.errors import UserError
 
 BOX = re.compile(r"\\boxed\{(-?\d+)\}$")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from pctrain.config import FieldsConfig
-from pctrain.data.records import Record, read_records
+from pctrain.data.records import Record
+from pctrain.data.sources import read_records
 from pctrain.errors import UserError
 
 GOOD = '{"prompt": "1+1=", "response": "two", "answer": "2"}'

@@ -1,0 +1,122 @@
+"""Records from files: what a path names, the records in it, and the parts that worker processes read by themselves.
+
+    files_of("data/*.jsonl")            -> the files
+    chunks(file)                        -> parts of a file: picklable, bounded
+    read_chunk(chunk, fields, need)     -> its records, and the faults of those that cannot be used, in order
+    iter_records, read_records          -> the same over all files of a path
+    iter_raw(path)                      -> the objects as they are, for what copies or edits a data set (`writing.write_records`)
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pctrain.config import FieldsConfig
+from pctrain.data.columns import Columns, Form, choose, form_of
+from pctrain.data.lines import ByteRange, byte_ranges
+from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
+from pctrain.errors import UserError
+
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a file. `form` is what the file's first record has the columns of."""
+
+    file: Path
+    form: Form
+    piece: ByteRange
+
+
+def files_of(path: Path | str) -> list[Path]:
+    """The files that a path names: itself, or what a glob matches, sorted.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if path.exists():  # a name with brackets that is there is a name, not a pattern
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise UserError(f"data file {path} does not exist")
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
+    if not found:
+        raise UserError(f"{path}: no file matches this pattern")
+    return found
+
+
+def iter_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
+    """All records of a path, in the order of its files; in place of one that cannot be used its fault."""
+    for file in files_of(path):
+        for chunk in chunks(file):
+            yield from read_chunk(chunk, fields, need)
+
+
+def read_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> list[Record]:
+    """All records of a path, in memory.
+
+    Args:
+        path: file, glob or folder of a Hugging Face data set.
+        fields: names the columns.
+        need: what every record must have beside the prompt: "response", "answer" or both.
+    Raises:
+        UserError: a record that cannot be used (with file and line or row), a file that cannot be read, no record at all.
+    """
+    records = []
+    for record in iter_records(path, fields, need):
+        if isinstance(record, Fault):
+            raise UserError(str(record))
+        records.append(record)
+    if not records:
+        raise UserError(f"{path}: the data set is empty; expected one record a line or row")
+    return records
+
+
+def iter_raw(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """("<path>:<line or row>", object with all its columns) of every record of a path.
+
+    Raises:
+        UserError: a line that is no object.
+    """
+    for file in files_of(path):
+        for piece in byte_ranges(file, CHUNK_BYTES):
+            for number, value in piece.values():
+                if isinstance(value, Unreadable):
+                    raise UserError(f"{file}:{number}: {value}")
+                yield f"{file}:{number}", value
+
+
+def chunks(file: Path) -> Iterator[Chunk]:
+    """The parts of one file of `files_of`, in order. The same bytes give the same parts."""
+    form = None
+    for piece in byte_ranges(file, CHUNK_BYTES):
+        form = form or next((form_of(value) for _, value in piece.values() if isinstance(value, dict)), "plain")
+        yield Chunk(file, form, piece)
+
+
+def columns_of(chunk: Chunk, fields: FieldsConfig) -> Columns:
+    """The columns that `read_chunk` reads it by; the same for every chunk of a file."""
+    return choose(fields, chunk.form)
+
+
+def read_chunk(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
+    """The records of a chunk; in place of one that cannot be used its fault."""
+    if not NEEDS.issuperset(need):
+        raise ValueError(f"need: expected some of {sorted(NEEDS)}, got {need!r}")
+    columns = columns_of(chunk, fields)
+    for number, value in chunk.piece.values(columns.paths):
+        try:
+            yield make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)
+        except Unreadable as error:
+            yield Fault(f"{chunk.file}:{number}", error.cause, str(error))
+
+
+def _object(value: dict[str, Any] | Unreadable) -> dict[str, Any]:
+    if isinstance(value, Unreadable):
+        raise value
+    return value

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from pctrain.errors import UserError
 
 
 def write_beside(path: Path, content: str | bytes) -> None:
@@ -28,6 +31,15 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fingerprint(file: Path) -> str:
+    """sha256 of a file's bytes, in hex. UserError where it cannot be read."""
+    try:
+        with open(file, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"input file {file}: {error.strerror}; check the path in the config") from None
 
 
 def cut_torn_line(file: Path) -> None:

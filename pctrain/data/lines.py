@@ -1,4 +1,4 @@
-"""JSON lines: one object a line, UTF-8, in pieces that are cut at line ends."""
+"""JSON lines, plain or compressed: one object a line, UTF-8, in pieces that are cut at line ends. Lines are counted from 1."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import pyarrow as pa
+
 from pctrain.data.columns import kind
 from pctrain.data.records import Unreadable
 from pctrain.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+READ_BYTES = 256 << 10  # of an archive's text at once: what is lost before the damage in it is told
 
 
 @dataclass(frozen=True)
@@ -31,18 +34,53 @@ class ByteRange:
             yield from parse_lines(stream.read(self.stop - self.start), self.first)
 
 
-def byte_ranges(file: Path, size: int) -> Iterator[ByteRange]:
-    """The pieces of a plain file, each of `size` bytes and what is left of its last line."""
+@dataclass(frozen=True)
+class HeldLines:
+    """Whole lines of an archive, unpacked; the first of them is line `first`."""
+
+    first: int
+    data: bytes
+
+    def values(self, _: Collection[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+        return parse_lines(self.data, self.first)
+
+
+def plain_pieces(file: Path, size: int) -> Iterator[tuple[ByteRange, int]]:
+    """The pieces of a plain file, each of `size` bytes and what is left of its last line; and the bytes up to the end of each."""
     with open_file(file) as stream:
         start, first = 0, 1
-        for block in blocks(stream, size):
-            yield ByteRange(file, first, start, start + len(block))
+        while block := stream.read(size):
+            block += stream.readline()
+            yield ByteRange(file, first, start, start + len(block)), start + len(block)
             start, first = start + len(block), first + block.count(b"\n")
 
 
-def blocks(stream: IO[bytes], size: int) -> Iterator[bytes]:
-    while block := stream.read(size):
-        yield block + stream.readline()
+def archive_pieces(file: Path, size: int, compression: str) -> Iterator[tuple[HeldLines, int]]:
+    """The pieces of a compressed file, each of at least `size` bytes unpacked, and the bytes of the archive up to the end of each.
+
+    pyarrow's streams tell an archive that was cut off from one that ends, for both compressions; zstandard's readers do not.
+
+    Args:
+        compression: as pyarrow names it, gzip or zstd.
+    """
+    held, first = bytearray(), 1
+    with open_file(file) as packed, pa.CompressedInputStream(packed, compression) as stream:
+        while True:
+            try:
+                part = stream.read(min(size, READ_BYTES))
+            except OSError as error:
+                lines = first - 1 + held.count(b"\n")
+                raise UserError(f"{file}: the {compression} archive is cut off or damaged after line {lines} or a little later ({error}); "
+                                "make or copy it again") from None
+            held += part
+            if len(held) >= size or not part:
+                stop = held.rfind(b"\n") + 1 if part else len(held)
+                if stop:
+                    yield HeldLines(first, bytes(held[:stop])), packed.tell()
+                first += held.count(b"\n", 0, stop)
+                del held[:stop]
+            if not part:
+                return
 
 
 def parse_lines(data: bytes, first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:

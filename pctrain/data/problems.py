@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pctrain.config import FieldsConfig
+from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.sources import read_records
-from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
 
 
@@ -22,12 +22,20 @@ class Problem:
     answer: str
 
 
-def read_problems(path: Path, fields: FieldsConfig, tokenizer: Tokenizer, *, room: int, room_name: str) -> list[Problem]:
-    """Problems of a JSONL file. Raises UserError for a prompt longer than `room` tokens (what the context leaves for it)."""
-    records = read_records(path, fields, need=("prompt", "answer"))
+def read_problems(path: Path, fields: FieldsConfig, encoder: Encoder, *, room: int, room_name: str) -> list[Problem]:
+    """The problems of a file, glob or folder, with the prompts that SFT trains answers after.
+
+    Raises:
+        UserError: a record without prompt or answer, one whose prompt the template cannot write, or a prompt longer than `room` tokens
+            (what the context leaves for it).
+    """
     problems = []
-    for index, (record, ids) in enumerate(zip(records, tokenizer.encode_all([r.prompt for r in records]), strict=True)):
+    for index, record in enumerate(read_records(path, fields, need=("answer",))):
+        try:
+            ids = encoder.prompt_ids(record)
+        except Unusable as error:
+            raise UserError(f"{record.id}: {error}") from None
         if len(ids) > room:
             raise UserError(f"{record.id}: the prompt has {len(ids)} tokens, more than {room_name} of {room}; shorten or remove it")
-        problems.append(Problem(record.id, index, record.prompt, list(ids), record.answer))
+        problems.append(Problem(record.id, index, record.question, ids, record.answer))
     return problems

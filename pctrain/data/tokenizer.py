@@ -40,6 +40,8 @@ class Tokenizer:
         self._backend.no_padding()
         self.eos_id = _eos_id(Path(hf_dir), self._backend)
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.largest_id = max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
+        self.special_ids = frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
         _refuse_ids_without_embedding(Path(hf_dir), self._backend)
 
     def encode(self, text: str) -> list[int]:
@@ -48,9 +50,9 @@ class Tokenizer:
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text without special tokens (EOS)."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text without special tokens (EOS), or with them."""
+        return self._backend.decode(list(ids), skip_special_tokens=not special)
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
@@ -87,7 +89,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def _refuse_ids_without_embedding(hf_dir: Path, backend: tokenizers.Tokenizer) -> None:
-    rows = _read_json(hf_dir / "config.json").get("vocab_size")
+    rows = read_json(hf_dir / "config.json").get("vocab_size")
     token, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
     if isinstance(rows, int) and largest >= rows:
         raise UserError(f"{hf_dir / 'tokenizer.json'}: token {token!r} has id {largest}, but the embedding has {rows} rows (vocab_size of "
@@ -96,21 +98,22 @@ def _refuse_ids_without_embedding(hf_dir: Path, backend: tokenizers.Tokenizer) -
 
 def _eos_id(hf_dir: Path, backend: tokenizers.Tokenizer) -> int:
     """The tokenizer's own EOS token; the model's config decides only where the tokenizer names none."""
-    token = _read_json(hf_dir / "tokenizer_config.json").get("eos_token")
+    token = read_json(hf_dir / "tokenizer_config.json").get("eos_token")
     token = token.get("content") if isinstance(token, dict) else token
     if isinstance(token, str):
         eos_id = backend.token_to_id(token)
         if eos_id is None:
             raise UserError(f"{hf_dir / 'tokenizer_config.json'}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
         return eos_id
-    number = _read_json(hf_dir / "config.json").get("eos_token_id")
+    number = read_json(hf_dir / "config.json").get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if isinstance(number, int):
         return number
     raise UserError(f"{hf_dir}: no EOS token: expected eos_token in tokenizer_config.json or eos_token_id in config.json")
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """A JSON object of a Hugging Face directory; {} where the file is not there."""
     if not path.is_file():
         return {}
     try:

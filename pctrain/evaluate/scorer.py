@@ -8,9 +8,9 @@ from pathlib import Path
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
+from pctrain.data.encode import Encoder
 from pctrain.data.problems import Problem, read_problems
 from pctrain.data.rows import make_row
-from pctrain.data.tokenizer import Tokenizer
 from pctrain.evaluate.accuracy import Score, evaluate
 from pctrain.reward import VerifierPool
 from pctrain.rollout import RolloutEngine, Swap
@@ -28,7 +28,8 @@ class Scorer:
     def __init__(self, config: Config):
         self.config = config
         self.hf = HFConfig.read(config.model.path)
-        self.tokenizer = Tokenizer(config.model.path)
+        self.encoder = Encoder(config.model.path, config.data, self.hf.context)
+        self.tokenizer = self.encoder.tokenizer
         self.verifier = VerifierPool(config.reward)
         self._verified = False
 
@@ -45,7 +46,7 @@ class Scorer:
     def read_problems(self, path: Path) -> list[Problem]:
         room = self.hf.context - max(self.config.rollout.max_response, self.config.eval.max_response or 0)
         name = "the context less the longest response"
-        return parallel.agree(lambda: read_problems(path, self.config.data.fields, self.tokenizer, room=room, room_name=name))
+        return parallel.agree(lambda: read_problems(path, self.config.data.fields, self.encoder, room=room, room_name=name))
 
     def load(self, core: Core) -> Swap:
         """Swaps the core's weights into the engine; the first swap is verified by log-probs of both on the same tokens.

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,19 @@ import numpy as np
 
 from pctrain.config import Config
 from pctrain.core import parallel
+from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data, Item
-from pctrain.durable import cut_torn_line, fsync, json_line, write_beside
+from pctrain.data.sources import parts_of
+from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, write_beside
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Request as Sample
 from pctrain.rollout import sampling_seed
-from pctrain.runfolder import fingerprint
 
 PROGRESS = "progress.jsonl"
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
@@ -104,7 +105,7 @@ def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarr
     config, options = request.config, request.options
     model = [config.model.path / name for name in ("config.json", "tokenizer.json")]
     about = json.loads(json_line({
-        "inputs": [fingerprint(path) if path.is_file() else str(path) for path in data.files],
+        "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
         "model": {path.name: fingerprint(path) for path in [*model, *sorted(config.model.path.glob("*.safetensors"))]},
         "attempts": options.attempts, "seed": config.run.seed, "temperature": config.eval.temperature, "max_response": max_response(config),
         "dtype": config.model.dtype, "fields": config.data.fields.model_dump(), "template": config.data.template,
@@ -155,13 +156,20 @@ def _rate(data: Data, request: Request[WinrateOptions], scorer: Scorer, survey: 
 
 
 def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
-    """The records with an answer, in order. One whose prompt leaves no room for the response has no prompt ids."""
+    """The records with an answer, in order. One whose prompt leaves no room for the response has no prompt ids.
+
+    Raises:
+        UserError: a prompt that the template cannot write.
+    """
     room = scorer.hf.context - max_response(scorer.config)
     for item in data.usable(None):
         answer = answer_of(item.record)
         if item.place not in done and answer is not None:
-            task = _Task(item.place, scorer.tokenizer.encode(item.record.question), answer)
-            yield task if len(task.prompt_ids) <= room else replace(task, prompt_ids=[])
+            try:
+                prompt_ids = scorer.encoder.prompt_ids(item.record)
+            except Unusable as error:
+                raise UserError(f"{item.where}: {error}") from None
+            yield _Task(item.place, prompt_ids if len(prompt_ids) <= room else [], answer)
 
 
 def _batches(tasks: Iterator[_Task], size: int) -> Iterator[list[_Task]]:

@@ -5,13 +5,14 @@ import pytest
 from data import sets_cli as cli
 from pctrain.data.sets.text import words
 
-LONG = ("Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. Find, with proof, the minimum value of $x + 4y$ "
-        "over all such pairs, and say where it is reached.")
+LONG = ("Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. Find, with proof, the minimum value of "
+        "$x + 4y$ over all such pairs, and say where it is reached.")
 COPY = ("LET x and   y be positive real numbers such that \\( \\dfrac{1}{x}+\\dfrac{1}{y} = 2 \\)\n find with proof the minimum value of "
         "\\(x+4 y\\) over all such pairs")
 PARAPHRASE = "Suppose that the reciprocals of two positive reals x, y sum to 2. How small can the first plus four times the second be?"
 SHORT = "What is 12 + 5 worth?"
-FILLER = [{"prompt": f"How many of the {i} birds in the tree fly away when {i // 2} hunters shoot once each?", "response": "r"} for i in range(20)]
+FILLER = [{"prompt": f"How many of the {i} birds in the tree fly away when {i // 2} hunters shoot once each?", "response": "r"}
+          for i in range(20)]
 
 
 def decontaminate(tmp_path, prompts, benchmark, *options):
@@ -50,7 +51,8 @@ def test_the_shortest_problems_are_found_only_as_whole_questions(tmp_path):
 def test_what_all_prompts_of_a_benchmark_share_is_not_looked_for(tmp_path):
     ending = " Let us think step by step and put the final answer of the whole problem within a box, please."
     benchmark = [f["prompt"] + ending for f in FILLER]
-    kept, dropped, manifest, _ = decontaminate(tmp_path, ["Who discovered the planet Neptune by calculation?" + ending, benchmark[3]], benchmark)
+    records = ["Who discovered the planet Neptune by calculation?" + ending, benchmark[3]]
+    kept, dropped, manifest, _ = decontaminate(tmp_path, records, benchmark)
     assert kept == ["0"] and [d["id"] for d in dropped] == ["1"]
     assert manifest["benchmarks"][0]["boilerplate_ngrams"] > 0
 

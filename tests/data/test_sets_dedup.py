@@ -125,4 +125,5 @@ def test_texts_are_not_kept_in_memory():
     sketches = Sketches(DedupOptions(out="x.jsonl"))
     for place in range(50):
         sketches.add(place, " ".join(WORDS[place: place + 300]))
-    assert sketches._keys.itemsize * len(sketches._keys) + sketches._places.itemsize * len(sketches._places) == 50 * 8 * (sketches.bands + 1)
+    held = sum(values.itemsize * len(values) for values in (sketches._keys, sketches._places))
+    assert held == 50 * 8 * (sketches.bands + 1)

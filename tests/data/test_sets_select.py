@@ -16,7 +16,8 @@ RATES = [0.0, 0.25, 0.5, 0.75, 1.0]
 @pytest.fixture
 def rated(tmp_path):
     """200 records: win rates in turn, lengths 1 to 200; ten more without a rate."""
-    records = [{"id": str(i), "prompt": f"q{i}", "response": "x" * (i + 1), "win_rate": RATES[i % 5] if i < 200 else None} for i in range(210)]
+    records = [{"id": str(i), "prompt": f"q{i}", "response": "x" * (i + 1), "win_rate": RATES[i % 5] if i < 200 else None}
+               for i in range(210)]
     return cli.write(tmp_path / "rated.jsonl", records)
 
 

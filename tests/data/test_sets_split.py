@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from data import sets_cli as cli
 from pctrain.data.sets.text import normal_text
 
-QUESTIONS = ["What is 1+1?", "what  is\t1+1?", "WHAT IS 1+1?", "ｗhat is 1+1?", "Name a prime.", "name a PRIME.", "Solve x=2", "e", "é", "É", "ß", "SS"]
+QUESTIONS = ["What is 1+1?", "what  is\t1+1?", "WHAT IS 1+1?", "ｗhat is 1+1?", "Name a prime.", "name a PRIME.", "Solve x=2",
+             "e", "é", "É", "ß", "SS"]
 
 
 @settings(max_examples=40)
@@ -45,7 +46,8 @@ def test_the_manifest_says_what_went_in_and_came_out(tmp_path):
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["overlap"] == 0 and manifest["command"] == "data split"
     assert manifest["records"] == {"read": 51, "kept": 50, "dropped": {"unusable: malformed_json": 1}}
-    assert manifest["inputs"] == [{"file": str(path), "bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}]
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert manifest["inputs"] == [{"file": str(path), "bytes": path.stat().st_size, "sha256": digest}]
     assert {o["file"]: o["records"] for o in manifest["outputs"]} == {"train.jsonl": 45, "validation.jsonl": 5}
     [fault] = cli.read(out / "dropped.jsonl")
     assert fault["where"] == f"{path}:51" and "malformed JSON" in fault["message"]
@@ -65,7 +67,7 @@ def test_the_same_questions_are_held_out_whatever_the_order_of_the_records(tmp_p
 
 
 def test_near_questions_stay_together_where_asked(tmp_path):
-    base = "A farmer has {} cows and sells a third of them at the market in the next town on a rainy day in the month of May how many are left"
+    base = "A farmer has {} cows and sells a third of them at the market in the next town on a rainy day in the month of May how many stay"
     records = [{"prompt": base.format(1000 + i // 4) + (" ?", " please.", " now", "!")[i % 4], "response": "r"} for i in range(80)]
     path = cli.write(tmp_path / "all.jsonl", records)
     number = lambda r: r["prompt"].split()[3]  # noqa: E731

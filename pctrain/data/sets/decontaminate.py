@@ -64,7 +64,7 @@ class Benchmark:
 
 
 def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
-    """Raises UserError where the files hold no record with a prompt; a record that cannot be read is one, too: it could not be looked for."""
+    """Raises UserError where there is no record, or one that cannot be read: it could not be looked for."""
     data = Data([path], fields)
     ids, prompts = [], []
     for item in data.items(f"benchmark {path.name}"):

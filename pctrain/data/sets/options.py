@@ -45,7 +45,7 @@ class DecontaminateOptions(OutOptions):
 class SelectOptions(OutOptions):
     by: str = Field("win_rate", min_length=1, description="column of the win rate, which `pctrain data winrate` writes")
     take: Literal["easy", "uniform", "hard"] | None = Field(
-        None, description="easy: win rate 1; hard: at most 0.25; uniform: evenly over the win rates, needs --size; default: whatever the rate")
+        None, description="easy: win rate 1; hard: at most 0.25; uniform: evenly over the win rates, needs --size; default: any")
     size: int | None = Field(None, ge=1, description="records to select; default: all that qualify")
     prefer: Literal["random", "longest", "shortest"] = Field("random", description="which ones, where more qualify than --size")
     min_length: int | None = Field(None, ge=0, description="shortest trajectory: characters, or tokens where model.path gives a tokenizer")

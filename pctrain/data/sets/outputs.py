@@ -20,15 +20,14 @@ from typing import Any
 
 from pctrain import __version__
 from pctrain.data.sets.options import Request
-from pctrain.data.writing import write_records
-from pctrain.durable import json_line, plain, write_beside
+from pctrain.data.sources import parts_of
+from pctrain.data.writing import FORMATS, write_records
+from pctrain.durable import fingerprint, json_line, plain, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 from pctrain.progress import make_console
-from pctrain.runfolder import fingerprint
 
 DROPPED, MANIFEST = "dropped.jsonl", "manifest.json"
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 
 class Outputs:
@@ -44,7 +43,7 @@ class Outputs:
         self.out: Path = request.options.out
         self._names, self._goes_on_from = list(names), goes_on_from
         if not self._names and suffix_of(self.out) is None:
-            raise UserError(f"--out {self.out}: expected a file that ends with {', '.join(SUFFIXES)}")
+            raise UserError(f"--out {self.out}: expected a file that ends with {', '.join(FORMATS)}")
         self._refuse_taken()
         self.folder = self.out.with_name(self.out.name + ".partial")
         try:
@@ -69,7 +68,7 @@ class Outputs:
         if self.out.exists() and (self.out.is_file() or not self.out.is_dir() or any(self.out.iterdir())):
             raise UserError(f"--out {self.out} exists already; delete it, or name another one")
         if self.out.is_dir() and not self._names:
-            raise UserError(f"--out {self.out} is a folder; expected a file that ends with {', '.join(SUFFIXES)}")
+            raise UserError(f"--out {self.out} is a folder; expected a file that ends with {', '.join(FORMATS)}")
 
     def _beside(self) -> dict[str, Path]:
         return {name: self.out.with_name(f"{self.out.name}.{name}") for name in (DROPPED, MANIFEST)}
@@ -96,11 +95,11 @@ class Outputs:
             "command": self._request.command, "arguments": self._request.arguments,
             "options": self._request.options.model_dump(mode="json"),
             "fields": self._request.config.data.fields.model_dump(exclude_none=True),
-            "inputs": [_described(file, file) for file in self._inputs],
-            "outputs": [{**_described(self.folder / name, name), "records": count} for name, count in self.written.items()],
+            "inputs": [described(file, file) for file in self._inputs],
+            "outputs": [{**described(self.folder / name, name), "records": count} for name, count in self.written.items()],
             "records": {"read": read, "kept": sum(self.written.values()), "dropped": dict(sorted(self.reasons.items()))},
             **details,
-            "versions": {"pctrain": __version__, **{name: version(name) for name in ("numpy", "datasketch", "pyarrow")}},
+            "versions": versions(),
         })
         write_beside(self.folder / MANIFEST, _pretty(manifest))
         self._publish()
@@ -152,13 +151,18 @@ class Outputs:
 
 def suffix_of(path: Path) -> str | None:
     """The suffix of a file of records; None where it has none of them."""
-    return next((suffix for suffix in SUFFIXES if path.name.endswith(suffix) and path.name != suffix), None)
+    return next((suffix for suffix in FORMATS if path.name.endswith(suffix) and path.name != suffix), None)
 
 
-def _described(file: Path, name: Path | str) -> dict[str, Any]:
-    """A file by its content; an input that is a folder by the files in it."""
+def versions() -> dict[str, str]:
+    """What decides, beside the inputs and the options, what a command writes."""
+    return {"pctrain": __version__, **{name: version(name) for name in ("numpy", "datasketch", "pyarrow")}}
+
+
+def described(file: Path, name: Path | str) -> dict[str, Any]:
+    """A file by its content; a data set's folder by the files in it."""
     if file.is_dir():
-        return {"file": str(name), "files": [_described(part, part.name) for part in sorted(file.iterdir()) if part.is_file()]}
+        return {"file": str(name), "files": [described(part, part.name) for part in parts_of(file)]}
     return {"file": str(name), "bytes": file.stat().st_size, "sha256": fingerprint(file)}
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pctrain.config import FieldsConfig
+from pctrain.data.columns import Columns
 from pctrain.data.records import Fault, Record, Unreadable, make_record
-from pctrain.data.sources import Chunk, chunks, columns_of, files_of
+from pctrain.data.sources import chunks, columns_of, files_of, parts_of
 from pctrain.errors import UserError
 from pctrain.progress import progress
 
@@ -34,27 +35,32 @@ class Data:
     def __init__(self, paths: Collection[str | Path], fields: FieldsConfig, need: Collection[str] = ()):
         self.files = list(dict.fromkeys(file for path in paths for file in files_of(path)))
         self.fields, self.need = fields, need
-        self._chunks: list[Chunk] = [chunk for file in self.files for chunk in chunks(file)]
+        self._bytes = {file: sum(part.stat().st_size for part in parts_of(file)) for file in self.files}
 
     def items(self, doing: str | None) -> Iterator[Item | Fault]:
-        """Every record in order, the same in every reading; a fault in place of one that cannot be used. `doing`: the bar's title, or none
-        where the caller has a bar."""
-        place = 0
-        with progress(doing or "", total=len(self._chunks), unit="part", rank=0 if doing else 1) as bar:
-            for chunk in self._chunks:
-                columns = columns_of(chunk, self.fields)
-                for number, value in chunk.piece.values():
-                    where = f"{chunk.file}:{number}"
-                    try:
-                        if isinstance(value, Unreadable):
-                            raise value
-                        record = make_record(value, f"{chunk.file.name}:{number}", columns, self.need)
-                    except Unreadable as error:
-                        yield Fault(where, error.cause, str(error))
-                    else:
-                        yield Item(place, where, value, record)
-                    place += 1
-                bar.advance(records=place)
+        """Every record in order, the same in every reading; a fault in place of one that cannot be used.
+
+        doing: title of the progress bar; none where the caller shows one.
+        """
+        place = before = 0
+        with progress(doing or "", total=_mb(sum(self._bytes.values())), unit="MB", rank=0 if doing else 1) as bar:
+            for file in self.files:
+                for chunk in chunks(file):
+                    columns = columns_of(chunk, self.fields)
+                    for number, value in chunk.piece.values():
+                        yield self._item(place, f"{file}:{number}", f"{file.name}:{number}", value, columns)
+                        place += 1
+                    bar.advance(_mb(before + chunk.done) - bar.done, records=place)
+                before += self._bytes[file]
+            bar.advance(bar.total - bar.done)
+
+    def _item(self, place: int, where: str, identity: str, value: dict[str, Any] | Unreadable, columns: Columns) -> Item | Fault:
+        try:
+            if isinstance(value, Unreadable):
+                raise value
+            return Item(place, where, value, make_record(value, identity, columns, self.need))
+        except Unreadable as error:
+            return Fault(where, error.cause, str(error))
 
     def usable(self, doing: str | None) -> Iterator[Item]:
         """The records of `items` that can be used."""
@@ -65,3 +71,8 @@ class Data:
         if not usable:
             names = ", ".join(map(str, self.files))
             raise UserError(f"{names}: no record can be used" + (f"; the first one: {first_fault}" if first_fault else " (there is none)"))
+
+
+def _mb(size: int) -> int:
+    """Bytes as whole MB, rounded up: a small file is 1, not 0."""
+    return -(-size // 10**6)

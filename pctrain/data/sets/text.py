@@ -4,8 +4,8 @@ Two forms of a text:
 
 * `normal_text`: Unicode NFKC, case folded, white space collapsed. Two texts with the same form are the same text.
 * `words`: NFKC and case folded; LaTeX that sets but does not mean (`$`, `\(`, `\left`, `\,`, `\mathrm{...}`, `\text{...}`) goes, `\dfrac`
-  is `\frac`, `\cdot` and `\times` are `*`; what is left is cut into words (letters), numbers (`1,000` is `1000`, `3.14` stays whole) and the
-  signs + - * / = < > ^ %. All other punctuation separates and is gone: what was copied with other spacing, case or punctuation has
+  is `\frac`, `\cdot` and `\times` are `*`; what is left is cut into words (letters), numbers (`1,000` is `1000`, `3.14` stays whole)
+  and the signs + - * / = < > ^ %. All other punctuation separates and is gone: what was copied with other spacing, case or punctuation has
   the same words, and 3+4 is not 3-4.
 """
 
@@ -25,8 +25,8 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LATEX = re.compile(r"\\([a-z]+|[,;:!> ()\[\]])|\$")
 _COMMANDS = {"dfrac": " frac ", "tfrac": " frac ", "cdot": " * ", "times": " * ", "ast": " * ", "div": " / ", "le": " < = ", "leq": " < = ",
              "ge": " > = ", "geq": " > = "}
-_TYPESETTING = frozenset(("left", "right", "big", "bigg", "displaystyle", "textstyle", "quad", "qquad", "text", "textbf", "textit", "mathrm",
-                          "mathbf", "mathit", "mathsf", "operatorname", "mbox", *",;:!> ()[]"))
+_TYPESETTING = frozenset(("left", "right", "big", "bigg", "displaystyle", "textstyle", "quad", "qquad", "text", "textbf", "textit",
+                          "mathrm", "mathbf", "mathit", "mathsf", "operatorname", "mbox", *",;:!> ()[]"))
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/=<>^%]")
 _SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2014": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u00f7": "/",
                         "\u2264": "<=", "\u2265": ">="})

@@ -1,0 +1,40 @@
+"""The picture of `pctrain data rank`: the validation loss of each candidate, its band over seeds, its minimum."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from pctrain.ceiling.figures import GRID, MARKERS, OTHER_COLOURS, STYLE
+
+if TYPE_CHECKING:
+    from pctrain.rank import Candidate
+
+
+def draw(ranked: Sequence[Candidate]) -> bytes:
+    """PNG; the same bytes for the same numbers. The line is the mean over seeds, the band goes from the lowest to the highest of them."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 4.6), layout="constrained")
+        axes = figure.add_subplot(title="Validation loss of the probes", xlabel="SFT step", ylabel="Validation loss (nats per token)")
+        axes.grid(axis="y", color=GRID, lw=0.8)
+        for number, candidate in enumerate(ranked):
+            colour, marker = OTHER_COLOURS[number % len(OTHER_COLOURS)], MARKERS[number % len(MARKERS)]
+            steps = sorted(set.intersection(*(set(probe.losses) for probe in candidate.probes)))
+            losses = np.array([[probe.losses[step] for step in steps] for probe in candidate.probes])
+            axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
+            axes.plot(steps, losses.mean(0), color=colour, lw=1.8, marker=marker, ms=3, label=f"{number + 1}. {candidate.name}")
+            axes.axhline(candidate.mean, color=colour, lw=0.8, ls=(0, (4, 3)), alpha=0.7)
+        # The untrained model's loss would press the differences together.
+        lowest, start = min(c.mean for c in ranked), max(p.losses[0] for c in ranked for p in c.probes)
+        trained = max(max(list(p.losses.values())[1:], default=start) for c in ranked for p in c.probes)
+        margin = 0.06 * (trained - lowest) or 0.01
+        axes.set_ylim(lowest - margin, trained + margin)
+        axes.legend(title="dashed: mean minimum; band: over seeds", title_fontsize=8, fontsize=9)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -29,12 +29,17 @@ def draw(ranked: Sequence[Candidate]) -> bytes:
             axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
             axes.plot(steps, losses.mean(0), color=colour, lw=1.8, marker=marker, ms=3, label=f"{number + 1}. {candidate.name}")
             axes.axhline(candidate.mean, color=colour, lw=0.8, ls=(0, (4, 3)), alpha=0.7)
-        # The untrained model's loss would press the differences together.
-        lowest, start = min(c.mean for c in ranked), max(p.losses[0] for c in ranked for p in c.probes)
-        trained = max(max(list(p.losses.values())[1:], default=start) for c in ranked for p in c.probes)
-        margin = 0.06 * (trained - lowest) or 0.01
-        axes.set_ylim(lowest - margin, trained + margin)
+        low, high = _bounds([probe.losses for candidate in ranked for probe in candidate.probes])
+        axes.set_ylim(low, high)
         axes.legend(title="dashed: mean minimum; band: over seeds", title_fontsize=8, fontsize=9)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _bounds(curves: Sequence[dict[int, float]]) -> tuple[float, float]:
+    """Of the losses to show. Those of the first quarter of the steps, high above the rest, would press the differences together."""
+    seen = [loss for losses in curves for step, loss in losses.items() if step >= max(losses) / 4]
+    lowest, highest = min(min(losses.values()) for losses in curves), max(seen)
+    margin = 0.06 * (highest - lowest) or 0.01
+    return lowest - margin, highest + margin

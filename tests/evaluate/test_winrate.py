@@ -1,0 +1,139 @@
+r"""`pctrain data winrate`: rates of a real engine, kept record by record, the same whether or not the process was stopped half-way.
+
+The model answers every prompt by `\boxed{1}` or `\boxed{2}`, about as often: rates between 0 and 1 come of themselves.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data import sets_cli as cli
+from e2e import tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
+ENGINE = ["--rollout.max_response=12", "--rollout.kv_cache_mb=64", "--rollout.max_sequences=8"]  # 8 records of 4 attempts a batch
+TRAINING = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1", "--model.architecture.kv_heads=1",
+            "--model.architecture.ffn=64", "--model.architecture.context=64", "--sft.steps=50", "--sft.batch_size=16", "--sft.token_budget=256",
+            "--sft.val_every=50", "--sft.checkpoint_every=50", "--sft.optimizer.lr=2e-2", "--run.tensorboard=false"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(ranks, tmp_path_factory):
+    """A Hugging Face directory."""
+    folder = tmp_path_factory.mktemp("model")
+    data = cli.write(folder / "train.jsonl", [{"prompt": p, "response": rf"\boxed{{{1 + i % 2}}}"} for i in range(4) for p in PROMPTS])
+    options = [f"--data.train={data}", f"--data.validation={data}", f"--run.dir={folder / 'run'}"]
+    [(status, errors)] = ranks.run(tiny.cli, "sft", *TRAINING, *options, world=1, deadline=120)
+    assert status == 0, errors
+    return folder / "run" / "hf"
+
+
+@pytest.fixture
+def records(tmp_path):
+    """30 that can be rated, a third by their trajectory's box; one without an answer, one too long for the context, one malformed."""
+    values = [{"prompt": p, "answer": 1, "n": i} if i % 3 else {"prompt": p, "response": r"\boxed{3} no, \boxed{1}", "n": i}
+              for i, p in enumerate(PROMPTS)]
+    path = cli.write(tmp_path / "all.jsonl", [*values, {"prompt": "1=", "response": "no box"}, {"prompt": "1+" * 60 + "1=", "answer": 1}])
+    with open(path, "a") as stream:
+        stream.write("{\n")
+    return path
+
+
+def winrate(records, out, model, *options):
+    return ["winrate", str(records), f"--out={out}", f"--model.path={model}", *ENGINE, *options]
+
+
+def stopped_after(batches: int, arguments: list[str]) -> int:
+    """Runs the command in this process until the engine is asked for one batch more; the number of records it had rated."""
+    from pctrain.rollout import RolloutEngine
+
+    generate, calls = RolloutEngine.generate, []
+
+    def failing(self, requests, **options):
+        if len(calls) == batches:
+            raise KeyboardInterrupt
+        calls.append(len(requests))
+        return generate(self, requests, **options)
+
+    RolloutEngine.generate = failing
+    try:
+        tiny.cli("data", *arguments)
+    finally:
+        RolloutEngine.generate = generate
+    return sum(calls) // 4
+
+
+def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
+    out = tmp_path / "rated.jsonl"
+    [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, out, model), world=1, deadline=120)
+    assert status == 0, errors
+    rated, manifest = cli.read(out), cli.manifest(out)
+    assert [{k: r[k] for k in r if k not in ("win_rate", "attempts", "win_rate_model")} for r in rated] == [
+        json.loads(line) for line in records.read_text().splitlines()[:-1]]
+    assert {r["win_rate_model"] for r in rated} == {str(model)}
+    rates = [r["win_rate"] for r in rated[:30]]
+    assert all(r["attempts"] == 4 and r["win_rate"] in (0, 0.25, 0.5, 0.75, 1) for r in rated[:30])
+    assert 0.2 < sum(rates) / 30 < 0.9 and len(set(rates)) > 2
+    assert [(r["win_rate"], r["attempts"]) for r in rated[30:]] == [(None, 0), (None, 0)]
+    assert manifest["answers"] == {"own": 21, "boxed": 10, "none": 1} and manifest["prompts_too_long"] == 1
+    assert manifest["records"] == {"read": 33, "kept": 32, "dropped": {"unusable: malformed_json": 1}}
+    assert sum(manifest["win_rates"].values()) == 30
+
+    # Stopped after two of four batches, with a line that was being written: the same file, and only the rest is sampled.
+    again = tmp_path / "again.jsonl"
+    [done] = ranks.run(stopped_after, 2, winrate(records, again, model), world=1, deadline=120)
+    progress = tmp_path / "again.jsonl.partial" / "progress.jsonl"
+    assert done == 16 and not again.exists() and len(cli.read(progress)) == 17
+    with open(progress, "a") as stream:
+        stream.write('{"place": 16, "win_')
+    message = "other attempts"
+    [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
+    assert status == 2 and message in errors
+    [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)
+    assert rest == 14
+    assert again.read_bytes() == out.read_bytes() and not progress.parent.exists()
+
+
+@pytest.mark.parametrize("values, options, message", [
+    ([{"prompt": "p", "response": "r"}], [], "no record has an answer to judge by"),
+    ([{"prompt": "p", "answer": 1, "win_rate": 0.5}], [], "a column 'win_rate' already"),
+    ([{"prompt": "p", "answer": 1}], ["--model.checkpoint=step-1"], "pctrain convert mcore-to-hf"),
+])
+def test_what_cannot_be_rated_is_refused_before_an_engine_starts(ranks, model, tmp_path, values, options, message):
+    path = cli.write(tmp_path / "all.jsonl", values)
+    [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(path, tmp_path / "out.jsonl", model, *options), world=1)
+    assert status == 2 and message in errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["all.jsonl"]
+
+
+def test_the_model_is_named_where_it_is_missing(tmp_path):
+    path = cli.write(tmp_path / "all.jsonl", [{"prompt": "p", "answer": 1}])
+    assert "needs --model.path=HF" in cli.refused("winrate", path, f"--out={tmp_path / 'out.jsonl'}")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_two_ranks_and_a_killed_process_give_the_same_rates(ranks, model, records, tmp_path):
+    whole, shared, killed = (tmp_path / name for name in ("whole.jsonl", "shared.jsonl", "killed.jsonl"))
+    assert ranks.run(tiny.cli, "data", *winrate(records, whole, model), world=1, deadline=240)[0][0] == 0
+    for status, errors in ranks.run(tiny.cli, "data", *winrate(records, shared, model), world=2, deadline=240):
+        assert status == 0, errors
+    assert shared.read_bytes() == whole.read_bytes()
+
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    command = [sys.executable, "-m", "pctrain", "data", *winrate(records, killed, model)]
+    progress = tmp_path / "killed.jsonl.partial" / "progress.jsonl"
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (progress.exists() and progress.read_bytes().count(b"\n") > 8):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL and not killed.exists()
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert killed.read_bytes() == whole.read_bytes()

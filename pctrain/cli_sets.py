@@ -72,7 +72,7 @@ COMMANDS = (
         "pctrain data split FILE... --out DIR [--validation=199] [--near] [--seed=0]", _make_set,
         ("pctrain data split trajectories.jsonl --out sets/split",
          "pctrain data split 'parts/*.parquet' --out sets/split --validation=0.01 --near --seed=1"),
-        ("data.fields",),
+        ("data.fields", "data.workers"),
         _notes("data split", "", "Questions are compared after Unicode NFKC, case folding and collapsing white space. Both sets are read",
                "again at the end, and the questions they share are counted: 0.")),
     Command(
@@ -81,7 +81,7 @@ COMMANDS = (
         ("pctrain data dedup raw.jsonl --out deduped.jsonl",
          "pctrain data dedup raw.jsonl.zst --out deduped.parquet --by=question --near=false",
          "pctrain data dedup raw.jsonl --out deduped.jsonl --shingle=char --ngram=8 --threshold=0.9"),
-        ("data.fields",),
+        ("data.fields", "data.workers"),
         _notes("data dedup", *_LEFT, "The first record stays. Near-duplicates are found by MinHash and confirmed by the exact Jaccard",
                "similarity of their shingles. Long problems that differ in one number are near to each other.")),
     Command(

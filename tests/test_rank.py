@@ -4,10 +4,10 @@ import json
 import random
 
 import pytest
-from scipy import stats
-
 from data import sets_cli as cli
 from e2e import tiny
+from scipy import stats
+
 from pctrain.rank import Candidate, Probe, compare, rank
 
 PROBE = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1", "--model.architecture.kv_heads=1",

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import sets_cli as cli
-from pctrain.data.sets.near import Sketches
+from pctrain.data.sets.near import Sketcher, Sketches
 from pctrain.data.sets.options import DedupOptions
 
 WORDS = ["".join(letters) for letters in product("bcdfgh", "aeiou", "lmnrst", "aeiou")]
@@ -122,8 +122,8 @@ def test_inputs_and_outputs_are_safe(tmp_path):
 
 def test_texts_are_not_kept_in_memory():
     """What a sketched text leaves behind is its band keys and its place."""
-    sketches = Sketches(DedupOptions(out="x.jsonl"))
+    sketcher, sketches = Sketcher(DedupOptions(out="x.jsonl")), Sketches()
     for place in range(50):
-        sketches.add(place, " ".join(WORDS[place: place + 300]))
+        sketches.add(place, sketcher.sketch(" ".join(WORDS[place: place + 300])))
     held = sum(values.itemsize * len(values) for values in (sketches._keys, sketches._places))
-    assert held == 50 * 8 * (sketches.bands + 1)
+    assert held == 50 * 8 * (sketcher.bands + 1)

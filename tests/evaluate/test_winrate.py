@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from data import sets_cli as cli
 from e2e import tiny
 

@@ -9,60 +9,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from pctrain.data.records import Fault, Record
+from pctrain.data.records import Fault
 from pctrain.data.sets.near import Neighbours, Sketches
 from pctrain.data.sets.options import DedupOptions, Request
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data
-from pctrain.data.sets.text import text_key
+from pctrain.data.sets.survey import survey, texts
 
 
 def main(request: Request[DedupOptions]) -> None:
-    options = request.options
-    data = Data(request.paths, request.config.data.fields, need=("response",) if options.by == "trajectory" else ())
+    options, config = request.options, request.config.data
+    data = Data(request.paths, config.fields, need=("response",) if options.by == "trajectory" else ())
     with Outputs(request, data.files) as outputs:
-        survey = _Survey(data, options)
-        neighbours = Neighbours(survey.sketches, options.threshold, outputs.folder / "shingles") if options.near else None
-        outputs.write(_kept(data, options, survey, neighbours, outputs))
+        found = _Survey(data, options, config.workers)
+        neighbours = Neighbours(found.sketches, options, outputs.folder / "shingles") if options.near else None
+        outputs.write(_kept(data, options, found, neighbours, outputs))
         if neighbours is not None:
             neighbours.close()
-        figures = {"lsh": {"bands": survey.sketches.bands, "rows": survey.sketches.rows}} if options.near else {}
-        outputs.report(outputs.finish(survey.read, **figures))
-
-
-def texts(record: Record, by: str) -> tuple[str, ...]:
-    """The texts of a record that are compared."""
-    parts = {"question": (record.question,), "trajectory": (record.trajectory,), "record": (record.question, record.trajectory)}[by]
-    return tuple(part or "" for part in parts)
+        outputs.report(outputs.finish(found.read))
 
 
 class _Survey:
     """The first reading: which records are equal to an earlier one (`equal_to`: {place: place}), and sketches of the others."""
 
-    def __init__(self, data: Data, options: DedupOptions):
+    def __init__(self, data: Data, options: DedupOptions, workers: int | None):
         self.equal_to: dict[int, int] = {}
-        self.sketches = Sketches(options) if options.near else None
+        self.sketches = Sketches()
         self.read = usable = 0
         first: dict[bytes, int] = {}
         fault = None
-        for item in data.items("sketching" if options.near else "comparing"):
+        for entry in survey(data, options.by, options if options.near else None, workers, "sketching" if options.near else "comparing"):
             self.read += 1
-            if isinstance(item, Fault):
-                fault = fault or item
+            if isinstance(entry, Fault):
+                fault = fault or entry
                 continue
             usable += 1
-            compared = texts(item.record, options.by)
-            earlier = first.setdefault(text_key(*compared), item.place)
-            if earlier != item.place:
-                self.equal_to[item.place] = earlier
-            elif self.sketches is not None:
-                self.sketches.add(item.place, "\n".join(compared))
+            earlier = first.setdefault(entry.key, entry.place)
+            if earlier != entry.place:
+                self.equal_to[entry.place] = earlier
+            elif entry.sketch is not None:
+                self.sketches.add(entry.place, entry.sketch)
         data.refuse_empty(usable, fault)
 
 
-def _kept(data: Data, options: DedupOptions, survey: _Survey, neighbours: Neighbours | None, outputs: Outputs) -> Iterator[dict[str, Any]]:
+def _kept(data: Data, options: DedupOptions, found: _Survey, neighbours: Neighbours | None, outputs: Outputs) -> Iterator[dict[str, Any]]:
     """The second reading: what stays; the rest goes to `outputs.drop`."""
-    named = set(survey.equal_to.values())  # records that evidence may have to name
+    named = set(found.equal_to.values())  # records that evidence may have to name
     names: dict[int, dict[str, str]] = {}
     dropped_for: dict[int, int] = {}  # near-duplicates by the record that stays
     for item in data.items("writing"):
@@ -70,8 +62,8 @@ def _kept(data: Data, options: DedupOptions, survey: _Survey, neighbours: Neighb
             outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
             continue
         place, name = item.place, {"where": item.where, "id": item.record.id}
-        if place in survey.equal_to:
-            first = survey.equal_to[place]
+        if place in found.equal_to:
+            first = found.equal_to[place]
             outputs.drop(**_who(name), reason="duplicate", of=names[dropped_for.get(first, first)])
             continue
         if neighbours is not None and place in neighbours:

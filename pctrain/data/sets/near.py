@@ -23,8 +23,8 @@ WEIGHTS = (0.02, 0.98)
 STEEPEST = 0.95  # above it one band of all permutations would be best, which a single different one breaks
 
 
-class Sketches:
-    """Band keys of texts, in the order they are added."""
+class Sketcher:
+    """From a text to its shingles, and to one LSH key for each of `bands` bands."""
 
     def __init__(self, options: NearOptions):
         from datasketch import MinHash
@@ -33,28 +33,39 @@ class Sketches:
         self._options = options
         # Shingles are hashes already; MinHash takes 32 bits of them.
         self._empty = MinHash(num_perm=options.num_perm, seed=1, hashfunc=int)
-        self._places = array("q")
-        self._keys = array("Q")
 
     def shingles(self, text: str) -> np.ndarray:
         return shingles(text, self._options.shingle, self._options.ngram)
 
-    def add(self, place: int, text: str) -> None:
-        """`place`: the record's number in the data."""
-        sketch = self._empty.copy()
-        sketch.update_batch((self.shingles(text) >> np.uint64(32)).tolist())
-        minima = sketch.hashvalues[: self.bands * self.rows].astype(np.uint64).reshape(self.bands, self.rows)
+    def sketch(self, text: str) -> np.ndarray:
+        """uint64 [bands]. Two texts of Jaccard similarity s have a key of theirs in common with probability 1 - (1 - s^rows)^bands."""
+        minhash = self._empty.copy()
+        minhash.update_batch((self.shingles(text) >> np.uint64(32)).tolist())
+        minima = minhash.hashvalues[: self.bands * self.rows].astype(np.uint64).reshape(self.bands, self.rows)
         key = np.zeros(self.bands, np.uint64)
         for row in range(self.rows):
             key = mixed(key + minima[:, row] + np.uint64(1))
+        return key
+
+
+class Sketches:
+    """The sketches of all texts, 8 bytes a band, and their places (the number of the record in the data)."""
+
+    def __init__(self) -> None:
+        self._places = array("q")
+        self._keys = array("Q")
+
+    def add(self, place: int, sketch: np.ndarray) -> None:
         self._places.append(place)
-        self._keys.frombytes(key.tobytes())
+        self._keys.frombytes(sketch.tobytes())
 
     def buckets(self) -> dict[int, list[tuple[int, int]]]:
         """{place: its (band, key) pairs that another text has too}; texts that share none are absent."""
-        places, keys = np.frombuffer(self._places, np.int64), np.frombuffer(self._keys, np.uint64).reshape(-1, self.bands)
         found: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        for band in range(self.bands):
+        if not self._places:
+            return found
+        places, keys = np.frombuffer(self._places, np.int64), np.frombuffer(self._keys, np.uint64).reshape(len(self._places), -1)
+        for band in range(keys.shape[1]):
             column = keys[:, band]
             order = np.argsort(column, kind="stable")
             equal = column[order][1:] == column[order][:-1]
@@ -63,14 +74,14 @@ class Sketches:
             shared[:-1] |= equal
             for index in order[shared].tolist():
                 found[int(places[index])].append((band, int(column[index])))
-        return dict(found)
+        return found
 
 
 class Neighbours:
     """Texts remembered by `keep`, and those of them that a new text is near to."""
 
-    def __init__(self, sketches: Sketches, threshold: float, scratch: Path):
-        self._sketches, self._threshold = sketches, threshold
+    def __init__(self, sketches: Sketches, options: NearOptions, scratch: Path):
+        self._sketcher, self._threshold = Sketcher(options), options.threshold
         self._buckets = sketches.buckets()
         self._members: dict[tuple[int, int], list[int]] = defaultdict(list)
         self._spans: dict[int, tuple[int, int]] = {}
@@ -90,13 +101,13 @@ class Neighbours:
         for other in sorted({member for bucket in self._buckets[place] for member in self._members[bucket]}):
             if skip(other):
                 continue
-            mine = self._sketches.shingles(text) if mine is None else mine
+            mine = self._sketcher.shingles(text) if mine is None else mine
             similarity = jaccard(mine, self._read(other))
             if similarity >= self._threshold:
                 yield other, similarity
 
     def keep(self, place: int, text: str) -> None:
-        data = self._sketches.shingles(text).tobytes()
+        data = self._sketcher.shingles(text).tobytes()
         self._file.seek(self._end)
         self._file.write(data)
         self._spans[place] = (self._end, len(data))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pctrain.config import FieldsConfig
 from pctrain.data.columns import Columns
 from pctrain.data.records import Fault, Record, Unreadable, make_record
-from pctrain.data.sources import chunks, columns_of, files_of, parts_of
+from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of
+from pctrain.data.workers import map_in_order
 from pctrain.errors import UserError
 from pctrain.progress import progress
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,16 +48,44 @@ class Data:
 
         doing: title of the progress bar; none where the caller shows one.
         """
-        place = before = 0
-        with progress(doing or "", total=_mb(sum(self._bytes.values())), unit="MB", rank=0 if doing else 1) as bar:
+        place = 0
+        with self._progress(doing) as done:
             for file in self.files:
                 for chunk in chunks(file):
-                    columns = columns_of(chunk, self.fields)
-                    for number, value in chunk.piece.values():
-                        yield self._item(place, f"{file}:{number}", f"{file.name}:{number}", value, columns)
+                    for item in self.of_chunk(chunk, place):
+                        yield item
                         place += 1
-                    bar.advance(_mb(before + chunk.done) - bar.done, records=place)
-                before += self._bytes[file]
+                    done(chunk.done, chunk.file, place)
+
+    def mapped(self, function: Callable[[Chunk], list[Result]], doing: str, workers: int | None) -> Iterator[list[Result]]:
+        """`function(chunk)` for every part of the files, in order, by worker processes. It gives one result for each of its records."""
+        count, handed_out = 0, deque()
+
+        def remembered() -> Iterator[Chunk]:
+            for file in self.files:
+                for chunk in chunks(file):
+                    handed_out.append((chunk.done, file))
+                    yield chunk
+
+        with self._progress(doing) as done:
+            for results in map_in_order(function, remembered(), workers):
+                yield results
+                count += len(results)
+                done(*handed_out.popleft(), count)
+
+    def of_chunk(self, chunk: Chunk, place: int) -> Iterator[Item | Fault]:
+        """The records of one part of a file, the first of which has this place."""
+        columns = columns_of(chunk, self.fields)
+        for number, value in chunk.piece.values():
+            yield self._item(place, f"{chunk.file}:{number}", f"{chunk.file.name}:{number}", value, columns)
+            place += 1
+
+    @contextmanager
+    def _progress(self, doing: str | None) -> Iterator[Callable[[int, Path, int], None]]:
+        """Gives a function for (bytes of a file that are done, the file, records so far)."""
+        before = dict(zip(self.files, accumulate(self._bytes.values(), initial=0)))
+        with progress(doing or "", total=_mb(sum(self._bytes.values())), unit="MB", rank=0 if doing else 1) as bar:
+            yield lambda done, file, records: bar.advance(_mb(before[file] + done) - bar.done, records=records)
             bar.advance(bar.total - bar.done)
 
     def _item(self, place: int, where: str, identity: str, value: dict[str, Any] | Unreadable, columns: Columns) -> Item | Fault:

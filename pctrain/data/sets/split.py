@@ -16,6 +16,7 @@ from pctrain.data.sets.near import Neighbours, Sketches
 from pctrain.data.sets.options import Request, SplitOptions
 from pctrain.data.sets.outputs import Outputs, suffix_of
 from pctrain.data.sets.reading import Data
+from pctrain.data.sets.survey import survey
 from pctrain.data.sets.text import text_key
 from pctrain.errors import UserError
 
@@ -26,7 +27,7 @@ def main(request: Request[SplitOptions]) -> None:
     suffix = suffix_of(data.files[0]) or ".jsonl"
     train, validation = f"train{suffix}", f"validation{suffix}"
     with Outputs(request, data.files, [train, validation]) as outputs:
-        groups = _Groups(data, options, outputs)
+        groups = _Groups(data, request, outputs)
         held_out = choose(groups.sizes, groups.records, options)
         outputs.write(_side(data, groups, held_out, True), validation)
         outputs.write(_side(data, groups, held_out, False), train)
@@ -77,29 +78,29 @@ def choose(sizes: dict[bytes, int], records: int, options: SplitOptions) -> set[
 class _Groups:
     """`sizes`: {key: records}. `key_of(question)`: the group of a question."""
 
-    def __init__(self, data: Data, options: SplitOptions, outputs: Outputs):
+    def __init__(self, data: Data, request: Request[SplitOptions], outputs: Outputs):
+        options = request.options
         self.sizes: dict[bytes, int] = {}
         self.read = self.records = 0
         self._joined: dict[bytes, bytes] = {}  # towards the key of the group
         places: dict[int, bytes] = {}  # of a question's first record
-        sketches = Sketches(options) if options.near else None
-        fault = None
-        for item in data.items("questions"):
+        sketches, fault = Sketches(), None
+        for entry in survey(data, "question", options if options.near else None, request.config.data.workers, "questions"):
             self.read += 1
-            if isinstance(item, Fault):
-                fault = fault or item
-                outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+            if isinstance(entry, Fault):
+                fault = fault or entry
+                outputs.drop(entry.where, None, f"unusable: {entry.cause}", message=entry.message)
                 continue
             self.records += 1
-            key = text_key(item.record.question)
-            if key not in self.sizes and sketches is not None:
-                sketches.add(item.place, item.record.question)
-                places[item.place] = key
-            self.sizes[key] = self.sizes.get(key, 0) + 1
+            if entry.key not in self.sizes and entry.sketch is not None:
+                sketches.add(entry.place, entry.sketch)
+                places[entry.place] = entry.key
+            self.sizes[entry.key] = self.sizes.get(entry.key, 0) + 1
         data.refuse_empty(self.records, fault)
-        if sketches is not None:
-            self._join(data, Neighbours(sketches, options.threshold, outputs.folder / "shingles"), places)
-            (outputs.folder / "shingles").unlink()
+        if options.near:
+            scratch = outputs.folder / "shingles"
+            self._join(data, Neighbours(sketches, options, scratch), places)
+            scratch.unlink()
 
     def _join(self, data: Data, neighbours: Neighbours, places: dict[int, bytes]) -> None:
         for item in data.usable("near questions"):

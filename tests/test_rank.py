@@ -1,4 +1,4 @@
-"""`pctrain data rank`: a plainly better set comes first, what cannot be told apart is called so, and a second start trains nothing again."""
+"""`pctrain data rank`: a plainly better set comes first, what cannot be told apart is called so, a second start trains nothing again."""
 
 import json
 import random
@@ -10,9 +10,10 @@ from scipy import stats
 
 from pctrain.rank import Candidate, Probe, compare, rank
 
-PROBE = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1", "--model.architecture.kv_heads=1",
-         "--model.architecture.ffn=64", "--model.architecture.context=32", "--sft.steps=40", "--sft.batch_size=16", "--sft.token_budget=256",
-         "--sft.val_every=10", "--sft.checkpoint_every=40", "--sft.optimizer.lr=1e-2", "--sft.optimizer.warmup=10", "--run.tensorboard=false", "--data.workers=1"]  # fmt: skip
+PROBE = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
+         "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=32", "--sft.steps=40",
+         "--sft.batch_size=16", "--sft.token_budget=256", "--sft.val_every=10", "--sft.checkpoint_every=40", "--sft.optimizer.lr=1e-2",
+         "--sft.optimizer.warmup=10", "--run.tensorboard=false", "--data.workers=1"]
 
 
 def candidate(name: str, *minima: float) -> Candidate:

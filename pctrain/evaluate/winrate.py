@@ -22,7 +22,7 @@ from pctrain.core import parallel
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
-from pctrain.data.sets.outputs import Outputs
+from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import parts_of
 from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, write_beside
@@ -33,7 +33,6 @@ from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Request as Sample
 from pctrain.rollout import sampling_seed
 
-PROGRESS = "progress.jsonl"
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
 WAVES = 4  # a batch fills the engines' sequences that many times: enough to keep them busy, and a kill costs no more than a batch
 
@@ -43,7 +42,7 @@ def main(request: Request[WinrateOptions]) -> None:
     _check(config)
     parallel.initialize(config.parallel, config.run.seed)
     data = parallel.agree(lambda: Data(request.paths, config.data.fields))
-    outputs = parallel.agree(lambda: Outputs(request, data.files, goes_on_from=PROGRESS) if parallel.rank() == 0 else None)
+    outputs = parallel.agree(lambda: Outputs(request, data.files, resumable=True) if parallel.rank() == 0 else None)
     with outputs or nullcontext(), Scorer(config) as scorer:
         survey = parallel.from_rank_zero(lambda: _survey(data))
         done = parallel.from_rank_zero(lambda: _begin(outputs.folder / PROGRESS, request, data))
@@ -200,14 +199,13 @@ def _attempt(tasks: list[_Task], scorer: Scorer, config: Config, attempts: int) 
 
 def _write(data: Data, request: Request[WinrateOptions], survey: Survey, outputs: Outputs) -> None:
     with open(outputs.folder / PROGRESS, encoding="utf-8") as stream:
-        stream.readline()
-        lines = map(json.loads, stream)
+        about, lines = json.loads(stream.readline()), map(json.loads, stream)
         rates = {line["place"]: line["win_rate"] for line in lines}
     levels: Counter[float] = Counter(rate for rate in rates.values() if rate is not None)
     outputs.write(_rated(data, rates, request, outputs))
     too_long = sum(rate is None for rate in rates.values())
     figures = {"answers": {"own": survey.answers, "boxed": survey.boxed, "none": survey.unanswered}, "prompts_too_long": too_long,
-               "win_rates": {f"{level:g}": levels[level] for level in sorted(levels)}}
+               "model": about["model"], "win_rates": {f"{level:g}": levels[level] for level in sorted(levels)}}
     outputs.report(outputs.finish(survey.read, **figures), *_rows(survey, too_long, levels))
 
 

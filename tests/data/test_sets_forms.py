@@ -70,7 +70,8 @@ def test_every_command_reads_every_form(source, tmp_path):
 
 def test_the_result_does_not_depend_on_the_number_of_processes(tmp_path):
     """9 MB: two parts of a file, and two processes where they are asked for."""
-    path = cli.write(tmp_path / "all.jsonl", [{"prompt": f"{'w ' * (i % 11)} question {i // 3}", "response": "word " * 6000} for i in range(300)])
+    records = [{"prompt": f"{'w ' * (i % 11)} question {i // 3}", "response": "word " * 6000} for i in range(300)]
+    path = cli.write(tmp_path / "all.jsonl", records)
     for workers in (1, 2):
         cli.run("dedup", path, f"--out={tmp_path / f'{workers}.jsonl'}", "--by=question", f"--data.workers={workers}")
     assert (tmp_path / "1.jsonl").read_bytes() == (tmp_path / "2.jsonl").read_bytes()

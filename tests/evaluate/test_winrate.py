@@ -18,9 +18,10 @@ from e2e import tiny
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
 ENGINE = ["--rollout.max_response=12", "--rollout.kv_cache_mb=64", "--rollout.max_sequences=8"]  # 8 records of 4 attempts a batch
-TRAINING = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1", "--model.architecture.kv_heads=1",
-            "--model.architecture.ffn=64", "--model.architecture.context=64", "--sft.steps=50", "--sft.batch_size=16", "--sft.token_budget=256",
-            "--sft.val_every=50", "--sft.checkpoint_every=50", "--sft.optimizer.lr=2e-2", "--run.tensorboard=false"]  # fmt: skip
+TRAINING = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
+            "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=64", "--sft.steps=50",
+            "--sft.batch_size=16", "--sft.token_budget=256", "--sft.val_every=50", "--sft.checkpoint_every=50", "--sft.optimizer.lr=2e-2",
+            "--run.tensorboard=false"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     assert [(r["win_rate"], r["attempts"]) for r in rated[30:]] == [(None, 0), (None, 0)]
     assert manifest["answers"] == {"own": 21, "boxed": 10, "none": 1} and manifest["prompts_too_long"] == 1
     assert manifest["records"] == {"read": 33, "kept": 32, "dropped": {"unusable: malformed_json": 1}}
-    assert sum(manifest["win_rates"].values()) == 30
+    assert sum(manifest["win_rates"].values()) == 30 and len(manifest["model"]["model.safetensors"]) == 64
 
     # Stopped after two of four batches, with a line that was being written: the same file, and only the rest is sampled.
     again = tmp_path / "again.jsonl"
@@ -92,6 +93,7 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     assert done == 16 and not again.exists() and len(cli.read(progress)) == 17
     with open(progress, "a") as stream:
         stream.write('{"place": 16, "win_')
+    assert "unfinished `pctrain data winrate`" in cli.refused("select", records, f"--out={again}", "--size=3")
     message = "other attempts"
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
     assert status == 2 and message in errors

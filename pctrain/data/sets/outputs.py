@@ -28,6 +28,7 @@ from pctrain.lock import lock_folder
 from pctrain.progress import make_console
 
 DROPPED, MANIFEST = "dropped.jsonl", "manifest.json"
+PROGRESS = "progress.jsonl"  # of a command that goes on where it was stopped: hours of sampling
 
 
 class Outputs:
@@ -35,17 +36,20 @@ class Outputs:
 
     inputs: every file that was read; none of them may be written to.
     names: the sets of a folder, file names; none: `out` is a file.
-    goes_on_from: a file of `<out>.partial` that a later start of the command goes on from; where it is there, nothing is removed.
+    resumable: a later start of the command goes on from PROGRESS in `<out>.partial`; where that is there, nothing is removed.
     """
 
-    def __init__(self, request: Request, inputs: Iterable[Path], names: Iterable[str] = (), goes_on_from: str | None = None):
+    def __init__(self, request: Request, inputs: Iterable[Path], names: Iterable[str] = (), resumable: bool = False):
         self._request, self._inputs = request, [Path(file) for file in inputs]
         self.out: Path = request.options.out
-        self._names, self._goes_on_from = list(names), goes_on_from
+        self._names, self._resumable = list(names), resumable
         if not self._names and suffix_of(self.out) is None:
             raise UserError(f"--out {self.out}: expected a file that ends with {', '.join(FORMATS)}")
         self._refuse_taken()
         self.folder = self.out.with_name(self.out.name + ".partial")
+        if not resumable and (self.folder / PROGRESS).exists():
+            raise UserError(f"{self.folder} holds the attempts of an unfinished `pctrain data winrate`; finish it with the same command, "
+                            "delete the folder, or name another --out")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -120,7 +124,7 @@ class Outputs:
     def _clear(self) -> None:
         """Removes what a killed process left."""
         for entry in self.folder.iterdir():
-            if entry.name not in (".lock", self._goes_on_from):
+            if entry.name not in (".lock", PROGRESS):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def __enter__(self) -> Outputs:
@@ -128,7 +132,7 @@ class Outputs:
 
     def __exit__(self, *error: object) -> None:
         self._dropped.close()
-        if self.folder.exists() and not (self._goes_on_from and (self.folder / self._goes_on_from).exists()):
+        if self.folder.exists() and not (self._resumable and (self.folder / PROGRESS).exists()):
             shutil.rmtree(self.folder)
         self._release()
 

@@ -99,6 +99,16 @@ def test_equal_texts_are_found_whatever_their_spacing_case_and_unicode_form(tmp_
     assert len(cli.read(tmp_path / "questions.jsonl")) == 1
 
 
+def test_what_is_near_to_a_dropped_record_alone_stays(tmp_path):
+    first = WORDS[:100]
+    second, third = [*WORDS[200:205], *first[5:]], [*WORDS[200:205], *first[5:93], *WORDS[300:307]]
+    texts = [" ".join(text) for text in (first, second, third)]
+    assert jaccard(*texts[:2]) >= 0.8 and jaccard(*texts[1:]) >= 0.8 and jaccard(texts[0], texts[2]) < 0.8
+    path = cli.write(tmp_path / "all.jsonl", [{"id": str(i), "prompt": text, "response": "r"} for i, text in enumerate(texts)])
+    cli.run("dedup", path, f"--out={tmp_path / 'out.jsonl'}", "--by=question", "--num_perm=512")
+    assert [(d["id"], d["of"]["id"]) for d in cli.dropped(tmp_path / "out.jsonl")] == [("1", "0")]
+
+
 def test_a_duplicate_of_what_was_dropped_as_near_names_what_stays(tmp_path):
     first = " ".join(WORDS[:100])
     near = first.replace(f" {WORDS[50]} ", " other ")

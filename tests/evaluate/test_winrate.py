@@ -86,19 +86,19 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     assert manifest["records"] == {"read": 33, "kept": 32, "dropped": {"unusable: malformed_json": 1}}
     assert sum(manifest["win_rates"].values()) == 30 and len(manifest["model"]["model.safetensors"]) == 64
 
-    # Stopped after two of four batches, with a line that was being written: the same file, and only the rest is sampled.
+    # Stopped after two of four batches, in the middle of writing the second: the same file, and only the rest is sampled.
     again = tmp_path / "again.jsonl"
     [done] = ranks.run(stopped_after, 2, winrate(records, again, model), world=1, deadline=120)
     progress = tmp_path / "again.jsonl.partial" / "progress.jsonl"
     assert done == 16 and not again.exists() and len(cli.read(progress)) == 17
-    with open(progress, "a") as stream:
-        stream.write('{"place": 16, "win_')
+    lines = progress.read_text().splitlines(keepends=True)
+    progress.write_text("".join(lines[:14]) + '{"place": 13, "win_')
     assert "unfinished `pctrain data winrate`" in cli.refused("select", records, f"--out={again}", "--size=3")
     message = "other attempts"
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
     assert status == 2 and message in errors
     [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)
-    assert rest == 14
+    assert rest == 17
     assert again.read_bytes() == out.read_bytes() and not progress.parent.exists()
 
 

@@ -3,8 +3,8 @@
 A folder of the cache, `<cache>/<key>/`, which `build` writes:
 
     shard-00000.tokens  tokens of the records of one part of a file, one after the other: uint16 or int32
-    shard-00000.ids     the records' ids, a JSON string a line
     index.npz           lengths int32 [n], span_counts int32 [n], spans int32 [m, 2], shards int64 [s] (records of each)
+    ids.jsonl           the records' ids, a JSON string a line
     dropped.jsonl       where, cause, message of every record that is not in the set
     manifest.json       what it was made of, and the counts; written last: a folder without it is not finished
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -86,12 +87,8 @@ class TokenStore:
 
     def id(self, index: int) -> str:
         """The record's id: "<file name>:<line or row>", or its own. For messages: it reads a file."""
-        shard = self._shard(index)
-        with open(shard_file(self.folder, shard, "ids"), encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=int(self._first_record[shard])):
-                if number == index:
-                    return json.loads(line)
-        raise IndexError(f"sample {index} of {len(self)}")
+        with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
+            return json.loads(next(islice(lines, index, None)))
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first_record, index, side="right")) - 1

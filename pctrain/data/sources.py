@@ -17,21 +17,22 @@ from typing import Any
 
 from pctrain.config import FieldsConfig
 from pctrain.data.columns import Columns, Form, choose, form_of
-from pctrain.data.lines import ByteRange, HeldLines, archive_pieces, plain_pieces
+from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
-from pctrain.data.tables import HeldRows, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
+from pctrain.data.tables import GroupPart, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
 from pctrain.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
 # Suffix, and the compression where there is one.
 LINES = {".jsonl": None, ".json": None, ".jsonl.gz": "gzip", ".json.gz": "gzip", ".jsonl.zst": "zstd", ".json.zst": "zstd"}
 FORMATS = ".jsonl (also .gz, .zst), .parquet, or a folder written by datasets' save_to_disk"
-Piece = ByteRange | HeldLines | RowGroups | HeldRows | StreamRows
+Piece = ByteRange | ArchivePart | RowGroups | GroupPart | StreamRows
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file, for another process to read.
+    """A part of a file: where it lies, not what is in it. A process that reads parts in their order reads archives and large row groups
+    once; one that goes back in them begins anew.
 
     `form` is what the file's first record has the columns of; `done` are the bytes of the file (on the disk) up to its end.
     """

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pctrain.config import FieldsConfig
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import chunks, iter_raw, iter_records, parts_of, read_chunk, read_records
-from pctrain.data.tables import HeldRows, RowGroups
+from pctrain.data.tables import GroupPart, RowGroups
 from pctrain.data.writing import write_records
 from pctrain.errors import UserError
 
@@ -174,8 +174,31 @@ def test_a_large_row_group_is_cut_and_a_small_one_is_read_where_it_is_needed(tmp
     pq.write_table(pa.Table.from_pylist(TABLE), path)
     assert [type(chunk.piece) for chunk in chunks(path)] == [RowGroups]
     cut = list(chunks(path, 1000))
-    assert {type(chunk.piece) for chunk in cut} == {HeldRows} and max(chunk.piece.batch.num_rows for chunk in cut) < 20
+    assert {type(chunk.piece) for chunk in cut} == {GroupPart} and max(chunk.piece.rows for chunk in cut) < 20
     assert cut[-1].done == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.jsonl.gz", "t.jsonl.zst"])
+def test_parts_can_be_read_in_any_order_and_while_others_are(tmp_path, name):
+    path = tmp_path / name
+    write_records(path, [{"prompt": f"q{i} {'x' * 200}"} for i in range(400)])
+    if name == "t.parquet":
+        pq.write_table(pa.Table.from_pylist(objects(path)), path)
+
+    def prompts(chunk):
+        return [record.prompt for record in read_chunk(chunk, FieldsConfig(), ())]
+
+    parts = list(chunks(path, 2000))
+    expected = [prompts(part) for part in parts]
+    assert len(parts) > 10 and sum(expected, []) == [row["prompt"] for row in objects(path)]
+    assert [prompts(part) for part in parts[::-1]] == expected[::-1]
+    assert [prompts(part) for part in parts[::3]] == expected[::3]
+    other = tmp_path / f"other{path.name}"
+    write_records(other, [{"prompt": "other"}] * 10)
+    for part, there in zip(parts[:4], expected):
+        assert prompts(part) == there and len(read_records(other, FieldsConfig(), ())) == 10
+    write_records(path, [{"prompt": f"new {i} {'x' * 200}"} for i in range(400)])
+    assert all(prompt.startswith("new") for part in chunks(path, 2000) for prompt in prompts(part)), "another file of the same name"
 
 
 def test_records_read_the_columns_they_need_and_errors_name_all(tmp_path):

@@ -153,14 +153,19 @@ def columns_of(chunk: Chunk, fields: FieldsConfig) -> Columns:
 
 def read_chunk(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
     """The records of a chunk; in place of one that cannot be used its fault."""
+    return (record for _, record in read_numbered(chunk, fields, need))
+
+
+def read_numbered(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[tuple[int, Record | Fault]]:
+    """`read_chunk` with the line or row of each."""
     if not NEEDS.issuperset(need):
         raise ValueError(f"need: expected some of {sorted(NEEDS)}, got {need!r}")
     columns = columns_of(chunk, fields)
     for number, value in chunk.piece.values(columns.paths):
         try:
-            yield make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)
+            yield number, make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)
         except Unreadable as error:
-            yield Fault(f"{chunk.file}:{number}", error.cause, str(error))
+            yield number, Fault(f"{chunk.file}:{number}", error.cause, str(error))
 
 
 def _object(value: dict[str, Any] | Unreadable) -> dict[str, Any]:

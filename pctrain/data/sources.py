@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from pctrain.data.columns import Columns, Form, choose, form_of
 from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
 from pctrain.data.tables import GroupPart, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
+from pctrain.durable import fingerprint
 from pctrain.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
@@ -77,6 +80,19 @@ def parts_of(file: Path) -> list[Path]:
     if file.suffix != ".parquet" and _lines_suffix(file) is None:
         raise UserError(f"{file}: expected {FORMATS}")
     return [file]
+
+
+def content_hash(path: Path | str) -> str:
+    """sha256, in hex, of what a path names: of a file its bytes; of a glob or a folder the names and the bytes of all files.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_file() or not (path.is_dir() or glob.has_magic(str(path))):
+        return fingerprint(path)
+    digests = [[file.name, *map(fingerprint, parts_of(file))] for file in files_of(path)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def iter_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pctrain.config import FieldsConfig
 from pctrain.data.records import Fault, Record
-from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, read_chunk, read_records
+from pctrain.data.sources import chunks, content_hash, files_of, iter_raw, iter_records, read_chunk, read_records
+from pctrain.durable import fingerprint
 from pctrain.errors import UserError
 
 datasets.disable_progress_bars()
@@ -130,3 +131,20 @@ def test_what_is_needed_has_to_be_a_known_word(tmp_path):
     path.write_text('{"prompt": "p"}')
     with pytest.raises(ValueError, match="need"):
         read_records(path, FieldsConfig(), need=("solution",))
+
+
+def test_the_hash_of_a_path_follows_what_it_names(folder):
+    a = folder / "a.jsonl"
+    assert content_hash(a) == fingerprint(a)
+    for path in (folder / "*.jsonl", folder / "deep" / "set", folder / "deep" / "*"):
+        before = content_hash(path)
+        assert content_hash(path) == before
+        for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
+            file.write_text('{"prompt": "new"}')
+        arrow, = (folder / "deep" / "set").glob("*.arrow")
+        arrow.write_bytes(arrow.read_bytes() + b"x")
+        assert content_hash(path) != before
+        for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
+            file.unlink()
+    with pytest.raises(UserError, match="none.jsonl"):
+        content_hash(folder / "none.jsonl")

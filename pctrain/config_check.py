@@ -214,7 +214,7 @@ def _budget_problems(section: str, token_budget: int, config: Config) -> Iterato
     # What a rank gets of a pack: a part of it for every tensor parallel rank, cut into two pieces for every context parallel one; matrix
     # products in 8 bits take tokens by sixteens (in blocks of 32 for mxfp8).
     parts = {"parallel.tensor": par.tensor, "2 x parallel.context": 2 * par.context if par.context > 1 else 1,
-             "the block of model.fp8": {None: 1, "mxfp8": 32}.get(config.model.fp8, 16)}
+             "the block of model.fp8": config.model.fp8_block}
     parts = {name: size for name, size in parts.items() if size > 1}
     if token_budget % prod(parts.values()):
         rule = " x ".join(f"{name} = {size}" if len(parts) == 1 else f"{name} ({size})" for name, size in parts.items())

@@ -47,6 +47,10 @@ class Bar:
         self.values.update(values)
         self._show()
 
+    def resize(self, total: int) -> None:
+        """It has turned out how much there is to do."""
+        self.total = total
+
     def _show(self) -> None:
         """Silent here: this is also the bar of ranks other than 0."""
 
@@ -109,6 +113,10 @@ class _RichBar(Bar):
             _RichBar._display = _display()
             _RichBar._display.start()
         self._task: TaskID = _RichBar._display.add_task(self.description, total=self.total, completed=self.done, bar=self)
+
+    def resize(self, total: int) -> None:
+        super().resize(total)
+        _RichBar._display.update(self._task, total=total)
 
     def _show(self) -> None:
         _RichBar._display.update(self._task, completed=self.done)

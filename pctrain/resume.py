@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,17 +28,17 @@ def begin(config: Config) -> Config:
     return parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
 
 
-def open_run(config: Config, kind: Kind, data_files: Iterable[Path]) -> RunFolder:
+def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:
     """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises.
 
-    The run is bound to what is in its data files, in the model's config and tokenizer, and to the checkpoint it starts from.
+    The run is bound to what is in its data files (of those in `digests` the fingerprint is known), in the model's config and tokenizer, and to the checkpoint it starts from.
     """
     model = config.model
     inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
     if model.checkpoint is not None:
         verify(model.checkpoint, checkpoints.damaged_start)
         inputs += [model.checkpoint / "manifest.json", model.checkpoint / "state.json"]
-    return parallel.agree(lambda: RunFolder.open(config, kind, inputs, rank=parallel.rank()))
+    return parallel.agree(lambda: RunFolder.open(config, kind, inputs, digests, rank=parallel.rank()))
 
 
 def finished(run: RunFolder) -> bool:

@@ -24,21 +24,24 @@ from typing import Any, Literal
 
 import yaml
 
-from pctrain import checkpoints
+from pctrain import checkpoints, tracking
 from pctrain.config import Config
 from pctrain.config_load import dump
-from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, plain, rewrite_lines, write_beside
+from pctrain.data.sources import content_hash
+from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 from pctrain.progress import make_console
+from pctrain.tracking import Trackers
 
 Kind = Literal["sft", "rl"]
 
 # What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
 # is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.keep_last", "run.keep_every", "parallel", "reward",
+FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "run.keep_every", "parallel", "reward",
                   "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
-                  "data.train", "data.validation", "data.test", "data.rl", "model.path", "model.checkpoint"}
+                  "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
+                  "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 _BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", "config.yaml.tmp"}
 HF_FOLDER = "hf"  # the final weights
@@ -55,15 +58,19 @@ class RunFolder:
         self.writes = writes
         self._fingerprints: dict[str, str] = {}  # of the data files; rank 0 has them
         self._appenders: dict[str, int] = {}  # file name -> descriptor opened with O_APPEND
-        self._tensorboard: Any = None
+        self._trackers: Trackers | None = None
         self._purge_step: int | None = None
         self._release: Callable[[], Any] | None = None
 
     # ---- opening and closing ---------------------------------------------------------------------------------------
 
     @classmethod
-    def open(cls, config: Config, kind: Kind, data_files: Iterable[Path], rank: int = 0) -> RunFolder:
+    def open(
+        cls, config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None, rank: int = 0
+    ) -> RunFolder:
         """Create `config.run.dir`, or open it where it already belongs to this config. Rank 0 checks, locks and writes.
+
+        `digests`: fingerprints of further inputs that are known already, by path.
 
         Errors (UserError): another process runs in the folder; the folder holds something else, another kind of run or another
         config (every differing key is listed); a data file is missing or has changed. In each case nothing has been written.
@@ -73,7 +80,8 @@ class RunFolder:
         if not run.writes:
             return run
         _refuse_foreign_folder(path)
-        run._fingerprints = fingerprints = {str(file): fingerprint(file) for file in data_files}
+        tracking.check(config)
+        run._fingerprints = fingerprints = {str(file): content_hash(file) for file in data_files} | dict(digests or {})
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -113,7 +121,7 @@ class RunFolder:
         now = _flatten(self.config.model_dump(mode="json"))
         changed = {key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
                    for key in sorted(before.keys() | now.keys()) if before.get(key, "(absent)") != now.get(key, "(absent)")}
-        refused = {key: pair for key, pair in changed.items() if not {key, key.split(".")[0]} & FREE_ON_RESUME}
+        refused = {key: pair for key, pair in changed.items() if not _is_free(key)}
         if refused:
             lines = "\n".join(f"  {key}: {old_value} -> {new_value}" for key, (old_value, new_value) in refused.items())
             raise UserError(f"{self.path} belongs to another config; these keys differ (in {file} -> now):\n{lines}\n"
@@ -132,9 +140,9 @@ class RunFolder:
         for descriptor in self._appenders.values():
             os.close(descriptor)
         self._appenders.clear()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-            self._tensorboard = None
+        if self._trackers is not None:
+            self._trackers.close()
+            self._trackers = None
         if self._release is not None:
             self._release()
 
@@ -147,9 +155,9 @@ class RunFolder:
     # ---- recording -------------------------------------------------------------------------------------------------
 
     def record(self, step: int, kind: Literal["train", "val", "eval"], values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and the same numbers to TensorBoard as `<kind>/<key>`.
+        """Append one line to metrics.jsonl and the same numbers to TensorBoard (and W&B) as `<kind>/<key>`.
 
-        `values` holds `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, or NumPy or torch scalars.
+        `values` holds `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars, or words.
         NaN and infinities are written as null.
         """
         if kind not in ("train", "val", "eval"):
@@ -159,18 +167,9 @@ class RunFolder:
         numbers = {key: plain(value) for key, value in values.items()}
         first = {key: numbers[key] for key in ("eflops_sft", "eflops_rl") if key in numbers}
         self._append("metrics.jsonl", json_line({"step": step, "kind": kind, **first, **numbers}))
-        if self.config.run.tensorboard:
-            writer = self._open_tensorboard()
-            for key, value in numbers.items():
-                if isinstance(value, (int, float)):
-                    writer.add_scalar(f"{kind}/{key}", value, step)
-
-    def _open_tensorboard(self) -> Any:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter  # seconds to import, and not needed by readers
-
-            self._tensorboard = SummaryWriter(str(self.path), purge_step=self._purge_step)
-        return self._tensorboard
+        if self._trackers is None:
+            self._trackers = Trackers(self.path, self.config, self._purge_step)
+        self._trackers.write(step, kind, numbers)
 
     def record_ledger(self, entries: Iterable[Any]) -> None:
         """Append entries (mappings or dataclasses with the fields of docs/contracts.md) to ledger.jsonl, one a line."""
@@ -217,8 +216,8 @@ class RunFolder:
         For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json with the hash of the
         config and the fingerprints of the data. A kill at any moment leaves the old state or the new one.
         """
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        if self._trackers is not None:
+            self._trackers.flush()
         for name in self._appenders:  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
             fsync(self.path / name)
         final = self.checkpoint_path(step)
@@ -347,12 +346,19 @@ def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> st
 
 def config_hash(config: Config) -> str:
     """sha256 of the resolved config without the keys that may change on resume: the same for all checkpoints of a run."""
-    bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not {key, key.split(".")[0]} & FREE_ON_RESUME}
+    bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _is_free(key)}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
 
+def _is_free(key: str) -> bool:
+    """Whether a dotted key may differ between the starts of one run; numbers in it stand for any item of a list."""
+    return bool({re.sub(r"\.\d+\b", "", key), key.split(".")[0]} & FREE_ON_RESUME)
+
+
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"sft.optimizer.lr": 1e-5, ...}; lists are values."""
+    """{"sft.optimizer.lr": 1e-5, "data.train.0.path": ..., ...}; lists of plain values are values."""
+    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
+        tree = dict(enumerate(tree))
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     return {key: value for name, branch in tree.items() for key, value in _flatten(branch, f"{prefix}{name}.").items()}

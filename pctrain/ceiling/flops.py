@@ -61,6 +61,11 @@ class ModelShape:
         return 3 * self.hidden * self.ffn + 2 * self.hidden * self.query_width + 2 * self.hidden * self.kv_width
 
     @property
+    def balanced_length(self) -> float:
+        """Length of a sequence, tokens, at which causal attention costs as many FLOPs as all linear layers (see `exact_forward`)."""
+        return (self.layers * self.layer_weights + self.vocab * self.hidden) / (self.layers * self.query_width)
+
+    @property
     def parameters(self) -> int:
         """Matrix weights of the model (norms and biases left out); a tied embedding counts once."""
         return self.layers * self.layer_weights + (1 if self.tied else 2) * self.vocab * self.hidden

@@ -37,6 +37,20 @@ def classify(eflops: Sequence[float], losses: Sequence[float], delta: float = 0.
     return [regime(i) for i in range(len(x))]
 
 
+# One validation above a band may be noise; of two in a row the first was none.
+_IN_A_ROW = 2
+
+
+def has_left(regime: str, eflops: Sequence[float], losses: Sequence[float], delta: float = 0.02, delta2: float = 0.10) -> bool:
+    """Whether a curve that goes on has left `regime` ("stable" or "mild") by its last points, judged by the minimum so far.
+
+    Left is stable where the last _IN_A_ROW points lie behind the stable span (mild or severe), and mild where they are severe.
+    """
+    beyond = {STABLE: (MILD, SEVERE), MILD: (SEVERE,)}[regime]
+    found = classify(eflops, losses, delta, delta2)
+    return len(found) >= _IN_A_ROW and all(r in beyond for r in found[-_IN_A_ROW:])
+
+
 def minimum(losses: Sequence[float]) -> int:
     """Index of the smallest loss; the first of equal ones."""
     return int(np.argmin(np.asarray(losses, dtype=np.float64)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +16,8 @@ from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.core import checkpoint, context_parallel, layers, model, optimizer, parallel, step, weights
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.step import TokenLoss
-from pctrain.data.packing import PackedBatch, pack_rows
-from pctrain.data.rows import Row
+from pctrain.data.packing import MULTIPLE, PackedBatch, PackShape, pack_rows
+from pctrain.data.rows import Row, RowSet
 from pctrain.device import on_gpu
 from pctrain.errors import UserError
 
@@ -36,6 +36,14 @@ class Update:
     skipped: bool = False
 
 
+def _pack_shape(config: ModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
+    """Sizes that can be cut over the tensor and context parallel ranks; of one pack for all stages of a pipeline."""
+    align = context_parallel.alignment(par.context)
+    return PackShape(
+        align=align, multiple=math.lcm(MULTIPLE, par.tensor * align * config.fp8_block), equal=par.pipeline > 1,
+        balanced_length=hf.shape.balanced_length)
+
+
 class Core:
     """A model from a Hugging Face directory, sharded over this job's ranks; with an optimizer, trainable.
 
@@ -49,7 +57,7 @@ class Core:
         self.spec = layers.choose_spec(config, par)
         self.chunks = model.build(self.hf, config, par, trainable=optimizer_config is not None)
         self._te = self.spec == "te"
-        self._align = context_parallel.alignment(par.context)
+        self._pack_shape = _pack_shape(config, par, self.hf)
         # Weights first: the optimizer copies them where it keeps masters of its own.
         if config.checkpoint is not None:
             checkpoint.load(config.checkpoint, self.chunks)
@@ -76,10 +84,10 @@ class Core:
         return (f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): tensor {tensor} x pipeline {pipeline} "
                 f"x context {context} x data {data}")
 
-    def pack(self, rows: list[Row], token_budget: int) -> PackedBatch:
-        """The rows as micro-batches of `token_budget` positions; this rank holds its data parallel share of them."""
+    def pack(self, rows: Sequence[Row] | RowSet, token_budget: int) -> PackedBatch:
+        """The rows as micro-batches of at most `token_budget` positions; this rank holds its data parallel share of them."""
         rank, size = parallel.data_parallel()
-        return pack_rows(rows, token_budget, dp_rank=rank, dp_size=size, align=self._align)
+        return pack_rows(rows, token_budget, dp_rank=rank, dp_size=size, shape=self._pack_shape)
 
     def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
@@ -110,15 +118,22 @@ class Core:
         options = {"temperature": temperature, "want_entropy": want_entropy}
         return step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=False)
 
-    def logprobs(self, rows: list[Row], token_budget: int, *, temperature: float = 1.0) -> list[np.ndarray]:
-        """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it)."""
+    def logprobs(
+        self, rows: Sequence[Row] | RowSet, token_budget: int, *, temperature: float = 1.0, trained_only: bool = False
+    ) -> list[np.ndarray]:
+        """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it).
+
+        `trained_only`: 0 where the row's weight is 0 as well, whose logits are not made.
+        """
         self._eval()
+        rows = rows if isinstance(rows, RowSet) else RowSet.of(rows)
         batch, dp_size = self.pack(rows, token_budget), parallel.data_parallel()[1]
+        logprobs = step.run_logprob(self.chunks, self._head, self.spec, batch, temperature, trained_only)
         found: dict[int, np.ndarray] = {}
-        for pack, logprob in zip(batch.packs, step.run_logprob(self.chunks, self._head, self.spec, batch, temperature), strict=True):
+        for pack, logprob in zip(batch.packs, logprobs, strict=True):
             values, bounds = logprob.cpu().numpy(), pack.cu_seqlens.tolist()
             for row, start in zip(pack.rows, bounds[:-1], strict=True):
-                found[row] = np.concatenate([[0.0], values[start : start + len(rows[row]) - 1]]).astype(np.float32)
+                found[row] = np.concatenate([[0.0], values[start : start + rows.lengths[row] - 1]]).astype(np.float32)
         if dp_size > 1:
             shares: list = [None] * dp_size
             dist.all_gather_object(shares, found, group=parallel_state.get_data_parallel_group())

@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import os
 import random
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ import torch.distributed as dist
 from pctrain.config import ParallelConfig
 from pctrain.core import cpu_compat
 from pctrain.device import device, on_gpu
+
+
+SIGN_OF_LIFE = 2.0  # seconds between two words of rank 0 to those that wait for it
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> None:
@@ -101,6 +105,27 @@ def from_rank_zero(compute: Callable):
     if box[1] is not None:
         raise box[1]
     return box[0]
+
+
+def follow_rank_zero(work: Callable[[], Iterator], seen: Callable = lambda value: None) -> None:
+    """Iterates over `work()` on rank 0, which hands each value to `seen`; the others wait, for longer than a collective may take.
+
+    Their deadline counts from rank 0's last sign of life, so `work` must yield well within it. An exception is raised on every rank.
+    """
+    values = iter(work()) if rank() == 0 else None
+    going = True
+    while going:
+        going = from_rank_zero(lambda: _for_a_while(values, seen))
+
+
+def _for_a_while(values: Iterator, seen: Callable) -> bool:
+    """Whether there is more to come after SIGN_OF_LIFE seconds."""
+    began = time.monotonic()
+    for value in values:
+        seen(value)
+        if time.monotonic() - began > SIGN_OF_LIFE:
+            return True
+    return False
 
 
 def map_over_ranks(fn: Callable[[list], list], items: list) -> list:

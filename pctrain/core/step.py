@@ -69,12 +69,14 @@ class Head:
 
         return head
 
-    def logprob(self, pack: Pack, temperature: float, found: list) -> Callable:
+    def logprob(self, pack: Pack, temperature: float, trained_only: bool, found: list) -> Callable:
         """A head that leaves the pack's log-probs [T] in `found`."""
+        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL) if trained_only else pack.labels
+        labels = labels.to(device())
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             logprob, _ = pctrain_kernels.linear_logprob_entropy(
-                hidden, weight, pack.labels.to(device()), temperature=temperature, want_entropy=False, **self.shard()
+                hidden, weight, labels, temperature=temperature, want_entropy=False, **self.shard()
             )
             found.append(logprob)
             return logprob.sum()
@@ -114,12 +116,12 @@ def run_loss(
     return loss, metrics
 
 
-def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, temperature: float) -> list[torch.Tensor]:
+def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, temperature: float, trained_only: bool) -> list[torch.Tensor]:
     """Log-probs [T] of this data parallel rank's packs, in their order, on every pipeline stage."""
     found: list[torch.Tensor] = []
 
     def prepare(pack: Pack):
-        return head.logprob(pack, temperature, found), lambda total: (total, torch.ones((), dtype=torch.int), {})
+        return head.logprob(pack, temperature, trained_only, found), lambda total: (total, torch.ones((), dtype=torch.int), {})
 
     _schedule(chunks, spec, batch.packs, prepare, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()

@@ -33,7 +33,7 @@ from pctrain.config import DataConfig
 from pctrain.data.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
-from pctrain.data.sources import Chunk, chunks, columns_of, read_chunk
+from pctrain.data.sources import Chunk, chunks, columns_of, parts_of, read_chunk
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
 from pctrain.errors import UserError
@@ -77,7 +77,7 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
     Reads every byte of the files the first time; their hashes are remembered in the cache by size and time of change.
     """
     hashes = _Hashes(Path(cache))
-    parts = {"format": FORMAT, "files": [[file.name, hashes.of(file)] for file in map(Path, job.files)],
+    parts = {"format": FORMAT, "files": [[file.name, *map(hashes.of, parts_of(file))] for file in map(Path, job.files)],
              "fields": job.data.fields.model_dump(), "encoder": Encoder(job.hf_dir, job.data, job.limit).digest}
     try:
         hashes.save()

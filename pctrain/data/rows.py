@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +25,29 @@ class Row:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """Rows known by length and weight, whose tokens are read when they are asked for: `rows[i]`."""
+
+    lengths: np.ndarray  # int64 [n]
+    loss_tokens: float  # sum of all weights
+    read: Callable[[int], Row]
+    streams: tuple[str, ...] = ()  # names that every row has
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> RowSet:
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        # In double precision: a float32 sum of millions of ones would stop at 2**24.
+        loss_tokens = float(sum(row.weights.sum(dtype=np.float64) for row in rows))
+        return cls(lengths, loss_tokens, rows.__getitem__, tuple(rows[0].streams) if rows else ())
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Row:
+        return self.read(index)
 
 
 def make_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: Mapping[str, float] | None = None) -> Row:

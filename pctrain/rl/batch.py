@@ -24,7 +24,7 @@ def rows_of(groups: list[Group], algorithm: Algorithm) -> list[Row]:
 
 def with_old_logprobs(rows: list[Row], core: Core, token_budget: int, temperature: float) -> list[Row]:
     """Adds the stream `old_logprob`, from one no-grad pass: needed when the policy moves within a step. Collective."""
-    old = core.logprobs(rows, token_budget, temperature=temperature)
+    old = core.logprobs(rows, token_budget, temperature=temperature, trained_only=True)
     return [replace(row, streams={**row.streams, "old_logprob": logprob}) for row, logprob in zip(rows, old, strict=True)]
 
 

@@ -44,7 +44,7 @@ class PromptStream:
 
     def __init__(self, problems: list[Problem], seed: int):
         self.problems = problems
-        self._order = ShuffledSampler(len(problems), 1, seed)
+        self._order = ShuffledSampler([len(problems)], 1, seed)
         self.position = 0
         self.carried: list[int] = []
 

@@ -6,37 +6,73 @@ It is the control signal of the framework, so it depends neither on packing, nor
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
-from pctrain.core import Core
-from pctrain.data.rows import Row
+from pctrain.core import Core, parallel
+from pctrain.data.trajectories import Trajectories
+
+PACKS = 16  # of each rank in one pass over a part of the set: log-probs of that much are in memory
 
 
-def cross_entropy(logprob: torch.Tensor, entropy: None, streams: dict[str, torch.Tensor]):
-    """Per-token loss of SFT: logprob [n] -> (-logprob [n], no metrics). It does not ask for the entropy."""
-    return -logprob, {}
+@dataclass(frozen=True)
+class MeanLoss:
+    """Nats a token, and its standard error with the trajectories as independent draws."""
+
+    loss: float
+    se: float
+    tokens: int
 
 
 @dataclass(frozen=True)
 class ValidationLoss:
-    loss: float  # nats a token
-    se: float  # standard error, trajectories as the independent draws
-    tokens: int
+    """`whole`: over all tokens. `per_sample`: the mean over trajectories of each one's own mean; `sources`: by name, over their tokens."""
+
+    whole: MeanLoss
+    per_sample: MeanLoss
+    sources: dict[str, MeanLoss]
     sequences: int
 
+    def metrics(self) -> dict[str, float]:
+        """The keys of docs/contracts.md; those of the sources where there are several."""
+        found = {"val_loss": self.whole.loss, "val_loss_se": self.whole.se, "val_tokens": self.whole.tokens,
+                 "val_sample_loss": self.per_sample.loss, "val_sample_loss_se": self.per_sample.se}
+        if len(self.sources) > 1:
+            for name, mean in self.sources.items():
+                found |= {f"val_loss/{name}": mean.loss, f"val_loss_se/{name}": mean.se}
+        return found
 
-def validation_loss(core: Core, rows: list[Row], token_budget: int) -> ValidationLoss:
-    """Collective. The standard error is the ratio estimator's: residuals S_i - L n_i of each trajectory's loss sum S_i over n_i tokens."""
-    sums, counts = [], []
-    for row, logprob in zip(rows, core.logprobs(rows, token_budget), strict=True):
-        trained = row.weights > 0
-        sums.append(-float(logprob[trained].sum(dtype=np.float64)))
-        counts.append(int(trained.sum()))
-    sums, counts, n = np.array(sums), np.array(counts), len(rows)
-    loss = float(sums.sum() / counts.sum())
-    residual = sums - loss * counts
-    se = math.sqrt(float((residual**2).sum()) * n / max(1, n - 1)) / float(counts.sum())
-    return ValidationLoss(loss, se, int(counts.sum()), n)
+
+def validation_loss(core: Core, trajectories: Trajectories, token_budget: int) -> ValidationLoss:
+    """Collective. Every trajectory counts once, whatever its source's weight."""
+    sums, counts = np.empty(len(trajectories)), trajectories.loss_tokens.astype(np.float64)
+    for indices in _parts(trajectories.lengths, PACKS * token_budget * parallel.data_parallel()[1]):
+        # A trajectory's log-prob is 0 where it is not trained on: the sum is over its loss tokens.
+        for index, logprob in zip(indices, core.logprobs(trajectories.select(indices), token_budget, trained_only=True), strict=True):
+            sums[index] = -logprob.sum(dtype=np.float64)
+    of_source = {name: trajectories.source == number for number, name in enumerate(trajectories.names)}
+    means = sums / counts
+    return ValidationLoss(
+        whole=ratio(sums, counts),
+        per_sample=MeanLoss(float(means.mean()), ratio(means, np.ones(len(means))).se, int(counts.sum())),
+        sources={name: ratio(sums[mine], counts[mine]) for name, mine in of_source.items()},
+        sequences=len(trajectories))
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> MeanLoss:
+    """Loss sums S_i [n] over n_i [n] tokens -> L = sum S_i / sum n_i, with the ratio estimator's standard error: residuals S_i - L n_i.
+
+    (Cochran, Sampling Techniques, eq. 6.13, without the correction for a finite population.)
+    """
+    n, tokens = len(sums), float(counts.sum())
+    loss = float(sums.sum() / tokens)
+    se = math.sqrt(float(((sums - loss * counts) ** 2).sum()) * n / max(1, n - 1)) / tokens
+    return MeanLoss(loss, se, int(tokens))
+
+
+def _parts(lengths: np.ndarray, tokens: int) -> Iterator[np.ndarray]:
+    """Consecutive indices, about so many tokens at a time."""
+    part = np.cumsum(lengths) // tokens
+    return iter(np.split(np.arange(len(lengths)), np.flatnonzero(np.diff(part)) + 1))

@@ -26,6 +26,12 @@ def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
     return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist()) for _ in range(count)]
 
 
+def rows_of_a_pack(seed: int = 0) -> list[Row]:
+    """Six sequences of which no two fit into a pack: the same packs at any data parallel size, some of them padding packs."""
+    rng = np.random.default_rng(seed)
+    return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(130, 240)).tolist()) for _ in range(6)]
+
+
 def core(
     directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None, optimizer: OptimizerConfig = OPTIMIZER,
     total_steps: int = 100, dtype: str = "float32", router_aux_loss: float = 0.0,
@@ -39,10 +45,11 @@ def core(
 
 
 def step(model, step: int):
-    """One SFT step on the batch of that step."""
-    from pctrain.sft.validation import cross_entropy
+    """One SFT step on the batch of that step. (What the auxiliary loss of experts is depends on the packs.)"""
+    from pctrain.sft.loss import cross_entropy
 
-    return model.step(model.pack(rows(seed=step), BUDGET), cross_entropy, want_entropy=False)
+    of_experts = model.modules[0].config.moe_aux_loss_coeff > 0
+    return model.step(model.pack(rows_of_a_pack(step) if of_experts else rows(seed=step), BUDGET), cross_entropy, want_entropy=False)
 
 
 def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float = 0.0) -> dict:

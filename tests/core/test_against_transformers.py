@@ -80,7 +80,7 @@ def _gradient_of_one_row(directory, rows, which):
     from pctrain.core import parallel  # noqa: F401
     from pctrain.core import step as core_step
     from pctrain.data.packing import pack_rows
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.sft.loss import cross_entropy
 
     model = small.core(directory, {})
     masked = [row if i == which else replace(row, weights=np.zeros_like(row.weights)) for i, row in enumerate(rows)]

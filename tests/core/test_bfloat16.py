@@ -55,7 +55,7 @@ def test_a_resumed_run_is_exact(ranks, hf_dirs, tmp_path):
 def _rounded_gradients(directory):
     """Names of the matrices whose main_grad holds nothing but bfloat16 values after one micro-batch."""
     from pctrain.core import step
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.sft.loss import cross_entropy
 
     model = small.core(directory, {}, dtype="bfloat16")
     rng = np.random.default_rng(0)

@@ -43,10 +43,12 @@ def _reference(directory, rows, budget, coefficient):
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    from pctrain.data.packing import pack_rows
+    from pctrain.core.hf_config import HFConfig
+    from pctrain.data.packing import PackShape, pack_rows
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").train()
-    c, batch = model.config, pack_rows(rows, budget)
+    shape = PackShape(balanced_length=HFConfig.read(directory).shape.balanced_length)
+    c, batch = model.config, pack_rows(rows, budget, shape=shape)
     loss, aux = 0.0, 0.0  # aux: sum over packs and layers of the pack's tokens * A
     for pack in batch.packs:
         gates = []
@@ -76,13 +78,11 @@ def _reference(directory, rows, budget, coefficient):
 
 def _gradient(directory, layout, rows, budget, coefficient):
     """(loss, metrics, gradient norm, {Hugging Face name: gradient}) of the core."""
-    from pctrain.core import optimizer, parallel, step
-    from pctrain.data.packing import pack_rows
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.core import optimizer, step
+    from pctrain.sft.loss import cross_entropy
 
     model = small.core(directory, layout, router_aux_loss=coefficient)
-    rank, size = parallel.data_parallel()
-    batch = pack_rows(rows, budget, dp_rank=rank, dp_size=size)
+    batch = model.pack(rows, budget)
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
@@ -106,11 +106,13 @@ def _gradient(directory, layout, rows, budget, coefficient):
 
 @pytest.fixture(scope="module")
 def references(directories):
-    """{normalised: `_reference` of five packs}: at DP2 and with virtual stages one is a padding pack."""
-    from pctrain.data.packing import pack_rows
-
-    assert len(pack_rows(small.rows(), small.BUDGET).packs) == 5
+    """{normalised: `_reference` of packs of several sequences}"""
     return {normalised: _reference(folder, small.rows(), small.BUDGET, COEFFICIENT) for normalised, folder in directories.items()}
+
+
+@pytest.fixture(scope="module")
+def reference_of_a_pack_each(directories):
+    return _reference(directories[True], small.rows_of_a_pack(), small.BUDGET, COEFFICIENT)
 
 
 def _assert_equal_gradients(found, reference):
@@ -136,10 +138,10 @@ def test_the_auxiliary_loss_and_its_gradient_are_those_of_transformers(ranks, di
 
 
 @layouts()
-def test_the_auxiliary_loss_is_the_same_at_every_layout(ranks, directories, references, layout):
+def test_the_auxiliary_loss_is_the_same_at_every_layout(ranks, directories, reference_of_a_pack_each, layout):
     world, parallel = LAYOUTS[layout]
-    for found in ranks.run(_gradient, directories[True], parallel, small.rows(), small.BUDGET, COEFFICIENT, world=world):
-        _assert_equal_gradients(found, references[True])
+    for found in ranks.run(_gradient, directories[True], parallel, small.rows_of_a_pack(), small.BUDGET, COEFFICIENT, world=world):
+        _assert_equal_gradients(found, reference_of_a_pack_each)
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_padding_has_no_part_in_the_auxiliary_loss(ranks, directories, world, la
 def _forward(directory, coefficient):
     """Loss and metrics of a forward pass, what was found of main_grad, filled with sevens, after it, and log-probs."""
     from pctrain.data.packing import pack_rows
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.sft.loss import cross_entropy
 
     model = small.core(directory, {}, router_aux_loss=coefficient)
     for parameter in model.modules[0].parameters():

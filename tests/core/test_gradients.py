@@ -33,7 +33,7 @@ def _batch(packs: int):
 def _gradient(model, batch) -> tuple[float, dict[str, np.ndarray]]:
     """Loss, and this rank's main_grad by name, reduced as far as the distributed optimizer needs it."""
     from pctrain.core import step
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.sft.loss import cross_entropy
 
     for chunk in model.chunks:
         chunk.train()
@@ -106,7 +106,7 @@ def _assert_close(gradients, expected):
 
 def _forward_only(directory, layout):
     """What is left of main_grad, filled with sevens, after a forward pass and a log-prob pass."""
-    from pctrain.sft.validation import cross_entropy
+    from pctrain.sft.loss import cross_entropy
 
     model = small.core(directory, layout)
     gradients = [p.main_grad for chunk in model.chunks for p in chunk.module.parameters()]

@@ -26,10 +26,7 @@ def _nan_gradient(logprob, entropy, streams):
 
 def _spoiled(directory, layout, kind):
     """(update, were weights and optimizer left alone) of a good, a spoiled and a good step, and the weights in the end."""
-    from pctrain.core import parallel
-    from pctrain.data.packing import pack_rows
-
-    model, rank = small.core(directory, layout), parallel.data_parallel()
+    model = small.core(directory, layout)
     token_loss = {"loss": _nan_loss, "gradient": _nan_gradient}[kind]
 
     def state():
@@ -40,7 +37,7 @@ def _spoiled(directory, layout, kind):
     for spoiled in (False, True, False):
         bad = [BAD if spoiled and i == 3 else 0.0 for i in range(24)]
         rows = [small.make_row(row.tokens[:5], row.tokens[5:], {"bad": b}) for row, b in zip(small.rows(24), bad, strict=True)]
-        batch = pack_rows(rows, small.BUDGET, dp_rank=rank[0], dp_size=rank[1])
+        batch = model.pack(rows, small.BUDGET)
         before = state()
         update = model.step(batch, token_loss if spoiled else lambda logprob, entropy, streams: (-logprob, {}), want_entropy=False)
         after = state()

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.data.packing import NO_LABEL, PackedBatch, deal, first_fit_decreasing, pack_rows
-from pctrain.data.rows import Row, make_row
+from pctrain.data.packing import NO_LABEL, PackedBatch, PackShape, deal, first_fit_decreasing, pack_rows, plan
+from pctrain.data.rows import Row, RowSet, make_row
 from pctrain.errors import UserError
 
 BUDGET = 32
@@ -29,15 +29,17 @@ def row_lists(draw):
     return rows
 
 
-def pack_on_all_ranks(rows, dp_size, align=1) -> list[PackedBatch]:
-    return [pack_rows(rows, BUDGET, dp_rank=rank, dp_size=dp_size, align=align) for rank in range(dp_size)]
+def pack_on_all_ranks(rows, dp_size, align=1, multiple=8, equal=False) -> list[PackedBatch]:
+    shape = PackShape(align=align, multiple=multiple, equal=equal)
+    return [pack_rows(rows, BUDGET, dp_rank=rank, dp_size=dp_size, shape=shape) for rank in range(dp_size)]
 
 
-@given(row_lists(), st.integers(1, 5), st.sampled_from([1, 4, 8]))
-def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size, align):
+@given(row_lists(), st.integers(1, 5), st.sampled_from([1, 4, 8]), st.booleans())
+def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size, align, equal):
     found = Counter()
-    for batch in pack_on_all_ranks(rows, dp_size, align):
-        assert batch.positions == dp_size * len(batch.packs) * BUDGET
+    batches = pack_on_all_ranks(rows, dp_size, align, 8, equal)
+    assert {batch.positions for batch in batches} == {sum(len(pack.tokens) for batch in batches for pack in batch.packs)}
+    for batch in batches:
         for pack in batch.packs:
             bounds = pack.cu_seqlens.tolist()
             assert len(bounds) == len(pack.rows) + 1
@@ -58,24 +60,29 @@ def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_stream
     assert found == Counter(range(len(rows)))
 
 
-@given(row_lists(), st.integers(1, 5))
-def test_shapes_dtypes_and_padding(rows, dp_size):
-    batches = pack_on_all_ranks(rows, dp_size)
+@given(row_lists(), st.integers(1, 5), st.sampled_from([1, 4, 16]), st.booleans())
+def test_shapes_dtypes_and_padding(rows, dp_size, multiple, equal):
+    batches = pack_on_all_ranks(rows, dp_size, 1, multiple, equal)
     assert len({len(batch.packs) for batch in batches}) == 1
-    for pack in (pack for batch in batches for pack in batch.packs):
+    packs = [pack for batch in batches for pack in batch.packs]
+    assert len({len(pack.tokens) for pack in packs}) == 1 or not equal
+    for pack in packs:
+        size, filled = len(pack.tokens), int(pack.cu_seqlens[-1])
+        assert size <= BUDGET and size % multiple == 0
+        assert equal or size - filled < multiple or not pack.rows  # no more padding than the rounding
         dtypes = {"tokens": torch.int64, "labels": torch.int64, "weights": torch.float32, "position_ids": torch.int64}
         for name, dtype in dtypes.items():
-            assert getattr(pack, name).dtype == dtype and getattr(pack, name).shape == (BUDGET,)
+            assert getattr(pack, name).dtype == dtype and getattr(pack, name).shape == (size,)
         assert pack.cu_seqlens.dtype == torch.int32 and pack.cu_seqlens[0] == 0
         assert set(pack.streams) == {"advantage", "old_logprob"}
-        assert all(s.dtype == torch.float32 and s.shape == (BUDGET,) for s in pack.streams.values())
+        assert all(s.dtype == torch.float32 and s.shape == (size,) for s in pack.streams.values())
         real = int(pack.cu_seqlens[-1])
         assert not pack.tokens[real:].any() and not pack.weights[real:].any() and (pack.labels[real:] == NO_LABEL).all()
         assert all(not s[real:].any() for s in pack.streams.values())
 
 
 @given(row_lists(), st.integers(1, 5))
-def test_totals_and_packs_do_not_depend_on_the_data_parallel_size(rows, dp_size):
+def test_totals_do_not_depend_on_the_data_parallel_size(rows, dp_size):
     one, many = pack_on_all_ranks(rows, 1)[0], pack_on_all_ranks(rows, dp_size)
     expected = sum(float(w) for row in rows for w in row.weights)
     for batch in many:
@@ -84,8 +91,45 @@ def test_totals_and_packs_do_not_depend_on_the_data_parallel_size(rows, dp_size)
         assert (batch.tokens, batch.sequences) == (sum(map(len, rows)), len(rows))
     in_packs = sum(float(pack.weights.double().sum()) for batch in many for pack in batch.packs)
     assert in_packs == pytest.approx(expected, rel=1e-12)
-    real = sorted(tuple(pack.rows) for batch in many for pack in batch.packs if pack.rows)
-    assert real == sorted(tuple(pack.rows) for pack in one.packs)
+
+
+@given(row_lists(), st.integers(1, 5))
+def test_rows_that_are_read_when_asked_for_give_the_same_packs(rows, dp_size):
+    """And a rank reads its own rows alone."""
+    read = []
+    known = RowSet.of(rows)
+    lazy = RowSet(known.lengths, known.loss_tokens, lambda i: read.append(i) or rows[i], known.streams)
+    for rank in range(dp_size):
+        one, other = (pack_rows(r, BUDGET, dp_rank=rank, dp_size=dp_size) for r in (rows, lazy))
+        assert [pack.rows for pack in one.packs] == [pack.rows for pack in other.packs] and one.loss_tokens == other.loss_tokens
+        assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one.packs, other.packs, strict=True))
+    assert sorted(read) == list(range(len(rows)))
+
+
+@given(row_lists(), st.integers(1, 5))
+def test_there_are_no_more_packs_than_first_fit_decreasing_needs(rows, dp_size):
+    needed = len(first_fit_decreasing(np.array([len(row) for row in rows]), BUDGET))
+    assert len(pack_on_all_ranks(rows, dp_size)[0].packs) == -(-needed // dp_size)
+
+
+# A long-tailed mix like that of the paper's trajectories: mean 3771 tokens, up to 16384.
+def log_normal_lengths(seed, batch=512):
+    return np.clip(np.random.default_rng(seed).lognormal(np.log(3771) - 0.8**2 / 2, 0.8, batch).round().astype(int), 16, 16384)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_long_tailed_mix_fills_the_packs_and_the_ranks_evenly(seed):
+    lengths = log_normal_lengths(seed)
+    assert lengths.sum() / (len(first_fit_decreasing(lengths, 16384)) * 16384) >= 0.97
+    for ranks, most in ((1, 1.0), (2, 1.01), (8, 1.01), (32, 1.01), (64, 1.15)):  # 64: 2 packs a rank, and rows of a whole pack
+        hands = plan(lengths, 16384, ranks, 20_000.0)
+        assert sorted(i for hand in hands for pack in hand for i in pack) == list(range(512))  # the batch is exact
+        assert all(lengths[pack].sum() <= 16384 for hand in hands for pack in hand)
+        costs = [sum(float((lengths[pack] + lengths[pack] ** 2 / 20_000).sum()) for pack in hand) for hand in hands]
+        assert max(costs) <= most * np.mean(costs) * (1 + 1e-12)  # the dearest rank is what the others wait for
+    rows = RowSet(lengths, 512.0, lambda i: make_row([1], [2] * (lengths[i] - 1)))
+    batch = pack_rows(rows, 16384, dp_size=8)
+    assert batch.sequences == 512 and batch.tokens / batch.positions >= 0.97
 
 
 @given(st.lists(st.integers(1, BUDGET), min_size=1, max_size=60))
@@ -105,11 +149,13 @@ def test_dealing_is_complete_and_even(costs, ranks):
     assert max(map(len, hands)) <= -(-len(costs) // ranks)
 
 
-def test_dealing_balances_attention():
-    # Four full packs: one sequence of 1024 tokens, two of 512, four of 256, sixteen of 64. Equal in tokens, not in attention.
-    rows = [make_row([1], [2] * (length - 1)) for length in (1024, *[512] * 2, *[256] * 4, *[64] * 16)]
-    hands = [pack_rows(rows, 1024, dp_rank=rank, dp_size=2).packs for rank in (0, 1)]
-    assert [[len(pack.rows) for pack in hand] for hand in hands] == [[1, 16], [2, 4]]
+def test_ranks_are_balanced_by_attention_too():
+    """One sequence of 1024 tokens costs what many short ones of more tokens do."""
+    lengths = np.array((1024, *[512] * 2, *[256] * 4, *[64] * 16))
+    long, short = plan(lengths, 4096, 2, balanced_length=256.0)
+    tokens, costs = zip(*((lengths[pack].sum(), (lengths[pack] + lengths[pack] ** 2 / 256).sum()) for [pack] in (long, short)), strict=True)
+    assert max(costs) <= 1.02 * np.mean(costs)
+    assert tokens[0] < 0.7 * tokens[1]
 
 
 def test_a_padding_pack_carries_no_weight():

@@ -1,0 +1,82 @@
+"""The tokenised trajectories of several sources as one numbered set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from pctrain.config import SourceConfig
+from pctrain.data.rows import Row, RowSet
+from pctrain.data.store import TokenStore
+from pctrain.errors import UserError
+
+SOURCE = "source"  # the stream that tells the loss which source a token is of
+
+
+class Trajectories:
+    """Samples 0 to n - 1: those of the first source, then those of the next.
+
+    Attributes:
+        names: of the sources, for metrics.
+        weights: passes over each source in an epoch.
+        sizes: samples of each source.
+        lengths: int64 [n], tokens of each sample.
+        loss_tokens: int64 [n], tokens of each sample that are trained on.
+        source: int64 [n], the number of each sample's source.
+    """
+
+    def __init__(self, sources: Sequence[SourceConfig], stores: Sequence[TokenStore]):
+        self.names = source_names(sources)
+        self.weights = [source.weight for source in sources]
+        self.stores = list(stores)
+        self.sizes = [len(store) for store in stores]
+        self.lengths = np.concatenate([store.lengths for store in stores]).astype(np.int64)
+        self.loss_tokens = np.concatenate([store.loss_tokens for store in stores]).astype(np.int64)
+        self.source = np.repeat(np.arange(len(stores)), self.sizes)
+        self._firsts = np.concatenate([[0], np.cumsum(self.sizes)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Row:
+        """With several sources the row has the stream `source`."""
+        source = int(self.source[index])
+        row = self.stores[source][index - int(self._firsts[source])]
+        return row if len(self.names) == 1 else replace(row, streams={SOURCE: np.full(len(row), source, np.float32)})
+
+    def select(self, indices: Sequence[int]) -> RowSet:
+        """The rows of these samples, read when they are asked for."""
+        indices = np.asarray(indices, dtype=np.int64)
+        streams = (SOURCE,) if len(self.names) > 1 else ()
+        loss_tokens = float(self.loss_tokens[indices].sum())
+        return RowSet(self.lengths[indices], loss_tokens, lambda i: self[int(indices[i])], streams)
+
+    def id(self, index: int) -> str:
+        """The record that a sample was made of, for messages."""
+        source = int(self.source[index])
+        return self.stores[source].id(index - int(self._firsts[source]))
+
+    def describe(self) -> list[str]:
+        """A line for each source: what there is, and what was dropped or cut."""
+        lines = []
+        for name, store, weight in zip(self.names, self.stores, self.weights, strict=True):
+            counts = "".join(f", {count} {cause}" for cause, count in store.counts.items())
+            weighted = f", weight {weight:g}" if weight != 1 else ""
+            lines.append(f"{name}: {len(store)} trajectories, {store.tokens} tokens, {int(store.loss_tokens.sum())} trained on{weighted}{counts}")
+        return lines
+
+
+def source_names(sources: Sequence[SourceConfig]) -> list[str]:
+    """Raises UserError where two are the same."""
+    names = [source.name or _name_of(source.path) for source in sources]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two sources of data.train or data.validation have the name {twice[0]!r}; give each a `name` of its own")
+    return names
+
+
+def _name_of(path: Path) -> str:
+    return path.name.split(".")[0] or path.name

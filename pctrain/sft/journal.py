@@ -1,0 +1,118 @@
+"""What an SFT run writes down of itself, and what it concludes from it: metrics, ledger, loss spikes, regimes, when to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from pctrain.ceiling import flops, regimes
+from pctrain.ceiling.ledger import Ledger
+from pctrain.config import Config
+from pctrain.core import Core, parallel
+from pctrain.core.core import Update
+from pctrain.core.peak import peak_flops
+from pctrain.core.skipped import SkippedUpdates
+from pctrain.data.packing import PackedBatch
+from pctrain.data.trajectories import Trajectories
+from pctrain.evaluate.scorer import Scorer
+from pctrain.resume import due, record_ledger
+from pctrain.runfolder import RunFolder
+from pctrain.sft.loss import of_sources
+from pctrain.sft.spikes import Spikes
+from pctrain.sft.validation import validation_loss
+
+
+class Journal:
+    """Every rank holds one and comes to the same conclusions; rank 0 writes. `state` is what a checkpoint keeps of it."""
+
+    def __init__(self, config: Config, run: RunFolder, core: Core, scorer: Scorer, held_out: Trajectories, steps: int, state: dict):
+        """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
+        self.config, self.run, self.core, self.scorer, self.held_out, self.steps = config, run, core, scorer, held_out, steps
+        self.ledger = Ledger(scorer.hf.shape)
+        if state:
+            self.ledger.load_state_dict(state["ledger"])
+        self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
+        self.spikes = Spikes(state.get("recent_losses"))
+        self.validations: list[list[float]] = state.get("validations", [])  # (EFLOPs, loss) of each
+        self._peak = peak_flops(config.model.dtype) * parallel.world_size()
+        run.log(f"fastest matrix product {self._peak / parallel.world_size() / 1e9:.4g} GFLOP/s a rank; time/mfu is a share of it")
+
+    def state(self, step: int) -> dict:
+        return {"step": step, "ledger": self.ledger.state_dict(), "skipped_in_a_row": self.skipped.in_a_row,
+                "recent_losses": self.spikes.state(), "validations": self.validations}
+
+    def record(
+        self, step: int, data: Trajectories, chosen: Sequence[int], batch: PackedBatch, update: Update, seconds: float, waited: float
+    ) -> None:
+        """One training step. `chosen`: its samples; `waited`: seconds of `seconds` in which the next batch was not ready yet."""
+        self.ledger.add(step, "sft_update", batch.sequences, batch.tokens, seconds)
+        spike = self.spikes.add(update.loss)
+        speed, mfu = batch.tokens / seconds, self._flops(data.lengths[chosen]) / seconds / self._peak
+        own = [int(data.loss_tokens[chosen][data.source[chosen] == number].sum()) for number in range(len(data.names))]
+        self.run.record(step, "train", {
+            **self._axis(),
+            "loss": update.loss,
+            **of_sources(update.metrics, data.names, own),
+            "grad_norm": update.grad_norm,
+            "lr": update.lr,
+            "skipped_updates": int(update.skipped),
+            "loss_spike": int(spike),
+            "tokens": batch.tokens,
+            "loss_tokens": batch.loss_tokens,
+            "padding_share": 1 - batch.tokens / batch.positions,
+            "time/step_seconds": seconds,
+            "time/data_seconds": waited,
+            "time/tokens_per_second": speed,
+            "time/mfu": mfu,
+        })
+        flags = f"{' | update skipped' if update.skipped else ''}{' | LOSS SPIKE' if spike else ''}"
+        self.run.log(f"step {step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} tokens {batch.tokens} "
+                     f"{speed:.0f} tokens/s mfu {mfu:.1%} padding {1 - batch.tokens / batch.positions:.1%}{flags}")
+        if spike:
+            self.run.log(f"step {step} its samples: {', '.join(data.id(i) for i in chosen)}")
+        self.skipped.add(update, step, [data.id(i) for i in chosen] if update.skipped else [])
+
+    def measure(self, step: int) -> None:
+        """Collective. Validation loss with its regime, and score, where due; step 0 is the untrained model.
+
+        A checkpoint is validated too: RL may start from it.
+        """
+        sft = self.config.sft
+        if due(step, sft.val_every, self.steps) or due(step, sft.checkpoint_every, self.steps):
+            began = time.perf_counter()
+            val = validation_loss(self.core, self.held_out, sft.token_budget)
+            self.ledger.add(step, "validation", val.sequences, int(self.held_out.lengths.sum()), time.perf_counter() - began)
+            self.validations.append([self.ledger.eflops_sft, val.whole.loss])
+            regime = self._regimes()[-1]
+            self.run.record(step, "val", {**self._axis(), **val.metrics(), "regime": regime})
+            self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {regime} so far")
+        if due(step, sft.eval_every, self.steps):
+            score = self.scorer.score(self.core)
+            self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
+            self.run.record(step, "eval", {**self._axis(), **score.metrics()})
+            self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
+        record_ledger(self.run, self.ledger)
+
+    def should_stop(self) -> bool:
+        """Whether the validation loss has left the regime that `sft.stop_after` names."""
+        after = self.config.sft.stop_after
+        return after != "never" and regimes.has_left(after, *self._curve())
+
+    def _curve(self) -> tuple:
+        eflops, losses = zip(*self.validations, strict=True)
+        return eflops, losses, self.config.ceiling.delta, self.config.ceiling.delta2
+
+    def _regimes(self) -> list[str]:
+        """Of every validation, judged by the minimum so far."""
+        return regimes.classify(*self._curve())
+
+    def _axis(self) -> dict[str, float]:
+        return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": 0.0}
+
+    def _flops(self, lengths: np.ndarray) -> float:
+        """Of one training step on sequences of these lengths. Attention grows with the square, so long sequences weigh in the mean."""
+        tokens = float(lengths.sum())
+        mean = float((lengths.astype(np.float64) ** 2).sum()) / tokens
+        return flops.TRAINING_UNITS * flops.exact_forward(self.scorer.hf.shape, tokens=tokens, mean_length=mean)

@@ -55,11 +55,11 @@ def measure(*arguments: object) -> dict:
 def measure_build(cache: str, hf_dir: str, file: str, workers: str, chunk_bytes: str) -> dict:
     """Seconds, tokens and records of a build; bytes of memory of this process and of its largest worker."""
     from pctrain.config import DataConfig
-    from pctrain.data import sources
+    from pctrain.data import build as build_module
     from pctrain.data.build import TokenJob, build, folder_of
     from pctrain.data.store import TokenStore
 
-    sources.CHUNK_BYTES = int(chunk_bytes)
+    build_module.CHUNK_BYTES = int(chunk_bytes)
     job = TokenJob([Path(file)], Path(hf_dir), DataConfig(workers=int(workers)), 16384)
     began = time.perf_counter()
     folder = folder_of(Path(cache), job)

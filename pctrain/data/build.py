@@ -33,7 +33,7 @@ from pctrain.config import DataConfig
 from pctrain.data.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
-from pctrain.data.sources import Chunk, chunks, columns_of, parts_of, read_chunk
+from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_chunk
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
 from pctrain.errors import UserError
@@ -46,7 +46,7 @@ SETTLED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class TokenJob:
-    """What is tokenised, and how. `limit`: most tokens of a sample; of `data`, the files' names are not read."""
+    """What is tokenised, and how. `files`: of `files_of`; `limit`: most tokens of a sample; the paths in `data` are not read."""
 
     files: Sequence[Path]
     hf_dir: Path
@@ -125,7 +125,7 @@ def _wait_for_lock(file: Path) -> Iterator[Progress]:
 def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
     parts: list[Chunk] = []
     for file in job.files:
-        for part in chunks(file):
+        for part in chunks(file, CHUNK_BYTES):
             parts.append(part)
             yield Progress(0, 0, 0, 0)
     done = records = tokens = 0

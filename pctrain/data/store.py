@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
 from itertools import islice
 from pathlib import Path
@@ -40,7 +41,9 @@ def is_finished(folder: Path) -> bool:
 
 
 class TokenStore:
-    """The samples of a finished folder, in the order of the files and their records. About 28 bytes a record are held in memory.
+    """The samples of a finished folder, in the order of the files and their records; threads may read it at the same time.
+
+    About 32 bytes a record are held in memory.
 
     Attributes:
         lengths: int32 [n], tokens of each sample.
@@ -66,6 +69,7 @@ class TokenStore:
         trained = np.concatenate([[0], np.cumsum(self._spans[:, 1] - self._spans[:, 0], dtype=np.int64)])
         self.loss_tokens = np.diff(trained[self._first_span]).astype(np.int32)
         self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,8 +81,10 @@ class TokenStore:
         shard = self._shard(index)
         tokens = np.empty(self.lengths[index], self._dtype)
         begin = self._first_token[index] - self._first_token[self._first_record[shard]]
-        stream = self._stream(shard)
-        if os.preadv(stream.fileno(), [tokens], int(begin) * self._dtype.itemsize) != tokens.nbytes:
+        with self._lock:  # another thread must not close the file meanwhile
+            stream = self._stream(shard)
+            read = os.preadv(stream.fileno(), [tokens], int(begin) * self._dtype.itemsize)
+        if read != tokens.nbytes:
             raise UserError(f"{stream.name} is shorter than {MANIFEST} says; delete {self.folder}, and it is made again")
         weights = np.zeros(len(tokens), np.float32)
         for start, end in self._spans[self._first_span[index] : self._first_span[index + 1]]:

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 from pctrain.config import DataConfig
-from pctrain.data import sources
+from pctrain.data import build as build_module
 from pctrain.data.build import TokenJob, build, folder_of
 
 
 def main():
     cache, hf_dir, chunk_bytes, workers, *files = sys.argv[1:]
-    sources.CHUNK_BYTES = int(chunk_bytes)
+    build_module.CHUNK_BYTES = int(chunk_bytes)
     job = TokenJob([Path(file) for file in files], Path(hf_dir), DataConfig(workers=int(workers)), 4096)
     folder = folder_of(Path(cache), job)
     for progress in build(job, folder):

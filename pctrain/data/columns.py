@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -99,5 +100,7 @@ def _what_is_there(here: Any, at: str) -> str:
 
 def kind(value: Any) -> str:
     """`a list`, `a number`, `null`, ...: what a JSON value is, for messages."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN or an infinity"
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
     return "null" if value is None else kinds.get(type(value), f"a value of type {type(value).__name__}")

@@ -30,7 +30,7 @@ def make(config: Config, folder: Path) -> Path:
     if config.data.train is None:
         raise UserError("data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path")
     records = [r for source in config.data.train for r in read_records(source.path, config.data.fields, need=("response",))]
-    texts = [text for r in records for text in (r.prompt, r.response)]
+    texts = [text for r in records for text in (r.question, r.trajectory)]
     return make_hf_dir(folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed)
 
 

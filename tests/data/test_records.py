@@ -1,12 +1,13 @@
-"""Reading JSONL: good files as they come, bad ones refused by file and line."""
+"""Records of JSON lines: good ones as they come, bad ones refused by file and line; chats and columns of other names."""
 
 import json
 
 import pytest
 
 from pctrain.config import FieldsConfig
-from pctrain.data.records import Record
-from pctrain.data.sources import read_records
+from pctrain.data.columns import choose
+from pctrain.data.records import Fault, Message, Record
+from pctrain.data.sources import iter_records, read_records
 from pctrain.errors import UserError
 
 GOOD = '{"prompt": "1+1=", "response": "two", "answer": "2"}'
@@ -80,6 +81,107 @@ def test_a_bad_file_is_named(write, content, message):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "cannot be read")):
+    for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder, but no data set")):
         with pytest.raises(UserError, match=message):
             read_records(path, FieldsConfig(), need=())
+
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+
+
+def test_a_chat_is_found_by_its_column(write):
+    path = write(json.dumps({"messages": CHAT, "answer": 2}))
+    record, = read_records(path, FieldsConfig(), need=("response", "answer"))
+    assert record.messages == (Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "2"))
+    assert (record.prompt, record.response, record.answer) == (None, None, "2")
+    assert (record.question, record.trajectory) == ("Be brief.\n\n1+1?", "2")
+
+
+def test_a_chat_may_end_with_a_question_where_no_response_is_needed(write):
+    path = write(json.dumps({"messages": CHAT[:2], "answer": "2"}))
+    record, = read_records(path, FieldsConfig(), need=("answer",))
+    assert (record.question, record.trajectory) == ("Be brief.\n\n1+1?", None)
+
+
+def turns(*pairs):
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+@pytest.mark.parametrize("messages, cause, message", [
+    (CHAT[:2], "bad_chat", "the chat ends with a turn of role 'user'; expected 'assistant'"),
+    ("hello", "wrong_type", "expected a list of messages, got a string"),
+    (["hello"], "bad_chat", "message 1: expected an object with role and content, got a string"),
+    (turns(("user", "q"), ("human", "r")), "bad_chat", "message 2: expected a role of system, developer, user, assistant, tool, got 'h"),
+    (turns(("user", ["q"]), ("assistant", "r")), "bad_chat", "message 1: expected a string as content, got a list"),
+    (turns(("user", "q"), ("assistant", None)), "bad_chat", "message 2: expected a string as content, got null"),
+    (turns(("user", "q"), ("assistant", " ")), "empty_response", "the assistant's last turn is empty"),
+    (turns(("assistant", "r")), "empty_prompt", "nothing is asked"),
+    (turns(("user", ""), ("assistant", "r")), "empty_prompt", "nothing is asked"),
+    ([], "empty_prompt", "nothing is asked"),
+    (turns(("user", "\ud800"), ("assistant", "r")), "surrogate", "message 1 holds half of a surrogate pair"),
+])
+def test_a_bad_chat_is_a_fault(write, messages, cause, message):
+    path = write(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": messages}))
+    good, fault = iter_records(path, FieldsConfig(), need=("response",))
+    assert isinstance(good, Record)
+    assert (fault.where, fault.cause) == (f"{path}:2", cause) and message in fault.message
+
+
+RETU = {"data_source": "retu", "prompt": [{"role": "user", "content": "templated"}], "extra_info": {"question": "q", "answer": "the way"},
+        "reward_model": {"ground_truth": "7", "style": "rule"}}
+
+
+def test_the_columns_of_retu_are_found(write):
+    path = write(json.dumps(RETU))
+    assert read_records(path, FieldsConfig(), need=("response", "answer")) == [Record("train.jsonl:1", "q", "the way", "7")]
+
+
+def test_what_the_config_names_goes_over_what_is_found(write):
+    path = write(json.dumps({**RETU, "messages": CHAT, "solution": "s"}))
+    found, = read_records(path, FieldsConfig(), need=())
+    assert found.trajectory == "2", "messages come first"
+    fields = FieldsConfig(prompt="prompt.0.content", response="solution", answer="reward_model.ground_truth")
+    named, = read_records(path, fields, need=("answer",))
+    assert named == Record("train.jsonl:1", "templated", "s", "7")
+    chat, = read_records(path, FieldsConfig(messages="prompt"), need=())
+    assert chat.messages == (Message("user", "templated"),)
+
+
+def test_a_chat_and_a_prompt_cannot_both_be_named(write):
+    with pytest.raises(UserError, match="data.fields.messages = chat and data.fields.prompt = q: a record is a chat or a prompt"):
+        read_records(write(GOOD), FieldsConfig(messages="chat", prompt="q"), need=())
+
+
+def test_the_choice_of_columns_can_be_read():
+    assert choose(FieldsConfig(answer="label"), "RETU").describe() == (
+        "RETU: prompt from extra_info.question, response from extra_info.answer, answer from label")
+    assert choose(FieldsConfig(), "chat").describe() == "chat: messages from messages, answer from answer"
+
+
+@pytest.mark.parametrize("path, message", [
+    ("extra_info.solution", "no field 'extra_info.solution' ('extra_info' has: answer, question)"),
+    ("prompt.3.content", "no field 'prompt.3.content' ('prompt' is a list of 1)"),
+    ("data_source.x", "no field 'data_source.x' ('data_source' is a string)"),
+    ("nothing.x", "no field 'nothing.x' (it has: data_source, extra_info, prompt, reward_model)"),
+])
+def test_a_path_into_nothing_says_where_it_ends(write, path, message):
+    with pytest.raises(UserError) as error:
+        read_records(write(json.dumps(RETU)), FieldsConfig(response=path), need=("response",))
+    assert message in str(error.value)
+
+
+def test_a_column_whose_name_has_dots_comes_before_the_path(write):
+    path = write('{"a.b": "column", "a": {"b": "path"}}')
+    assert read_records(path, FieldsConfig(prompt="a.b"), need=())[0].prompt == "column"
+
+
+def test_faults_stand_where_the_records_would(write):
+    path = write(f'{GOOD}\n{{"prompt": "p"\n{GOOD}\n[]\n'.encode() + b'{"prompt": "\xff"}\n' + GOOD.encode())
+    found = [(r.cause if isinstance(r, Fault) else r.id) for r in iter_records(path, FieldsConfig(), need=("response",))]
+    assert found == ["train.jsonl:1", "malformed_json", "train.jsonl:3", "not_an_object", "not_utf8", "train.jsonl:6"]
+
+
+def test_not_a_number_is_no_answer(write):
+    path = write('{"prompt": "p", "answer": NaN}')
+    with pytest.raises(UserError, match="field 'answer': expected a string or a number, got NaN or an infinity"):
+        read_records(path, FieldsConfig(), need=("answer",))

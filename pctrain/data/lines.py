@@ -138,7 +138,7 @@ def _damaged(file: Path, compression: str, lines: int, error: OSError) -> UserEr
 def parse_lines(data: bytes, first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
     if first == 1:
         data = data.removeprefix(BYTE_ORDER_MARK)
-    # bytes.splitlines and str.splitlines would cut at characters that may stand inside a JSON string.
+    # str.splitlines would cut at characters that may stand inside a JSON string, bytes.splitlines at a lone \r between its tokens.
     for number, line in enumerate(data.split(b"\n"), start=first):
         if line.strip():
             yield number, _parse(line)

@@ -19,7 +19,7 @@ datasets.disable_progress_bars()
 
 # What could be cut wrongly: blank lines, line ends of two kinds, characters that str.splitlines cuts at, several bytes a character.
 LINES = st.one_of(
-    st.just(b""), st.just(b"  "), st.just(b"{"), st.just(b"\xff\xfe"),
+    st.just(b""), st.just(b"  "), st.just(b"{"), st.just(b"\xff\xfe"), st.just(b'{"prompt":\r"p"}'),
     st.text(alphabet="aé\u2028\x85\U0001f600 \\\"", max_size=12).map(
         lambda text: json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False).encode()))
 CONTENTS = st.tuples(st.booleans(), st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12), LINES).map(

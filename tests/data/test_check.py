@@ -112,6 +112,14 @@ def test_only_the_first_places_are_named(run):
     assert len(figures["troubles"][0]["first"]) == 5 and kinds(figures) == {"duplicate_record": 99} and "and 94 more" in text
 
 
+def test_no_picture_of_an_earlier_check_stays(run, tmp_path):
+    write_records("a.jsonl", [good(0)])
+    write_records("b.jsonl", [{"prompt": "p"}])
+    run("a.jsonl")
+    assert (tmp_path / "data-check" / "lengths.png").exists()
+    assert run("b.jsonl")[0] == 1 and not (tmp_path / "data-check" / "lengths.png").exists()
+
+
 def test_the_same_file_named_twice_is_read_once(run):
     write_records("a.jsonl", [good(0)])
     assert run("a.jsonl", "*.jsonl")[2]["records"] == 1

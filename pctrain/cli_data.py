@@ -20,6 +20,31 @@ def _data_generate(command: Command, arguments: list[str]) -> None:
         print(f"{path}: {getattr(config.data.problems, name)} records")
 
 
+def _data_check(command: Command, arguments: list[str]) -> None:
+    out, arguments = take(arguments, "--out")
+    paths, options = _operands(arguments)
+    if not paths:
+        raise UserError(f"pctrain data check needs a file; usage: {command.usage}")
+    config = resolve_config(command, options)
+    from pctrain.data import check_report
+    from pctrain.data.check import check
+    from pctrain.progress import make_console
+
+    found = check(paths, config)
+    check_report.show(found, check_report.write(found, Path(out or "data-check")), make_console())
+    if not found.passed:
+        raise SystemExit(1)
+
+
+def _operands(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Paths, and options with their values (`--section.key=value` or `--section.key value`), in any order."""
+    paths, options = [], []
+    for before, argument in zip([""] + arguments, arguments):
+        is_value = before.startswith("--") and "=" not in before
+        (options if argument.startswith("-") or is_value else paths).append(argument)
+    return [Path(path) for path in paths], options
+
+
 COMMANDS = (
     Command(
         "data generate", "arithmetic problems with worked solutions, as JSONL files",
@@ -28,5 +53,18 @@ COMMANDS = (
          "pctrain data generate --config configs/quickstart.yaml --out data --run.seed=1 --data.problems.max_terms=5"),
         ("run.seed", "data.problems"),
         ("  --out DIR      folder for train.jsonl, validation.jsonl, test.jsonl and rl.jsonl",)),
+    Command(
+        "data check", "what is in files of trajectories or problems, how long they are, and what is wrong with them",
+        "pctrain data check FILE... [--out DIR] [--config FILE] [--model.path=HF] [--section.key=value ...]", _data_check,
+        ("pctrain data check train.jsonl",
+         "pctrain data check 'data/*.parquet' held_out.jsonl.zst --model.path=Qwen2.5-7B --out checked",
+         "pctrain data check retu.parquet --data.fields.answer=reward_model.ground_truth"),
+        ("model.path", "data.fields", "data.template", "data.loss_on", "data.overlong"),
+        ("  FILE           .jsonl (also .gz, .zst), .parquet, a folder of datasets' save_to_disk, or a glob of these",
+         "  --out DIR      folder for lengths.png (histograms) and check.json (all figures)  [default: data-check]",
+         "",
+         "A file with responses is read as trajectories, which need prompt and response; any other as problems: prompt and answer.",
+         "With --model.path lengths are also counted in tokens, as SFT makes them, and compared with the model's context.",
+         "Exit status: 0 where every record can be used, 1 where one cannot, 2 for bad arguments.")),
     *cli_sets.COMMANDS,
 )

@@ -27,7 +27,8 @@ import yaml
 from pctrain import checkpoints, tracking
 from pctrain.config import Config
 from pctrain.config_load import dump
-from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, plain, rewrite_lines, write_beside
+from pctrain.data.sources import content_hash
+from pctrain.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 from pctrain.progress import make_console
@@ -80,7 +81,7 @@ class RunFolder:
             return run
         _refuse_foreign_folder(path)
         tracking.check(config)
-        run._fingerprints = fingerprints = {str(file): fingerprint(file) for file in data_files} | dict(digests or {})
+        run._fingerprints = fingerprints = {str(file): content_hash(file) for file in data_files} | dict(digests or {})
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -19,37 +19,34 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import numpy as np
 import tokenizers
 
 from pctrain.config import DataConfig
+from pctrain.data.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
-from pctrain.data.sources import Chunk, chunks, columns_of, read_chunk
+from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_chunk
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 
 HEARTBEAT = 0.5  # seconds: the longest time between two values of `build`, but for one shard written in this process
-AHEAD = 3  # shards a worker may be ahead of the one that is waited for
 # A file changed within this time of being hashed may change again without a new time stamp: its hash is not remembered.
 SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class TokenJob:
-    """What is tokenised, and how. `limit`: most tokens of a sample; of `data`, the files' names are not read."""
+    """What is tokenised, and how. `files`: of `files_of`; `limit`: most tokens of a sample; the paths in `data` are not read."""
 
     files: Sequence[Path]
     hf_dir: Path
@@ -67,6 +64,9 @@ class Progress:
     tokens: int
 
 
+Size = tuple[int, int]  # records and tokens of a shard
+
+
 class _Refused(UserError):
     """A record that a policy stops at: what is built of this very data cannot be finished."""
 
@@ -77,9 +77,12 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
     Reads every byte of the files the first time; their hashes are remembered in the cache by size and time of change.
     """
     hashes = _Hashes(Path(cache))
-    parts = {"format": FORMAT, "files": [[file.name, hashes.of(file)] for file in map(Path, job.files)],
+    parts = {"format": FORMAT, "files": [[file.name, *map(hashes.of, parts_of(file))] for file in map(Path, job.files)],
              "fields": job.data.fields.model_dump(), "encoder": Encoder(job.hf_dir, job.data, job.limit).digest}
-    hashes.save()
+    try:
+        hashes.save()
+    except OSError as error:
+        raise _unwritable(Path(cache), error) from None
     return Path(cache) / hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -103,7 +106,11 @@ def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
         finally:
             release()
     except OSError as error:
-        raise UserError(f"{folder}: the tokens cannot be written: {error.strerror or error}; free space, or set data.cache") from None
+        raise _unwritable(folder, error) from None
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: the tokens cannot be written: {error.strerror or error}; free space, or set data.cache")
 
 
 def _wait_for_lock(file: Path) -> Iterator[Progress]:
@@ -118,103 +125,106 @@ def _wait_for_lock(file: Path) -> Iterator[Progress]:
 def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
     parts: list[Chunk] = []
     for file in job.files:
-        for part in chunks(file):
+        for part in chunks(file, CHUNK_BYTES):
             parts.append(part)
             yield Progress(0, 0, 0, 0)
-    shards: list[dict] = []
-    records = tokens = 0
-    for shard in _shards(job, folder, parts):
-        if shard is not None:
-            shards.append(shard)
-            records, tokens = records + shard["records"], tokens + shard["tokens"]
-        yield Progress(len(shards), len(parts), records, tokens)
-    if not records:
-        raise _Refused(_nothing_left(job, shards))
-    _finish(job, folder, parts, shards)
+    done = records = tokens = 0
+    for size in _shards(job, folder, parts):
+        if size is not None:
+            done, records, tokens = done + 1, records + size[0], tokens + size[1]
+        yield Progress(done, len(parts), records, tokens)
+    _finish(job, folder, parts)
 
 
 # ---- shards ------------------------------------------------------------------------------------------------------------
 
 
-def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[dict | None]:
-    """What is in each shard, in order, written where it is not there yet; None now and then while one is waited for."""
-    there = {number: shard for number, part in enumerate(parts) if (shard := _finished_shard(folder, number, part))}
+def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[Size | None]:
+    """The size of each shard, in order, written where it is not there yet; None now and then while one is waited for."""
+    there = {number: size for number, part in enumerate(parts) if (size := _finished_shard(folder, number, part))}
     missing = len(parts) - len(there)
     workers = min(missing, job.data.workers or len(os.sched_getaffinity(0)))
     if workers <= 1:  # starting a process takes longer than most small files
         encoder = Encoder(job.hf_dir, job.data, job.limit) if missing else None
         yield from (there.get(number) or _write_shard(encoder, job.data, folder, number, part) for number, part in enumerate(parts))
         return
-    context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks of torch and tokenizers
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, folder))
+    yield from _in_processes(job, folder, there, parts, workers)
+
+
+def _in_processes(job: TokenJob, folder: Path, there: dict[int, Size], parts: list[Chunk], workers: int) -> Iterator[Size | None]:
+    """Sizes in the order of the parts, so that of several bad records the first one is reported, whichever process is the faster.
+
+    Plain processes and pipes: the threads and locks of a ProcessPoolExecutor can hang on Ctrl-C, and its workers outlive a killed parent.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch and tokenizers hold
+    processes: list[multiprocessing.process.BaseProcess] = []
+    idle: list[Connection] = []
+    busy: dict[Connection, int] = {}
+    finished: dict[int, Size | Exception] = dict(there)
+    todo = iter([number for number in range(len(parts)) if number not in there])
     try:
-        yield from _in_order(pool, there, parts, workers)
-    except BrokenProcessPool:
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(theirs, job, folder), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            idle.append(ours)
+        for due in range(len(parts)):
+            while due not in finished:
+                while idle and (number := next(todo, None)) is not None:
+                    busy[idle[-1]] = number
+                    idle.pop().send((number, parts[number]))
+                for connection in wait(list(busy), HEARTBEAT):
+                    finished[busy.pop(connection)] = connection.recv()
+                    idle.append(connection)
+                yield None
+            if isinstance(finished[due], Exception):
+                raise finished[due]
+            yield finished.pop(due)
+    except (EOFError, ConnectionError):
         raise UserError(f"{folder}: a process that tokenises has died (killed by the system for its memory?); "
                         "what it had finished is kept; start again, with fewer data.workers") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
-def _in_order(pool: ProcessPoolExecutor, there: dict[int, dict], parts: list[Chunk], workers: int) -> Iterator[dict | None]:
-    """In the order of the parts, so that of several bad records the first one is reported, whichever worker is the faster."""
-    waiting: deque[Future | dict] = deque()
-    left = enumerate(parts)
-    while True:
-        while len(waiting) < workers * AHEAD and (pair := next(left, None)):
-            waiting.append(there.get(pair[0]) or pool.submit(_write_in_worker, *pair))
-        if not waiting:
-            return
-        head = waiting.popleft()
-        while isinstance(head, Future) and not wait([head], HEARTBEAT).done:
-            yield None
-        yield head.result() if isinstance(head, Future) else head
-
-
-_in_worker: tuple | None = None  # arguments of `_write_shard` that all parts share, in a worker process
-
-
-def _start_worker(job: TokenJob, folder: Path) -> None:
-    global _in_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops this process
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _work(connection: Connection, job: TokenJob, folder: Path) -> None:
+    """A worker process: takes (number, part), sends the size of the shard or the error that it ended in."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for every core already
-    _in_worker = (Encoder(job.hf_dir, job.data, job.limit), job.data, folder)
+    encoder = Encoder(job.hf_dir, job.data, job.limit)
+    while True:
+        try:
+            number, part = connection.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            result = _write_shard(encoder, job.data, folder, number, part)
+        except (UserError, OSError) as error:
+            result = error
+        connection.send(result)
 
 
-def _die_with_parent() -> None:
-    """A killed parent cannot stop its workers, and the pool's queue, which they hold open themselves, would let them wait for ever."""
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-def _write_in_worker(number: int, part: Chunk) -> dict:
-    return _write_shard(*_in_worker, number, part)
-
-
-def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, part: Chunk) -> dict:
-    """Writes one shard; returns what its .json says. Memory: one part of a file."""
+def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, part: Chunk) -> Size:
+    """Writes the tokens of a part, then the .json with all else there is to know of it. Memory: one part of a file."""
     tokens_file = shard_file(folder, number, "tokens")
     beside = tokens_file.with_name(tokens_file.name + ".tmp")
     dtype = np.dtype(np.uint16 if encoder.tokenizer.largest_id < 1 << 16 else np.int32)
-    ids, lengths, span_counts, spans, dropped, cut = [], [], [], [], [], 0
+    about = {"part": repr(part), "dtype": dtype.name, "ids": [], "lengths": [], "spans": [], "cut": 0, "dropped": []}
     with open(beside, "wb") as stream:
-        for id, sample in _samples(encoder, data, part, dropped):
+        for id, sample in _samples(encoder, data, part, about["dropped"]):
             stream.write(sample.tokens.astype(dtype).tobytes())
-            ids.append(json_line(id))
-            lengths.append(len(sample.tokens))
-            span_counts.append(len(sample.spans))
-            spans.append(sample.spans)
-            cut += sample.cut
+            about["ids"].append(id)
+            about["lengths"].append(len(sample.tokens))
+            about["spans"].append(sample.spans.tolist())
+            about["cut"] += sample.cut
     fsync(beside)
     os.replace(beside, tokens_file)
-    write_beside(shard_file(folder, number, "ids"), "".join(ids))
-    index = {"lengths": np.array(lengths, np.int32), "span_counts": np.array(span_counts, np.int32),
-             "spans": np.concatenate([np.empty((0, 2), np.int32), *spans])}
-    write_beside(shard_file(folder, number, "npz"), _npz(index))
-    shard = {"part": repr(part), "records": len(ids), "tokens": sum(lengths), "cut": cut, "dropped": dropped, "dtype": dtype.name}
-    write_beside(shard_file(folder, number, "json"), json_line(shard))
-    return shard
+    write_beside(shard_file(folder, number, "json"), json_line(about))
+    return len(about["ids"]), sum(about["lengths"])
 
 
 def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict]) -> Iterator[tuple[str, Sample]]:
@@ -233,59 +243,71 @@ def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict
         dropped.append({"where": fault.where, "cause": fault.cause, "message": fault.message})
 
 
-def _finished_shard(folder: Path, number: int, part: Chunk) -> dict | None:
-    """What the .json of a shard says, where an earlier build finished it, and of this very part."""
-    file = shard_file(folder, number, "json")
-    if not file.exists():
+def _finished_shard(folder: Path, number: int, part: Chunk) -> Size | None:
+    """The size of a shard that an earlier build finished, and of this very part."""
+    if not shard_file(folder, number, "json").exists():
         return None
-    shard = json.loads(file.read_text(encoding="utf-8"))
-    return shard if shard["part"] == repr(part) else None
+    about = _about(folder, number)
+    return (len(about["ids"]), sum(about["lengths"])) if about["part"] == repr(part) else None
+
+
+def _about(folder: Path, number: int) -> dict:
+    return json.loads(shard_file(folder, number, "json").read_text(encoding="utf-8"))
 
 
 # ---- the finished folder -----------------------------------------------------------------------------------------------
 
 
-def _finish(job: TokenJob, folder: Path, parts: list[Chunk], shards: list[dict]) -> None:
-    index: dict[str, list[np.ndarray]] = {"lengths": [], "span_counts": [], "spans": []}
-    for number in range(len(shards)):
-        with np.load(shard_file(folder, number, "npz")) as arrays:
-            for name, values in index.items():
-                values.append(arrays[name])
-    joined = {name: np.concatenate(values) for name, values in index.items()}
-    write_beside(folder / "index.npz", _npz({**joined, "shards": np.array([shard["records"] for shard in shards], np.int64)}))
-    dropped = [fault for shard in shards for fault in shard["dropped"]]
-    write_beside(folder / "dropped.jsonl", "".join(map(json_line, dropped)))
-    cut = sum(shard["cut"] for shard in shards)
-    records: Counter[Path] = Counter()
-    for part, shard in zip(parts, shards, strict=True):
-        records[part.file] += shard["records"]
-    encoder = Encoder(job.hf_dir, job.data, job.limit)
+def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
+    """Joins what the shards' .json say, one at a time, and writes the manifest last."""
+    shards, lengths, span_counts, spans = [], [], [], []
+    counts: Counter[str] = Counter()
+    records = dict.fromkeys(job.files, 0)
+    first_dropped = dtype = None
+    with open(folder / "ids.jsonl", "w", encoding="utf-8") as ids, open(folder / "dropped.jsonl", "w", encoding="utf-8") as dropped:
+        for number, part in enumerate(parts):
+            about = _about(folder, number)
+            shards.append(len(about["ids"]))
+            lengths.append(np.array(about["lengths"], np.int32))
+            span_counts.append(np.array([len(of_record) for of_record in about["spans"]], np.int32))
+            spans.append(np.array([span for of_record in about["spans"] for span in of_record], np.int32).reshape(-1, 2))
+            records[part.file] += len(about["ids"])
+            counts.update(fault["cause"] for fault in about["dropped"])
+            counts.update({"cut": about["cut"]} if about["cut"] else {})
+            dtype, first_dropped = about["dtype"], first_dropped or next(iter(about["dropped"]), None)
+            ids.writelines(map(json_line, about["ids"]))
+            dropped.writelines(map(json_line, about["dropped"]))
+    if not sum(shards):
+        raise _Refused(_nothing_left(job, counts, first_dropped))
+    index = {"shards": np.array(shards, np.int64), "lengths": np.concatenate(lengths), "span_counts": np.concatenate(span_counts),
+             "spans": np.concatenate(spans)}
+    write_beside(folder / "index.npz", _npz(index))
+    for name in ("ids.jsonl", "dropped.jsonl"):
+        fsync(folder / name)
+    template = load(job.hf_dir, job.data.template)
     write_beside(folder / MANIFEST, json.dumps(plain({
         "format": FORMAT,
-        "records": len(joined["lengths"]),
-        "tokens": int(joined["lengths"].sum(dtype=np.int64)),
-        "loss_tokens": int((joined["spans"][:, 1] - joined["spans"][:, 0]).sum(dtype=np.int64)),
-        "counts": dict(Counter(fault["cause"] for fault in dropped)) | ({"cut": cut} if cut else {}),
-        "dtype": shards[0]["dtype"],
-        "files": [{"path": file, "records": records[file]} for file in job.files],
+        "records": sum(shards),
+        "tokens": index["lengths"].sum(dtype=np.int64),
+        "loss_tokens": (index["spans"][:, 1] - index["spans"][:, 0]).sum(dtype=np.int64),
+        "counts": counts,
+        "dtype": dtype,
+        "files": [{"path": file, "records": count} for file, count in records.items()],
         "columns": {str(part.file): columns_of(part, job.data.fields).describe() for part in parts},
-        "template": encoder.template and encoder.template.where,
+        "template": template and template.where,
         "settings": {"limit": job.limit, **job.data.model_dump(include={"fields", "loss_on", "overlong", "unusable"})},
         "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
     }), indent=1) + "\n")
-    for number in range(len(shards)):  # the index holds what they say
-        shard_file(folder, number, "npz").unlink()
+    for number in range(len(parts)):  # all that they say is in the other files now
         shard_file(folder, number, "json").unlink()
 
 
-def _nothing_left(job: TokenJob, shards: list[dict]) -> str:
+def _nothing_left(job: TokenJob, counts: Counter[str], first: dict | None) -> str:
     names = ", ".join(str(file) for file in job.files)
-    dropped = [fault for shard in shards for fault in shard["dropped"]]
-    if not dropped:
+    if first is None:
         return f"{names}: the data set is empty; expected one record a line or row"
-    causes = ", ".join(f"{count} {cause}" for cause, count in Counter(fault["cause"] for fault in dropped).most_common())
-    first = dropped[0]
-    return f"{names}: none of the {len(dropped)} records can be used ({causes}); the first: {first['where']}: {first['message']}"
+    causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
+    return f"{names}: none of the {counts.total()} records can be used ({causes}); the first: {first['where']}: {first['message']}"
 
 
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
@@ -304,7 +326,7 @@ class _Hashes:
         self._file = cache / "hashes.json"
         try:
             self._known: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):  # a memory, not a record: it is made again
+        except (OSError, ValueError):  # a memory, not a record: it is made again
             self._known = {}
         self._new: dict[str, str] = {}
 

@@ -7,8 +7,9 @@ very place that a sample begins at. It ends with the special token that closes t
 is context of a later turn, and of no use behind the last one. A model stops at its tokenizer's EOS: where the closing token is another
 one, or none is written, EOS follows the last turn and is trained on as well.
 
-The mask is proved for each record, not taken from the text: the chat must begin with its prompt, and its tokens must be those of the prompt
-followed by those of the rest. Where a template writes earlier turns otherwise than it wrote them as answers (Qwen3 leaves their reasoning
+The mask is proved for each record, not taken from the text: the chat must begin with its prompt, and the tokens of the chat with those of
+the prompt; the answer's are the rest. (The answer is not tokenised by itself: SentencePiece would put a space before it that is not in the
+chat, and nobody samples it so.) Where a template writes earlier turns otherwise than it wrote them as answers (Qwen3 leaves their reasoning
 out), no span of them is what was sampled, and the record is `Unusable`.
 
 Special tokens are read wherever they stand, also in a user's own text ("<|im_end|>" there ends the turn): so does transformers, and the
@@ -136,26 +137,22 @@ class Encoder:
         text = self._render(messages)
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         turns = turns if self._data.loss_on == "all" else turns[-1:]
-        starts = [self._start(messages, turn, text) for turn in turns]
-        whole, *pieces = self.tokenizer.encode_all([text, *_split(text, starts)])
-        if whole != [token for piece in pieces for token in piece]:
-            raise Unusable("token_boundary", self._boundary_message(whole, pieces))
-        spans, begin = [], len(pieces[0])
-        for turn, start, piece in zip(turns, starts, pieces[1:], strict=True):
-            if turn == turns[-1]:
-                length = self._turn_length(piece)
-            else:
-                length = self._earlier_turn(messages[: turn + 1], start, text, piece)
-            spans.append((begin, begin + length))
-            begin += len(piece)
+        prompts = [self._prompt(messages, turn, text) for turn in turns]
+        whole, *prompt_ids = self.tokenizer.encode_all([text, *prompts])
+        spans = []
+        for turn, ids in zip(turns, prompt_ids, strict=True):
+            if whole[: len(ids)] != ids:
+                raise Unusable("token_boundary", self._boundary_message(whole, ids))
+            last = turn == turns[-1]
+            spans.append((len(ids), self._end(whole, len(ids)) if last else self._earlier_end(messages[: turn + 1], text, whole, len(ids))))
         tokens = whole[: spans[-1][1]]
         if tokens[-1] != self.tokenizer.eos_id:
             tokens.append(self.tokenizer.eos_id)
             spans[-1] = (spans[-1][0], len(tokens))
         return tokens, [(start, end) for start, end in spans if start < end]  # an earlier turn may be empty
 
-    def _start(self, messages: Sequence[Message], turn: int, text: str) -> int:
-        """Where in `text` the answer of `turn` begins: behind what the template writes to have it sampled."""
+    def _prompt(self, messages: Sequence[Message], turn: int, text: str) -> str:
+        """What the answer of `turn` is sampled after; `text`, the whole chat, begins with it."""
         prompt = self._render(messages[:turn], add_generation_prompt=True)
         if not text.startswith(prompt):
             last = turn == len(messages) - 1
@@ -163,28 +160,28 @@ class Encoder:
                 "template_prefix" if last else "template_rewrites",
                 f"the chat template does not write turn {turn + 1} after the prompt that it is sampled from: {_difference(prompt, text)}; "
                 + ("give a template whose answers follow its generation prompt by data.template" if last else _ADVICE))
-        return len(prompt)
+        return prompt
 
-    def _earlier_turn(self, messages: Sequence[Message], start: int, text: str, piece: list[int]) -> int:
-        """Tokens of a turn that others follow: what the template writes while it is the last one. Unusable where that changes later."""
+    def _end(self, ids: list[int], begin: int) -> int:
+        """Where the answer that ends `ids` ends: behind the special token that closes it, or at the end where the template writes none."""
+        closing = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.special_ids), None)
+        if closing is None or self.tokenizer.decode(ids[closing + 1 :]).strip():  # a special token within the answer's own text
+            return len(ids)
+        return closing + 1
+
+    def _earlier_end(self, messages: Sequence[Message], text: str, whole: list[int], begin: int) -> int:
+        """The end of a turn that others follow: where it ends while it is the last one. Unusable where the template changes it later."""
         alone = self._render(messages)
         if not text.startswith(alone):
             raise Unusable("template_rewrites", f"the chat template writes turn {len(messages)} otherwise once more turns follow: "
                                                 f"{_difference(alone, text)}; {_ADVICE}")
-        answer = self.tokenizer.encode(alone[start:])
-        length = self._turn_length(answer)
-        if piece[:length] != answer[:length]:
+        ids = self.tokenizer.encode(alone)
+        end = self._end(ids, begin)
+        if whole[:end] != ids[:end]:
             raise Unusable("token_boundary", f"the end of turn {len(messages)} is tokenised otherwise once more turns follow; {_ADVICE}")
         # Some templates leave the last turn open, and close it by EOS when another one follows.
-        left_open = not self.tokenizer.special_ids.intersection(answer[:length][-1:])
-        return length + (left_open and piece[length : length + 1] == [self.tokenizer.eos_id])
-
-    def _turn_length(self, ids: list[int]) -> int:
-        """Tokens of an answer up to the special token that closes it; all of them where the template writes none."""
-        closing = next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.tokenizer.special_ids), None)
-        if closing is None or self.tokenizer.decode(ids[closing + 1 :]).strip():  # a special token within the answer's own text
-            return len(ids)
-        return closing + 1
+        left_open = not self.tokenizer.special_ids.intersection(ids[begin:end][-1:])
+        return end + (left_open and whole[end : end + 1] == [self.tokenizer.eos_id])
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
@@ -192,14 +189,13 @@ class Encoder:
         except chat_template.RenderError as error:
             raise Unusable("template_error", str(error)) from None
 
-    def _boundary_message(self, whole: list[int], pieces: list[list[int]]) -> str:
-        apart = [token for piece in pieces for token in piece]
-        at = next((i for i, (a, b) in enumerate(zip(whole, apart)) if a != b), min(len(whole), len(apart)))
+    def _boundary_message(self, whole: list[int], prompt: list[int]) -> str:
+        at = next((i for i, (a, b) in enumerate(zip(whole, prompt)) if a != b), len(whole))
         place = slice(max(0, at - 3), at + 3)
-        shown = [repr(self.tokenizer.decode(ids[place], special=True)) for ids in (whole, apart)]
-        return (f"the tokens of the chat are not those of its prompt followed by those of the answer: they differ at token {at + 1}, "
-                f"ids {whole[place]} ({shown[0]}) in the whole, {apart[place]} ({shown[1]}) apart: a token joins the generation prompt and "
-                "the answer, so no mask fits what is sampled; change how the answer begins (such as a newline), or the template")
+        chat, alone = (f"ids {ids[place]} ({self.tokenizer.decode(ids[place], special=True)!r})" for ids in (whole, prompt))
+        return (f"the tokens of the chat do not begin with those of its prompt: token {at + 1}, {chat} in the chat, {alone} in the prompt; "
+                "a token joins the end of the prompt and the answer, so no mask fits what is sampled: change how the answer begins (such "
+                "as a newline), or the template")
 
 
 _ADVICE = "train on the last turn alone (data.loss_on=last), or give a template that keeps earlier turns by data.template"
@@ -217,11 +213,6 @@ def _asked(record: Record) -> Sequence[Message]:
     if not record.messages:
         return (Message("user", record.prompt),)
     return record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
-
-
-def _split(text: str, starts: Sequence[int]) -> list[str]:
-    """The text cut at the starts: one piece more than there are starts."""
-    return [text[a:b] for a, b in zip([0, *starts], [*starts, len(text)], strict=True)]
 
 
 def _difference(expected: str, text: str) -> str:

@@ -35,14 +35,17 @@ class ByteRange:
 
 
 @dataclass(frozen=True)
-class HeldLines:
-    """Whole lines of an archive, unpacked; the first of them is line `first`."""
+class ArchivePart:
+    """Bytes `start` to `stop` of what an archive unpacks to; line `first` (from 1) begins at `start`."""
 
+    file: Path
+    compression: str
     first: int
-    data: bytes
+    start: int
+    stop: int
 
     def values(self, _: Collection[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-        return parse_lines(self.data, self.first)
+        yield from parse_lines(_unpack(self), self.first)
 
 
 def plain_pieces(file: Path, size: int) -> Iterator[tuple[ByteRange, int]]:
@@ -55,38 +58,87 @@ def plain_pieces(file: Path, size: int) -> Iterator[tuple[ByteRange, int]]:
             start, first = start + len(block), first + block.count(b"\n")
 
 
-def archive_pieces(file: Path, size: int, compression: str) -> Iterator[tuple[HeldLines, int]]:
+def archive_pieces(file: Path, size: int, compression: str) -> Iterator[tuple[ArchivePart, int]]:
     """The pieces of a compressed file, each of at least `size` bytes unpacked, and the bytes of the archive up to the end of each.
-
-    pyarrow's streams tell an archive that was cut off from one that ends, for both compressions; zstandard's readers do not.
 
     Args:
         compression: as pyarrow names it, gzip or zstd.
+    Raises:
+        UserError: the archive is damaged or cut off.
     """
-    held, first = bytearray(), 1
-    with open_file(file) as packed, pa.CompressedInputStream(packed, compression) as stream:
-        while True:
-            try:
-                part = stream.read(min(size, READ_BYTES))
-            except OSError as error:
-                lines = first - 1 + held.count(b"\n")
-                raise UserError(f"{file}: the {compression} archive is cut off or damaged after line {lines} or a little later ({error}); "
-                                "make or copy it again") from None
-            held += part
-            if len(held) >= size or not part:
-                stop = held.rfind(b"\n") + 1 if part else len(held)
-                if stop:
-                    yield HeldLines(first, bytes(held[:stop])), packed.tell()
-                first += held.count(b"\n", 0, stop)
-                del held[:stop]
-            if not part:
-                return
+    unpacked, held, start, first = _Unpacked(file, compression), bytearray(), 0, 1
+    while True:
+        try:
+            part = unpacked.read(min(size, READ_BYTES))
+        except OSError as error:
+            raise _damaged(file, compression, first - 1 + held.count(b"\n"), error) from None
+        held += part
+        if len(held) >= size or not part:
+            length = held.rfind(b"\n") + 1 if part else len(held)
+            if length:
+                yield ArchivePart(file, compression, first, start, start + length), unpacked.packed_position
+            start, first = start + length, first + held.count(b"\n", 0, length)
+            del held[:length]
+        if not part:
+            return
+
+
+class _Unpacked:
+    """The text of an archive, read forwards.
+
+    By pyarrow's streams, which tell an archive that was cut off from one that ends, for both compressions; zstandard's readers do not.
+    """
+
+    def __init__(self, file: Path, compression: str):
+        self.version = _version(file)
+        self.position = 0
+        self._packed = open_file(file)
+        self._stream = pa.CompressedInputStream(self._packed, compression)
+
+    @property
+    def packed_position(self) -> int:
+        return self._packed.tell()
+
+    def read(self, size: int) -> bytes:
+        part = self._stream.read(size)
+        self.position += len(part)
+        return part
+
+
+_last: _Unpacked | None = None  # the archive that this process read a part of last
+
+
+def _unpack(part: ArchivePart) -> bytes:
+    """The text of a part. An archive can only be read from its beginning: a process that reads part after part goes on where it was."""
+    global _last
+    here = _last
+    if here is None or here.version != _version(part.file) or here.position > part.start:
+        here = _Unpacked(part.file, part.compression)
+    _last = None  # a stream that failed is not read again
+    try:
+        while here.position < part.start and here.read(min(READ_BYTES, part.start - here.position)):
+            pass
+        text = here.read(part.stop - part.start)
+    except OSError as error:
+        raise _damaged(part.file, part.compression, part.first - 1, error) from None
+    _last = here
+    return text
+
+
+def _version(file: Path) -> tuple[str, int, int]:
+    state = file.stat()
+    return str(file), state.st_size, state.st_mtime_ns
+
+
+def _damaged(file: Path, compression: str, lines: int, error: OSError) -> UserError:
+    return UserError(f"{file}: the {compression} archive is cut off or damaged after line {lines} or a little later ({error}); "
+                     "make or copy it again")
 
 
 def parse_lines(data: bytes, first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
     if first == 1:
         data = data.removeprefix(BYTE_ORDER_MARK)
-    # bytes.splitlines and str.splitlines would cut at characters that may stand inside a JSON string.
+    # str.splitlines would cut at characters that may stand inside a JSON string, bytes.splitlines at a lone \r between its tokens.
     for number, line in enumerate(data.split(b"\n"), start=first):
         if line.strip():
             yield number, _parse(line)

@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import glob
+import hashlib
+import json
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,21 +19,23 @@ from typing import Any
 
 from pctrain.config import FieldsConfig
 from pctrain.data.columns import Columns, Form, choose, form_of
-from pctrain.data.lines import ByteRange, HeldLines, archive_pieces, plain_pieces
+from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
-from pctrain.data.tables import HeldRows, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
+from pctrain.data.tables import GroupPart, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
+from pctrain.durable import fingerprint
 from pctrain.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
 # Suffix, and the compression where there is one.
 LINES = {".jsonl": None, ".json": None, ".jsonl.gz": "gzip", ".json.gz": "gzip", ".jsonl.zst": "zstd", ".json.zst": "zstd"}
 FORMATS = ".jsonl (also .gz, .zst), .parquet, or a folder written by datasets' save_to_disk"
-Piece = ByteRange | HeldLines | RowGroups | HeldRows | StreamRows
+Piece = ByteRange | ArchivePart | RowGroups | GroupPart | StreamRows
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file, for another process to read.
+    """A part of a file: where it lies, not what is in it. A process that reads parts in their order reads archives and large row groups
+    once; one that goes back in them begins anew.
 
     `form` is what the file's first record has the columns of; `done` are the bytes of the file (on the disk) up to its end.
     """
@@ -76,6 +80,19 @@ def parts_of(file: Path) -> list[Path]:
     if file.suffix != ".parquet" and _lines_suffix(file) is None:
         raise UserError(f"{file}: expected {FORMATS}")
     return [file]
+
+
+def content_hash(path: Path | str) -> str:
+    """sha256, in hex, of what a path names: of a file its bytes; of a glob or a folder the names and the bytes of all files.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(path)
+    if path.is_file() or not (path.is_dir() or glob.has_magic(str(path))):
+        return fingerprint(path)
+    digests = [[file.name, *map(fingerprint, parts_of(file))] for file in files_of(path)]
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def iter_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
@@ -152,14 +169,19 @@ def columns_of(chunk: Chunk, fields: FieldsConfig) -> Columns:
 
 def read_chunk(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
     """The records of a chunk; in place of one that cannot be used its fault."""
+    return (record for _, record in read_numbered(chunk, fields, need))
+
+
+def read_numbered(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[tuple[int, Record | Fault]]:
+    """`read_chunk` with the line or row of each."""
     if not NEEDS.issuperset(need):
         raise ValueError(f"need: expected some of {sorted(NEEDS)}, got {need!r}")
     columns = columns_of(chunk, fields)
     for number, value in chunk.piece.values(columns.paths):
         try:
-            yield make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)
+            yield number, make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)
         except Unreadable as error:
-            yield Fault(f"{chunk.file}:{number}", error.cause, str(error))
+            yield number, Fault(f"{chunk.file}:{number}", error.cause, str(error))
 
 
 def _object(value: dict[str, Any] | Unreadable) -> dict[str, Any]:

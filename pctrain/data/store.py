@@ -3,8 +3,8 @@
 A folder of the cache, `<cache>/<key>/`, which `build` writes:
 
     shard-00000.tokens  tokens of the records of one part of a file, one after the other: uint16 or int32
-    shard-00000.ids     the records' ids, a JSON string a line
     index.npz           lengths int32 [n], span_counts int32 [n], spans int32 [m, 2], shards int64 [s] (records of each)
+    ids.jsonl           the records' ids, a JSON string a line
     dropped.jsonl       where, cause, message of every record that is not in the set
     manifest.json       what it was made of, and the counts; written last: a folder without it is not finished
 
@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import OrderedDict
+from itertools import islice
 from pathlib import Path
 from typing import IO
 
@@ -39,7 +41,9 @@ def is_finished(folder: Path) -> bool:
 
 
 class TokenStore:
-    """The samples of a finished folder, in the order of the files and their records. About 28 bytes a record are held in memory.
+    """The samples of a finished folder, in the order of the files and their records; threads may read it at the same time.
+
+    About 32 bytes a record are held in memory.
 
     Attributes:
         lengths: int32 [n], tokens of each sample.
@@ -65,6 +69,7 @@ class TokenStore:
         trained = np.concatenate([[0], np.cumsum(self._spans[:, 1] - self._spans[:, 0], dtype=np.int64)])
         self.loss_tokens = np.diff(trained[self._first_span]).astype(np.int32)
         self._open: OrderedDict[int, IO[bytes]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -76,8 +81,10 @@ class TokenStore:
         shard = self._shard(index)
         tokens = np.empty(self.lengths[index], self._dtype)
         begin = self._first_token[index] - self._first_token[self._first_record[shard]]
-        stream = self._stream(shard)
-        if os.preadv(stream.fileno(), [tokens], int(begin) * self._dtype.itemsize) != tokens.nbytes:
+        with self._lock:  # another thread must not close the file meanwhile
+            stream = self._stream(shard)
+            read = os.preadv(stream.fileno(), [tokens], int(begin) * self._dtype.itemsize)
+        if read != tokens.nbytes:
             raise UserError(f"{stream.name} is shorter than {MANIFEST} says; delete {self.folder}, and it is made again")
         weights = np.zeros(len(tokens), np.float32)
         for start, end in self._spans[self._first_span[index] : self._first_span[index + 1]]:
@@ -86,12 +93,8 @@ class TokenStore:
 
     def id(self, index: int) -> str:
         """The record's id: "<file name>:<line or row>", or its own. For messages: it reads a file."""
-        shard = self._shard(index)
-        with open(shard_file(self.folder, shard, "ids"), encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=int(self._first_record[shard])):
-                if number == index:
-                    return json.loads(line)
-        raise IndexError(f"sample {index} of {len(self)}")
+        with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
+            return json.loads(next(islice(lines, index, None)))
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first_record, index, side="right")) - 1

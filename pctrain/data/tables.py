@@ -20,7 +20,7 @@ from pctrain.data.records import Unreadable
 from pctrain.errors import UserError
 
 PIECE_ROWS = 4096
-# A row group of up to this many pieces is read by whoever gets it: it can only be decoded from its beginning.
+# A row group of up to this many pieces is one: it can only be decoded from its beginning.
 PIECES_IN_A_GROUP = 8
 READ_BYTES = 1 << 20  # of a column at once; without a bound pyarrow reads a whole row group, which may be the whole file
 BATCH_BYTES = 1 << 20  # of text turned into Python objects at once
@@ -43,17 +43,19 @@ class RowGroups:
 
 
 @dataclass(frozen=True)
-class HeldRows:
-    """Rows that another process cannot get at without reading what lies before them."""
+class GroupPart:
+    """`rows` rows of row group `group`, from its row `start`; `first` is the number of the first one in the file."""
 
     file: Path
     first: int
-    batch: pa.RecordBatch
+    group: int
+    start: int
+    rows: int
+    batch_rows: int
 
     def values(self, paths: Collection[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
-        names = self.batch.schema.names
-        wanted = _wanted(names, paths)
-        yield from _rows([self.batch if wanted is None else self.batch.select(wanted)], names, self.first)
+        names, batches = _rows_of_group(self, paths)
+        yield from _rows(batches, names, self.first)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class StreamRows:
 # ---------------------------------------------------------------- parquet
 
 
-def parquet_pieces(file: Path, size: int) -> Iterator[tuple[RowGroups | HeldRows, int]]:
+def parquet_pieces(file: Path, size: int) -> Iterator[tuple[RowGroups | GroupPart, int]]:
     """The pieces of a parquet file with about `size` bytes each (as encoded), and the bytes of the file up to the end of each."""
     with _named(file), _open_parquet(file) as table:
         metadata, bytes_on_disk = table.metadata, file.stat().st_size
@@ -101,13 +103,13 @@ def parquet_pieces(file: Path, size: int) -> Iterator[tuple[RowGroups | HeldRows
             groups, rows, encoded = _next_groups(metadata, group, size)
             average = max(1, encoded // max(1, rows))
             if encoded > PIECES_IN_A_GROUP * size:
-                for batch in table.iter_batches(_between(size // average, 1, PIECE_ROWS), [group], use_threads=False):
-                    yield HeldRows(file, first, batch), done(first + batch.num_rows)
-                    first += batch.num_rows
+                step = _between(size // average, 1, PIECE_ROWS)
+                for start in range(0, rows, step):
+                    taken = min(step, rows - start)
+                    yield GroupPart(file, first + start, group, start, taken, _batch_rows(average)), done(first + start + taken)
             else:
                 yield RowGroups(file, first, groups, _batch_rows(average)), done(first + rows)
-                first += rows
-            group = groups.stop
+            first, group = first + rows, groups.stop
 
 
 def _next_groups(metadata: pq.FileMetaData, start: int, size: int) -> tuple[range, int, int]:
@@ -123,6 +125,52 @@ def _next_groups(metadata: pq.FileMetaData, start: int, size: int) -> tuple[rang
 
 def _open_parquet(file: Path) -> pq.ParquetFile:
     return pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+
+
+class _Group:
+    """A row group that is read forwards."""
+
+    def __init__(self, part: GroupPart, paths: Collection[str] | None):
+        self.version = _version(part, paths)
+        self.position = 0
+        table = _open_parquet(part.file)
+        self.names = table.schema_arrow.names
+        self._batches = table.iter_batches(part.batch_rows, [part.group], _wanted(self.names, paths), use_threads=False)
+        self._rest: pa.RecordBatch | None = None
+
+    def read(self, rows: int) -> list[pa.RecordBatch]:
+        """The next rows. pyarrow's batches may be shorter than what it was asked for."""
+        self.position += rows
+        taken = []
+        while rows:
+            batch = self._rest or next(self._batches)
+            taken.append(batch.slice(0, rows))
+            self._rest = batch.slice(rows) if batch.num_rows > rows else None
+            rows -= taken[-1].num_rows
+        return taken
+
+
+_last: _Group | None = None  # the large row group that this process read a part of last
+
+
+def _rows_of_group(part: GroupPart, paths: Collection[str] | None) -> tuple[list[str], list[pa.RecordBatch]]:
+    """The names of all columns, and the rows. A process that reads part after part goes on where it was."""
+    global _last
+    here = _last
+    with _named(part.file):
+        if here is None or here.version != _version(part, paths) or here.position > part.start:
+            here = _Group(part, paths)
+        _last = None  # a reader that failed is not read again
+        while here.position < part.start:
+            here.read(min(part.batch_rows, part.start - here.position))
+        batches = here.read(part.rows)
+    _last = here
+    return here.names, batches
+
+
+def _version(part: GroupPart, paths: Collection[str] | None) -> tuple:
+    state = part.file.stat()
+    return str(part.file), state.st_size, state.st_mtime_ns, part.group, part.batch_rows, None if paths is None else tuple(paths)
 
 
 # ---------------------------------------------------------------- data sets on disk

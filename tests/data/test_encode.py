@@ -168,7 +168,7 @@ def test_a_template_that_rewrites_a_prompt_is_refused(directories, tmp_path):
 
 def test_a_token_over_the_end_of_the_generation_prompt_is_refused(directories):
     made = encoder(directories["qwen2_5"])  # "\n" ends its generation prompt, and "\n\n\n" is one token
-    message = r"they differ at token \d+, ids \[.*\] \('.*assistant\\n\\n\\nYe'\) in the whole, .* apart: .*change how the answer begins"
+    message = r"begin with those of its prompt: token \d+, ids \[.*\] \('.*assistant\\n\\n\\nYe'\) in the chat, .*how the answer begins"
     assert cause(made, Record("a", "q", "\n\nYes."), message) == "token_boundary"
     assert trained(made, Record("a", "q", "Yes.\n\n")) == ["Yes.\n\n<|im_end|>"]
 

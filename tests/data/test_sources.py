@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 
 from pctrain.config import FieldsConfig
 from pctrain.data.records import Fault, Record
-from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, read_chunk, read_records
+from pctrain.data.sources import chunks, content_hash, files_of, iter_raw, iter_records, read_chunk, read_records
+from pctrain.durable import fingerprint
 from pctrain.errors import UserError
 
 datasets.disable_progress_bars()
 
 # What could be cut wrongly: blank lines, line ends of two kinds, characters that str.splitlines cuts at, several bytes a character.
 LINES = st.one_of(
-    st.just(b""), st.just(b"  "), st.just(b"{"), st.just(b"\xff\xfe"),
+    st.just(b""), st.just(b"  "), st.just(b"{"), st.just(b"\xff\xfe"), st.just(b'{"prompt":\r"p"}'),
     st.text(alphabet="aé\u2028\x85\U0001f600 \\\"", max_size=12).map(
         lambda text: json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False).encode()))
 CONTENTS = st.tuples(st.booleans(), st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12), LINES).map(
@@ -130,3 +131,20 @@ def test_what_is_needed_has_to_be_a_known_word(tmp_path):
     path.write_text('{"prompt": "p"}')
     with pytest.raises(ValueError, match="need"):
         read_records(path, FieldsConfig(), need=("solution",))
+
+
+def test_the_hash_of_a_path_follows_what_it_names(folder):
+    a = folder / "a.jsonl"
+    assert content_hash(a) == fingerprint(a)
+    for path in (folder / "*.jsonl", folder / "deep" / "set", folder / "deep" / "*"):
+        before = content_hash(path)
+        assert content_hash(path) == before
+        for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
+            file.write_text('{"prompt": "new"}')
+        arrow, = (folder / "deep" / "set").glob("*.arrow")
+        arrow.write_bytes(arrow.read_bytes() + b"x")
+        assert content_hash(path) != before
+        for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
+            file.unlink()
+    with pytest.raises(UserError, match="none.jsonl"):
+        content_hash(folder / "none.jsonl")

@@ -1,0 +1,16 @@
+"""An exported directory carries the chat template of the one it came from: what a model was trained with is what it is served with."""
+
+import shutil
+
+from core import small
+
+
+def _export(directory, out):
+    small.core(directory, {}, train=False).export(out)
+
+
+def test_an_export_carries_the_chat_template(ranks, hf_dirs, tmp_path):
+    shutil.copytree(hf_dirs[True], tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    ranks.run(_export, tmp_path / "hf", tmp_path / "out", world=1)
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages[0].content }}"

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from pctrain import cli_sets
 from pctrain.cli_arguments import Command, resolve_config, take
+from pctrain.cli_options import parse_with_config
+from pctrain.config_help import own_option_lines
+from pctrain.data.sets.options import CheckOptions
 from pctrain.errors import UserError
 
 
@@ -21,28 +24,15 @@ def _data_generate(command: Command, arguments: list[str]) -> None:
 
 
 def _data_check(command: Command, arguments: list[str]) -> None:
-    out, arguments = take(arguments, "--out")
-    paths, options = _operands(arguments)
-    if not paths:
-        raise UserError(f"pctrain data check needs a file; usage: {command.usage}")
-    config = resolve_config(command, options)
+    paths, options, config = parse_with_config(command, arguments, CheckOptions)
     from pctrain.data import check_report
     from pctrain.data.check import check
     from pctrain.progress import make_console
 
-    found = check(paths, config)
-    check_report.show(found, check_report.write(found, Path(out or "data-check")), make_console())
+    found = check([Path(path) for path in paths], config)
+    check_report.show(found, check_report.write(found, options.out), make_console())
     if not found.passed:
         raise SystemExit(1)
-
-
-def _operands(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """Paths, and options with their values (`--section.key=value` or `--section.key value`), in any order."""
-    paths, options = [], []
-    for before, argument in zip([""] + arguments, arguments):
-        is_value = before.startswith("--") and "=" not in before
-        (options if argument.startswith("-") or is_value else paths).append(argument)
-    return [Path(path) for path in paths], options
 
 
 COMMANDS = (
@@ -61,7 +51,7 @@ COMMANDS = (
          "pctrain data check retu.parquet --data.fields.answer=reward_model.ground_truth"),
         ("model.path", "data.fields", "data.template", "data.loss_on", "data.overlong"),
         ("  FILE           .jsonl (also .gz, .zst), .parquet, a folder of datasets' save_to_disk, or a glob of these",
-         "  --out DIR      folder for lengths.png (histograms) and check.json (all figures)  [default: data-check]",
+         *own_option_lines(CheckOptions),
          "",
          "A file with responses is read as trajectories, which need prompt and response; any other as problems: prompt and answer.",
          "With --model.path lengths are also counted in tokens, as SFT makes them, and compared with the model's context.",

@@ -167,7 +167,8 @@ def test_text_of_the_data_cannot_reach_the_terminal_as_a_command(run):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    ((), "pctrain data check needs a file"), (("none.jsonl",), "none.jsonl does not exist"), (("*.jsonl",), "no file matches"),
+    ((), "pctrain data check: expected one or more files"), (("none.jsonl",), "none.jsonl does not exist"),
+    (("*.jsonl",), "no file matches"),
     (("a.jsonl", "--data.feilds.prompt=q"), "unknown key"), (("a.jsonl", "--model.path=nowhere"), "nowhere"),
 ])
 def test_bad_arguments_end_with_2_and_write_nothing(run, tmp_path, arguments, message):

@@ -5,6 +5,7 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,7 +59,7 @@ def test_near_duplicates_are_found_as_exact_jaccard_has_them(tmp_path):
 
 def test_a_hash_accident_drops_nothing(tmp_path, monkeypatch):
     """Every text in the same bucket: what is dropped is still what exact Jaccard says."""
-    monkeypatch.setattr(Sketches, "buckets", lambda self: {place: [(0, 0)] for place in self._places})
+    monkeypatch.setattr(Sketches, "groups", lambda self: np.zeros((len(self.places()), 1), np.int32))
     pairs = constructed(20, range(0, 12))
     path = cli.write(tmp_path / "all.jsonl", [{"prompt": text, "response": "r"} for pair in pairs for text in pair])
     cli.run("dedup", path, f"--out={tmp_path / 'out.jsonl'}", "--by=question")

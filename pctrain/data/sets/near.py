@@ -1,6 +1,6 @@
 """Near-duplicates: candidates by MinHash and LSH bands, each confirmed by the exact Jaccard similarity of the shingles.
 
-Two readings of the data: the first sketches every text (8 bytes a band stay in memory, no text does); the second asks for the
+Two readings of the data: the first sketches every text (16 bytes a band stay in memory, no text does); the second asks for the
 neighbours of a text among those read before it. Only texts that share a band with another one are kept for the comparison, as sorted
 hashes of their shingles in a scratch file.
 """
@@ -8,7 +8,6 @@ hashes of their shingles in a scratch file.
 from __future__ import annotations
 
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -59,38 +58,43 @@ class Sketches:
         self._places.append(place)
         self._keys.frombytes(sketch.tobytes())
 
-    def buckets(self) -> dict[int, list[tuple[int, int]]]:
-        """{place: its (band, key) pairs that another text has too}; texts that share none are absent."""
-        found: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    def places(self) -> np.ndarray:
+        """int64 [n], ascending."""
+        return np.array(self._places, np.int64)
+
+    def groups(self) -> np.ndarray:
+        """int32 [n, bands]: a number that the texts with the same key in this band share; -1 where the key is a text's own."""
         if not self._places:
-            return found
-        places, keys = np.frombuffer(self._places, np.int64), np.frombuffer(self._keys, np.uint64).reshape(len(self._places), -1)
+            return np.empty((0, 1), np.int32)
+        keys = np.frombuffer(self._keys, np.uint64).reshape(len(self._places), -1)
+        groups = np.full(keys.shape, -1, np.int32)
+        count = 0
         for band in range(keys.shape[1]):
-            column = keys[:, band]
-            order = np.argsort(column, kind="stable")
-            equal = column[order][1:] == column[order][:-1]
-            shared = np.zeros(len(order), bool)
-            shared[1:] |= equal
-            shared[:-1] |= equal
-            for index in order[shared].tolist():
-                found[int(places[index])].append((band, int(column[index])))
-        return found
+            _, group, members = np.unique(keys[:, band], return_inverse=True, return_counts=True)
+            shared = members > 1
+            numbers = np.where(shared, count + np.cumsum(shared) - 1, -1)
+            groups[:, band] = numbers[group]
+            count += int(shared.sum())
+        return groups
 
 
 class Neighbours:
-    """Texts remembered by `keep`, and those of them that a new text is near to."""
+    """Texts remembered by `keep`, and those of them that a new text is near to. Texts are named by their places."""
 
     def __init__(self, sketches: Sketches, options: NearOptions, scratch: Path):
         self._sketcher, self._threshold = Sketcher(options), options.threshold
-        self._buckets = sketches.buckets()
-        self._members: dict[tuple[int, int], list[int]] = defaultdict(list)
+        self._places, self._groups = sketches.places(), sketches.groups()
+        # The kept texts of a group as a chain: the last one, and for each the one before it, as rows of `_groups`.
+        self._last = np.full(int(self._groups.max(initial=-1)) + 1, -1, np.int32)
+        self._before = np.full(self._groups.shape, -1, np.int32)
         self._spans: dict[int, tuple[int, int]] = {}
-        self._file = open(scratch, "w+b", buffering=0)
+        self._file = open(scratch, "w+b")
         self._end = 0
 
     def __contains__(self, place: int) -> bool:
         """Whether the text shares a band with another one; one that does not needs neither `near` nor `keep`."""
-        return place in self._buckets
+        row = self._row(place)
+        return row < len(self._places) and self._places[row] == place and bool((self._groups[row] >= 0).any())
 
     def near(self, place: int, text: str, skip: Callable[[int], bool] = lambda other: False) -> Iterator[tuple[int, float]]:
         """(place, exact Jaccard similarity) of the kept texts at or above the threshold, in order of place.
@@ -98,13 +102,26 @@ class Neighbours:
         skip: whether a kept text need not be compared, asked just before it would be.
         """
         mine = None
-        for other in sorted({member for bucket in self._buckets[place] for member in self._members[bucket]}):
+        for other in self._candidates(self._row(place)):
             if skip(other):
                 continue
             mine = self._sketcher.shingles(text) if mine is None else mine
+            smaller, larger = sorted((len(mine), self._spans[other][1] // mine.itemsize))
+            if smaller / larger < self._threshold:  # the similarity is at most that: nothing needs to be read
+                continue
             similarity = jaccard(mine, self._read(other))
             if similarity >= self._threshold:
                 yield other, similarity
+
+    def _candidates(self, row: int) -> list[int]:
+        """Places of the kept texts that share a band with a text, ascending."""
+        found = set()
+        for band in np.flatnonzero(self._groups[row] >= 0).tolist():
+            other = int(self._last[self._groups[row, band]])
+            while other >= 0:
+                found.add(other)
+                other = int(self._before[other, band])
+        return [int(self._places[other]) for other in sorted(found)]
 
     def keep(self, place: int, text: str) -> None:
         data = self._sketcher.shingles(text).tobytes()
@@ -112,8 +129,13 @@ class Neighbours:
         self._file.write(data)
         self._spans[place] = (self._end, len(data))
         self._end += len(data)
-        for bucket in self._buckets[place]:
-            self._members[bucket].append(place)
+        row = self._row(place)
+        for band in np.flatnonzero(self._groups[row] >= 0).tolist():
+            group = self._groups[row, band]
+            self._before[row, band], self._last[group] = self._last[group], row
+
+    def _row(self, place: int) -> int:
+        return int(np.searchsorted(self._places, place))
 
     def _read(self, place: int) -> np.ndarray:
         start, size = self._spans[place]

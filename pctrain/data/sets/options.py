@@ -1,4 +1,4 @@
-"""The options of the commands on trajectory sets, one class a command. Nothing heavy is imported here: `--help` prints them."""
+"""The options of the commands that read trajectory sets, one class a command. Nothing heavy is imported here: `--help` prints them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from pctrain.config import Config, Section
 
 class OutOptions(Section):
     out: Path = Field(description="new file; its suffix gives the form: .jsonl, .jsonl.gz, .jsonl.zst, .parquet")
+
+
+class CheckOptions(Section):
+    out: Path = Field(Path("data-check"), description="folder for lengths.png (histograms) and check.json (all figures)")
 
 
 class NearOptions(Section):

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from data import sets_cli as cli
+import sets_cli as cli
 from e2e import tiny
 from scipy import stats
 

@@ -1,8 +1,8 @@
 """`pctrain data decontaminate`: copies are found, paraphrases stay, short problems do not match everything."""
 
 import pytest
+import sets_cli as cli
 
-from data import sets_cli as cli
 from pctrain.data.sets.text import words
 
 LONG = ("Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. Find, with proof, the minimum value of "

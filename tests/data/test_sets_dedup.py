@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+import sets_cli as cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import sets_cli as cli
 from pctrain.data.sets.near import Sketcher, Sketches
 from pctrain.data.sets.options import DedupOptions
 

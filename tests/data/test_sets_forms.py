@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
+import sets_cli as cli
 
-from data import sets_cli as cli
 from pctrain.data.sources import iter_raw
 from pctrain.data.writing import write_records
 

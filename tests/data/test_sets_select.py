@@ -4,10 +4,10 @@ import json
 from collections import Counter
 
 import pytest
+import sets_cli as cli
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import sets_cli as cli
 from pctrain.data.sets.select import even_shares
 
 RATES = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -6,10 +6,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+import sets_cli as cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import sets_cli as cli
 from pctrain.data.sets.text import normal_text
 
 QUESTIONS = ["What is 1+1?", "what  is\t1+1?", "WHAT IS 1+1?", "ｗhat is 1+1?", "Name a prime.", "name a PRIME.", "Solve x=2",

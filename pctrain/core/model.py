@@ -211,8 +211,10 @@ def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
             group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
 
 
-def attention_layout(spec: str, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
+def attention_layout(spec: str, config: TransformerConfig, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
     """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its sequences, `tokens` positions in all."""
-    if spec != "te":
-        return {"torch": PackedLayout, "torch-varlen": VarlenLayout}[spec].of(cu_seqlens, tokens)
+    if spec == "torch":
+        return PackedLayout.of(cu_seqlens, tokens, config.num_attention_heads * config.kv_channels)
+    if spec == "torch-varlen":
+        return VarlenLayout.of(cu_seqlens, tokens)
     return PackedSeqParams(qkv_format="thd", **flash_bounds(whole_bounds(cu_seqlens, tokens)))

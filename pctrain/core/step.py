@@ -154,7 +154,7 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
             pack.position_ids[None].to(here),
             attention_mask=None,
             padding_mask=pack.padding[None].to(here) if balanced else None,  # its reader is the auxiliary loss
-            packed_seq_params=attention_layout(spec, pack.cu_seqlens, len(whole.tokens)),
+            packed_seq_params=attention_layout(spec, config, pack.cu_seqlens, len(whole.tokens)),
         )
         return output, collect
 

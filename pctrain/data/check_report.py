@@ -34,6 +34,7 @@ def write(found: Check, folder: Path) -> list[Path]:
     if len(found.file_of):
         files[PICTURE] = picture(found)
     try:
+        (folder / PICTURE).unlink(missing_ok=True)  # of an earlier check: it would be taken for this one's
         for name, content in files.items():
             write_beside(folder / name, content)
     except OSError as error:

@@ -33,12 +33,15 @@ def train(config: Config, scorer: Scorer) -> None:
     with open_run(config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests) as run:
         if finished(run):
             return
-        data, held_out = open_trajectories(training, run, "training"), open_trajectories(validation, run, "validation")
+        data, held_out = open_trajectories(training, "training"), open_trajectories(validation, "validation")
         sampler = ShuffledSampler(data.sizes, sft.batch_size, config.run.seed, data.weights)
         steps = total_steps(config, sampler)
 
         core = Core(config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=steps, seed=config.run.seed)
         start, state = resume(run, core)
+        for what, trajectories in (("training", data), ("validation", held_out)):
+            for line in trajectories.describe():
+                run.say(f"{what} data: {line}")
         journal = Journal(config, run, core, scorer, held_out, steps, state)
         if not state:
             journal.measure(step=0)

@@ -14,7 +14,6 @@ from pctrain.data.store import TokenStore, is_finished
 from pctrain.data.trajectories import Trajectories, source_names
 from pctrain.errors import UserError
 from pctrain.progress import progress
-from pctrain.runfolder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,12 @@ def cache_folder(config: Config) -> Path:
     return config.data.cache or config.run.dir / "tokens"
 
 
-def open_trajectories(prepared: Prepared, run: RunFolder, what: str) -> Trajectories:
-    """Collective. Tokenises what is not there yet, with a progress bar, and says what there is. `what`: "training" or "validation"."""
+def open_trajectories(prepared: Prepared, what: str) -> Trajectories:
+    """Collective. Tokenises what is not there yet, with a progress bar. `what`: "training" or "validation"."""
     for job, folder in zip(prepared.jobs, prepared.folders, strict=True):
         if not parallel.from_rank_zero(lambda: is_finished(folder)):
             _build(job, folder, what)
-    trajectories = parallel.agree(lambda: Trajectories(prepared.sources, [_open(folder) for folder in prepared.folders]))
-    for line in trajectories.describe():
-        run.say(f"{what} {line}")
-    return trajectories
+    return parallel.agree(lambda: Trajectories(prepared.sources, [_open(folder) for folder in prepared.folders]))
 
 
 def _build(job: TokenJob, folder: Path, what: str) -> None:

@@ -31,7 +31,7 @@ def _losses(directory, layout, fused):
     with patch:
         model = small.core(directory, layout)
         updates = [small.step(model, i) for i in range(STEPS)]
-        loss, rng = algorithms.build(RLConfig(algorithm="grpo")).loss, np.random.default_rng(0)
+        loss, rng = algorithms.build(RLConfig(algorithm="grpo")).loss, np.random.default_rng(1)
         for i in range(STEPS):
             rows = [replace(row, streams={"advantage": np.full(len(row), rng.normal(), np.float32)}) for row in small.rows(seed=i)]
             if i % 2:  # ratios other than 1, some of them clipped

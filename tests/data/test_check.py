@@ -101,10 +101,23 @@ def test_remarks_do_not_fail(run):
     assert "worth a look: 2 duplicate_record" in text
 
 
+def test_texts_that_are_the_same_only_when_joined_are_no_duplicates(run):
+    write_records("a.jsonl", [{"prompt": "ab", "response": "c"}, {"prompt": "a", "response": "bc"}])
+    assert kinds(run("a.jsonl")[2]) == {}
+
+
 def test_only_the_first_places_are_named(run):
     write_records("a.jsonl", [good(0)] * 100)
     _, text, figures = run("a.jsonl")
     assert len(figures["troubles"][0]["first"]) == 5 and kinds(figures) == {"duplicate_record": 99} and "and 94 more" in text
+
+
+def test_no_picture_of_an_earlier_check_stays(run, tmp_path):
+    write_records("a.jsonl", [good(0)])
+    write_records("b.jsonl", [{"prompt": "p"}])
+    run("a.jsonl")
+    assert (tmp_path / "data-check" / "lengths.png").exists()
+    assert run("b.jsonl")[0] == 1 and not (tmp_path / "data-check" / "lengths.png").exists()
 
 
 def test_the_same_file_named_twice_is_read_once(run):
@@ -148,9 +161,9 @@ def test_the_mapping_of_the_config_is_used(run):
 
 
 def test_text_of_the_data_cannot_reach_the_terminal_as_a_command(run):
-    write_records("a.jsonl", [{"prompt": "[bold]p", "response": "\x1b[31m\\boxed{", "answer": "\x07"}])
+    write_records("a.jsonl", [{"prompt": "[bold]p", "response": "\x1b[31m\\boxed{", "answer": "\x07"}, {"[red]\x1b[31mcolumn": 1}])
     _, text, _ = run("a.jsonl")
-    assert "\x1b" not in text and "\x07" not in text
+    assert "\x1b" not in text and "\x07" not in text and "[red] [31mcolumn" in text
 
 
 @pytest.mark.parametrize("arguments, message", [

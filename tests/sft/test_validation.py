@@ -7,11 +7,35 @@ import pytest
 import torch
 from core import small
 
+from pctrain.config import SourceConfig
+from pctrain.data.trajectories import Trajectories
 
-def _validation_loss(directory, layout, rows, budget):
-    from pctrain.sft.validation import validation_loss
 
-    return validation_loss(small.core(directory, layout, train=False), rows, budget)
+class Stored(list):
+    """Rows in place of a TokenStore."""
+
+    @property
+    def lengths(self):
+        return np.array([len(row) for row in self], np.int32)
+
+    @property
+    def loss_tokens(self):
+        return np.array([int((row.weights > 0).sum()) for row in self], np.int32)
+
+
+def _trajectories(rows, sources=1):
+    """The rows as the trajectories of so many sources, cut where the index says so."""
+    parts = [part.tolist() for part in np.array_split(np.arange(len(rows)), sources)]
+    return Trajectories([SourceConfig(path=f"{name}.jsonl") for name in "abc"[:sources]], [Stored(rows[i] for i in part) for part in parts])
+
+
+def _validation_loss(directory, layout, rows, budget, sources=1, packs=16):
+    from unittest import mock
+
+    from pctrain.sft import validation
+
+    with mock.patch.object(validation, "PACKS", packs):
+        return validation.validation_loss(small.core(directory, layout, train=False), _trajectories(rows, sources), budget)
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +59,27 @@ def by_transformers(hf_dirs, rows):
     return out
 
 
-@pytest.mark.parametrize("world, layout, budget", [(1, {}, 128), (1, {}, 1024), (2, {}, 256), (2, {"pipeline": 2}, 256), (4, {"tensor": 2}, 128)],
-                         ids=["one rank, small packs", "one rank, one pack", "DP2", "PP2", "TP2 x DP2"])
-def test_exact_at_every_layout_and_packing(ranks, hf_dirs, rows, by_transformers, world, layout, budget):
+@pytest.mark.parametrize("world, layout, budget, packs", [
+    (1, {}, 128, 16), (1, {}, 128, 1), (1, {}, 1024, 16), (2, {}, 256, 1), (2, {"tensor": 2}, 128, 2), (2, {"pipeline": 2}, 256, 16),
+    (4, {}, 256, 16), (4, {"tensor": 2}, 128, 16),
+], ids=["one rank, small packs", "a pack at a time", "one rank, one pack", "DP2", "TP2", "PP2", "DP4", "TP2 x DP2"])  # fmt: skip
+def test_exact_at_every_layout_and_packing(ranks, hf_dirs, rows, by_transformers, world, layout, budget, packs):
     expected = sum(s for s, _ in by_transformers) / sum(n for _, n in by_transformers)
-    for result in ranks.run(_validation_loss, hf_dirs[True], layout, rows, budget, world=world):
-        assert result.loss == pytest.approx(expected, rel=1e-6)
-        assert result.tokens == sum(n for _, n in by_transformers) and result.sequences == 17
+    for result in ranks.run(_validation_loss, hf_dirs[True], layout, rows, budget, 1, packs, world=world):
+        assert result.whole.loss == pytest.approx(expected, rel=1e-6)
+        assert result.whole.tokens == sum(n for _, n in by_transformers) and result.sequences == 17
+        assert result.per_sample.loss == pytest.approx(np.mean([s / n for s, n in by_transformers]), rel=1e-6)
+        assert "val_loss/a" not in result.metrics()  # one source
+
+
+def test_each_source_has_its_own(ranks, hf_dirs, rows, by_transformers):
+    for result in ranks.run(_validation_loss, hf_dirs[True], {}, rows, 256, 2, world=2):
+        assert list(result.sources) == ["a", "b"]
+        for name, part in zip("ab", (by_transformers[:9], by_transformers[9:]), strict=True):
+            expected = sum(s for s, _ in part) / sum(n for _, n in part)
+            assert result.sources[name].loss == pytest.approx(expected, rel=1e-6)
+            assert result.metrics()[f"val_loss/{name}"] == result.sources[name].loss and result.metrics()[f"val_loss_se/{name}"] > 0
+        assert result.whole.tokens == sum(mean.tokens for mean in result.sources.values())
 
 
 def test_the_mean_of_means_is_another_number(by_transformers):
@@ -51,10 +89,10 @@ def test_the_mean_of_means_is_another_number(by_transformers):
 
 
 def test_the_standard_error_is_that_of_repeated_draws(ranks, hf_dirs, rows, by_transformers):
-    """Against a bootstrap over trajectories: the ratio estimator's formula and 4000 resamplings agree within a tenth."""
+    """Against a bootstrap over trajectories: the formulas and 4000 resamplings agree within a tenth."""
     result = ranks.run(_validation_loss, hf_dirs[True], {}, rows, 1024, world=1)[0]
     sums, counts = (np.array(column, dtype=float) for column in zip(*by_transformers, strict=True))
-    rng = np.random.default_rng(0)
-    draws = rng.integers(0, len(rows), (4000, len(rows)))
-    bootstrap = (sums[draws].sum(1) / counts[draws].sum(1)).std()
-    assert result.se == pytest.approx(bootstrap, rel=0.1 + 1 / math.sqrt(2 * len(rows)))
+    draws = np.random.default_rng(0).integers(0, len(rows), (4000, len(rows)))
+    tolerance = 0.1 + 1 / math.sqrt(2 * len(rows))
+    assert result.whole.se == pytest.approx((sums[draws].sum(1) / counts[draws].sum(1)).std(), rel=tolerance)
+    assert result.per_sample.se == pytest.approx((sums / counts)[draws].mean(1).std(), rel=tolerance)

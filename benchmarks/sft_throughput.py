@@ -1,0 +1,276 @@
+"""SFT as a user runs it: real tokens/s of `pctrain sft` against TRL's SFTTrainer, on the same trajectories from the same weights.
+
+    python benchmarks/sft_throughput.py [--models quickstart 30m] [--turns N] [--steps N] [--batch N]
+
+Every provider is a process of its own with one thread and a whole trainer in it: loader, padding or packing, forward, backward, gradient
+norm, AdamW, metrics, logs. They take turns of a few steps, one at a time, the others blocked on a pipe, so that what else the machine does
+meets all of them. Time is CPU time of the process (all its threads; wall time stands beside it), tokens are real ones, padding never
+counted. Nothing is validated or saved in a turn. float32, no recomputation.
+
+TRL is run with its default padding (to the longest sequence of a batch) and with batches of like lengths (`group_by_length`), its fastest
+way on a CPU. `sorted loop` is no trainer: a plain torch loop over transformers' model, batches cut from the data sorted by length.
+
+The data are arithmetic problems of 2 to 12 terms with their working: 20 to 130 tokens. Loss on the responses, EOS among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+    os.environ.setdefault(_name, _value)  # as `pctrain sft` sets them, before torch is imported
+
+from pctrain.config import ArchitectureConfig, Config, ProblemsConfig, SourceConfig  # noqa: E402
+
+MODELS = {
+    "quickstart": ArchitectureConfig(),
+    "30m": ArchitectureConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1408, context=2048),
+}
+PROBLEMS = ProblemsConfig(min_terms=2, max_terms=12, max_operand=99, train=4000, validation=32, test=1, rl=1, vocab_size=320)
+LR, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+TOKEN_BUDGET = 4096
+
+
+class Turns:
+    """The worker's side: `done(tokens)` after every step; after the last of a turn it reports and waits for the next turn."""
+
+    def __init__(self, pipe, steps: int):
+        self.pipe, self.steps = pipe, steps
+        self.left, self.tokens = 0, 0
+
+    def start(self) -> None:
+        self._wait()
+
+    def done(self, tokens: int) -> None:
+        self.left, self.tokens = self.left - 1, self.tokens + tokens
+        if not self.left:
+            self.pipe.send({"tokens": self.tokens, "cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
+            self._wait()
+
+    def _wait(self) -> None:
+        if self.pipe.recv() is None:
+            self.pipe.close()
+            sys.stdout.flush()
+            os._exit(0)  # in the middle of a trainer's loop: there is nothing to finish
+        self.left, self.tokens = self.steps, 0
+        self.cpu, self.wall = time.process_time(), time.perf_counter()
+
+
+# ---- the providers -----------------------------------------------------------------------------------------------------
+
+
+def pctrain(turns: Turns, config: Config) -> None:
+    from pctrain.sft import journal, loop
+
+    record = journal.Journal.record
+
+    def counted(self, step, data, chosen, batch, *rest):
+        record(self, step, data, chosen, batch, *rest)
+        turns.done(batch.tokens)
+
+    journal.Journal.record = counted
+    measure = journal.Journal.measure
+    journal.Journal.measure = lambda self, step: turns.start() if step == 0 else measure(self, step)
+    loop.main(config)
+
+
+def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    samples = tokenised(config)
+    rows = {"input_ids": [s.tokens.tolist() for s in samples], "completion_mask": [(s.weights > 0).astype(int).tolist() for s in samples]}
+    if group_by_length:
+        rows["length"] = [len(s) for s in samples]
+    options = {"train_sampling_strategy": "group_by_length", "length_column_name": "length"} if group_by_length else {}
+    arguments = SFTConfig(
+        output_dir=str(config.run.dir), per_device_train_batch_size=config.sft.batch_size, max_steps=10**6, learning_rate=LR,
+        weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True,
+        save_strategy="no", report_to="none", logging_steps=10, max_length=None, completion_only_loss=True, disable_tqdm=True, seed=0,
+        **options)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="float32", attn_implementation="sdpa")
+
+    class Stop(TrainerCallback):
+        seen = 0
+
+        def on_train_begin(self, *_, **__):
+            turns.start()
+
+        def on_step_end(self, *_, **__):
+            tokens = int(trainer._total_train_tokens)
+            turns.done(tokens - self.seen)
+            self.seen = tokens
+
+    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer(config), callbacks=[Stop()])
+    trainer.train()
+
+
+def sorted_loop(turns: Turns, config: Config) -> None:
+    import numpy as np
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    samples = sorted(tokenised(config), key=len)
+    size = config.sft.batch_size
+    batches = [samples[i : i + size] for i in range(0, len(samples) - size + 1, size)]
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa").train()
+    adamw = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95), fused=True)
+    rng = np.random.default_rng(0)
+    turns.start()
+    while True:
+        for i in rng.permutation(len(batches)):
+            batch = batches[i]
+            longest = len(batch[-1])
+            ids, mask = (torch.zeros(size, longest, dtype=torch.long) for _ in range(2))
+            labels = torch.full((size, longest), -100)
+            for j, s in enumerate(batch):
+                n = len(s)
+                tokens = torch.from_numpy(s.tokens)
+                ids[j, :n], mask[j, :n] = tokens, 1
+                labels[j, :n] = torch.where(torch.from_numpy(s.weights) > 0, tokens, -100)
+            whole = len(batch[0]) == longest  # without padding transformers takes the faster causal path
+            model(ids, attention_mask=None if whole else mask, labels=labels, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            adamw.step()
+            adamw.zero_grad()
+            turns.done(sum(len(s) for s in batch))
+
+
+PROVIDERS: dict[str, tuple[Callable, dict]] = {
+    "pctrain": (pctrain, {}),
+    "TRL, default padding": (trl, {"group_by_length": False}),
+    "TRL, group_by_length": (trl, {"group_by_length": True}),
+    "sorted loop": (sorted_loop, {}),
+}
+
+
+# ---- data and models ---------------------------------------------------------------------------------------------------
+
+
+def tokenised(config: Config) -> list:
+    """The training samples as pctrain makes them."""
+    from pctrain.data.build import TokenJob, build, folder_of
+    from pctrain.data.store import TokenStore
+
+    job = TokenJob([config.data.train[0].path], config.model.path, config.data, config.sft.token_budget)
+    folder = folder_of(config.run.dir / "tokens", job)
+    for _ in build(job, folder):
+        pass
+    store = TokenStore(folder)
+    return [store[i] for i in range(len(store))]
+
+
+def _tokenizer(config: Config):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def make_config(folder: Path, name: str, batch: int) -> Config:
+    from pctrain.data import arithmetic, hf_dir
+
+    config = Config()
+    config.run.dir, config.run.seed = folder, 0
+    config.data.problems = PROBLEMS
+    paths = arithmetic.write_sets(PROBLEMS, 0, folder / "data")
+    for key, path in paths.items():
+        setattr(config.data, key, [SourceConfig(path=path)] if key in arithmetic.WITH_RESPONSE else path)
+    config.model.architecture = MODELS[name]
+    config.model.path = hf_dir.make(config, folder / "model")
+    sft = config.sft
+    sft.steps, sft.batch_size, sft.token_budget = 10**6, batch, TOKEN_BUDGET
+    sft.val_every = sft.checkpoint_every = 10**6
+    sft.optimizer.lr, sft.optimizer.weight_decay, sft.optimizer.clip = LR, WEIGHT_DECAY, CLIP
+    return config
+
+
+# ---- the race ----------------------------------------------------------------------------------------------------------
+
+
+def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    log = open(folder / "log.txt", "w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    config = config.model_copy(deep=True)
+    config.run.dir = folder / "run"
+    provider, options = PROVIDERS[label]
+    provider(Turns(pipe, steps), config, **options)
+
+
+def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch:
+        config = make_config(Path(scratch) / "shared", name, batch)
+        pipes, workers = {}, []
+        for number, label in enumerate(labels):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            pipes[label], theirs = context.Pipe()
+            workers.append(context.Process(target=worker, args=(theirs, label, config, steps, folder), daemon=True))
+            workers[-1].start()
+            theirs.close()
+        found: dict[str, list[dict]] = {label: [] for label in labels}
+        order = list(labels)
+        for turn in range(turns + 1):  # the first turn warms up
+            order.append(order.pop(0))
+            for label in order:
+                pipes[label].send("go")
+                try:
+                    result = pipes[label].recv()
+                except EOFError:
+                    sys.exit(f"{label} ended:\n" + (Path(scratch) / str(labels.index(label)) / "log.txt").read_text()[-3000:])
+                if turn:
+                    found[label].append(result)
+        for label, process in zip(labels, workers, strict=True):
+            pipes[label].send(None)
+            process.join(30)
+    print(f"\n{name}: {turns} turns of {steps} steps of {batch} trajectories")
+    print("| provider | tokens/s of CPU time | quartiles | tokens/s of wall time | pctrain / provider, neighbouring turns |")
+    print("|---|---|---|---|---|")
+    speed = {label: [r["tokens"] / r["cpu"] for r in results] for label, results in found.items()}
+    for label, results in found.items():
+        low, median, high = statistics.quantiles(speed[label], n=4)
+        wall = statistics.median(r["tokens"] / r["wall"] for r in results)
+        ratio = statistics.median(a / b for a, b in zip(speed[labels[0]], speed[label], strict=True))
+        print(f"| {label} | {median:.0f} | {low:.0f} - {high:.0f} | {wall:.0f} | {ratio:.2f} |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="the first is compared with the others")
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--steps", type=int, help="of a turn; default 20 for quickstart, 2 for 30m")
+    parser.add_argument("--batch", type=int, default=32, help="trajectories a step")
+    options = parser.parse_args()
+    import torch
+    import transformers
+    import trl as trl_package
+
+    from train_step import cpu_name  # beside this file
+
+    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+          f"trl {trl_package.__version__}")
+    print(f"problems {json.dumps(PROBLEMS.model_dump())}")
+    for name in options.models:
+        race(name, options.providers, options.turns, options.steps or (20 if name == "quickstart" else 2), options.batch)
+
+
+if __name__ == "__main__":
+    main()

@@ -262,11 +262,10 @@ def main() -> None:
     import torch
     import transformers
     import trl as trl_package
-
     from train_step import cpu_name  # beside this file
 
-    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-          f"trl {trl_package.__version__}")
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_package.__version__}"
+    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
     print(f"problems {json.dumps(PROBLEMS.model_dump())}")
     for name in options.models:
         race(name, options.providers, options.turns, options.steps or (20 if name == "quickstart" else 2), options.batch)

@@ -13,9 +13,11 @@ from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.layers import choose_spec
+from pctrain.data.chat_template import ChatTemplate
 from pctrain.data.prepare import prepare
+from pctrain.durable import write_beside
 from pctrain.errors import UserError
-from pctrain.runfolder import Kind, RunFolder
+from pctrain.runfolder import HF_FOLDER, Kind, RunFolder
 
 
 def begin(config: Config) -> Config:
@@ -31,7 +33,8 @@ def begin(config: Config) -> Config:
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:
     """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises.
 
-    The run is bound to what is in its data files (of those in `digests` the fingerprint is known), in the model's config and tokenizer, and to the checkpoint it starts from.
+    The run is bound to what is in its data files (the fingerprint of those in `digests` is known), in the model's config and tokenizer,
+    and to the checkpoint it starts from.
     """
     model = config.model
     inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
@@ -95,6 +98,13 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
         run.commit_checkpoint(temporary, step, about)
 
     core.save(temporary, done=lambda: parallel.from_rank_zero(commit))
+
+
+def export(run: RunFolder, core: Core, template: ChatTemplate | None) -> None:
+    """Collective. The final weights as a Hugging Face directory, with the chat template that the run was trained under."""
+    core.export(run.path / HF_FOLDER)
+    if template is not None:
+        parallel.from_rank_zero(lambda: write_beside(run.path / HF_FOLDER / "chat_template.jinja", template.source))
 
 
 def due(step: int, every: int, last: int) -> bool:

@@ -15,7 +15,7 @@ from pctrain.errors import UserError
 def check(config: Config) -> None:
     """Raises UserError where the config asks for a package that is not installed."""
     if config.run.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"run.wandb = {config.run.wandb}, but the wandb package is not installed: pip install wandb, or leave run.wandb out")
+        raise UserError(f"run.wandb = {config.run.wandb}, but wandb is not installed: pip install wandb, or leave run.wandb out")
 
 
 class Trackers:

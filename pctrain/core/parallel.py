@@ -16,7 +16,6 @@ from pctrain.config import ParallelConfig
 from pctrain.core import cpu_compat
 from pctrain.device import device, on_gpu
 
-
 SIGN_OF_LIFE = 2.0  # seconds between two words of rank 0 to those that wait for it
 
 

@@ -33,7 +33,7 @@ from pctrain.config import DataConfig
 from pctrain.data.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
-from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_chunk
+from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_numbered
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
 from pctrain.errors import UserError
@@ -229,7 +229,7 @@ def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, 
 
 def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict]) -> Iterator[tuple[str, Sample]]:
     """(id, sample) of every usable record of a part; the others go into `dropped`, or stop the work."""
-    for record in read_chunk(part, data.fields, need=("response",)):
+    for number, record in read_numbered(part, data.fields, need=("response",)):
         if isinstance(record, Fault):
             fault = record
         else:
@@ -237,7 +237,7 @@ def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict
                 yield record.id, encoder.encode(record)
                 continue
             except Unusable as error:
-                fault = Fault(record.id, error.cause, str(error))
+                fault = Fault(f"{part.file}:{number}", error.cause, str(error))
         if encoder.stops(fault.cause):
             raise _Refused(str(fault))
         dropped.append({"where": fault.where, "cause": fault.cause, "message": fault.message})

@@ -1,4 +1,4 @@
-"""From a record to the token row that is packed and trained on."""
+"""The token row that is packed and trained on."""
 
 from __future__ import annotations
 
@@ -6,10 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-
-from pctrain.data.records import Record
-from pctrain.data.tokenizer import Tokenizer
-from pctrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,23 +59,3 @@ def make_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: 
     weights = np.ones(len(tokens), np.float32)
     weights[: len(prompt_ids)] = 0
     return Row(tokens, weights, {name: np.full(len(tokens), value, np.float32) for name, value in (streams or {}).items()})
-
-
-def sft_rows(records: Sequence[Record], tokenizer: Tokenizer, *, context: int, token_budget: int) -> list[Row]:
-    """prompt + response + EOS of every record; loss on the response and the EOS.
-
-    Raises:
-        UserError: a sample longer than the model's context or the token budget of a pack, named by its record's id.
-    """
-    limit, name = min((context, "the model's context"), (token_budget, "sft.token_budget"))
-    rows = []
-    prompts = tokenizer.encode_all([record.prompt for record in records])
-    responses = tokenizer.encode_all([record.response for record in records])
-    for record, prompt_ids, response_ids in zip(records, prompts, responses):
-        row = make_row(prompt_ids, [*response_ids, tokenizer.eos_id])
-        if len(row) > limit:
-            raise UserError(
-                f"{record.id}: the sample has {len(row)} tokens ({len(prompt_ids)} prompt, {len(response_ids)} response, 1 EOS), "
-                f"more than {name} of {limit}; shorten or remove it, or raise the limit")
-        rows.append(row)
-    return rows

@@ -65,7 +65,8 @@ class Trajectories:
         for name, store, weight in zip(self.names, self.stores, self.weights, strict=True):
             counts = "".join(f", {count} {cause}" for cause, count in store.counts.items())
             weighted = f", weight {weight:g}" if weight != 1 else ""
-            lines.append(f"{name}: {len(store)} trajectories, {store.tokens} tokens, {int(store.loss_tokens.sum())} trained on{weighted}{counts}")
+            trained = int(store.loss_tokens.sum(dtype=np.int64))
+            lines.append(f"{name}: {len(store)} trajectories, {store.tokens} tokens, {trained} trained on{weighted}{counts}")
         return lines
 
 

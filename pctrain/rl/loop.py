@@ -19,7 +19,7 @@ from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import begin, due, finished, open_run, record_ledger, resume, save
+from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, batch
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
@@ -90,7 +90,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
                 core.poll_save()
                 bar.advance(reward=values["reward"])
         core.poll_save(wait=True)
-        core.export(run.path / HF_FOLDER)
+        export(run, core, scorer.encoder.template)
         _finish(config, run)
 
 

@@ -12,7 +12,7 @@ from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import begin, due, finished, open_run, resume, save
+from pctrain.resume import begin, due, export, finished, open_run, resume, save
 from pctrain.runfolder import HF_FOLDER, read_values
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
@@ -67,7 +67,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     run.say(f"step {step} the validation loss has left the regime {sft.stop_after!r} (sft.stop_after): stopped")
                     break
         core.poll_save(wait=True)
-        core.export(run.path / HF_FOLDER)
+        export(run, core, scorer.encoder.template)
         _finish(config, run, last)
 
 

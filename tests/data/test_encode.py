@@ -276,11 +276,12 @@ def test_the_digest_follows_what_tokens_depend_on(directories, tmp_path):
     base = encoder(directories["chatml"])
     assert base.digest == encoder(directories["chatml"], workers=2).digest  # not on how the work is shared out
     (tmp_path / "own.jinja").write_text("x")
+    other_eos = chat_models.make(tmp_path / "other-eos", "chatml", eos="<|endoftext|>")
     others = [
         encoder(directories["chatml"], 100), encoder(directories["chatml"], loss_on="all"), encoder(directories["chatml"], overlong="drop"),
         encoder(directories["chatml"], unusable="drop"), encoder(directories["chatml"], template="none"),
         encoder(directories["chatml"], template=str(tmp_path / "own.jinja")), encoder(directories["qwen3"]),
-        encoder(chat_models.make(tmp_path / "other-eos", "chatml", eos="<|endoftext|>")),
+        encoder(other_eos), encoder(other_eos, template="none"),
     ]
     assert len({made.digest for made in [base, *others]}) == 1 + len(others)
 

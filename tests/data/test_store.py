@@ -234,10 +234,21 @@ def many(tmp_path):
     return write(tmp_path / "many.jsonl", map(record, range(1000)))
 
 
-def builder(cache, hf_dir, file, workers=2):
-    command = [sys.executable, str(BUILDER), str(cache), str(hf_dir), "8000", str(workers), str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+@pytest.fixture
+def builder(hf_dir):
+    """`builder(cache, file)`: two workers and their parent, in a session of their own, which does not outlive the test."""
+    started = []
+
+    def start(cache, file):
+        command = [sys.executable, str(BUILDER), str(cache), str(hf_dir), "8000", "2", str(file)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}))
+        return started[-1]
+
+    yield start
+    for process in started:
+        for pid in processes_of(process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds=30):
@@ -265,9 +276,9 @@ def shards(cache):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_build_leaves_no_process_and_goes_on_where_it_was(hf_dir, tmp_path, many, how):
+def test_a_stopped_build_leaves_no_process_and_goes_on_where_it_was(builder, hf_dir, tmp_path, many, how):
     cache = tmp_path / "cache"
-    process = builder(cache, hf_dir, many)
+    process = builder(cache, many)
     wait_for(lambda: len(shards(cache)) >= 3)
     process.send_signal(how)
     _, errors = process.communicate(timeout=30)
@@ -277,7 +288,7 @@ def test_a_stopped_build_leaves_no_process_and_goes_on_where_it_was(hf_dir, tmp_
     assert not list(cache.glob("*/manifest.json")) and before
     tokens_before = {file.name: file.stat().st_mtime_ns for file in cache.glob("*/shard-*.tokens")}
 
-    again = builder(cache, hf_dir, many)
+    again = builder(cache, many)
     output, errors = again.communicate(timeout=60)
     assert again.returncode == 0, errors
     folder = Path(output.splitlines()[-1])
@@ -292,8 +303,8 @@ def test_a_stopped_build_leaves_no_process_and_goes_on_where_it_was(hf_dir, tmp_
         assert found[i].tokens.tolist() == fresh[i].tokens.tolist() and found.id(i) == fresh.id(i)
 
 
-def test_two_builders_at_once_build_once(hf_dir, tmp_path, many):
-    both = [builder(tmp_path / "cache", hf_dir, many) for _ in range(2)]
+def test_two_builders_at_once_build_once(builder, tmp_path, many):
+    both = [builder(tmp_path / "cache", many) for _ in range(2)]
     outputs = []
     for process in both:
         output, errors = process.communicate(timeout=60)

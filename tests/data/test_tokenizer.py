@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from pctrain.config import ArchitectureConfig, Config, ProblemsConfig, SourceConfig
 from pctrain.data import arithmetic, hf_dir
-from pctrain.data.records import Record
-from pctrain.data.rows import make_row, sft_rows
+from pctrain.data.rows import make_row
 from pctrain.data.tokenizer import BOX, Tokenizer, train_sentencepiece
 from pctrain.errors import UserError
 
@@ -157,28 +156,11 @@ def test_directories_without_a_tokenizer(tmp_path):
 
 # ---- rows
 
-def test_rows_weigh_the_response_and_eos(encoders):
-    ours = encoders[0]
-    (row,) = sft_rows([Record("a:1", "1+2=", "1+2=3", None)], ours, context=64, token_budget=64)
-    prompt, response = ours.encode("1+2="), ours.encode("1+2=3")
-    assert row.tokens.tolist() == [*prompt, *response, ours.eos_id] and row.tokens.dtype == np.int64
-    assert row.weights.tolist() == [0] * len(prompt) + [1] * (len(response) + 1) and row.weights.dtype == np.float32
-    assert row.streams == {}
-
-
 def test_streams_are_spread_over_the_row():
     row = make_row([1, 2], [3], {"advantage": -0.5})
     assert row.streams["advantage"].tolist() == [-0.5] * 3 and row.streams["advantage"].dtype == np.float32
     with pytest.raises(ValueError):
         make_row([], [3])
-
-
-@pytest.mark.parametrize("context, token_budget, name", [(12, 64, "the model's context of 12"), (64, 12, "sft.token_budget of 12")])
-def test_a_sample_that_is_too_long_is_named(encoders, context, token_budget, name):
-    records = [Record(name, "1+2=", response) for name, response in (("a:1", "3"), ("a:2", "1234567"), ("c", "12345678"))]
-    sft_rows(records[:2], encoders[0], context=context, token_budget=token_budget)  # exactly 12
-    with pytest.raises(UserError, match=f"^c: the sample has 13 tokens .*{name}"):
-        sft_rows(records, encoders[0], context=context, token_budget=token_budget)
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused(directory, tmp_path):

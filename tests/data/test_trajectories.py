@@ -38,7 +38,8 @@ def test_samples_are_numbered_through_and_know_their_source():
     assert [data.id(i) for i in (1, 2, 4)] == ["a.jsonl:2", "b.jsonl:1", "b.jsonl:3"]
     assert [data[i].streams[SOURCE][0] for i in range(5)] == [0, 0, 1, 1, 1]
     assert data[3].tokens.tolist() == [1] + [31] * 6
-    assert data.describe() == ["a: 2 trajectories, 8 tokens, 6 trained on, weight 2", "b: 3 trajectories, 13 tokens, 10 trained on, 2 overlong"]
+    assert data.describe() == [
+        "a: 2 trajectories, 8 tokens, 6 trained on, weight 2", "b: 3 trajectories, 13 tokens, 10 trained on, 2 overlong"]
 
 
 def test_a_selection_packs_as_the_rows_themselves():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+from collections.abc import Sequence
 
 from pctrain import config_help
 from pctrain.cli_arguments import Command
@@ -38,6 +39,10 @@ def _dispatch(arguments: list[str]) -> int:
 
         print(f"pctrain {__version__}")
         return 0
+    of_group = [command for command in COMMANDS if command.name.split()[:-1] == arguments[:1]]
+    if of_group and arguments[1:] in (["-h"], ["--help"], ["help"]):
+        print(_overview(of_group))
+        return 0
     command, rest = _find_command(arguments)
     if "-h" in rest or "--help" in rest:
         print(_command_help(command))
@@ -64,9 +69,9 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
 # ---------------------------------------------------------------- help
 
 
-def _overview() -> str:
-    width = max(len(command.name) for command in COMMANDS)
-    lines = [f"  pctrain {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+def _overview(commands: Sequence[Command] = COMMANDS) -> str:
+    width = max(len(command.name) for command in commands)
+    lines = [f"  pctrain {command.name:<{width}}  {command.summary}" for command in commands]
     return "\n".join([
         "Trains language models on expert trajectories, then by reinforcement learning, and tells the ceiling.", "", *lines, "",
         "`pctrain COMMAND --help` shows every option with its unit and default. Start here:", "",

@@ -162,3 +162,10 @@ def test_data_generate(tmp_path):
 def test_data_generate_too_many_writes_nothing(tmp_path):
     done = pctrain("data", "generate", f"--out={tmp_path / 'd'}", "--data.problems.max_operand=1")
     assert done.returncode == 2 and "different problems" in done.stderr and not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_of_a_group_lists_its_commands(capsys, word):
+    assert main(["data", word]) == 0
+    text = capsys.readouterr().out
+    assert "pctrain data check" in text and "pctrain data rank" in text and "pctrain sft" not in text

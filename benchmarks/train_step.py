@@ -79,7 +79,7 @@ def make_batches(vocab: int, sequences: int, mean: int, lengths: str, longest: i
 
 
 class Pctrain:
-    """`core.step` on packs of one fixed budget: what the largest batch needs, rounded up to 16 (at most 16384 positions a pack)."""
+    """`core.step`, a pack a batch (of at most 16384 positions)."""
 
     def __init__(self, directory: Path, batches: list[list[Row]], dtype: str):
         from pctrain.core import Core
@@ -95,7 +95,7 @@ class Pctrain:
         return update.loss, update.grad_norm
 
     def positions(self, rows: list[Row]) -> int:
-        return self.budget * len(pack_rows(rows, self.budget).packs)
+        return pack_rows(rows, self.budget).positions
 
     def held(self) -> int:
         """Bytes of weights, gradient buffers and optimizer state. (A master or gradient that shares memory with another counts once.)"""

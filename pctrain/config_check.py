@@ -189,10 +189,12 @@ def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
     yield from _budget_problems("sft", sft.token_budget, config)
     if sft.batch_size % data_parallel:
         yield f"sft.batch_size = {sft.batch_size} is not divisible by the data parallel size {data_parallel}"
+    if sft.epochs is not None:
+        return  # how many steps that is, and what they allow, is known when the data are
     if sft.val_every > sft.steps:
         yield (f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the way; "
                f"set sft.val_every to {sft.steps} or less")
-    yield from _schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
+    yield from schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
 
 
 def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
@@ -206,7 +208,7 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if config.rollout.max_response >= rl.token_budget:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")
-    yield from _schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
+    yield from schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:
@@ -221,7 +223,8 @@ def _budget_problems(section: str, token_budget: int, config: Config) -> Iterato
         yield f"{section}.token_budget = {token_budget} is not a multiple of {rule}"
 
 
-def _schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
+def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
+    """Of a run of so many optimizer steps."""
     if optimizer.min_lr > optimizer.lr:
         yield f"{section}.min_lr = {optimizer.min_lr} is above {section}.lr = {optimizer.lr}"
     if optimizer.schedule == "wsd" and not 1 <= optimizer.decay <= steps - optimizer.warmup:

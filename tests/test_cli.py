@@ -166,6 +166,6 @@ def test_data_generate_too_many_writes_nothing(tmp_path):
 
 @pytest.mark.parametrize("word", ["--help", "-h", "help"])
 def test_help_of_a_group_lists_its_commands(capsys, word):
-    assert main(["data", word]) == 0
+    assert cli.main(["data", word]) == 0
     text = capsys.readouterr().out
     assert "pctrain data check" in text and "pctrain data rank" in text and "pctrain sft" not in text

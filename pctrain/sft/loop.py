@@ -6,10 +6,12 @@ import math
 import time
 
 from pctrain.config import Config
+from pctrain.config_check import schedule_problems
 from pctrain.core import Core, parallel
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
+from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, open_run, resume, save
@@ -72,10 +74,17 @@ def train(config: Config, scorer: Scorer) -> None:
 
 
 def total_steps(config: Config, sampler: ShuffledSampler) -> int:
-    """Optimizer steps of the run: `sft.steps`, or as many whole batches as cover `sft.epochs` passes."""
+    """Optimizer steps of the run: `sft.steps`, or as many whole batches as cover `sft.epochs` passes.
+
+    Raises UserError where they are too few for the learning rate's schedule.
+    """
     if config.sft.epochs is None:
         return config.sft.steps
-    return max(1, math.ceil(config.sft.epochs * sampler.samples_per_epoch / config.sft.batch_size))
+    steps = max(1, math.ceil(config.sft.epochs * sampler.samples_per_epoch / config.sft.batch_size))
+    problems = list(schedule_problems("sft.optimizer", config.sft.optimizer, steps))
+    if problems:
+        raise UserError("\n".join([f"sft.epochs = {config.sft.epochs} of {sampler.samples_per_epoch:g} samples are {steps} steps", *problems]))
+    return steps
 
 
 def _finish(config: Config, run, last: int) -> None:

@@ -109,6 +109,9 @@ def test_epochs_in_place_of_steps(ranks, sft_run, sources, tmp_path):
     succeed(ranks, *arguments(sft_run, tmp_path / "run", sources, "--sft.epochs=0.5"))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["summary"]["steps"] == 7
     assert (tmp_path / "run" / "checkpoints" / "step-7").is_dir()
+    wsd = ("--sft.epochs=0.5", "--sft.optimizer.schedule=wsd", "--sft.optimizer.warmup=2", "--sft.optimizer.decay=6")
+    [(status, errors)] = ranks.run(tiny.cli, *arguments(sft_run, tmp_path / "other", sources, *wsd), world=1)
+    assert status == 2 and "are 7 steps" in errors and "sft.optimizer.decay = 6: expected 1 to 5" in errors
 
 
 def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):

@@ -23,10 +23,30 @@ def _sft(command: Command, arguments: list[str]) -> None:
 
 
 def _rl(command: Command, arguments: list[str]) -> None:
+    file, arguments = take(arguments, "--debug-train-only")
+    rollout_only, arguments = "--debug-rollout-only" in arguments, [a for a in arguments if a != "--debug-rollout-only"]
+    if rollout_only and file is not None:
+        raise UserError("--debug-rollout-only samples and --debug-train-only trains: give one of them")
     config = resolve_config(command, arguments)
-    from pctrain.rl.loop import main as run
+    from pctrain.rl import loop
 
-    run(config)
+    if file is not None:
+        loop.debug_train(config, Path(file))
+    else:
+        loop.main(config, rollout_only)
+
+
+def _show(command: Command, arguments: list[str]) -> None:
+    step, arguments = take(arguments, "--step")
+    prompts, arguments = take(arguments, "--prompts")
+    dropped, arguments = "--dropped" in arguments, [argument for argument in arguments if argument != "--dropped"]
+    (folder,), _ = take_paths(command, arguments, operands=1)
+    for name, text in (("--step", step), ("--prompts", prompts)):
+        if text is not None and not text.isdecimal():
+            raise UserError(f"{name} takes a whole number, got {text!r}")
+    from pctrain.show import main as run
+
+    run(folder, None if step is None else int(step), 5 if prompts is None else int(prompts), dropped)
 
 
 def _run(command: Command, arguments: list[str]) -> None:
@@ -83,8 +103,20 @@ COMMANDS = (
         "rl", "reinforcement learning on problems with verifiable answers", "pctrain rl [--config FILE] [--section.key=value ...]", _rl,
         ("pctrain rl --config configs/quickstart.yaml --run.dir=runs/rl --model.checkpoint=runs/sft/checkpoints/step-270",
          "pctrain rl --model.path=Qwen2.5-7B --data.rl=problems.jsonl --data.test=test.jsonl --rl.algorithm=grpo",
-         "torchrun --nproc-per-node=2 -m pctrain rl --config rl.yaml --parallel.tensor=2 --rollout.tensor=2"),
-        (*TRAINING, "rl", *SAMPLING)),
+         "torchrun --nproc-per-node=2 -m pctrain rl --config rl.yaml --parallel.tensor=2 --rollout.tensor=2",
+         "pctrain rl --config rl.yaml --debug-rollout-only",
+         "pctrain rl --config rl.yaml --debug-train-only runs/rl/rollouts/step-1.replay.npz"),
+        (*TRAINING, "rl", *SAMPLING),
+        ("  --debug-rollout-only     sample the next step, write its rollouts down, and stop; the run goes on from them",
+         "  --debug-train-only FILE  the updates of one step on such rollouts: no engine is started, nothing is written")),
+    Command(
+        "show", "the rollouts of an RL step in the terminal: prompts, answers, rewards, advantages",
+        "pctrain show RUN [--step N] [--prompts K] [--dropped]", _show,
+        ("pctrain show runs/quickstart/rl-step-420", "pctrain show runs/rl --step 12 --prompts 20 --dropped"),
+        notes=("  RUN            folder of an RL run",
+               "  --step N       [default: the newest]",
+               "  --prompts K    how many are shown  [default: 5]",
+               "  --dropped      show also the prompts that dynamic sampling dropped, and why")),
     Command(
         "run", "the whole study: SFT, RL from several of its checkpoints, fits and a report",
         "pctrain run [--config FILE] [--section.key=value ...]", _run,

@@ -172,8 +172,12 @@ class RLConfig(Section):
     clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip of the ratio: 1 - clip_low")
     clip_high: float = Field(0.28, gt=0, description="upper clip of the ratio: 1 + clip_high (dapo_dc; grpo uses clip_low on both sides)")
     std_normalise: bool = Field(True, description="divide the advantage by the group's standard deviation")
+    keep_low: int = Field(1, ge=0, description="dynamic sampling: fewest right rollouts of a prompt that is kept")
+    keep_high: int | None = Field(None, ge=0, description="dynamic sampling: most right rollouts of a prompt that is kept; default group - 1")
     max_rounds: int = Field(10, ge=1, description="dynamic sampling: most sampling rounds per step")
     round_prompts: int = Field(48, ge=1, description="dynamic sampling: prompts sampled per round")
+    truncated: Literal["wrong", "masked"] = Field(
+        "wrong", description="responses cut at rollout.max_response: count as wrong, or are judged but not trained on")
     eval_every: int = Field(10, ge=1, description="steps between scores on data.test")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(lr=1e-6))

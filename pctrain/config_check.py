@@ -205,6 +205,9 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
         yield f"rl.prompts x rl.group = {rl.prompts} x {rl.group} = {samples} is not divisible by the data parallel size {data_parallel}"
     if samples % rl.updates:
         yield f"rl.prompts x rl.group = {rl.prompts} x {rl.group} = {samples} is not divisible by rl.updates = {rl.updates}"
+    high = rl.group - 1 if rl.keep_high is None else rl.keep_high
+    if not rl.keep_low <= high <= rl.group:
+        yield f"rl.keep_low = {rl.keep_low} to rl.keep_high = {high}: expected an ascending window within 0 to rl.group = {rl.group}"
     if config.rollout.max_response >= rl.token_budget:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")

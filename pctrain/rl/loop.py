@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from pathlib import Path
-
-import numpy as np
 
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
-from pctrain.core import Core, Update, parallel
+from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
-from pctrain.core.skipped import SkippedUpdates
-from pctrain.data.tokenizer import Tokenizer
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
-from pctrain.rl import algorithms, batch
-from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
+from pctrain.rl import algorithms, replay
+from pctrain.rl.journal import Journal, shortage
+from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
+from pctrain.rl.update import update
+from pctrain.rollout import Swap
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 
 
-def main(config: Config) -> None:
+def main(config: Config, rollout_only: bool = False) -> None:
     """`pctrain rl`."""
     config = begin(config)
     with Scorer(config) as scorer:
-        train(config, scorer)
+        train(config, scorer, rollout_only=rollout_only)
 
 
-def train(config: Config, scorer: Scorer, role: str = "none") -> None:
+def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool = False) -> None:
     """Runs, or goes on with, the RL run of `config.run.dir`, from `model.checkpoint` or else from the weights of `model.path`.
 
-    `role`: what the start is to a study (early, stable, overfit), for its report.
+    `role`: what the start is to a study (early, stable, overfit), for its report. `rollout_only`: ends after the sampling of a step.
     """
     rl = config.rl
     joint = parallel.from_rank_zero(lambda: _joint(config, role))
@@ -43,50 +41,35 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
         if finished(run):
             return
         run.write_start(joint)
-        prompts = PromptStream(scorer.read_problems(config.data.rl), config.run.seed)
-        algorithm = algorithms.build(rl)
-        sampler = GroupSampler(config, scorer.engine, scorer.verifier, scorer.tokenizer, algorithm.dynamic_sampling)
-        ledger = Ledger(scorer.hf.shape, joint["eflops_sft"])
-
+        algorithm = algorithms.build(rl, config.rollout.max_response)
+        prompts = PromptStream(scorer.read_problems(config.data.rl, algorithm.needs_expert), config.run.seed)
         core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
+        if "ref_logprob" in algorithm.streams_from_pass:
+            core.keep_reference(rl.offload_reference)  # the weights of the start, also where the run is resumed
         start, state = resume(run, core)
-        skipped = SkippedUpdates(rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
+        journal = Journal(config, run, scorer, joint, state)
         if state:
-            ledger.load_state_dict(state["ledger"])
             prompts.load_state_dict(state["prompts"])
-        else:
-            _score(run, core, ledger, scorer, step=0)
+        elif not rollout_only:
+            journal.score(0, core)
 
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, rl.steps + 1):
-                swap = scorer.load(core)
-                sampled = sampler.sample(prompts, step)
-                scorer.engine.sleep()  # its GPU memory is the learner's until the next swap
+                sampled, swap = _rollouts(config, run, core, scorer, algorithm, prompts, step)
+                if rollout_only:
+                    _say_rollouts(run, sampled, step)
+                    return
                 began = time.perf_counter()
-                updates = _update(config, core, algorithm, sampled, ledger, step)
-                update_seconds = time.perf_counter() - began
-
-                values = {
-                    "eflops_sft": ledger.eflops_sft,
-                    "eflops_rl": ledger.eflops_rl,
-                    **summary(sampled),
-                    **_means(updates),
-                    "time/swap_seconds": swap.seconds,
-                    "time/rollout_seconds": sampled.rollout_seconds,
-                    "time/reward_seconds": sampled.reward_seconds,
-                    "time/update_seconds": update_seconds,
-                }
-                run.record(step, "train", values)
-                run.write_rollouts(step, _rollout_rows(sampled, scorer.tokenizer))
-                run.log(_line(step, values, sampled, rl.prompts))
-                for update, ids in zip(updates, _problem_ids(sampled.kept, rl.updates)):
-                    skipped.add(update, step, ids)
+                updates = update(config, core, algorithm, sampled, journal.ledger, step)
+                values = journal.record(step, sampled, updates, swap, time.perf_counter() - began)
+                if not sampled.kept:
+                    run.say(f"step {step}: no update, {shortage(sampled, rl.prompts)}")
                 if due(step, rl.eval_every, rl.steps):
-                    _score(run, core, ledger, scorer, step)
-                record_ledger(run, ledger)
+                    journal.score(step, core)
+                record_ledger(run, journal.ledger)
                 if due(step, rl.checkpoint_every, rl.steps):
-                    state = {"step": step, "ledger": ledger.state_dict(), "prompts": prompts.state_dict()}
-                    save(run, step, core, {**state, "skipped_in_a_row": skipped.in_a_row})
+                    save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
+                    parallel.from_rank_zero(lambda: replay.forget(run.path, step))
                 core.poll_save()
                 bar.advance(reward=values["reward"])
         core.poll_save(wait=True)
@@ -94,84 +77,50 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
         _finish(config, run)
 
 
-def _update(config: Config, core: Core, algorithm: algorithms.Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> list[Update]:
-    """The optimizer updates of one step, and the ledger's entries for all of its compute. No informative group: no update."""
-    rl, temperature = config.rl, config.rollout.temperature
-    dropped = [group for group, _ in sampled.dropped]
-    _count(ledger, step, "rollout", sampled.kept, sampled.rollout_seconds)
-    _count(ledger, step, "rollout_rejected", dropped, 0.0)  # sampled together with the kept ones: the seconds stand there
-    if not sampled.kept:
-        return []
-    rows = batch.rows_of(sampled.kept, algorithm)
-    if rl.updates > 1:
+def _rollouts(config, run: RunFolder, core: Core, scorer: Scorer, algorithm, prompts: PromptStream, step: int) -> tuple[Sampled, Swap | None]:
+    """The groups of a step: sampled, and written down; or read, where a killed start had sampled them. Collective."""
+    path = replay.path_of(run.path, step)
+    if parallel.from_rank_zero(path.exists):
+        _, sampled, state = parallel.from_rank_zero(lambda: replay.load(path, prompts.problems))
+        prompts.load_state_dict(state)
+        run.log(f"step {step} its rollouts were sampled before: {path.name}")
+        return sampled, None
+    swap = scorer.load(core)
+    sampled = GroupSampler(config, scorer.engine, scorer.verifier, scorer.tokenizer, algorithm).sample(prompts, step)
+    scorer.engine.sleep()  # its GPU memory is the learner's until the next swap
+    parallel.from_rank_zero(lambda: replay.save(path, step, sampled, prompts.state_dict()))
+    return sampled, swap
+
+
+def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
+    """`--debug-rollout-only`: where the rollouts are, and what can be done with them."""
+    rewards = [reward for group in sampled.groups for reward in group.rewards]
+    path = replay.path_of(run.path, step)
+    run.say(f"step {step} rollouts only: {len(rewards)} of {len(sampled.groups)} prompts, reward {sum(rewards) / len(rewards):.3f}: {path}")
+    run.say(f"train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; or go on: the same command without "
+            "--debug-rollout-only")
+
+
+def debug_train(config: Config, file: Path) -> None:
+    """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
+    config = begin(config)
+    rl = config.rl
+    with Scorer(config) as scorer:
+        algorithm = algorithms.build(rl, config.rollout.max_response)
+        problems = scorer.read_problems(config.data.rl, algorithm.needs_expert)
+        step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
+        core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
+        if "ref_logprob" in algorithm.streams_from_pass:
+            core.keep_reference(rl.offload_reference)
+        ledger = Ledger(scorer.hf.shape)
         began = time.perf_counter()
-        rows = batch.with_old_logprobs(rows, core, rl.token_budget, temperature)
-        _count(ledger, step, "logprob", sampled.kept, time.perf_counter() - began)
-    began = time.perf_counter()
-    updates = [
-        core.step(core.pack(part, rl.token_budget), algorithm.loss, temperature=temperature)
-        for part in batch.split(rows, rl.updates)
-    ]
-    _count(ledger, step, "rl_update", sampled.kept, time.perf_counter() - began)
-    return updates
-
-
-def _count(ledger: Ledger, step: int, phase: str, groups: list[Group], seconds: float) -> None:
-    if groups:
-        ledger.add(step, phase, sum(len(g.completions) for g in groups), sum(g.tokens for g in groups), seconds)
-
-
-def _problem_ids(kept: list[Group], updates: int) -> list[list[str]]:
-    """Ids of the problems behind the rows of each update."""
-    return batch.split([group.problem.id for group in kept for _ in group.completions], updates)
-
-
-def _means(updates: list[Update]) -> dict[str, float]:
-    """Over the updates of a step that were made, and how many were skipped; empty where there was none."""
-    if not updates:
-        return {}
-    made = [u for u in updates if not u.skipped]
-    names = {"loss": [u.loss for u in made], "grad_norm": [u.grad_norm for u in made], "lr": [u.lr for u in updates]}
-    names |= {key: [u.metrics[key] for u in made] for key in updates[0].metrics}
-    means = {name: float(np.mean(values)) if values else math.nan for name, values in names.items()}
-    return {**means, "skipped_updates": sum(u.skipped for u in updates)}
-
-
-def _score(run: RunFolder, core: Core, ledger: Ledger, scorer: Scorer, step: int) -> None:
-    score = scorer.score(core)
-    ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
-    run.record(step, "eval", {"eflops_sft": ledger.eflops_sft, "eflops_rl": ledger.eflops_rl, **score.metrics()})
-    run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
-
-
-def _rollout_rows(sampled: Sampled, tokenizer: Tokenizer) -> list[dict]:
-    why = {id(group): reason for group, reason in sampled.dropped}
-    return [
-        {
-            "id": group.problem.id,
-            "prompt": group.problem.prompt,
-            "response": tokenizer.decode(completion.token_ids),
-            "answer": group.problem.answer,
-            "reward": verdict.reward,
-            "cause": verdict.cause,
-            "finish": completion.finish,
-            "kept": id(group) not in why,
-            "why": why.get(id(group), ""),
-        }
-        for group in sampled.groups
-        for completion, verdict in zip(group.completions, group.verdicts, strict=True)
-    ]
-
-
-def _line(step: int, values: dict, sampled: Sampled, wanted: int) -> str:
-    line = f"step {step} reward {values['reward']:.3f} length {values['response_length']:.1f}"
-    line += f" kept {len(sampled.kept)} rounds {sampled.rounds}"
-    if sampled.kept:
-        line += f" loss {values['loss']:.4f} grad_norm {values['grad_norm']:.3f} entropy {values['entropy']:.3f}"
-    if len(sampled.kept) < wanted:
-        found = ", ".join(f"{sum(w == reason for _, w in sampled.dropped)} {reason}" for reason in ("all right", "all wrong"))
-        line += f" | only {len(sampled.kept)} of {wanted} informative prompts in {sampled.rounds} rounds ({found})"
-    return line
+        made = update(config, core, algorithm, sampled, ledger, step).made
+        seconds = time.perf_counter() - began
+    if parallel.rank() == 0:
+        for number, one in enumerate(made, start=1):
+            metrics = " ".join(f"{name} {value:.6g}" for name, value in one.metrics.items())
+            print(f"update {number} of {len(made)}: loss {one.loss:.6g} grad_norm {one.grad_norm:.6g} lr {one.lr:.3g} {metrics}")
+        print(f"step {step} of {file}: {len(made)} update(s) of {len(sampled.kept)} prompts in {seconds:.2f} s; nothing was written")
 
 
 def _joint(config: Config, role: str) -> dict:
@@ -192,5 +141,11 @@ def _joint(config: Config, role: str) -> dict:
 def _finish(config: Config, run: RunFolder) -> None:
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     first, last = scores.get(0), scores.get(config.rl.steps)
-    summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last, "final weights": run.path / HF_FOLDER}
+    summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last}
+    if scores:
+        best = max(scores, key=lambda step: (scores[step], -step))
+        summary["best score (%)"] = f"{scores[best]:.4g} at step {best}"
+        if run.checkpoint_path(best).is_dir():
+            summary["best checkpoint"] = run.checkpoint_path(best)
+    summary["final weights"] = run.path / HF_FOLDER
     run.finish(summary, f"pctrain report {run.path}")

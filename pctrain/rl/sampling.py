@@ -14,7 +14,11 @@ from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.reward import Verdict, VerifierPool
+from pctrain.rl.algorithm import Algorithm
 from pctrain.rollout import Completion, Request, RolloutEngine, sampling_seed
+
+TRUNCATED = Verdict(0.0, "truncated")  # of a response that the length limit cut, under rl.truncated = wrong
+SURPLUS = "surplus, prompt carried over"
 
 
 @dataclass(frozen=True)
@@ -24,19 +28,22 @@ class Group:
     problem: Problem
     completions: list[Completion]
     verdicts: list[Verdict]
+    prefixes: list[list[int]]  # expert tokens that each completion continues; not among its own
 
     @property
     def rewards(self) -> list[float]:
         return [verdict.reward for verdict in self.verdicts]
 
     @property
-    def informative(self) -> bool:
-        """Whether the rewards differ: else every advantage is 0."""
-        return len(set(self.rewards)) > 1
+    def right(self) -> int:
+        """How many rollouts are right (a reward above one half)."""
+        return sum(reward > 0.5 for reward in self.rewards)
 
     @property
     def tokens(self) -> int:
-        return sum(len(self.problem.prompt_ids) + len(c.token_ids) for c in self.completions)
+        """Of the prompt, the prefix and the completion of every rollout."""
+        parts = zip(self.prefixes, self.completions, strict=True)
+        return sum(len(self.problem.prompt_ids) + len(prefix) + len(c.token_ids) for prefix, c in parts)
 
 
 class PromptStream:
@@ -85,55 +92,78 @@ class Sampled:
 class GroupSampler:
     """Samples the groups of a step from the weights that the engine holds."""
 
-    def __init__(self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, dynamic: bool):
-        self.config, self.engine, self.verifier, self.tokenizer, self.dynamic = config, engine, verifier, tokenizer, dynamic
+    def __init__(self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm):
+        self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = config, engine, verifier, tokenizer, algorithm
 
     def sample(self, prompts: PromptStream, step: int) -> Sampled:
-        """`rl.prompts` groups; under dynamic sampling informative ones, in at most `rl.max_rounds` rounds of `rl.round_prompts`.
+        """`rl.prompts` groups; under dynamic sampling such as the window keeps, in at most `rl.max_rounds` rounds of `rl.round_prompts`.
 
-        A group that is informative but more than the batch holds is dropped (its rollouts belong to this policy, not the next one) and
-        its prompt is carried over to the next step. Where the rounds run out the batch is smaller, possibly empty.
+        A group within the window (`rl.keep_low` to `rl.keep_high` right rollouts) but more than the batch holds is dropped (its rollouts
+        belong to this policy, not the next one) and its prompt is carried over to the next step. Where the rounds run out the batch is
+        smaller, possibly empty.
         """
         rl, out = self.config.rl, Sampled()
-        if not self.dynamic:
+        if not self.algorithm.dynamic_sampling:
             out.kept = self._round(prompts.take(rl.prompts), step, out)
             return out
         surplus: list[Group] = []
         while len(out.kept) < rl.prompts and out.rounds < rl.max_rounds:
             for group in self._round(prompts.take(rl.round_prompts), step, out):
-                if not group.informative:
-                    out.dropped.append((group, "all right" if group.rewards[0] else "all wrong"))
+                reason = self._outside(group)
+                if reason is not None:
+                    out.dropped.append((group, reason))
                 elif len(out.kept) < rl.prompts:
                     out.kept.append(group)
                 else:
                     surplus.append(group)
-        out.dropped += [(group, "surplus, prompt carried over") for group in surplus]
+        out.dropped += [(group, SURPLUS) for group in surplus]
         prompts.carry([group.problem for group in surplus])
         return out
 
+    def _outside(self, group: Group) -> str | None:
+        """Why the window does not keep a group; None where it does."""
+        rl, size = self.config.rl, len(group.completions)
+        high = size - 1 if rl.keep_high is None else rl.keep_high
+        if rl.keep_low <= group.right <= high:
+            return None
+        return {0: "all wrong", size: "all right"}.get(group.right, f"{group.right} of {size} right")
+
     def _round(self, problems: list[Problem], step: int, out: Sampled) -> list[Group]:
-        rl, seed = self.config.rl, self.config.run.seed
+        rl, rollout, seed = self.config.rl, self.config.rollout, self.config.run.seed
         began = time.perf_counter()
-        requests = []
+        requests, prefixes = [], []
         for problem in problems:
+            of_problem = self.algorithm.prefixes(problem, step, rl.steps, seed)
             # A small prompt set may bring a problem again within one step: its second group must not repeat the first.
-            first = out.sampled_before[problem.index] * rl.group
+            first = out.sampled_before[problem.index] * len(of_problem)
             out.sampled_before[problem.index] += 1
-            requests += [
-                Request(problem.prompt_ids, sampling_seed(seed, "rollout", step, problem.index, first + k)) for k in range(rl.group)
-            ]
+            for k, prefix in enumerate(of_problem):
+                key = sampling_seed(seed, "rollout", step, problem.index, first + k)
+                requests.append(Request([*problem.prompt_ids, *prefix], key, max_response=rollout.max_response - len(prefix)))
+            prefixes.append(of_problem)
+        needs_logprobs = self.algorithm.needs_rollout_logprobs
         completions = self.engine.generate(
-            requests, temperature=self.config.rollout.temperature, max_response=self.config.rollout.max_response
-        )
+            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=needs_logprobs)
         sampled_at = time.perf_counter()
-        answers = [p.answer for p in problems for _ in range(rl.group)]
-        items = [(self.tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
-        verdicts = parallel.map_over_ranks(self.verifier.score, items)
+        verdicts = self._verdicts(problems, prefixes, completions)
         out.rounds += 1
         out.rollout_seconds += sampled_at - began
         out.reward_seconds += time.perf_counter() - sampled_at
-        starts = range(0, len(requests), rl.group)
-        return [Group(p, completions[i : i + rl.group], verdicts[i : i + rl.group]) for p, i in zip(problems, starts, strict=True)]
+        groups, at = [], 0
+        for problem, of_problem in zip(problems, prefixes, strict=True):
+            part = slice(at, at := at + len(of_problem))
+            groups.append(Group(problem, completions[part], verdicts[part], of_problem))
+        return groups
+
+    def _verdicts(self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]) -> list[Verdict]:
+        """Of each completion behind its prefix; a response that was cut is wrong, unless `rl.truncated` is masked."""
+        owners = [(problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem]
+        judged = [i for i, c in enumerate(completions) if c.finish == "stop" or self.config.rl.truncated == "masked"]
+        items = [(self.tokenizer.decode([*owners[i][1], *completions[i].token_ids]), owners[i][0].answer) for i in judged]
+        verdicts = [TRUNCATED] * len(completions)
+        for i, verdict in zip(judged, parallel.map_over_ranks(self.verifier.score, items), strict=True):
+            verdicts[i] = verdict
+        return verdicts
 
 
 def summary(sampled: Sampled) -> dict[str, float]:
@@ -149,6 +179,6 @@ def summary(sampled: Sampled) -> dict[str, float]:
         "verifier_faults": sum(v.cause in ("timeout", "crash") for v in verdicts),
         "rounds": sampled.rounds,
         "kept_prompts": len(sampled.kept),
-        "dropped_prompts": sum("carried" not in why for _, why in sampled.dropped),
-        "carried_prompts": sum("carried" in why for _, why in sampled.dropped),
+        "dropped_prompts": sum(why != SURPLUS for _, why in sampled.dropped),
+        "carried_prompts": sum(why == SURPLUS for _, why in sampled.dropped),
     }

@@ -1,0 +1,80 @@
+"""One step's rollouts become optimizer updates: rows, the passes without gradients that they need, mini-batches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from pctrain.ceiling.ledger import Ledger
+from pctrain.config import Config
+from pctrain.core import Core, Update
+from pctrain.data.rows import Row
+from pctrain.rl import batch
+from pctrain.rl.algorithm import Algorithm
+from pctrain.rl.mismatch import measured
+from pctrain.rl.sampling import Group, Sampled
+
+
+@dataclass(frozen=True)
+class Updates:
+    """`rows` are what was trained on; `ids` the problems behind the rows of each update."""
+
+    made: list[Update]
+    ids: list[list[str]]
+    advantages: dict[int, list[float]]  # id() of a group -> of each of its rollouts
+
+
+def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> Updates:
+    """The optimizer updates of one step, and the ledger's entries for all of its compute. Nothing kept: no update. Collective."""
+    rl, temperature, groups = config.rl, config.rollout.temperature, sampled.kept
+    _count(ledger, step, "rollout", groups, sampled.rollout_seconds)
+    # Sampled together with the kept ones: the seconds stand there.
+    _count(ledger, step, "rollout_rejected", [group for group, _ in sampled.dropped], 0.0)
+    if not groups:
+        return Updates([], [], {})
+
+    def count(phase: str, rows: Sequence[Row], seconds: float) -> None:
+        ledger.add(step, phase, len(rows), sum(len(row) for row in rows), seconds)
+
+    rows = algorithm.rows(groups)
+    rows = batch.no_grad_streams(rows, core, algorithm.streams_from_pass, rl.token_budget, temperature, count)
+    rows = algorithm.finish(rows, groups)
+    members = algorithm.members(groups)
+    advantages: dict[int, list[float]] = {id(group): [0.0] * len(group.completions) for group in groups}
+    for member, row in zip(members, rows, strict=True):
+        if member.index is not None:
+            advantages[id(groups[member.group])][member.index] = float(row.streams["advantage"][-1])
+    ids = [groups[member.group].problem.id for member in members]
+    if rl.truncated == "masked":
+        whole = [member.index is None or groups[member.group].completions[member.index].finish == "stop" for member in members]
+        rows, ids = ([item for item, keep in zip(items, whole, strict=True) if keep] for items in (rows, ids))
+
+    began = time.perf_counter()
+    token_loss = measured(algorithm.loss)
+    made = [
+        core.step(batch.pack(part, core, algorithm, rl.token_budget), token_loss, temperature=temperature)
+        for part in batch.split(rows, rl.updates)
+    ]
+    count("rl_update", rows, time.perf_counter() - began) if rows else None
+    made = [replace(one, metrics=algorithm.report(one.metrics)) for one in made]
+    return Updates(made, batch.split(ids, rl.updates), advantages)
+
+
+def means(updates: Sequence[Update]) -> dict[str, float]:
+    """Over the updates of a step that were made, and how many were skipped; empty where there was none. Maxima stay maxima."""
+    if not updates:
+        return {}
+    made = [u for u in updates if not u.skipped]
+    names = {"loss": [u.loss for u in made], "grad_norm": [u.grad_norm for u in made], "lr": [u.lr for u in updates]}
+    names |= {key: [u.metrics[key] for u in made] for key in updates[0].metrics}
+    found = {name: float((np.max if name.startswith("max/") else np.mean)(values)) if values else float("nan")
+             for name, values in names.items()}
+    return {**found, "skipped_updates": sum(u.skipped for u in updates)}
+
+
+def _count(ledger: Ledger, step: int, phase: str, groups: list[Group], seconds: float) -> None:
+    if groups:
+        ledger.add(step, phase, sum(len(g.completions) for g in groups), sum(g.tokens for g in groups), seconds)

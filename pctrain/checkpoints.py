@@ -190,16 +190,17 @@ def commit(temporary: Path, final: Path, about: Mapping[str, Any]) -> None:
 # ---- deleting -----------------------------------------------------------------------------------------------------------
 
 
-def retire(folder: Path, keep_last: int | None, keep_every: int | None) -> list[int]:
+def retire(folder: Path, keep_last: int | None, keep_every: int | None, best: int | None = None) -> list[int]:
     """Delete what the retention does not keep; returns the steps. `keep_last` None: all stay.
 
-    Kept: the newest `keep_last`, steps that are multiples of `keep_every`, and always the newest complete one.
+    Kept: the newest `keep_last`, steps that are multiples of `keep_every`, the step `best`, and always the newest complete one.
     """
     found = list_checkpoints(folder)
     if keep_last is None or len(found) <= keep_last:
         return []
     kept = set(found[-keep_last:])
     kept |= {path for path in found if keep_every and checkpoint_step(path) % keep_every == 0}
+    kept |= {path for path in found if checkpoint_step(path) == best}
     kept |= set([path for path in found if size_fault(path) is None][-1:])
     dropped = [path for path in found if path not in kept]
     for path in dropped:

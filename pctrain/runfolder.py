@@ -224,7 +224,7 @@ class RunFolder:
         run = {"kind": self.kind, "config_sha256": config_hash(self.config), "fingerprints": self._fingerprints}
         checkpoints.commit(Path(tmp_dir), final, {**run, **about})
         keep = self.config.run
-        if dropped := checkpoints.retire(self.path, keep.keep_last, keep.keep_every):
+        if dropped := checkpoints.retire(self.path, keep.keep_last, keep.keep_every, best_step(self.path, self.kind)):
             self.log(f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): steps {dropped}")
         return final
 
@@ -288,6 +288,16 @@ def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
     old = _read_config_file(Path(folder) / "config.yaml")
     kind, fingerprints = old.pop("kind", None), old.pop("fingerprints", None) or {}
     return Config.model_validate(old), kind, fingerprints
+
+
+def best_step(folder: Path, kind: Kind) -> int | None:
+    """The checkpoint with the lowest validation loss (SFT) or the highest score (RL), the earliest of equals; None where none was measured."""
+    steps = {checkpoints.checkpoint_step(path) for path in checkpoints.list_checkpoints(folder)}
+    losses = {step: value for step, value in read_values(folder, "val", "val_loss").items() if step in steps}
+    scores = {step: value for step, value in read_values(folder, "eval", "score").items() if step in steps}
+    if kind == "sft":
+        return min(losses, key=lambda step: (losses[step], step), default=None)
+    return max(scores, key=lambda step: (scores[step], -step), default=None)
 
 
 def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:

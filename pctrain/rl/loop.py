@@ -20,7 +20,7 @@ from pctrain.rl.journal import Journal, shortage
 from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
-from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
+from pctrain.runfolder import HF_FOLDER, RunFolder, best_step, read_values
 
 
 def main(config: Config, rollout_only: bool = False) -> None:
@@ -143,9 +143,7 @@ def _finish(config: Config, run: RunFolder) -> None:
     first, last = scores.get(0), scores.get(config.rl.steps)
     summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last}
     if scores:
-        best = max(scores, key=lambda step: (scores[step], -step))
-        summary["best score (%)"] = f"{scores[best]:.4g} at step {best}"
-        if run.checkpoint_path(best).is_dir():
-            summary["best checkpoint"] = run.checkpoint_path(best)
+        summary["best score (%)"] = f"{max(scores.values()):.4g} at step {max(scores, key=scores.get)}"
+        summary["best checkpoint"] = run.checkpoint_path(best_step(run.path, "rl"))
     summary["final weights"] = run.path / HF_FOLDER
     run.finish(summary, f"pctrain report {run.path}")

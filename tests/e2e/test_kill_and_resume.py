@@ -61,7 +61,9 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
                 assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
         assert (killed / run / "hf" / "model.safetensors").read_bytes() == (whole / run / "hf" / "model.safetensors").read_bytes()
     assert sorted(path.name for path in (whole / "sft" / "checkpoints").iterdir()) == [f"step-{n}" for n in (100, 120, 20, 40, 60, 80)]
-    assert [path.name for path in (whole / rl / "checkpoints").iterdir()] == ["step-4"]
+    scores = {line["step"]: line["score"] for line in tiny.metrics(whole / rl, "eval") if line["step"]}
+    best = max(scores, key=lambda step: (scores[step], -step))
+    assert {path.name for path in (whole / rl / "checkpoints").iterdir()} == {"step-4", f"step-{best}"}  # the newest, and the best
     for rollouts in (whole / rl / "rollouts").iterdir():
         assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
     assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed

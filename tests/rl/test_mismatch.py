@@ -161,7 +161,8 @@ def directory(tmp_path_factory):
     return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
 
 
-@pytest.mark.parametrize("layout, tensor, world", [({}, 1, 1), ({"tensor": 2}, 2, 2), pytest.param({"tensor": 2}, 1, 2, marks=pytest.mark.full)],
+@pytest.mark.parametrize("layout, tensor, world", [({}, 1, 1), ({"tensor": 2}, 2, 2),
+                                                   pytest.param({"tensor": 2}, 1, 2, marks=pytest.mark.full)],
                          ids=["single", "TP2, one engine", "TP2, an engine a rank"])
 def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory, layout, tensor, world):
     for update, rows, logprobs, _ in ranks.run(_first_step, directory, layout, tensor, world=world, deadline=240):

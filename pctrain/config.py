@@ -184,13 +184,14 @@ class RLConfig(Section):
 
 
 class RolloutConfig(Section):
-    tensor: int = Field(1, ge=1, description="tensor parallel size of one engine: 1, or parallel.tensor")
+    tensor: int = Field(1, ge=1, description="tensor parallel size of one engine: 1, or what divides parallel.tensor")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts; part of the policy")
     max_response: int = Field(48, ge=1, description="longest response, tokens")
     max_sequences: int = Field(256, ge=1, description="sequences an engine decodes at once")
     kv_cache_mb: int = Field(256, ge=16, description="KV cache of an engine on CPU, MB")
     gpu_memory: float = Field(0.4, gt=0, lt=1, description="share of GPU memory an engine may use (GPU only)")
-    verify_tolerance: float = Field(1e-4, gt=0, description="largest log-prob difference engine/learner after the first swap (float32)")
+    verify_every: int = Field(10, ge=1, description="weight swaps between checks of the engine by log-probs; the first always")
+    verify_tolerance: float = Field(1e-4, gt=0, description="largest log-prob difference engine/learner in that check (float32)")
 
 
 class RewardConfig(Section):

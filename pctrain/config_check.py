@@ -176,9 +176,9 @@ def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
 
 
 def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
-    if config.rollout.tensor not in (1, config.parallel.tensor):
-        yield (f"rollout.tensor = {config.rollout.tensor}: an engine spans one rank or one tensor parallel group; "
-               f"expected 1{f' or {config.parallel.tensor} (parallel.tensor)' if config.parallel.tensor > 1 else ''}")
+    if config.parallel.tensor % config.rollout.tensor:
+        yield (f"rollout.tensor = {config.rollout.tensor}: an engine spans a tensor parallel group or an even part of it; "
+               f"expected 1{f' or a divisor of parallel.tensor = {config.parallel.tensor}' if config.parallel.tensor > 1 else ''}")
     for key, value in (("rollout.max_response", config.rollout.max_response), ("eval.max_response", config.eval.max_response)):
         if value is not None and value >= shape.context:
             yield f"{key} = {value} tokens leaves no room for a prompt in the context of {shape.context} tokens ({shape.source})"

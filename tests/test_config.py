@@ -183,8 +183,8 @@ def test_malformed_command_line(tokens, message):
     (4, ["--parallel.context=2", "--sft.batch_size=33"], "sft.batch_size = 33 is not divisible by the data parallel size 2"),
     (1, ["--model.fp8=delayed", "--model.dtype=bfloat16", "--model.spec=torch-varlen"], "model.fp8 = delayed needs Transformer Engine"),
     (1, ["--model.fp8=delayed"], "model.fp8 = delayed needs model.dtype = bfloat16, not float32"),
-    (4, ["--parallel.tensor=4", "--rollout.tensor=2"], "rollout.tensor = 2: an engine spans"),
-    (1, ["--rollout.tensor=2"], "rollout.tensor = 2: an engine spans one rank or one tensor parallel group; expected 1"),
+    (4, ["--parallel.tensor=4", "--rollout.tensor=3"], "expected 1 or a divisor of parallel.tensor = 4"),
+    (1, ["--rollout.tensor=2"], "rollout.tensor = 2: an engine spans a tensor parallel group or an even part of it; expected 1"),
     (2, ["--sft.batch_size=33"], "sft.batch_size = 33 is not divisible by the data parallel size 2"),
     (2, ["--rl.prompts=3", "--rl.group=3"], "rl.prompts x rl.group = 3 x 3 = 9 is not divisible by the data parallel size 2"),
     (1, ["--rl.updates=3"], "is not divisible by rl.updates = 3"),
@@ -209,6 +209,7 @@ def test_impossible_combinations(monkeypatch, world, overrides, message):
 @pytest.mark.parametrize("world, overrides", [
     (1, []),
     (4, ["--parallel.tensor=2", "--parallel.sequence_parallel=true", "--rollout.tensor=2"]),
+    (4, ["--parallel.tensor=4", "--rollout.tensor=2"]),
     (3, ["--parallel.pipeline=3"]),
     (4, ["--parallel.context=4", "--model.spec=te"]),
     (4, ["--parallel.tensor=2", "--parallel.pipeline=2", "--model.architecture.layers=4"]),

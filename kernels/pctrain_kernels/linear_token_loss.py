@@ -21,12 +21,14 @@ from pctrain_kernels.merge import merge_shards
 from pctrain_kernels.parallel import reduce_hidden_gradient
 
 Streams = dict[str, Tensor]
+MAX = "max/"  # metrics whose names begin so are reduced by their maximum
 
 
 class TokenLoss(Protocol):
     """loss [n] and metrics {name: [n]} of n tokens, in PyTorch, each value of its own token's inputs alone (tokens come in chunks).
 
     logprob [n], entropy [n] (None without `want_entropy`) and streams {name: [n]} are detached; the first two are differentiated.
+    A metric whose name begins with `max/` is reduced by its maximum over tokens of weight above 0, any other by its weighted sum.
     """
 
     def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Streams) -> tuple[Tensor, Streams]: ...
@@ -53,7 +55,8 @@ def linear_token_loss(
 ) -> tuple[Tensor, Streams]:
     """loss = sum_i token_weight_i loss_i / denom and metrics {name: sum_i token_weight_i value_i}: fp32 scalars, metrics detached.
 
-    The sums are over rows whose target is not `ignore_index`; only those are passed to `token_loss`. streams {name: [T]}, token_weight [T]
+    Of a metric `max/...` it is the largest value_i with token_weight_i > 0 (-inf where there is none). Sums and maxima are over rows whose
+    target is not `ignore_index`; only those are passed to `token_loss`. streams {name: [T]}, token_weight [T]
     or None (ones), denom a number or a scalar tensor. Everything else as in `linear_logprob_entropy`, but for:
 
     group           one all-gather of [4, n] a chunk; the default chunk size follows from the largest shard
@@ -115,7 +118,11 @@ class _Sums:
                 raise ValueError(f"token_loss must return one value a token: {name} has shape {shapes}")
         self.loss = self.loss + self._weighted_sum(piece, loss)
         for name, value in metrics.items():
-            self.metrics[name] = self.metrics.get(name, 0.0) + self._weighted_sum(piece, value)
+            if name.startswith(MAX):
+                largest = self._largest(piece, value)
+                self.metrics[name] = torch.maximum(self.metrics.get(name, largest), largest)
+            else:
+                self.metrics[name] = self.metrics.get(name, 0.0) + self._weighted_sum(piece, value)
         return loss
 
     def add_differentiated(self, piece: slice, logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -132,6 +139,13 @@ class _Sums:
     def _weighted_sum(self, piece: slice, value: Tensor) -> Tensor:
         value = value.detach().to(self.dtype)
         return value.sum() if self.weights is None else torch.dot(value, self.weights[piece])
+
+    def _largest(self, piece: slice, value: Tensor) -> Tensor:
+        value = value.detach().to(self.dtype)
+        if self.weights is not None:
+            value = value.masked_fill(self.weights[piece] <= 0, -torch.inf)
+        # A piece may be empty, and then has no maximum of its own.
+        return torch.cat([value, value.new_full((1,), -torch.inf)]).amax()
 
 
 class _LinearTokenLoss(torch.autograd.Function):

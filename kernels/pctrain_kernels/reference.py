@@ -92,7 +92,10 @@ def linear_token_loss(
     ignore_index: int = -100,
     want_entropy: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss = sum_i token_weight_i loss_i / denom over the rows with a target; metrics: sum_i token_weight_i value_i, detached."""
+    """loss = sum_i token_weight_i loss_i / denom over the rows with a target; metrics: sum_i token_weight_i value_i, detached.
+
+    Of a metric `max/...`: the largest value_i with token_weight_i > 0.
+    """
     logprob, entropy = linear_logprob_entropy(
         hidden, weight, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=want_entropy
     )
@@ -101,4 +104,9 @@ def linear_token_loss(
         logprob[labelled], None if entropy is None else entropy[labelled], {name: stream[labelled] for name, stream in streams.items()}
     )
     weights = torch.ones_like(loss) if token_weight is None else token_weight[labelled]
-    return (weights * loss).sum() / denom, {name: (weights * value).sum().detach() for name, value in metrics.items()}
+
+    def reduced(name: str, value: Tensor) -> Tensor:
+        counted = value.detach()[weights > 0].tolist()
+        return value.new_tensor(max(counted, default=-torch.inf)) if name.startswith("max/") else (weights * value).sum().detach()
+
+    return (weights * loss).sum() / denom, {name: reduced(name, value) for name, value in metrics.items()}

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from pctrain_kernels.linear_token_loss import MAX
 
 from pctrain.core import context_parallel, router_loss
 from pctrain.core.hf_config import HFConfig
@@ -43,7 +44,7 @@ class Head:
         }
 
     def loss(self, pack: Pack, token_loss: TokenLoss, temperature: float, want_entropy: bool, found: dict) -> Callable:
-        """A head that returns the pack's weighted loss sum and leaves the metrics' weighted sums in `found`."""
+        """A head that returns the pack's weighted loss sum and leaves the metrics' weighted sums (or maxima) in `found`."""
         here = device()
         # What is not trained on costs nothing in the head.
         labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(here)
@@ -88,7 +89,7 @@ def run_loss(
     chunks: list, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *,
     temperature: float, want_entropy: bool, backward: bool,
 ) -> tuple[float, dict[str, float]]:
-    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`.
+    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`, or maxima (`max/...`).
 
     `chunks`: this rank's part of the model, a module for each virtual pipeline stage.
     With `backward`, their main_grad holds the gradient of that loss when it returns; of a mixture of experts trained with its auxiliary
@@ -196,16 +197,26 @@ def _padding_like(pack: Pack) -> Pack:
 
 
 def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[float, dict[str, float]]:
-    """Adds the sums of all packs over the data and context parallel ranks (on the last stage) and tells every stage, in float64."""
+    """Adds the sums of all packs over the data and context parallel ranks (on the last stage) and tells every stage, in float64.
+
+    Of metrics `max/...` the packs bring maxima, and the largest is told.
+    """
     group = parallel_state.get_pipeline_model_parallel_group()
     result: list = [None]
     if parallel_state.is_pipeline_last_stage():
-        names = list(sums[0])
-        totals = torch.stack([torch.stack([s[name].double() for s in sums]).sum() for name in names])
-        if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
-            dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        result[0] = dict(zip(names, (totals / denominator).tolist(), strict=True))
+        maxima = [name for name in sums[0] if name.startswith(MAX)]
+        totals = [name for name in sums[0] if not name.startswith(MAX)]
+        result[0] = dict(zip(totals, _over_ranks(sums, totals, torch.sum, dist.ReduceOp.SUM, denominator), strict=True))
+        if maxima:
+            result[0] |= zip(maxima, _over_ranks(sums, maxima, torch.amax, dist.ReduceOp.MAX), strict=True)
     if group.size() > 1:
         dist.broadcast_object_list(result, src=dist.get_process_group_ranks(group)[-1], group=group)
     loss = result[0].pop("loss")
     return loss, result[0]
+
+
+def _over_ranks(sums: list[dict[str, torch.Tensor]], names: list[str], over_packs: Callable, over_ranks, denominator: float = 1.0) -> list:
+    values = torch.stack([over_packs(torch.stack([s[name].double() for s in sums])) for name in names])
+    if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
+        dist.all_reduce(values, op=over_ranks, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
+    return (values / denominator).tolist()

@@ -31,7 +31,7 @@ class Scorer:
         self.encoder = Encoder(config.model.path, config.data, self.hf.context)
         self.tokenizer = self.encoder.tokenizer
         self.verifier = VerifierPool(config.reward)
-        self._verified = False
+        self._swaps = 0
 
     @cached_property
     def engine(self) -> RolloutEngine:
@@ -49,14 +49,15 @@ class Scorer:
         return parallel.agree(lambda: read_problems(path, self.config.data.fields, self.encoder, room=room, room_name=name))
 
     def load(self, core: Core) -> Swap:
-        """Swaps the core's weights into the engine; the first swap is verified by log-probs of both on the same tokens.
+        """Swaps the core's weights into the engine; the first swap, and every `rollout.verify_every`-th after it, is verified by
+        log-probs of both on the same tokens.
 
         Raises RuntimeError where they differ by more than `rollout.verify_tolerance` (float32) or BF16_TOLERANCE.
         """
         swap = self.engine.load_weights(core.hf_weights())
-        if not self._verified:
+        if self._swaps % self.config.rollout.verify_every == 0:
             self._verify(core)
-            self._verified = True
+        self._swaps += 1
         return swap
 
     def _verify(self, core: Core) -> None:

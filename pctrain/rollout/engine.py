@@ -48,8 +48,20 @@ class Swap:
     bytes: int
 
 
+@dataclass
+class Sampling:
+    """What `generate` did since the last swap: wall-clock seconds on this rank, and new tokens of all engines together."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
 class RolloutEngine:
-    """One vLLM engine per group of `rollout.tensor` neighbouring ranks, in the learner's processes.
+    """One vLLM engine per group of `rollout.tensor` neighbouring ranks, in the learner's processes. `sampling`: since the last swap.
 
     hf_dir: Hugging Face directory of the model (config.json, safetensors); the engine starts with its weights.
     dtype: "float32" or "bfloat16". context: longest prompt + response, tokens. eos_id: the one token that ends a response.
@@ -64,6 +76,7 @@ class RolloutEngine:
         self._groups = EngineGroups(rollout.tensor)
         self._llm = start_llm(Path(hf_dir), rollout, self._groups, dtype=dtype, context=context)
         self._usable = True  # weights whole and in memory
+        self.sampling = Sampling()
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Swap:
         """Replaces every weight by the stream's (hf_name, full tensor), each in a storage of its own.
@@ -85,6 +98,7 @@ class RolloutEngine:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache after the weight swap")
         self._usable = True
+        self.sampling = Sampling()
         return Swap(time.perf_counter() - begin, checked.bytes)
 
     def sleep(self) -> None:
@@ -112,8 +126,12 @@ class RolloutEngine:
                                 "shorten the prompt or enlarge the context")
             if not isinstance(request.seed, int):
                 raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
+        begin = time.perf_counter()
         mine = self._sample(self._groups.share(requests), temperature, max_response, logprobs)
-        return self._groups.unshare(self._groups.gather(mine), len(requests))
+        completions = self._groups.unshare(self._groups.gather(mine), len(requests))
+        self.sampling.seconds += time.perf_counter() - begin
+        self.sampling.tokens += sum(len(completion.token_ids) for completion in completions)
+        return completions
 
     def verify(
         self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int
@@ -157,8 +175,9 @@ class RolloutEngine:
             from vllm import SamplingParams
 
             parameters = [
+                # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
                 SamplingParams(temperature=temperature, max_tokens=max_response, seed=request.seed, stop_token_ids=[self._eos_id],
-                               logprobs=0 if logprobs else None, detokenize=False)
+                               logprobs=0 if logprobs else None, flat_logprobs=logprobs, detokenize=False, skip_clone=True)
                 for request in requests
             ]
             prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
@@ -182,5 +201,8 @@ def _completion(output) -> Completion:
     tokens = list(output.token_ids)
     logprobs = None
     if output.logprobs is not None:
-        logprobs = [position[token].logprob for token, position in zip(tokens, output.logprobs, strict=True)]
+        # logprobs=0 asks for the sampled token's alone: one entry a token, in their order.
+        if output.logprobs.token_ids != tokens:
+            raise RuntimeError("vLLM returned log-probs of other tokens than the sampled ones")
+        logprobs = list(output.logprobs.logprobs)
     return Completion(tokens, output.finish_reason, logprobs)

@@ -286,3 +286,31 @@ def test_the_package_needs_torch_alone_and_triton_in_files_named_after_it() -> N
             names += [node.module] if isinstance(node, ast.ImportFrom) else []
             for name in names:
                 assert re.match(allowed + r")(\.|$)", name), f"{path}: {name}"
+
+
+def with_maxima(logprob, entropy, streams):
+    """Losses that have a maximum among their metrics, and the same values as a mean."""
+    return -logprob, {"nll": -logprob.detach(), "max/nll": -logprob.detach(), "max/signed": streams["signed"]}
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("chunk", [1, 7, None])
+def test_maxima_are_over_tokens_of_weight_above_0(chunk, grad) -> None:
+    hidden, weight, target = make_inputs(33, 101)
+    signed = -1 - torch.rand(33)  # all below 0: a maximum that began at 0 would show
+    token_weight = torch.full((33,), 3.0)
+    labelled = (target != -100).nonzero().squeeze(1)
+    signed[labelled[0]], token_weight[labelled[0]] = 9.0, 0.0
+    options = {"streams": {"signed": signed}, "denom": 2.0, "token_weight": token_weight}
+    want = reference.linear_token_loss(hidden, weight, target, with_maxima, **options)[1]
+    with torch.set_grad_enabled(grad):
+        got = linear_token_loss(hidden, weight, target, with_maxima, chunk_tokens=chunk, **options)[1]
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert got["max/signed"] == signed[labelled[1:]].max() < 0
+    assert got["max/nll"] < got["nll"]  # the one is no sum
+
+
+def test_the_maximum_over_no_token_is_minus_infinity() -> None:
+    hidden, weight, target = make_inputs(7, 30, ignored=1.1)
+    metrics = linear_token_loss(hidden, weight, target, with_maxima, streams={"signed": torch.ones(7)}, denom=1)[1]
+    assert metrics["max/nll"] == metrics["max/signed"] == -torch.inf and metrics["nll"] == 0

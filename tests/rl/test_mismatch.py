@@ -1,0 +1,199 @@
+"""Learner against engine: the measures, the correction, and the gate: in the first update both are one policy."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from core import small
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pctrain.config import ArchitectureConfig, RolloutConfig
+from pctrain.data.hf_dir import make_hf_dir
+from pctrain.data.rows import make_row
+from pctrain.rl import mismatch
+from pctrain.rollout import Completion, Request, sampling_seed
+
+EOS, TEMPERATURE, PROMPTS = 2, 0.7, 6
+
+
+def plain(logprob, entropy, streams):
+    """A loss that takes no stream but those named here: what it must not see is an error."""
+    assert set(streams) <= {"advantage", "old_logprob"}
+    return -logprob * streams["advantage"], {"ratio": torch.ones_like(logprob)}
+
+
+def of_one_token(learner: float, engine: float, **streams: float) -> dict[str, float]:
+    streams = {"advantage": 1.0, "rollout_logprob": engine, **streams}
+    tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in streams.items()}
+    loss = mismatch.measured(lambda logprob, entropy, streams: (-logprob, {}), "none")
+    _, metrics = loss(torch.tensor([learner], dtype=torch.float64, requires_grad=True), None, tensors)
+    assert not any(value.requires_grad for value in metrics.values())
+    return {name: value.item() for name, value in metrics.items()}
+
+
+def test_the_measures_by_hand():
+    equal = of_one_token(-1.5, -1.5)
+    assert equal == {"mismatch/mean": 0, "max/mismatch": 0, "mismatch/kl": 0, "mismatch/beyond_2x": 0}
+    thrice = of_one_token(math.log(0.6), math.log(0.2))  # ratio 3: KL 3 - 1 - ln 3
+    assert thrice["mismatch/mean"] == thrice["max/mismatch"] == pytest.approx(math.log(3))
+    assert thrice["mismatch/kl"] == pytest.approx(2 - math.log(3)) and thrice["mismatch/beyond_2x"] == 1
+    third = of_one_token(math.log(0.2), math.log(0.6))  # ratio 1/3: KL 1/3 - 1 + ln 3
+    assert third["mismatch/mean"] == pytest.approx(math.log(3)) and third["mismatch/beyond_2x"] == 1
+    assert third["mismatch/kl"] == pytest.approx(math.log(3) - 2 / 3)
+    assert of_one_token(math.log(0.39), math.log(0.2))["mismatch/beyond_2x"] == 0  # 1.95
+
+
+def test_the_policy_that_sampled_is_the_old_one_where_there_is_one():
+    assert of_one_token(-9.0, -1.5, old_logprob=-1.5)["mismatch/mean"] == 0
+
+
+def test_an_experts_tokens_are_not_measured():
+    assert set(of_one_token(-9.0, 0.0, expert_mask=1.0).values()) == {0.0}
+
+
+@pytest.mark.parametrize("correction, passed", [("none", False), ("token", True), ("sequence", False)])
+def test_the_loss_gets_the_engines_logprobs_only_to_correct_by_the_token(correction, passed):
+    seen = []
+
+    def loss(logprob, entropy, streams):
+        seen.append(set(streams))
+        return -logprob, {}
+
+    streams = {name: torch.zeros(3) for name in ("advantage", "rollout_logprob", "is_weight")}
+    _, metrics = mismatch.measured(loss, correction)(torch.zeros(3), None, streams)
+    assert seen == [{"advantage", "rollout_logprob"} if passed else {"advantage"}]
+    assert "is_weight" in metrics
+
+
+def test_without_the_engines_logprobs_nothing_is_measured():
+    _, metrics = mismatch.measured(plain, "none")(torch.zeros(2), None, {"advantage": torch.ones(2)})
+    assert set(metrics) == {"ratio"}
+
+
+def test_rollout_logprobs_stand_on_their_own_tokens():
+    rows = [make_row([5, 6, 7], [8, 9], {"advantage": 1.0}), make_row([5], [6, 7, 2])]
+    ours, experts = mismatch.with_rollout_logprobs(rows, [Completion([8, 9], "length", [-0.5, -0.25]), None])
+    assert ours.streams["rollout_logprob"].tolist() == [0, 0, 0, -0.5, -0.25] and set(ours.streams) == {"advantage", "rollout_logprob"}
+    assert experts.streams["rollout_logprob"].tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="logprobs=True"):
+        mismatch.with_rollout_logprobs(rows[:1], [Completion([8, 9], "length", None)])
+
+
+def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
+    assert mismatch.correction(None, "bfloat16") == "token" and mismatch.correction(None, "float32") == "none"
+    assert mismatch.correction("none", "bfloat16") == "none" and mismatch.correction("sequence", "float32") == "sequence"
+
+
+def a_row(old, rollout, advantage=2.0, expert=None):
+    row = make_row([5, 6], range(10, 10 + len(old)), {"advantage": advantage})
+    row.streams["old_logprob"] = np.array([0, 0, *old], np.float32)
+    row.streams["rollout_logprob"] = np.array([0, -7, *rollout], np.float32)  # what stands on a prompt is not read
+    if expert is not None:
+        row.streams["expert_mask"] = np.array([0, 0, *expert], np.float32)
+    return row
+
+
+def test_sequence_weights_by_hand():
+    """0.5 0.4 / (0.4 0.25) = 2."""
+    old, rollout = np.log([0.5, 0.4]), np.log([0.4, 0.25])
+    (free,), (capped,) = (mismatch.with_sequence_weights([a_row(old, rollout)], cap) for cap in (5.0, 1.5))
+    np.testing.assert_allclose(free.streams["advantage"], [2, 2, 4, 4], rtol=1e-6)
+    np.testing.assert_allclose(free.streams["is_weight"], [0, 0, 2, 2], rtol=1e-6)
+    np.testing.assert_allclose(capped.streams["advantage"], [2, 2, 3, 3], rtol=1e-6)
+    (mixed,) = mismatch.with_sequence_weights([a_row(old, rollout, expert=[1, 0])], 5.0)  # of the sampled token alone: 0.4 / 0.25
+    np.testing.assert_allclose(mixed.streams["advantage"], [2, 2, 2, 3.2], rtol=1e-6)
+    (long,) = mismatch.with_sequence_weights([a_row([0.0] * 50, [-90.0] * 50)], 5.0)  # exp(4500) has no float
+    np.testing.assert_allclose(long.streams["advantage"][2:], 10)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 12), st.integers(0, 10**6), st.floats(0.1, 5))
+def test_a_weighted_advantage_is_a_weighted_loss(length, seed, cap):
+    """The clipped, dual-clipped loss of the row with its advantage weighted is w times that of the row: at every ratio and sign."""
+    from pctrain_kernels import policy_loss
+
+    rng = np.random.default_rng(seed)
+    row = a_row(-rng.random(length), -rng.random(length), advantage=rng.normal())
+    (weighted,) = mismatch.with_sequence_weights([row], cap)
+    logprob = torch.tensor(-rng.random(length + 2) * 2, dtype=torch.float32)
+
+    def loss(of):
+        streams = {name: torch.from_numpy(of.streams[name]) for name in ("advantage", "old_logprob")}
+        return policy_loss(logprob, None, **streams, dual_clip=3.0)[0][2:]
+
+    np.testing.assert_allclose(loss(weighted), loss(row) * weighted.streams["is_weight"][2:], rtol=1e-5, atol=1e-6)
+
+
+def _first_step(directory, layout, tensor):
+    """Samples with a real engine and updates on that: (metrics of the first step, its grad_norm and loss, rows, core's log-probs)."""
+    from pctrain.rollout import RolloutEngine
+
+    model = small.core(directory, layout)
+    for i in range(3):
+        small.step(model, i)
+    weights = {name: tensor.clone() for name, tensor in model.hf_weights()}
+    engine = RolloutEngine(directory, RolloutConfig(kv_cache_mb=64, tensor=tensor), dtype="float32", context=256, eos_id=EOS)
+    try:
+        engine.load_weights(model.hf_weights())
+        rng = np.random.default_rng(0)
+        prompts = [rng.integers(3, 260, 8).tolist() for _ in range(PROMPTS)]
+        requests = [Request(prompt, sampling_seed(0, "test", 1, i, 0)) for i, prompt in enumerate(prompts)]
+        completions = engine.generate(requests, temperature=TEMPERATURE, max_response=12, logprobs=True)
+    finally:
+        engine.close()
+    rows = [make_row(p, c.token_ids, {"advantage": float(rng.normal())}) for p, c in zip(prompts, completions, strict=True)]
+    rows = mismatch.with_rollout_logprobs(rows, completions)
+    logprobs = model.logprobs(rows, 512, temperature=TEMPERATURE, trained_only=True)
+
+    def loss(logprob, entropy, streams):
+        return -logprob * streams["advantage"], {"entropy": entropy}
+
+    update = model.step(model.pack(rows, 512), mismatch.measured(loss, "none"), temperature=TEMPERATURE)
+    return update, rows, logprobs, weights
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=True)
+    folder = tmp_path_factory.mktemp("mismatch") / "model"
+    return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
+
+
+@pytest.mark.parametrize("layout, tensor, world", [({}, 1, 1), ({"tensor": 2}, 2, 2),
+                                                   pytest.param({"tensor": 2}, 1, 2, marks=pytest.mark.full)],
+                         ids=["single", "TP2, one engine", "TP2, an engine a rank"])
+def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory, layout, tensor, world):
+    for update, rows, logprobs, _ in ranks.run(_first_step, directory, layout, tensor, world=world, deadline=240):
+        metrics = update.metrics
+        assert 0 <= metrics["mismatch/mean"] <= metrics["max/mismatch"]
+        assert math.expm1(metrics["max/mismatch"]) < 1e-4  # every ratio is 1
+        assert abs(metrics["mismatch/kl"]) < 1e-8 and metrics["mismatch/beyond_2x"] == 0
+        # And what the training pass measured is what a pass of its own measures.
+        worst = max(np.abs(lp - row.streams["rollout_logprob"])[row.weights > 0].max() for row, lp in zip(rows, logprobs, strict=True))
+        assert metrics["max/mismatch"] == pytest.approx(worst, abs=3e-6)
+
+
+def test_one_temperature_for_engine_logprobs_entropy_and_loss(ranks, directory):
+    """Each against transformers at that temperature; at any other the figures are far off."""
+    from transformers import LlamaForCausalLM
+
+    ((update, rows, logprobs, weights),) = ranks.run(_first_step, directory, {}, 1, world=1, deadline=240)
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+    model.load_state_dict({name: tensor for name, tensor in weights.items()}, strict=False)
+    total, entropy, tokens = 0.0, 0.0, 0
+    for row, ours in zip(rows, logprobs, strict=True):
+        ids, sampled = torch.from_numpy(row.tokens), torch.from_numpy(row.weights[1:] > 0)
+        scores = torch.log_softmax(model(ids[None]).logits[0, :-1] / TEMPERATURE, -1)
+        logprob = scores.gather(-1, ids[1:, None])[:, 0][sampled]
+        np.testing.assert_allclose(row.streams["rollout_logprob"][1:][sampled], logprob.detach(), atol=1e-4)  # the engine's
+        np.testing.assert_allclose(ours[1:][sampled], logprob.detach(), atol=1e-4)  # of a pass of its own
+        total = total - (logprob * row.streams["advantage"][0]).sum()
+        entropy -= (scores.exp() * scores).sum(-1)[sampled].sum().item()
+        tokens += int(sampled.sum())
+    (total / tokens).backward()
+    norm = torch.sqrt(sum(parameter.grad.square().sum() for parameter in model.parameters()))
+    assert update.loss == pytest.approx((total / tokens).item(), abs=1e-5)
+    assert update.metrics["entropy"] == pytest.approx(entropy / tokens, abs=1e-4)
+    assert update.grad_norm == pytest.approx(norm.item(), rel=1e-3)

@@ -38,7 +38,7 @@ class BalancedRouter(TopKRouter):
     divides by 0 where a pack has none.
     """
 
-    scale = 1.0  # what the auxiliary loss of one token counts in the sums that the core divides by `batch.loss_tokens`
+    scale = 1.0  # what the auxiliary loss of one token counts in the sums that the core divides by `batch.denominator`
     total: torch.Tensor | None = None  # float64 []: this rank's part of the sum of n * A over the packs since `start`
 
     def _apply_aux_loss(self, probs, scores_for_aux_loss, routing_map, with_padding_mask=False):
@@ -58,10 +58,10 @@ def use_in(spec) -> None:
         layer.submodules.mlp.submodules.router = BalancedRouter
 
 
-def start(chunks: list[torch.nn.Module], loss_tokens: float, tokens: int) -> None:
-    """Before the packs of a batch with `loss_tokens` (the denominator) and `tokens` real tokens over all ranks."""
+def start(chunks: list[torch.nn.Module], denominator: float, tokens: int) -> None:
+    """Before the packs of a batch with that denominator and `tokens` real tokens over all ranks."""
     for router in _routers(chunks):
-        router.scale = loss_tokens / tokens
+        router.scale = denominator / tokens
         router.total = torch.zeros((), dtype=torch.float64, device=router.weight.device)
 
 

@@ -1,7 +1,8 @@
-"""Updates that were skipped because loss or gradient was not finite: counted, and too many in a row end the run."""
+"""Updates that were skipped because loss or gradient was not finite, or too large: counted, and too many in a row end the run."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pctrain.core.core import Update
@@ -24,8 +25,11 @@ class SkippedUpdates:
         self.in_a_row = self.in_a_row + 1 if update.skipped else 0
         if self.in_a_row < self.limit:
             return
-        what = "gradient norm" if update.loss - update.loss == 0 else f"loss ({update.loss})"
+        what = f"the loss ({update.loss}) is not finite"
+        if math.isfinite(update.loss):
+            too_large = math.isfinite(update.grad_norm)
+            what = f"the gradient norm is {f'{update.grad_norm:.3g}, above optimizer.skip_above' if too_large else 'not finite'}"
         raise UserError(
-            f"step {step}: the {what} is not finite, and {self.in_a_row} updates in a row were skipped for that (optimizer.max_skipped = "
+            f"step {step}: {what}, and {self.in_a_row} updates in a row were skipped for that (optimizer.max_skipped = "
             f"{self.limit}). Lower the learning rate, or look at the samples of the last batch: {', '.join(dict.fromkeys(ids))}"
         )

@@ -1,6 +1,6 @@
 """The only forward and backward of the project: one batch of packs through megatron-core's schedule.
 
-The head returns sums; the division by the global token count happens once, in `finalize_model_grads` (gradients) and in
+The head returns sums; the division by the batch's one denominator happens once, in `finalize_model_grads` (gradients) and in
 `_reduce` (the reported loss). Nothing here is a mean of means.
 """
 
@@ -70,16 +70,16 @@ class Head:
 
         return head
 
-    def logprob(self, pack: Pack, temperature: float, trained_only: bool, found: list) -> Callable:
-        """A head that leaves the pack's log-probs [T] in `found`."""
+    def logprob(self, pack: Pack, temperature: float, trained_only: bool, want_entropy: bool, found: list) -> Callable:
+        """A head that leaves (log-probs [T],), or (log-probs [T], entropies [T]), of the pack in `found`."""
         labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL) if trained_only else pack.labels
         labels = labels.to(device())
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            logprob, _ = pctrain_kernels.linear_logprob_entropy(
-                hidden, weight, labels, temperature=temperature, want_entropy=False, **self.shard()
+            logprob, entropy = pctrain_kernels.linear_logprob_entropy(
+                hidden, weight, labels, temperature=temperature, want_entropy=want_entropy, **self.shard()
             )
-            found.append(logprob)
+            found.append((logprob, entropy) if want_entropy else (logprob,))
             return logprob.sum()
 
         return head
@@ -89,7 +89,8 @@ def run_loss(
     chunks: list, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *,
     temperature: float, want_entropy: bool, backward: bool,
 ) -> tuple[float, dict[str, float]]:
-    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.loss_tokens`, or maxima (`max/...`).
+    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.denominator` (the loss) and
+    / `batch.loss_tokens` (metrics), or maxima (`max/...`).
 
     `chunks`: this rank's part of the model, a module for each virtual pipeline stage.
     With `backward`, their main_grad holds the gradient of that loss when it returns; of a mixture of experts trained with its auxiliary
@@ -109,32 +110,36 @@ def run_loss(
 
     balanced = backward and _has_router_loss(chunks)
     if balanced:
-        router_loss.start(chunks, batch.loss_tokens, batch.tokens)
-    _schedule(chunks, spec, batch.packs, prepare, denominator=batch.loss_tokens if backward else None)
-    loss, metrics = _reduce(sums, batch.loss_tokens)
+        router_loss.start(chunks, batch.denominator, batch.tokens)
+    _schedule(chunks, spec, batch.packs, prepare, denominator=batch.denominator if backward else None)
+    loss, metrics = _reduce(sums, batch)
     if balanced:
         metrics[router_loss.METRIC] = router_loss.mean(chunks, batch.tokens)
     return loss, metrics
 
 
-def run_logprob(chunks: list, head: Head, spec: str, batch: PackedBatch, temperature: float, trained_only: bool) -> list[torch.Tensor]:
-    """Log-probs [T] of this data parallel rank's packs, in their order, on every pipeline stage."""
-    found: list[torch.Tensor] = []
+def run_logprob(
+    chunks: list, head: Head, spec: str, batch: PackedBatch, *, temperature: float, trained_only: bool, want_entropy: bool
+) -> list[tuple[torch.Tensor, ...]]:
+    """(log-probs [T],), with `want_entropy` (log-probs [T], entropies [T]), of this data parallel rank's packs, on every pipeline stage."""
+    found: list[tuple[torch.Tensor, ...]] = []
 
     def prepare(pack: Pack):
-        return head.logprob(pack, temperature, trained_only, found), lambda total: (total, torch.ones((), dtype=torch.int), {})
+        one = head.logprob(pack, temperature, trained_only, want_entropy, found)
+        return one, lambda total: (total, torch.ones((), dtype=torch.int), {})
 
     _schedule(chunks, spec, batch.packs, prepare, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()
     del found[len(batch.packs) :]  # padding packs of the schedule
     if found:  # on the last stage
-        found = [context_parallel.gather(logprob, pack.cu_seqlens) for logprob, pack in zip(found, batch.packs, strict=True)]
+        found = [tuple(context_parallel.gather(values, pack.cu_seqlens) for values in of_pack)
+                 for of_pack, pack in zip(found, batch.packs, strict=True)]
     if group.size() > 1:
         if not found:
-            found = [torch.empty(len(pack.tokens), device=device()) for pack in batch.packs]
+            found = [tuple(torch.empty(len(pack.tokens), device=device()) for _ in range(1 + want_entropy)) for pack in batch.packs]
         last = dist.get_process_group_ranks(group)[-1]
-        for logprob in found:
-            dist.broadcast(logprob, src=last, group=group)
+        for values in (values for of_pack in found for values in of_pack):
+            dist.broadcast(values, src=last, group=group)
     return found
 
 
@@ -196,7 +201,7 @@ def _padding_like(pack: Pack) -> Pack:
     )
 
 
-def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[float, dict[str, float]]:
+def _reduce(sums: list[dict[str, torch.Tensor]], batch: PackedBatch) -> tuple[float, dict[str, float]]:
     """Adds the sums of all packs over the data and context parallel ranks (on the last stage) and tells every stage, in float64.
 
     Of metrics `max/...` the packs bring maxima, and the largest is told.
@@ -206,7 +211,8 @@ def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[fl
     if parallel_state.is_pipeline_last_stage():
         maxima = [name for name in sums[0] if name.startswith(MAX)]
         totals = [name for name in sums[0] if not name.startswith(MAX)]
-        result[0] = dict(zip(totals, _over_ranks(sums, totals, torch.sum, dist.ReduceOp.SUM, denominator), strict=True))
+        result[0] = {name: total / (batch.denominator if name == "loss" else batch.loss_tokens)
+                     for name, total in zip(totals, _over_ranks(sums, totals, torch.sum, dist.ReduceOp.SUM), strict=True)}
         if maxima:
             result[0] |= zip(maxima, _over_ranks(sums, maxima, torch.amax, dist.ReduceOp.MAX), strict=True)
     if group.size() > 1:
@@ -215,8 +221,8 @@ def _reduce(sums: list[dict[str, torch.Tensor]], denominator: float) -> tuple[fl
     return loss, result[0]
 
 
-def _over_ranks(sums: list[dict[str, torch.Tensor]], names: list[str], over_packs: Callable, over_ranks, denominator: float = 1.0) -> list:
+def _over_ranks(sums: list[dict[str, torch.Tensor]], names: list[str], over_packs: Callable, over_ranks) -> list[float]:
     values = torch.stack([over_packs(torch.stack([s[name].double() for s in sums])) for name in names])
     if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
         dist.all_reduce(values, op=over_ranks, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    return (values / denominator).tolist()
+    return values.tolist()

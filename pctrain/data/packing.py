@@ -49,7 +49,8 @@ class PackedBatch:
     """`packs` are this rank's, equally many on every rank; the other fields are over all ranks."""
 
     packs: list[Pack]
-    loss_tokens: float  # sum of all weights: the one denominator
+    loss_tokens: float  # sum of all weights: metrics are divided by it
+    denominator: float  # loss and gradients are divided by it: `loss_tokens`, unless the caller gave another one
     tokens: int  # real tokens
     positions: int  # of all packs, padding included
     sequences: int
@@ -57,6 +58,7 @@ class PackedBatch:
 
 def pack_rows(
     rows: Sequence[Row] | RowSet, token_budget: int, *, dp_rank: int = 0, dp_size: int = 1, shape: PackShape = PackShape(),
+    denominator: float | None = None,
 ) -> PackedBatch:
     """As few packs as first-fit decreasing needs, a multiple of `dp_size`, filled and dealt so that their costs are even.
 
@@ -76,7 +78,8 @@ def pack_rows(
         sizes = [[largest] * len(hand) for hand in sizes]
     packs = [_build([rows[i] for i in pack], pack, room[pack], size, rows.streams)
              for pack, size in zip(hands[dp_rank], sizes[dp_rank], strict=True)]
-    return PackedBatch(packs, rows.loss_tokens, int(rows.lengths.sum()), sum(map(sum, sizes)), len(rows))
+    denominator = rows.loss_tokens if denominator is None else denominator
+    return PackedBatch(packs, rows.loss_tokens, denominator, int(rows.lengths.sum()), sum(map(sum, sizes)), len(rows))
 
 
 def plan(room: np.ndarray, token_budget: int, ranks: int, balanced_length: float) -> list[list[list[int]]]:

@@ -25,10 +25,14 @@ VERIFY_TOKENS = 8  # new tokens per prompt of a verification
 
 @dataclass(frozen=True)
 class Request:
-    """One sample to draw. `prompt_ids`: token ids, at least one; `seed`: from `sampling_seed`, of this very sample."""
+    """One sample to draw. `prompt_ids`: token ids, at least one; `seed`: from `sampling_seed`, of this very sample.
+
+    `max_response`: new tokens at most, where it is less than that of the call (a rollout that goes on from a prefix).
+    """
 
     prompt_ids: Sequence[int]
     seed: int
+    max_response: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +180,7 @@ class RolloutEngine:
 
             parameters = [
                 # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
-                SamplingParams(temperature=temperature, max_tokens=max_response, seed=request.seed, stop_token_ids=[self._eos_id],
+                SamplingParams(temperature=temperature, max_tokens=min(max_response, request.max_response or max_response), seed=request.seed, stop_token_ids=[self._eos_id],
                                logprobs=0 if logprobs else None, flat_logprobs=logprobs, detokenize=False, skip_clone=True)
                 for request in requests
             ]

@@ -1,0 +1,100 @@
+"""The reference model: the weights a run started from, sharded like the trained ones, and gone again after its pass."""
+
+import numpy as np
+import pytest
+
+from core import small
+from pctrain.core import parallel
+
+LAYOUTS = {
+    "single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {}),
+    "TP2 x PP2": (4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2}),
+}  # fmt: skip
+
+
+def _weights(model):
+    return [parameter.detach().clone() for module in model.modules for parameter in module.parameters()]
+
+
+def _reference_logprobs(model, rows):
+    with model.reference():
+        return model.logprobs(rows, small.BUDGET)
+
+
+def _follow(directory, layout):
+    """Log-probs of model and reference at the start and after 3 steps; whether a pass, and one that raises, left the weights alone."""
+    model, rows = small.core(directory, layout), small.rows(10, seed=5)
+    model.keep_reference()
+    start, first = model.logprobs(rows, small.BUDGET), _reference_logprobs(model, rows)
+    for i in range(3):
+        small.step(model, i)
+    trained, before = model.logprobs(rows, small.BUDGET), _weights(model)
+    later, again = _reference_logprobs(model, rows), model.logprobs(rows, small.BUDGET)
+    try:
+        with model.reference():
+            raise KeyError("of the caller")
+    except KeyError:
+        pass
+    same = all((a == b).all() for a, b in zip(before, _weights(model), strict=True))
+    update = small.step(model, 3)  # and it still trains
+    return start, first, trained, later, again, bool(same), update.loss
+
+
+@pytest.mark.parametrize("world, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_the_reference_stays_at_the_start(ranks, hf_dirs, world, layout):
+    for start, first, trained, later, again, same, loss in ranks.run(_follow, hf_dirs[True], layout, world=world):
+        for row in range(len(start)):
+            assert np.array_equal(first[row], start[row])  # the first KL is 0
+            assert np.array_equal(later[row], start[row])
+            assert np.array_equal(again[row], trained[row])
+            assert np.abs(trained[row] - start[row]).max() > 1e-2
+        assert same and np.isfinite(loss)
+
+
+def _resumed(directory, checkpoint, folder):
+    """A run from `checkpoint`, saved after 2 steps and loaded by a second one: log-probs of its start, and of the second's reference."""
+    model, rows = small.core(directory, {}, checkpoint=checkpoint), small.rows(6, seed=5)
+    start = model.logprobs(rows, small.BUDGET)
+    for i in range(2):
+        small.step(model, i)
+    if parallel.rank() == 0:
+        folder.mkdir()
+    parallel.barrier()
+    model.save(folder)
+    second = small.core(directory, {}, checkpoint=checkpoint)
+    second.load(folder)
+    second.keep_reference()
+    resumed = second.logprobs(rows, small.BUDGET)
+    return start, resumed, model.logprobs(rows, small.BUDGET), _reference_logprobs(second, rows)
+
+
+@pytest.mark.parametrize("from_checkpoint", [False, True])
+def test_after_a_resume_the_reference_is_the_start_of_the_run(ranks, hf_dirs, tmp_path, from_checkpoint):
+    checkpoint = None
+    if from_checkpoint:
+        checkpoint = tmp_path / "start"
+        ranks.run(small.save_and_go_on, hf_dirs[True], {}, checkpoint, 2, world=1)
+    (start, resumed, saved, reference), *_ = ranks.run(_resumed, hf_dirs[True], checkpoint, tmp_path / "resumed", world=2)
+    for row in range(len(start)):
+        assert np.array_equal(reference[row], start[row]) and np.array_equal(resumed[row], saved[row])
+        assert not np.array_equal(resumed[row], start[row])
+
+
+def _entropies(directory, layout):
+    model, rows = small.core(directory, layout), small.rows(8)
+    both = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True, want_entropy=True)
+    alone = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True)
+    found = model.forward(model.pack(rows, small.BUDGET), lambda lp, entropy, _: (entropy, {}), temperature=0.7)[0]
+    return both, alone, found
+
+
+@pytest.mark.parametrize("world, layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_entropies_come_with_the_logprobs(ranks, hf_dirs, world, layout):
+    for (logprobs, entropies), alone, mean in ranks.run(_entropies, hf_dirs[False], layout, world=world):
+        rows = small.rows(8)
+        for row, logprob, entropy, want in zip(rows, logprobs, entropies, alone, strict=True):
+            np.testing.assert_allclose(logprob, want, rtol=0, atol=1e-6)
+            assert entropy.dtype == np.float32 and len(entropy) == len(row)
+            assert (entropy[row.weights > 0] > 1).all() and (entropy[row.weights == 0] == 0).all()
+        # The loss path's entropies are computed apart from these.
+        assert sum(e.sum() for e in entropies) / sum(r.weights.sum() for r in rows) == pytest.approx(mean, rel=1e-5)

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import Field
+
 from pctrain import cli_data
 from pctrain.cli_arguments import Command, resolve_config, take_paths
-from pctrain.config import Config
+from pctrain.cli_options import parse
+from pctrain.config import Config, Section
+from pctrain.config_help import own_option_lines
 from pctrain.errors import UserError
 
 TRAINING = ("run", "model", "parallel", "data")
 SAMPLING = ("rollout", "reward", "eval")
 _CONVERT_OPTIONS = ("model", "parallel")
 _VERIFY = "  --verify       compare log-probs of random sequences with transformers; exit status 2 above 2e-4"
+
+
+class DebugOptions(Section):
+    """Half a step of RL at a time."""
+
+    debug_rollout_only: bool = Field(False, description="sample the next step, write its rollouts down and stop; the run goes on from them")
+    debug_train_only: Path | None = Field(
+        None, description="rollouts of a step (RUN/rollouts/step-N.replay.npz): train on them; no engine is started, nothing is written")
+
+
+class ShowOptions(Section):
+    step: int | None = Field(None, ge=1, description="RL step; default: the newest")
+    prompts: int = Field(5, ge=1, description="prompts that are shown")
+    dropped: bool = Field(False, description="show also the prompts that dynamic sampling dropped, and why")
 
 
 def _sft(command: Command, arguments: list[str]) -> None:
@@ -23,30 +41,28 @@ def _sft(command: Command, arguments: list[str]) -> None:
 
 
 def _rl(command: Command, arguments: list[str]) -> None:
-    file, arguments = take(arguments, "--debug-train-only")
-    rollout_only, arguments = "--debug-rollout-only" in arguments, [a for a in arguments if a != "--debug-rollout-only"]
-    if rollout_only and file is not None:
-        raise UserError("--debug-rollout-only samples and --debug-train-only trains: give one of them")
-    config = resolve_config(command, arguments)
+    operands, options, rest = parse(command, arguments, DebugOptions)
+    if operands:
+        raise UserError(f"pctrain rl: unexpected argument {operands[0]!r}: options have the form --section.key=value")
+    if options.debug_rollout_only and options.debug_train_only is not None:
+        raise UserError("--debug_rollout_only samples and --debug_train_only trains: give one of them")
+    config = resolve_config(command, rest)
     from pctrain.rl import loop
 
-    if file is not None:
-        loop.debug_train(config, Path(file))
+    if options.debug_train_only is not None:
+        loop.debug_train(config, options.debug_train_only)
     else:
-        loop.main(config, rollout_only)
+        loop.main(config, options.debug_rollout_only)
 
 
 def _show(command: Command, arguments: list[str]) -> None:
-    step, arguments = take(arguments, "--step")
-    prompts, arguments = take(arguments, "--prompts")
-    dropped, arguments = "--dropped" in arguments, [argument for argument in arguments if argument != "--dropped"]
-    (folder,), _ = take_paths(command, arguments, operands=1)
-    for name, text in (("--step", step), ("--prompts", prompts)):
-        if text is not None and not text.isdecimal():
-            raise UserError(f"{name} takes a whole number, got {text!r}")
+    operands, options, rest = parse(command, arguments, ShowOptions)
+    if len(operands) != 1 or rest:
+        given = " ".join([*operands, *rest]) or "none"
+        raise UserError(f"pctrain show: expected one folder of an RL run, got {given}; usage: {command.usage}")
     from pctrain.show import main as run
 
-    run(folder, None if step is None else int(step), 5 if prompts is None else int(prompts), dropped)
+    run(Path(operands[0]), options.step, options.prompts, options.dropped)
 
 
 def _run(command: Command, arguments: list[str]) -> None:
@@ -107,16 +123,12 @@ COMMANDS = (
          "pctrain rl --config rl.yaml --debug-rollout-only",
          "pctrain rl --config rl.yaml --debug-train-only runs/rl/rollouts/step-1.replay.npz"),
         (*TRAINING, "rl", *SAMPLING),
-        ("  --debug-rollout-only     sample the next step, write its rollouts down, and stop; the run goes on from them",
-         "  --debug-train-only FILE  the updates of one step on such rollouts: no engine is started, nothing is written")),
+        tuple(own_option_lines(DebugOptions))),
     Command(
         "show", "the rollouts of an RL step in the terminal: prompts, answers, rewards, advantages",
         "pctrain show RUN [--step N] [--prompts K] [--dropped]", _show,
         ("pctrain show runs/quickstart/rl-step-420", "pctrain show runs/rl --step 12 --prompts 20 --dropped"),
-        notes=("  RUN            folder of an RL run",
-               "  --step N       [default: the newest]",
-               "  --prompts K    how many are shown  [default: 5]",
-               "  --dropped      show also the prompts that dynamic sampling dropped, and why")),
+        notes=("  RUN            folder of an RL run", *own_option_lines(ShowOptions))),
     Command(
         "run", "the whole study: SFT, RL from several of its checkpoints, fits and a report",
         "pctrain run [--config FILE] [--section.key=value ...]", _run,

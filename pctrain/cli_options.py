@@ -27,6 +27,8 @@ def parse(command: Command, arguments: list[str], kind: type[Options]) -> tuple[
     """
     operands, given, rest = [], {}, []
     for name, value in _tokens(arguments, flags={name for name, field in kind.model_fields.items() if field.annotation is bool}):
+        if name is not None and name.replace("-", "_") in kind.model_fields:  # --debug-rollout-only is debug_rollout_only
+            name = name.replace("-", "_")
         if name is None:
             operands.append(value)
         elif name in kind.model_fields:
@@ -62,7 +64,7 @@ def _tokens(arguments: list[str], flags: set[str]) -> Iterator[tuple[str | None,
         name, equals, text = token[2:].partition("=")
         if equals:
             yield name, text
-        elif name in flags:
+        elif name.replace("-", "_") in flags:
             yield name, "true"
         else:
             yield name, rest.pop(0) if rest and not rest[0].startswith("--") else None
@@ -102,7 +104,6 @@ def _problem(command: Command, item: Any) -> str:
 
 
 def _unknown(command: Command, name: str, kind: type[Section]) -> str:
-    plain = name.replace("-", "_")
-    near = [plain] if plain in kind.model_fields else difflib.get_close_matches(plain, [*kind.model_fields, "config"], n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.replace("-", "_"), [*kind.model_fields, "config"], n=1, cutoff=0.6)
     hint = f"did you mean --{near[0]}?" if near else f"its options are: {', '.join(f'--{known}' for known in kind.model_fields)}"
     return f"pctrain {command.name}: unknown option --{name}; {hint}"

@@ -24,7 +24,7 @@ class RunConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
     wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to write to as well (needs the wandb package)")
     keep_last: int | None = Field(
-        None, ge=1, description="checkpoints to keep, the newest ones and the best; default all. `pctrain run` keeps all of SFT's: RL starts from them")
+        None, ge=1, description="checkpoints to keep: the newest, and the best; default all. `pctrain run` keeps all of SFT: RL starts there")
     keep_every: int | None = Field(None, ge=1, description="with run.keep_last: also keep the steps that are multiples of this")
 
 
@@ -206,7 +206,7 @@ class RLConfig(Section):
     prefix_entropy_share: float = Field(
         0.2, gt=0, le=1, description="prefix_rft: share of the prefix's tokens, those of the highest entropy, that are learnt from")
     keep_low: int = Field(1, ge=0, description="dynamic sampling: fewest right rollouts of a prompt that is kept")
-    keep_high: int | None = Field(None, ge=0, description="dynamic sampling: most right rollouts of a prompt that is kept; default group - 1")
+    keep_high: int | None = Field(None, ge=0, description="dynamic sampling: most right rollouts of such a prompt; default group - 1")
     max_rounds: int = Field(10, ge=1, description="dynamic sampling: most sampling rounds per step")
     round_prompts: int = Field(48, ge=1, description="dynamic sampling: prompts sampled per round")
     truncated: Literal["wrong", "masked"] = Field(

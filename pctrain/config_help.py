@@ -51,6 +51,8 @@ def describe_type(annotation: Any) -> str:
         return "PATH or [{path, weight, name}, ...]"
     if get_origin(annotation) is Literal:
         return "|".join(str(word) for word in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{', '.join(describe_type(part) for part in get_args(annotation))}]"
     if get_origin(annotation) is list:
         return f"[{describe_type(get_args(annotation)[0])}, ...]"
     if get_origin(annotation) in (Union, types.UnionType):

@@ -291,7 +291,7 @@ def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
 
 
 def best_step(folder: Path, kind: Kind) -> int | None:
-    """The checkpoint with the lowest validation loss (SFT) or the highest score (RL), the earliest of equals; None where none was measured."""
+    """Step of the checkpoint with the lowest validation loss (SFT) or the highest score (RL), the first of equals; None: not measured."""
     steps = {checkpoints.checkpoint_step(path) for path in checkpoints.list_checkpoints(folder)}
     losses = {step: value for step, value in read_values(folder, "val", "val_loss").items() if step in steps}
     scores = {step: value for step, value in read_values(folder, "eval", "score").items() if step in steps}

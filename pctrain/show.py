@@ -27,7 +27,8 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
         _show(console, rows)
     kept = sum(rows[0]["kept"] for rows in groups)
     rewards = [row["reward"] for rows in groups for row in rows]
-    console.print(f"{file}: {len(groups)} prompts, {kept} kept, {len(groups) - kept} dropped; mean reward {sum(rewards) / len(rewards):.3f}",
+    reward = sum(rewards) / len(rewards)
+    console.print(f"{file}: {len(groups)} prompts, {kept} kept, {len(groups) - kept} dropped; mean reward {reward:.3f}",
                   markup=False, soft_wrap=True)
     if len(shown) > prompts:
         console.print(f"{len(shown) - prompts} more prompts: --prompts={len(shown)}", markup=False)
@@ -67,9 +68,9 @@ def _show(console: Console, rows: list[dict]) -> None:
     if not first["kept"]:
         title += f"   dropped: {escape(first['why'])}"
     table = Table(box=None, padding=(0, 1), expand=True)
-    for name, options in (("reward", {"justify": "right"}), ("advantage", {"justify": "right"}), ("cause", {}), ("tokens", {"justify": "right"}),
-                          ("response", {"ratio": 1, "overflow": "fold"})):
-        table.add_column(name, **options)
+    for name, justify in (("reward", "right"), ("advantage", "right"), ("cause", "left"), ("tokens", "right")):
+        table.add_column(name, justify=justify)
+    table.add_column("response", ratio=1, overflow="fold")
     for row in rows:
         colour = "green" if row["reward"] > 0.5 else "red"
         advantage = "" if row["advantage"] is None else f"{row['advantage']:+.3f}"

@@ -16,6 +16,7 @@ from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, replay
+from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.journal import Journal, shortage
 from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
@@ -77,7 +78,9 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         _finish(config, run)
 
 
-def _rollouts(config, run: RunFolder, core: Core, scorer: Scorer, algorithm, prompts: PromptStream, step: int) -> tuple[Sampled, Swap | None]:
+def _rollouts(
+    config: Config, run: RunFolder, core: Core, scorer: Scorer, algorithm: Algorithm, prompts: PromptStream, step: int
+) -> tuple[Sampled, Swap | None]:
     """The groups of a step: sampled, and written down; or read, where a killed start had sampled them. Collective."""
     path = replay.path_of(run.path, step)
     if parallel.from_rank_zero(path.exists):

@@ -62,7 +62,7 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
     sampled, at = Sampled(rounds=about["rounds"], rollout_seconds=about["rollout_seconds"], reward_seconds=about["reward_seconds"]), 0
     for one in about["groups"]:
         if one["problem"] >= len(problems) or problems[one["problem"]].id != one["id"]:
-            raise UserError(f"{path}: its problem {one['id']} is not problem {one['problem']} of data.rl; name the file it was sampled from")
+            raise UserError(f"{path}: its problem {one['id']} is not number {one['problem']} of data.rl; name the set it was sampled from")
         completions = []
         for finish in one["finish"]:
             part = slice(bounds[at], bounds[at + 1])

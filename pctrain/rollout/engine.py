@@ -178,11 +178,12 @@ class RolloutEngine:
         with guest(self._groups):
             from vllm import SamplingParams
 
+            longest = [min(max_response, request.max_response or max_response) for request in requests]
             parameters = [
                 # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
-                SamplingParams(temperature=temperature, max_tokens=min(max_response, request.max_response or max_response), seed=request.seed, stop_token_ids=[self._eos_id],
+                SamplingParams(temperature=temperature, max_tokens=most, seed=request.seed, stop_token_ids=[self._eos_id],
                                logprobs=0 if logprobs else None, flat_logprobs=logprobs, detokenize=False, skip_clone=True)
-                for request in requests
+                for request, most in zip(requests, longest, strict=True)
             ]
             prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
             outputs = self._llm.generate(prompts, parameters, use_tqdm=False)

@@ -83,7 +83,8 @@ def total_steps(config: Config, sampler: ShuffledSampler) -> int:
     steps = max(1, math.ceil(config.sft.epochs * sampler.samples_per_epoch / config.sft.batch_size))
     problems = list(schedule_problems("sft.optimizer", config.sft.optimizer, steps))
     if problems:
-        raise UserError("\n".join([f"sft.epochs = {config.sft.epochs} of {sampler.samples_per_epoch:g} samples are {steps} steps", *problems]))
+        epochs = f"sft.epochs = {config.sft.epochs} of {sampler.samples_per_epoch:g} samples are {steps} steps"
+        raise UserError("\n".join([epochs, *problems]))
     return steps
 
 

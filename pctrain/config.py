@@ -24,7 +24,7 @@ class RunConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard events into the run folder")
     wandb: str | None = Field(None, min_length=1, description="project of Weights & Biases to write to as well (needs the wandb package)")
     keep_last: int | None = Field(
-        None, ge=1, description="checkpoints to keep: the newest, and the best; default all. `pctrain run` keeps all of SFT: RL starts there")
+        None, ge=1, description="checkpoints to keep: the newest, and the best; default all. `pctrain run` keeps all of SFT")
     keep_every: int | None = Field(None, ge=1, description="with run.keep_last: also keep the steps that are multiples of this")
 
 

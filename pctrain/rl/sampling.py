@@ -141,9 +141,9 @@ class GroupSampler:
                 key = sampling_seed(seed, "rollout", step, problem.index, first + k)
                 requests.append(Request([*problem.prompt_ids, *prefix], key, max_response=rollout.max_response - len(prefix)))
             prefixes.append(of_problem)
-        needs_logprobs = self.algorithm.needs_rollout_logprobs
+        # The log-probs tell in every step how far engine and learner are apart (rl/mismatch.py).
         completions = self.engine.generate(
-            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=needs_logprobs)
+            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=True)
         sampled_at = time.perf_counter()
         verdicts = self._verdicts(problems, prefixes, completions)
         out.rounds += 1

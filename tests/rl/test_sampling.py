@@ -4,7 +4,9 @@ import pytest
 
 from pctrain.config import Config
 from pctrain.data.problems import Problem
+from pctrain.errors import UserError
 from pctrain.reward import Verdict
+from pctrain.rl import replay
 from pctrain.rl.sampling import GroupSampler, PromptStream, summary
 from pctrain.rollout import Completion
 
@@ -15,12 +17,24 @@ GROUP = 4
 class Engine:
     """Answers with the prompt's index and the seed, so that the verifier below can decide by prompt."""
 
-    def __init__(self):
-        self.seeds = []
+    def __init__(self, finish=("stop",)):
+        self.seeds, self.requests, self.finish = [], [], finish
 
-    def generate(self, requests, *, temperature, max_response):
+    def generate(self, requests, *, temperature, max_response, logprobs):
+        assert logprobs
         self.seeds += [request.seed for request in requests]
-        return [Completion([5, 6], "stop", None) for _ in requests]
+        self.requests += requests
+        return [Completion([5, 6], self.finish[i % len(self.finish)], [-0.5, -0.25]) for i, _ in enumerate(requests)]
+
+
+class Algorithm:
+    """`prefix`: expert tokens that the last rollout of a prompt goes on from."""
+
+    def __init__(self, dynamic, group=GROUP, prefix=()):
+        self.dynamic_sampling, self.group, self.prefix = dynamic, group, list(prefix)
+
+    def prefixes(self, problem, step, total_steps, seed):
+        return [[] for _ in range(self.group - 1)] + [self.prefix]
 
 
 class Verifier:
@@ -39,11 +53,15 @@ class Tokenizer:
         return "text"
 
 
-def sampler(dynamic=True, **rl):
+def sampler(dynamic=True, engine=None, verifier=None, prefix=(), **rl):
     config = Config()
     for key, value in ({"group": GROUP, "prompts": 4, "round_prompts": 8, "max_rounds": 10} | rl).items():
         setattr(config.rl, key, value)
-    return GroupSampler(config, Engine(), Verifier(), Tokenizer(), dynamic)
+    return GroupSampler(config, engine or Engine(), verifier or Verifier(), Tokenizer(), Algorithm(dynamic, prefix=prefix))
+
+
+def mixed(group):
+    return 0 < group.right < GROUP
 
 
 def test_a_batch_is_full_and_informative():
@@ -51,7 +69,7 @@ def test_a_batch_is_full_and_informative():
     for step in range(1, 6):
         sampled = groups.sample(stream, step)
         assert len(sampled.kept) == 4
-        assert all(group.informative and group.problem.index % 3 == 0 for group in sampled.kept)
+        assert all(mixed(group) and group.problem.index % 3 == 0 for group in sampled.kept)
         for group, why in sampled.dropped:
             expected = {0: "surplus, prompt carried over", 1: "all right", 2: "all wrong"}[group.problem.index % 3]
             assert why == expected
@@ -107,3 +125,77 @@ def test_a_restored_stream_goes_on_where_it_was():
 def test_sampling_again_gives_the_same(dynamic):
     results = [sampler(dynamic).sample(PromptStream(PROBLEMS, seed=3), 5) for _ in range(2)]
     assert [g.problem.index for g in results[0].kept] == [g.problem.index for g in results[1].kept]
+
+
+class Half:
+    """Problem i: i % 5 of the four rollouts are right."""
+
+    def score(self, items):
+        return [Verdict(float(k % GROUP < int(answer) % 5), "right") for k, (_, answer) in enumerate(items)]
+
+
+def test_a_window_by_the_number_right():
+    sampled = sampler(verifier=Half(), keep_low=2, keep_high=3, max_rounds=2, prompts=8).sample(PromptStream(PROBLEMS, seed=1), 1)
+    assert sampled.kept and {group.right for group in sampled.kept} == {2, 3}
+    whys = {group.right: why for group, why in sampled.dropped if "carried" not in why}
+    assert whys == {0: "all wrong", 1: "1 of 4 right", 4: "all right"}
+
+
+def test_a_response_that_was_cut_is_wrong_or_judged():
+    """The second of every two is cut; problems 3 and 6 have every second one right."""
+    right = {}
+    for truncated in ("wrong", "masked"):
+        groups = sampler(dynamic=False, engine=Engine(("stop", "length")), truncated=truncated, prompts=2)
+        sampled = groups.sample(PromptStream([PROBLEMS[0], PROBLEMS[3]], seed=1), 1)
+        right[truncated] = [group.right for group in sampled.groups]
+        assert summary(sampled)["truncated_share"] == 0.5
+        causes = {verdict.cause for group in sampled.groups for verdict in group.verdicts}
+        assert ("truncated" in causes) == (truncated == "wrong")
+    assert right == {"wrong": [0, 0], "masked": [2, 2]}
+
+
+def test_a_rollout_that_goes_on_from_a_prefix():
+    engine, prefix = Engine(), [7, 8, 9]
+    groups = sampler(dynamic=False, engine=engine, prefix=prefix, prompts=2)
+    sampled = groups.sample(PromptStream(PROBLEMS, seed=1), 1)
+    longest = groups.config.rollout.max_response
+    for i, request in enumerate(engine.requests):
+        last = i % GROUP == GROUP - 1
+        assert list(request.prompt_ids) == [3, 4] + prefix * last and request.max_response == longest - 3 * last
+    group = sampled.groups[0]
+    assert group.prefixes == [[], [], [], prefix] and group.tokens == GROUP * (2 + 2) + 3
+
+
+# ---- rollouts on the disk
+
+
+def test_rollouts_come_back_from_the_disk_bit_for_bit(tmp_path):
+    stream, groups = PromptStream(PROBLEMS, seed=1), sampler(prefix=[7])
+    sampled = groups.sample(stream, 3)
+    path = replay.path_of(tmp_path, 3)
+    replay.save(path, 3, sampled, stream.state_dict())
+    step, again, state = replay.load(path, PROBLEMS)
+    assert step == 3 and state == stream.state_dict() and sampled.dropped
+    assert (again.kept, again.dropped, again.rounds) == (sampled.kept, sampled.dropped, sampled.rounds)
+    assert again.rollout_seconds == sampled.rollout_seconds
+
+
+def test_rollouts_of_other_problems_and_files_that_are_none(tmp_path):
+    stream, path = PromptStream(PROBLEMS, seed=1), tmp_path / "step-1.replay.npz"
+    replay.save(path, 1, sampler().sample(stream, 1), stream.state_dict())
+    with pytest.raises(UserError, match="is not number .* of data.rl"):
+        replay.load(path, PROBLEMS[::-1])
+    with pytest.raises(UserError, match="does not exist"):
+        replay.load(tmp_path / "none.npz", PROBLEMS)
+    for content in (b"", b"no archive", path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="holds no rollouts"):
+            replay.load(path, PROBLEMS)
+
+
+def test_what_a_checkpoint_covers_is_forgotten(tmp_path):
+    for step in (1, 2, 10):
+        replay.path_of(tmp_path, step).parent.mkdir(exist_ok=True)
+        replay.path_of(tmp_path, step).write_bytes(b"")
+    replay.forget(tmp_path, 2)
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-10.replay.npz"]

@@ -1,0 +1,132 @@
+"""`pctrain rl` as a user runs it: every algorithm, a kill between rollouts and update, half a step at a time, what is written down."""
+
+import json
+import math
+
+import pytest
+
+from e2e import tiny
+from e2e.test_rl_layouts import options
+
+
+def _rl(arguments, crash_at=None, refuse_sampling_of=()):
+    """The command in this process; it dies before the update of step `crash_at`, and may not sample some steps."""
+    from unittest import mock
+
+    from pctrain.rl import loop
+
+    update, sample = loop.update, loop.GroupSampler.sample
+
+    def dying(config, core, algorithm, sampled, ledger, step):
+        if step == crash_at:
+            raise KeyboardInterrupt
+        return update(config, core, algorithm, sampled, ledger, step)
+
+    def counted(self, prompts, step):
+        assert step not in refuse_sampling_of, f"step {step} was sampled again"
+        return sample(self, prompts, step)
+
+    with mock.patch.object(loop, "update", dying), mock.patch.object(loop.GroupSampler, "sample", counted):
+        return tiny.cli("rl", *map(str, arguments))
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, sft_run, tmp_path_factory):
+    """An RL run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("rl") / "whole"
+    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), world=1, deadline=240)
+    assert status == 0, errors
+    return folder
+
+
+def test_a_finished_rollout_is_not_sampled_again(ranks, sft_run, whole, tmp_path):
+    """Killed in step 4, after its rollouts: steps 3 and 4 lie behind the checkpoint of step 2, and neither is sampled again."""
+    folder = tmp_path / "run"
+    [(status, _)] = ranks.run(_rl, options(sft_run, folder), 4, world=1, deadline=240)
+    assert status == 130
+    assert sorted(path.name for path in (folder / "rollouts").glob("*.npz")) == ["step-3.replay.npz", "step-4.replay.npz"]
+    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), None, (1, 2, 3, 4), world=1, deadline=240)
+    assert status == 0, errors
+    assert tiny.metrics(folder) == tiny.metrics(whole) and tiny.ledger(folder) == tiny.ledger(whole)
+    assert not list((folder / "rollouts").glob("*.npz"))
+    assert (folder / "hf" / "model.safetensors").read_bytes() == (whole / "hf" / "model.safetensors").read_bytes()
+
+
+def _debug_train(arguments):
+    import contextlib
+    import io
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        status, errors = tiny.cli("rl", *map(str, arguments))
+    return status, out.getvalue() + errors
+
+
+def test_half_a_step_at_a_time(ranks, sft_run, whole, tmp_path):
+    folder = tmp_path / "run"
+    [(status, errors)] = ranks.run(_rl, [*options(sft_run, folder), "--debug-rollout-only"], world=1, deadline=240)
+    file = folder / "rollouts" / "step-1.replay.npz"
+    assert status == 0 and file.exists() and not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists(), errors
+    before = sorted(path.name for path in folder.rglob("*"))
+    train = [*options(sft_run, tmp_path / "none"), "--debug-train-only", file]
+    [(status, text)] = ranks.run(_debug_train, train, world=1, deadline=240)
+    first = tiny.metrics(whole, "train")[0]
+    assert status == 0 and "update 1 of 1: loss " in text and "nothing was written" in text
+    assert float(text.split("grad_norm ")[1].split()[0]) == pytest.approx(first["grad_norm"], rel=1e-4)
+    assert not (tmp_path / "none").exists() and before == sorted(path.name for path in folder.rglob("*"))
+    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), None, (1,), world=1, deadline=240)
+    assert status == 0, errors
+    assert tiny.metrics(folder) == tiny.metrics(whole)
+
+
+def test_both_halves_at_once_are_refused(ranks, sft_run, tmp_path):
+    command = [*options(sft_run, tmp_path / "run"), "--debug-rollout-only", "--debug-train-only=x.npz"]
+    [(status, errors)] = ranks.run(_rl, command, world=1)
+    assert status == 2 and "give one of them" in errors
+
+
+def test_what_is_written_down(whole):
+    train = tiny.metrics(whole, "train")
+    for line in train:
+        assert line["max/mismatch"] < 1e-4 and line["mismatch/mean"] <= line["max/mismatch"]  # fp32, engine and learner
+        assert line["mismatch/beyond_2x"] == 0 and abs(line["mismatch/kl"]) < 1e-6
+        assert abs(line["ratio"] - 1) < 1e-4
+    rows = [json.loads(line) for line in (whole / "rollouts" / "step-1.jsonl").read_text().splitlines()]
+    assert {"prompt", "response", "answer", "reward", "cause", "advantage", "tokens", "finish", "kept", "why", "group"} <= set(rows[0])
+    kept = [row for row in rows if row["kept"]]
+    assert abs(sum(row["advantage"] for row in kept)) < 1e-3 and all(row["advantage"] is None for row in rows if not row["kept"])
+    summary = json.loads((whole / "summary.json").read_text())["summary"]
+    assert summary["best checkpoint"].startswith(str(whole / "checkpoints"))
+
+
+@pytest.mark.parametrize("algorithm, more", [
+    ("grpo", ["--rl.updates=2", "--rl.kl_coef=0.01"]), ("dapo_d", ["--rl.normaliser=sequence", "--rl.is_correction=token"]),
+    ("dapo_dc", ["--rl.truncated=masked", "--rl.overlong_buffer=4", "--rl.kl_coef=0.01", "--rl.kl_kind=k1"]),
+    ("luffy", []), ("srft", []), ("upt", []), ("prefix_rft", []),
+])  # fmt: skip
+def test_every_algorithm_trains(ranks, sft_run, tmp_path, algorithm, more):
+    command = [*options(sft_run, tmp_path / "run"), f"--rl.algorithm={algorithm}", "--rl.steps=2", f"--data.rl={sft_run}/data/train.jsonl",
+               "--rl.eval_every=2", *more]
+    [(status, errors)] = ranks.run(_rl, command, world=1, deadline=240)
+    assert status == 0, errors
+    train = tiny.metrics(tmp_path / "run", "train")
+    assert len(train) == 2
+    for line in train:
+        assert line["grad_norm"] > 0 and all(math.isfinite(value) for value in line.values() if isinstance(value, float))
+    if "--rl.kl_coef=0.01" in more and "--rl.kl_kind=k1" not in more:
+        assert abs(train[0]["kl"]) < 0.05  # two updates a step: the second has moved away from the reference
+
+
+def test_experts_are_missing(ranks, sft_run, tmp_path):
+    command = [*options(sft_run, tmp_path / "run"), "--rl.algorithm=luffy"]
+    [(status, errors)] = ranks.run(_rl, command, world=1)
+    assert status == 2 and "rl.jsonl:1" in errors and "response" in errors
+
+
+def test_a_killed_run_keeps_its_rollouts_at_two_ranks(ranks, sft_run, tmp_path):
+    folder = tmp_path / "run"
+    for status, _ in ranks.run(_rl, options(sft_run, folder), 1, world=2, deadline=240):
+        assert status == 130
+    assert (folder / "rollouts" / "step-1.replay.npz").exists()
+    for status, errors in ranks.run(_rl, options(sft_run, folder), None, (1,), world=2, deadline=240):
+        assert status == 0, errors

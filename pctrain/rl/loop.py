@@ -21,6 +21,7 @@ from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, batch
+from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 
@@ -44,7 +45,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
             return
         run.write_start(joint)
         prompts = PromptStream(scorer.read_problems(config.data.rl), config.run.seed)
-        algorithm = algorithms.build(rl)
+        algorithm = algorithms.build(rl, config.rollout.max_response)
         sampler = GroupSampler(config, scorer.engine, scorer.verifier, scorer.tokenizer, algorithm.dynamic_sampling)
         ledger = Ledger(scorer.hf.shape, joint["eflops_sft"])
 
@@ -94,7 +95,7 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
         _finish(config, run)
 
 
-def _update(config: Config, core: Core, algorithm: algorithms.Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> list[Update]:
+def _update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> list[Update]:
     """The optimizer updates of one step, and the ledger's entries for all of its compute. No informative group: no update."""
     rl, temperature = config.rl, config.rollout.temperature
     dropped = [group for group, _ in sampled.dropped]

@@ -24,6 +24,7 @@ class Group:
     problem: Problem
     completions: list[Completion]
     verdicts: list[Verdict]
+    prefixes: list[list[int]]  # expert tokens that each completion continues; not among its own
 
     @property
     def rewards(self) -> list[float]:
@@ -133,7 +134,8 @@ class GroupSampler:
         out.rollout_seconds += sampled_at - began
         out.reward_seconds += time.perf_counter() - sampled_at
         starts = range(0, len(requests), rl.group)
-        return [Group(p, completions[i : i + rl.group], verdicts[i : i + rl.group]) for p, i in zip(problems, starts, strict=True)]
+        parts = [(p, slice(i, i + rl.group)) for p, i in zip(problems, starts, strict=True)]
+        return [Group(problem, completions[part], verdicts[part], [[]] * rl.group) for problem, part in parts]
 
 
 def summary(sampled: Sampled) -> dict[str, float]:

@@ -192,8 +192,9 @@ class RLConfig(Section):
     overlong_buffer: int = Field(
         0, ge=0, description="tokens before rollout.max_response over which it is punished, linearly (DAPO, arXiv 2503.14476); 0: none")
     overlong_weight: float = Field(1.0, gt=0, description="punishment, off the reward, of a response of rollout.max_response tokens")
-    is_correction: Literal["none", "token", "sequence"] = Field(
-        "none", description="weigh what was sampled by min(learner's probability / engine's, rl.is_cap), a token's or a whole response's")
+    is_correction: Literal["none", "token", "sequence"] | None = Field(
+        None, description="weigh what was sampled by min(learner's probability / engine's, rl.is_cap), a token's or a whole response's; "
+        "default: token in bfloat16, none in float32")
     is_cap: float = Field(2.0, gt=0, description="largest such weight (truncated importance sampling, TIS)")
     upt_gamma: int = Field(
         0, ge=0, description="upt: rollouts of a prompt that are right, up to which it learns from the expert instead (0; 2 for Llama)")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from pctrain.config import Config, OptimizerConfig
+from pctrain.config import Config, OptimizerConfig, RLConfig
 from pctrain.errors import UserError
 
 # The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
@@ -212,6 +212,25 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")
     yield from schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
+    yield from _algorithm_problems(rl, config.rollout.max_response)
+
+
+def _algorithm_problems(rl: RLConfig, max_response: int) -> Iterator[str]:
+    if rl.overlong_buffer > max_response:
+        yield f"rl.overlong_buffer = {rl.overlong_buffer} tokens, but a response has {max_response} at most (rollout.max_response)"
+    if rl.algorithm == "srft":
+        given = {"rl.kl_coef": rl.kl_coef, "rl.dual_clip": rl.dual_clip}
+        yield from (f"{key} = {value} is not read by rl.algorithm = srft, whose objective has no ratio and no KL; leave it out"
+                    for key, value in given.items() if value)
+    if rl.algorithm == "upt" and rl.upt_gamma >= rl.group:
+        yield f"rl.upt_gamma = {rl.upt_gamma}: no prompt of {rl.group} rollouts (rl.group) has more right, so none is learnt from by RL"
+    if rl.algorithm == "prefix_rft":
+        low, end, high = rl.prefix_low_start, rl.prefix_low_end, rl.prefix_high
+        if not end <= low <= high:
+            yield (f"rl.prefix_low_end = {end}, rl.prefix_low_start = {low}, rl.prefix_high = {high}: "
+                   "expected prefix_low_end <= prefix_low_start <= prefix_high")
+        if min(rl.prefix_beta) <= 0:
+            yield f"rl.prefix_beta = {list(rl.prefix_beta)}: expected two numbers above 0"
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:

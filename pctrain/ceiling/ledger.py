@@ -20,12 +20,15 @@ class Phase:
     axis: str | None
 
 
-# The paper's GRPO step is 4 forward units (rollout 1, update 3) and has no log-prob pass; a rejected rollout costs what a kept one does.
+# The paper's GRPO step is 4 forward units (rollout 1, update 3) and has no log-prob pass, nor a reference model; a rejected rollout costs
+# what a kept one does. It counts 4 units for the expert's tokens of LUFFY and SRFT as well, which nobody samples: `expert` is the fourth.
 PHASES = {
     "sft_update": Phase(3.0, 3.0, "sft"),
     "rollout": Phase(1.0, 1.0, "rl"),
     "rollout_rejected": Phase(1.0, 1.0, "rl"),
     "logprob": Phase(0.0, 1.0, "rl"),
+    "reference": Phase(0.0, 1.0, "rl"),
+    "expert": Phase(1.0, 0.0, "rl"),
     "rl_update": Phase(3.0, 3.0, "rl"),
     "validation": Phase(1.0, 1.0, None),
     "evaluation": Phase(1.0, 1.0, None),

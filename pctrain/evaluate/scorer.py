@@ -43,10 +43,13 @@ class Scorer:
         """The test problems, `data.test`."""
         return self.read_problems(self.config.data.test)
 
-    def read_problems(self, path: Path) -> list[Problem]:
+    def read_problems(self, path: Path, expert: bool = False) -> list[Problem]:
+        """`expert`: with the experts' trajectories, of at most `rollout.max_response` tokens."""
+        longest = self.config.rollout.max_response if expert else None
         room = self.hf.context - max(self.config.rollout.max_response, self.config.eval.max_response or 0)
         name = "the context less the longest response"
-        return parallel.agree(lambda: read_problems(path, self.config.data.fields, self.encoder, room=room, room_name=name))
+        fields = self.config.data.fields
+        return parallel.agree(lambda: read_problems(path, fields, self.encoder, room=room, room_name=name, expert=longest))
 
     def load(self, core: Core) -> Swap:
         """Swaps the core's weights into the engine; the first swap, and every `rollout.verify_every`-th after it, is verified by

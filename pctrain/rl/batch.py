@@ -1,34 +1,63 @@
-"""From groups of rollouts to rows with their per-token streams."""
+"""From groups of rollouts to the packed batches of a step's updates."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from pctrain.core import Core
-from pctrain.data.rows import Row, make_row
-from pctrain.rl.algorithms import Algorithm
+from pctrain.data.packing import PackedBatch
+from pctrain.data.rows import Row
+from pctrain.rl.algorithm import Algorithm
+from pctrain.rl.normaliser import normalise
 from pctrain.rl.sampling import Group
+
+Count = Callable[[str, list[Row], float], None]  # (phase of the ledger, rows that went through it, seconds)
 
 
 def rows_of(groups: list[Group], algorithm: Algorithm) -> list[Row]:
-    """One row a rollout, in order; stream `advantage` on every token, weight 1 on the response's."""
-    advantages = algorithm.advantages(np.array([group.rewards for group in groups]))
-    return [
-        make_row(group.problem.prompt_ids, completion.token_ids, {"advantage": advantages[i, k]})
-        for i, group in enumerate(groups)
-        for k, completion in enumerate(group.completions)
-    ]
+    """One row a rollout, in order."""
+    return algorithm.rows(groups)
 
 
 def with_old_logprobs(rows: list[Row], core: Core, token_budget: int, temperature: float) -> list[Row]:
     """Adds the stream `old_logprob`, from one no-grad pass: needed when the policy moves within a step. Collective."""
-    old = core.logprobs(rows, token_budget, temperature=temperature, trained_only=True)
-    return [replace(row, streams={**row.streams, "old_logprob": logprob}) for row, logprob in zip(rows, old, strict=True)]
+    return no_grad_streams(rows, core, {"old_logprob"}, token_budget, temperature, lambda *_: None)
+
+
+def no_grad_streams(
+    rows: list[Row], core: Core, needed: frozenset[str] | set[str], token_budget: int, temperature: float, count: Count
+) -> list[Row]:
+    """The rows with the streams `needed` of old_logprob, entropy (together one pass) and ref_logprob (one with the reference). Collective.
+
+    They are 0 where nothing is trained on. `count` is called for each pass, with the phases `logprob` and `reference`.
+    """
+    found: dict[str, list[np.ndarray]] = {}
+    options = {"temperature": temperature, "trained_only": True}
+    if {"old_logprob", "entropy"} & needed:
+        began = time.perf_counter()
+        want_entropy = "entropy" in needed
+        result = core.logprobs(rows, token_budget, want_entropy=want_entropy, **options)
+        found = dict(zip(("old_logprob", "entropy"), result if want_entropy else (result,)))
+        count("logprob", rows, time.perf_counter() - began)
+    if "ref_logprob" in needed:
+        began = time.perf_counter()
+        with core.reference():
+            found["ref_logprob"] = core.logprobs(rows, token_budget, **options)
+        count("reference", rows, time.perf_counter() - began)
+    return [replace(row, streams={**row.streams, **{name: found[name][i] for name in sorted(needed)}}) for i, row in enumerate(rows)]
 
 
 def split(rows: list, parts: int) -> list[list]:
     """`parts` consecutive mini-batches of (nearly) equal size; fewer where there are fewer rows."""
     bounds = np.linspace(0, len(rows), parts + 1).round().astype(int)
     return [rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
+
+
+def pack(rows: list[Row], core: Core, algorithm: Algorithm, token_budget: int) -> PackedBatch:
+    """The rows of one update, packed, with the denominator of `rl.normaliser`."""
+    rows, denominator = normalise(rows, algorithm.rl.normaliser, algorithm.max_response)
+    return core.pack(rows, token_budget, denominator=denominator)

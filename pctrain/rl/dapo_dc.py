@@ -1,35 +1,21 @@
-"""DAPO_dc (PAPER.md 4, 5): GRPO with dynamic sampling (d) and clip-higher (c), token-mean loss, no KL.
+"""DAPO_dc (PAPER.md 4, 5; arXiv 2503.14476): GRPO with dynamic sampling (d) and clip-higher (c), token-mean loss, no KL, no entropy bonus.
 
 Dynamic sampling drops prompts whose rollouts are all right or all wrong, and samples on until the batch is full; clip-higher gives
-unlikely tokens more room to grow: clip(r, 1 - clip_low, 1 + clip_high) with clip_high > clip_low.
+unlikely tokens more room to grow: clip(r, 1 - clip_low, 1 + clip_high) with clip_high > clip_low. A is divided by the group's standard
+deviation.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import numpy as np
 import torch
 
-from pctrain.config import RLConfig
-from pctrain.rl.policy import clipped_loss, group_advantages
+from pctrain.rl.algorithm import Algorithm
 
 
-@dataclass(frozen=True)
-class DAPO:
-    clip_low: float
-    clip_high: float
-    std_normalise: bool
+class DAPOdc(Algorithm):
     dynamic_sampling = True
-
-    @classmethod
-    def from_config(cls, rl: RLConfig) -> DAPO:
-        return cls(clip_low=rl.clip_low, clip_high=rl.clip_high, std_normalise=rl.std_normalise)
-
-    def advantages(self, rewards: np.ndarray) -> np.ndarray:
-        """rewards [prompts, group] -> [prompts, group]."""
-        return group_advantages(rewards, self.std_normalise)
+    paper_std = True
+    paper_entropy_coef = 0.0
 
     def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor]):
-        """logprob [n], entropy [n] -> (loss [n], metrics {name: [n]})."""
-        return clipped_loss(logprob, entropy, streams, self.clip_low, self.clip_high)
+        return self.surrogate(logprob, entropy, streams, clip_low=self.rl.clip_low, clip_high=self.rl.clip_high)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
-from pctrain.config import Config
+from pctrain.config import Config, RLConfig
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.errors import UserError
@@ -18,6 +18,7 @@ from pctrain.resume import begin, due, export, finished, open_run, record_ledger
 from pctrain.rl import algorithms, replay
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.journal import Journal, shortage
+from pctrain.rl.mismatch import correction
 from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
@@ -42,11 +43,11 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         if finished(run):
             return
         run.write_start(joint)
-        algorithm = algorithms.build(rl, config.rollout.max_response)
+        algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
         prompts = PromptStream(scorer.read_problems(config.data.rl, algorithm.needs_expert), config.run.seed)
         core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
         if "ref_logprob" in algorithm.streams_from_pass:
-            core.keep_reference(rl.offload_reference)  # the weights of the start, also where the run is resumed
+            core.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
         start, state = resume(run, core)
         journal = Journal(config, run, scorer, joint, state)
         if state:
@@ -109,12 +110,12 @@ def debug_train(config: Config, file: Path) -> None:
     config = begin(config)
     rl = config.rl
     with Scorer(config) as scorer:
-        algorithm = algorithms.build(rl, config.rollout.max_response)
+        algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
         problems = scorer.read_problems(config.data.rl, algorithm.needs_expert)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
         if "ref_logprob" in algorithm.streams_from_pass:
-            core.keep_reference(rl.offload_reference)
+            core.keep_reference(rl.reference_offload)
         ledger = Ledger(scorer.hf.shape)
         began = time.perf_counter()
         made = update(config, core, algorithm, sampled, ledger, step).made
@@ -124,6 +125,11 @@ def debug_train(config: Config, file: Path) -> None:
             metrics = " ".join(f"{name} {value:.6g}" for name, value in one.metrics.items())
             print(f"update {number} of {len(made)}: loss {one.loss:.6g} grad_norm {one.grad_norm:.6g} lr {one.lr:.3g} {metrics}")
         print(f"step {step} of {file}: {len(made)} update(s) of {len(sampled.kept)} prompts in {seconds:.2f} s; nothing was written")
+
+
+def _with_correction(config: Config) -> RLConfig:
+    """`rl.is_correction` as it comes out for the model's dtype."""
+    return config.rl.model_copy(update={"is_correction": correction(config.rl.is_correction, config.model.dtype)})
 
 
 def _joint(config: Config, role: str) -> dict:

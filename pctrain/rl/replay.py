@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
             lengths, tokens, logprobs = (arrays[name] for name in ("lengths", "tokens", "logprobs"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `pctrain rl --debug-rollout-only` writes one into RUN/rollouts") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} holds no rollouts of a step ({error}); `pctrain rl --debug-rollout-only` writes such a file") from None
     if about.get("format") != FORMAT:
         raise UserError(f"{path}: rollouts of format {about.get('format')}, expected {FORMAT}; sample them again")

@@ -100,7 +100,7 @@ def test_what_is_written_down(whole):
 
 
 @pytest.mark.parametrize("algorithm, more", [
-    ("grpo", ["--rl.updates=2", "--rl.kl_coef=0.01"]), ("dapo_d", ["--rl.normaliser=sequence", "--rl.is_correction=token"]),
+    ("grpo", ["--rl.kl_coef=0.01"]), ("dapo_d", ["--rl.normaliser=sequence", "--rl.is_correction=token"]),
     ("dapo_dc", ["--rl.truncated=masked", "--rl.overlong_buffer=4", "--rl.kl_coef=0.01", "--rl.kl_kind=k1"]),
     ("luffy", []), ("srft", []), ("upt", []), ("prefix_rft", []),
 ])  # fmt: skip
@@ -114,7 +114,7 @@ def test_every_algorithm_trains(ranks, sft_run, tmp_path, algorithm, more):
     for line in train:
         assert line["grad_norm"] > 0 and all(math.isfinite(value) for value in line.values() if isinstance(value, float))
     if "--rl.kl_coef=0.01" in more and "--rl.kl_kind=k1" not in more:
-        assert abs(train[0]["kl"]) < 0.05  # two updates a step: the second has moved away from the reference
+        assert abs(train[0]["kl"]) < 1e-6 < train[1]["kl"]  # the reference is the start, and stays it
 
 
 def test_experts_are_missing(ranks, sft_run, tmp_path):

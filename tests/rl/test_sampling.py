@@ -24,7 +24,7 @@ class Engine:
         assert logprobs
         self.seeds += [request.seed for request in requests]
         self.requests += requests
-        return [Completion([5, 6], self.finish[i % len(self.finish)], [-0.5, -0.25]) for i, _ in enumerate(requests)]
+        return [Completion([5, i], self.finish[i % len(self.finish)], [-0.5, -0.25]) for i, _ in enumerate(requests)]
 
 
 class Algorithm:
@@ -42,15 +42,15 @@ class Verifier:
 
     def score(self, items):
         rewards = []
-        for k, (_, answer) in enumerate(items):
+        for text, answer in items:
             i = int(answer)
-            rewards.append(float(k % 2) if i % 3 == 0 else float(i % 3 == 1))
+            rewards.append(float(int(text) % 2) if i % 3 == 0 else float(i % 3 == 1))
         return [Verdict(r, "right" if r else "wrong") for r in rewards]
 
 
 class Tokenizer:
     def decode(self, ids):
-        return "text"
+        return str(ids[-1])
 
 
 def sampler(dynamic=True, engine=None, verifier=None, prefix=(), **rl):
@@ -131,7 +131,7 @@ class Half:
     """Problem i: i % 5 of the four rollouts are right."""
 
     def score(self, items):
-        return [Verdict(float(k % GROUP < int(answer) % 5), "right") for k, (_, answer) in enumerate(items)]
+        return [Verdict(float(int(text) % GROUP < int(answer) % 5), "right") for text, answer in items]
 
 
 def test_a_window_by_the_number_right():

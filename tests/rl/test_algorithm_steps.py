@@ -1,0 +1,112 @@
+"""A whole `core.step` with packed rows, on one rank and two, against the naive loss of log-probs that the core itself tells."""
+
+import numpy as np
+import pytest
+import rl_cases
+import test_grpo
+import test_luffy
+import test_prefix_rft
+import test_srft
+import test_upt
+import torch
+from core import small
+
+from pctrain.rl import batch
+
+NAIVE = {
+    "grpo": test_grpo.naive,
+    "dapo_d": test_grpo.naive,
+    "dapo_dc": lambda g, t: test_grpo.naive(g, t, high=0.28, std=True, entropy_coef=0),
+    "luffy": test_luffy.naive,
+    "srft": test_srft.naive,
+    "upt": lambda g, t: test_upt.naive(g, t, gamma=1, coefficient=0.3),
+    "prefix_rft": test_prefix_rft.naive,
+}
+BUDGET = 48
+
+
+def _step(directory, layout, name, normaliser):
+    """Loss of the second of two updates, its metrics and gradient norm, and the naive one; the phases that the passes were counted in."""
+    model = small.core(directory, layout)
+    model.keep_reference()
+    algorithm = rl_cases.algorithm(name, updates=2, upt_gamma=1, upt_sft_coef=0.3, normaliser=normaliser)
+    groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
+    counted = []
+
+    def count(phase, rows, seconds):
+        counted.append((phase, len(rows), sum(map(len, rows))))
+
+    rows = algorithm.rows(groups)
+    needed = algorithm.streams_from_pass | {"ref_logprob"}  # not read by the loss without a coefficient, but it is a metric
+    needed -= {"ref_logprob"} if name == "srft" else set()
+    rows = batch.no_grad_streams(rows, model, needed, BUDGET, 0.9, count)
+    first_kl = max(abs(row.streams.get("ref_logprob", row.streams["old_logprob"]) - row.streams["old_logprob"]).max() for row in rows)
+    finished = algorithm.finish(rows, groups)
+    model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    logprobs, entropies = model.logprobs(finished, BUDGET, temperature=0.9, trained_only=True, want_entropy=True)
+
+    def of(values):
+        return torch.from_numpy(values[3:]).double()
+
+    # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the other tests.
+    tokens = [rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
+              for row, lp, h in zip(finished, logprobs, entropies, strict=True)]
+    update = model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    return update, NAIVE[name](groups, tokens).item(), algorithm.entropy_coef, tokens, entropies, counted, first_kl
+
+
+def expected(update_tokens, naive, entropy_coef, entropies):
+    """The naive loss with the bonus of the present entropies."""
+    count = sum(len(t.logprob) for t in update_tokens)
+    before = sum(t.entropy.sum().item() for t in update_tokens) / count
+    now = sum(h.sum(dtype=np.float64) for h in entropies) / count
+    return naive + entropy_coef * (before - now), count
+
+
+@pytest.mark.parametrize("world, layout", [(1, {}), (2, {}), (2, {"tensor": 2})], ids=["single", "DP2", "TP2"])
+def test_a_step_is_the_naive_loss_of_the_whole_batch(ranks, hf_dirs, world, layout):
+    for name in NAIVE:
+        if name == "upt":  # its bonus is not on the expert's tokens; below
+            continue
+        results = ranks.run(_step, hf_dirs[True], layout, name, "token", world=world)
+        for update, naive, coefficient, tokens, entropies, counted, first_kl in results:
+            want, _ = expected(tokens, naive, coefficient, entropies)
+            assert update.loss == pytest.approx(want, rel=1e-4, abs=1e-6), name
+            assert not update.skipped and update.grad_norm > 1e-3
+            assert first_kl == 0
+            sizes = (len(tokens), sum(len(t.logprob) + 3 for t in tokens))
+            assert counted == [("logprob", *sizes), *([("reference", *sizes)] if name != "srft" else [])]
+
+
+def _upt(directory, layout):
+    return _step(directory, layout, "upt", "token"), _step(directory, layout, "upt", "published")
+
+
+def test_upt_in_a_step(ranks, hf_dirs):
+    single, *_ = ranks.run(_upt, hf_dirs[True], {}, world=1)
+    for of_rank in ranks.run(_upt, hf_dirs[True], {}, world=2):
+        for ours, alone in zip(of_rank, single, strict=True):
+            assert ours[0].loss == pytest.approx(alone[0].loss, rel=1e-5)
+            assert ours[0].grad_norm == pytest.approx(alone[0].grad_norm, rel=1e-4)
+            assert ours[0].metrics == pytest.approx(alone[0].metrics, rel=1e-5)
+    (update, naive, *_), (published, *_) = single
+    assert update.loss == pytest.approx(naive, rel=5e-3)  # but for the bonus, 0.001 x a change of entropy
+    assert published.loss != pytest.approx(update.loss, rel=0.1)
+    assert published.metrics["expert"] == pytest.approx(update.metrics["expert"])  # metrics stay means over tokens
+
+
+def _kl(directory):
+    """First KL and that after three steps towards random advantages, and the ledger's phases."""
+    model = small.core(directory, {})
+    model.keep_reference()
+    algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)
+    updates = []
+    for _ in range(3):
+        rows = batch.no_grad_streams(algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0, lambda *_: None)
+        updates.append(model.step(batch.pack(algorithm.finish(rows, groups), model, algorithm, BUDGET), algorithm.loss))
+    return [update.metrics["kl"] for update in updates]
+
+
+def test_the_first_kl_is_zero(ranks, hf_dirs):
+    first, second, third = ranks.run(_kl, hf_dirs[True], world=1)[0]
+    assert abs(first) < 1e-9 < second < third

@@ -2,8 +2,8 @@
 
     python benchmarks/rollout.py [--turns N] [--models quickstart 8m 30m]
 
-Sampling: `RolloutEngine.generate` and `vllm.LLM.generate` on the same weights and requests (32 prompts x 8, up to 48 tokens, a seed each, of
-the quick start's model), with and without log-probs of the sampled tokens. The plain engine has vLLM's defaults but for what a CPU needs
+Sampling: `RolloutEngine.generate` and `vllm.LLM.generate` on the same weights and requests (32 prompts x 8, up to 48 tokens, a seed each,
+of the quick start's model), with and without log-probs of the sampled tokens. The plain engine has vLLM's defaults but for what a CPU needs
 (eager mode, the same KV cache and number of sequences). Both must sample the same tokens.
 
 Swap: `engine.load_weights(core.hf_weights())` at several sizes; beside it copying the same tensors once, which no swap can beat.

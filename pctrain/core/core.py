@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.core import checkpoint, context_parallel, layers, model, optimizer, parallel, step, weights
+from pctrain.core import checkpoint, context_parallel, layers, model, optimizer, parallel, step, weight_buckets, weights
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.reference import Reference
 from pctrain.core.step import TokenLoss
@@ -179,7 +179,7 @@ class Core:
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
-        return weights.export_hf(self.modules, self.hf, self._te)
+        return weight_buckets.stream_hf(self.modules, self.hf, self._te)
 
     def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""

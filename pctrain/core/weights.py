@@ -149,7 +149,7 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
             ignored=frozenset({LM_HEAD} if hf.tied else ()))
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
-        mine = _local_parameters(modules)
+        mine = local_parameters(modules)
         for unit in table:
             targets = [mine[unit.name]] if unit.name in mine else []
             if hf.tied and unit.name == EMBEDDING and "output_layer.weight" in mine:
@@ -165,14 +165,9 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
 
     `tied_head`: with tied embeddings, `lm_head.weight` follows the embedding.
     """
-    mine = _local_parameters(modules)
+    mine = local_parameters(modules)
     tp_group = parallel_state.get_tensor_model_parallel_group()
-    # A parameter may lie on one pipeline stage alone, and of that on one expert parallel rank alone; from there it goes to the others.
-    routes = [parallel_state.get_pipeline_model_parallel_group(), parallel_state.get_expert_model_parallel_group()]
-    held, sources = set(mine), []
-    for group in reversed(routes):
-        source, held = _sources(held, group)
-        sources.insert(0, source)
+    ways = routes(set(mine))
     dtype, device = next(iter(mine.values())).dtype, next(iter(mine.values())).device
     for unit in units(hf, te):
         tensors = None
@@ -185,8 +180,8 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
             del shards
         for k, (name, shape) in enumerate(unit.hf.items()):
             full = torch.empty(shape, dtype=dtype, device=device) if tensors is None else tensors[k]
-            for group, source in zip(reversed(routes), reversed(sources), strict=True):
-                if group.size() > 1 and unit.name in source:
+            for group, source in ways:
+                if unit.name in source:
                     dist.broadcast(full, src=source[unit.name], group=group)
             yield name, full
             if tied_head and hf.tied and name == "model.embed_tokens.weight":
@@ -205,6 +200,18 @@ def _gather(local: torch.Tensor, group) -> torch.Tensor:
     for part, source in zip(gathered, dist.get_process_group_ranks(group), strict=True):
         dist.broadcast(part, src=source, group=group)
     return gathered
+
+
+def routes(held: set[str]) -> list[tuple]:
+    """[(group, {name: global rank that sends it to the group})] in the order of the broadcasts; `held`: this rank's parameters. Collective.
+
+    A parameter may lie on one pipeline stage alone, and of that on one expert parallel rank alone; from there it goes to the others.
+    """
+    ways = []
+    for group in (parallel_state.get_expert_model_parallel_group(), parallel_state.get_pipeline_model_parallel_group()):
+        source, held = _sources(held, group)
+        ways.append((group, source))
+    return ways
 
 
 def _sources(held: set[str], group) -> tuple[dict[str, int], set[str]]:
@@ -249,7 +256,7 @@ def save_hf(
 
 def round_to(modules: list[torch.nn.Module], hf: HFConfig, te: bool, dtypes: Mapping[str, torch.dtype]) -> None:
     """Gives this rank's parameters the values that they have in files of these dtypes."""
-    mine = _local_parameters(modules)
+    mine = local_parameters(modules)
     for unit in units(hf, te):
         wanted = {dtypes[name] for name in unit.hf}
         copies = [unit.name] + (["output_layer.weight"] if hf.tied and unit.name == EMBEDDING else [])
@@ -267,7 +274,7 @@ def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
         config.write_text(json.dumps({**raw, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
-def _local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
+def local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:
     """This rank's parameters by name, layers and experts renumbered to their global index. `modules`: one for each virtual stage."""
     named = {}
     for module in modules:

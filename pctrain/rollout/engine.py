@@ -181,8 +181,10 @@ class RolloutEngine:
             longest = [min(max_response, request.max_response or max_response) for request in requests]
             parameters = [
                 # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
+                # ignore_eos: vLLM adds the end-of-sequence tokens of the model's generation_config.json to those given here.
                 SamplingParams(temperature=temperature, max_tokens=most, seed=request.seed, stop_token_ids=[self._eos_id],
-                               logprobs=0 if logprobs else None, flat_logprobs=logprobs, detokenize=False, skip_clone=True)
+                               ignore_eos=True, logprobs=0 if logprobs else None, flat_logprobs=logprobs,
+                               detokenize=False, skip_clone=True)
                 for request, most in zip(requests, longest, strict=True)
             ]
             prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]

@@ -156,14 +156,17 @@ def _first_step(directory, layout, tensor):
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=True)
+    architecture = ArchitectureConfig(layers=2, hidden=128, heads=4, kv_heads=4, ffn=96, context=256, tied=True)
     folder = tmp_path_factory.mktemp("mismatch") / "model"
     return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
 
 
-@pytest.mark.parametrize("layout, tensor, world", [({}, 1, 1), ({"tensor": 2}, 2, 2),
-                                                   pytest.param({"tensor": 2}, 1, 2, marks=pytest.mark.full)],
-                         ids=["single", "TP2, one engine", "TP2, an engine a rank"])
+@pytest.mark.parametrize("layout, tensor, world", [
+    pytest.param({}, 1, 1, id="single"),
+    pytest.param({"tensor": 2}, 2, 2, id="TP2, one engine"),
+    pytest.param({"tensor": 2}, 1, 2, id="TP2, an engine a rank", marks=pytest.mark.full),
+    pytest.param({"tensor": 4}, 2, 4, id="TP4, two engines of two ranks", marks=pytest.mark.full),
+])
 def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory, layout, tensor, world):
     for update, rows, logprobs, _ in ranks.run(_first_step, directory, layout, tensor, world=world, deadline=240):
         metrics = update.metrics

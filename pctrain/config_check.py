@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pctrain.config import Config, OptimizerConfig
 from pctrain.errors import UserError
+from pctrain.reward.verifiers import check_name
 
 # The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -54,6 +55,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _rl_problems(config, data_parallel)
     if "data" in sections:
         problems += _data_problems(config, sections)
+    if "reward" in sections:
+        problems += _reward_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
         problems.append(f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}")
     if problems:
@@ -207,6 +210,13 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")
     yield from _schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
+
+
+def _reward_problems(config: Config) -> Iterator[str]:
+    try:
+        check_name(config.reward)
+    except UserError as error:
+        yield str(error)
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:

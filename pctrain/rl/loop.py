@@ -20,6 +20,7 @@ from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, finished, open_run, record_ledger, resume, save
+from pctrain.reward import fault_line
 from pctrain.rl import algorithms, batch
 from pctrain.rl.sampling import Group, GroupSampler, PromptStream, Sampled, summary
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
@@ -79,6 +80,8 @@ def train(config: Config, scorer: Scorer, role: str = "none") -> None:
                 run.record(step, "train", values)
                 run.write_rollouts(step, _rollout_rows(sampled, scorer.tokenizer))
                 run.log(_line(step, values, sampled, rl.prompts))
+                if faults := fault_line([verdict for group in sampled.groups for verdict in group.verdicts]):
+                    run.log(f"step {step} {faults}")
                 for update, ids in zip(updates, _problem_ids(sampled.kept, rl.updates)):
                     skipped.add(update, step, ids)
                 if due(step, rl.eval_every, rl.steps):
@@ -142,6 +145,8 @@ def _score(run: RunFolder, core: Core, ledger: Ledger, scorer: Scorer, step: int
     ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
     run.record(step, "eval", {"eflops_sft": ledger.eflops_sft, "eflops_rl": ledger.eflops_rl, **score.metrics()})
     run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
+    if score.faults:
+        run.log(f"step {step} evaluation: {score.faults}")
 
 
 def _rollout_rows(sampled: Sampled, tokenizer: Tokenizer) -> list[dict]:

@@ -229,8 +229,17 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
+    verifier: str = Field(
+        "strict", min_length=1, description="strict: the last \\boxed{} by strings, numbers, Math-Verify; lenient: strict, then RETU's "
+        "chain (stated answers, same LaTeX, rounded decimals, choices); exact: the same string in the box; choice: a letter A to J; or a "
+        "function of your own, module:function, sync or async, (response, answer) -> bool or number in [0, 1]")
+    levenshtein: bool = Field(
+        False, description="last link of the lenient chain: a string more than 0.6 like the answer is right. A hole: 1234567 is paid for "
+        "1234568, and a policy learns to look like an answer")
     workers: int = Field(1, ge=1, description="verifier processes per rank")
     timeout: float = Field(5.0, gt=0, description="deadline of one verdict, seconds; later is killed and counted")
+    memory_mb: int = Field(
+        2048, ge=64, description="address space a worker may take beyond what its imports mapped, MB; more is counted as memory (Linux)")
 
 
 class EvalConfig(Section):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pctrain.config import Config, OptimizerConfig, RLConfig
 from pctrain.errors import UserError
+from pctrain.reward.verifiers import check_name
 
 # The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
@@ -54,6 +55,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _rl_problems(config, data_parallel)
     if "data" in sections:
         problems += _data_problems(config, sections)
+    if "reward" in sections:
+        problems += _reward_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
         problems.append(f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}")
     if problems:
@@ -231,6 +234,13 @@ def _algorithm_problems(rl: RLConfig, max_response: int) -> Iterator[str]:
                    "expected prefix_low_end <= prefix_low_start <= prefix_high")
         if min(rl.prefix_beta) <= 0:
             yield f"rl.prefix_beta = {list(rl.prefix_beta)}: expected two numbers above 0"
+
+
+def _reward_problems(config: Config) -> Iterator[str]:
+    try:
+        check_name(config.reward)
+    except UserError as error:
+        yield str(error)
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:

@@ -12,13 +12,17 @@ from pctrain.config import Config
 from pctrain.core import parallel
 from pctrain.data.problems import Problem
 from pctrain.data.tokenizer import Tokenizer
-from pctrain.reward import VerifierPool
+from pctrain.reward import VerifierPool, cause_counts, fault_line
+from pctrain.reward.verdict import FAULTS
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over problems of the mean over samples, in percent; `se`: standard error over problems, in percent."""
+    """Mean over problems of the mean over samples, in percent; `se`: standard error over problems, in percent.
+
+    `causes`: how many verdicts of each cause, `verdicts/<cause>`; `faults`: the line for train.log where the verifier failed.
+    """
 
     score: float
     se: float
@@ -28,6 +32,8 @@ class Score:
     sequences: int
     tokens: int
     seconds: float
+    causes: dict[str, int]
+    faults: str | None
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -36,6 +42,8 @@ class Score:
             "problems": self.problems,
             "truncated_share": self.truncated_share,
             "no_box_share": self.no_box_share,
+            "verifier_faults": sum(self.causes[f"verdicts/{cause}"] for cause in FAULTS),
+            **self.causes,
             "time/eval_seconds": self.seconds,
         }
 
@@ -70,4 +78,6 @@ def evaluate(engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer
         sequences=len(requests),
         tokens=sum(len(r.prompt_ids) + len(c.token_ids) for r, c in zip(requests, completions, strict=True)),
         seconds=time.perf_counter() - began,
+        causes=cause_counts(verdicts),
+        faults=fault_line(verdicts),
     )

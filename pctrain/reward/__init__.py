@@ -1,6 +1,7 @@
-"""Rewards: 1 where the last box of a response holds the gold answer, else 0, with the cause."""
+"""Rewards: what a response is worth against the gold answer, and the cause where it is worth nothing."""
 
 from pctrain.reward.boxed import last_boxed
-from pctrain.reward.pool import Verdict, VerifierPool
+from pctrain.reward.pool import VerifierPool
+from pctrain.reward.verdict import Verdict, cause_counts, fault_line
 
-__all__ = ["Verdict", "VerifierPool", "last_boxed"]
+__all__ = ["Verdict", "VerifierPool", "cause_counts", "fault_line", "last_boxed"]

@@ -26,3 +26,9 @@ def last_boxed(text: str) -> str | None:
         elif mark.endswith("{") and mark.startswith("\\boxed"):
             open_braces.append(token.end())
     return text[slice(*last)].strip() if last else None
+
+
+def gold_content(gold: str) -> str:
+    r"""A gold answer may be written bare or as `\boxed{...}`."""
+    boxed = last_boxed(gold)
+    return gold if boxed is None else boxed

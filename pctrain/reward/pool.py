@@ -4,52 +4,51 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import selectors
-import subprocess
 import sys
-import tempfile
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pctrain.reward.boxed import last_boxed
-from pctrain.reward.verify import Cause, normalise, settle
+from pctrain.errors import UserError
+from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
+from pctrain.reward.verdict import Cause, Verdict
+from pctrain.reward.verifiers import check_name, find, is_users
 
-if TYPE_CHECKING:  # a worker imports this package; it has no use for pydantic
+if TYPE_CHECKING:
     from pctrain.config import RewardConfig
 
 logger = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "pctrain.reward.worker")
-START_DEADLINE = 120.0  # seconds; importing Math-Verify takes half a second on an idle machine
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """`reward` is 1.0 where `cause` is "right", else 0.0.
-
-    cause: right; wrong; no_box (no balanced box); parse_error (Math-Verify could not read or compare it); timeout; crash.
-    """
-
-    reward: float
-    cause: Cause
+GRACE = 1.0  # seconds; an async function is cancelled at its deadline by its own process, which is killed only where it does not answer
+DEATHS = 2  # of processes over one sample, until it is given up
 
 
 class VerifierPool:
     """Scores responses against gold answers. A context manager: leaving it ends every worker.
 
-    Strings and integers are settled here, in microseconds; workers start with the first answer that needs Math-Verify, so a run on plain
-    integers never pays for them. `command` starts one worker that speaks the protocol of `pctrain.reward.worker`.
+    What strings and numbers decide is settled here, in microseconds; workers start with the first answer that needs Math-Verify, so a run
+    on plain integers never pays for them. A user's function runs in workers only, and the first of them starts here, so that a wrong
+    name is a UserError before anything else has begun. `command` starts one worker that speaks the protocol of `pctrain.reward.worker`.
     """
 
     def __init__(self, config: RewardConfig, *, command: Sequence[str] = WORKER):
-        self._timeout = config.timeout
-        self._size = config.workers
-        self._command = tuple(command)
-        self._workers: list[_Worker] = []
+        check_name(config)
+        self._config = config
+        self._users = is_users(config.verifier)
+        options = {"function": config.verifier if self._users else None, "timeout": config.timeout, "memory_mb": config.memory_mb}
+        self._command = (*command, json.dumps(options))
+        self._workers: list[VerifierProcess] = []
+        if self._users:
+            self._workers.append(VerifierProcess(self._command))
+            try:
+                while not self._workers[0].in_flight:
+                    self._exchange({})
+            except BaseException:
+                self.close()
+                raise
 
     def __enter__(self) -> VerifierPool:
         return self
@@ -64,119 +63,107 @@ class VerifierPool:
         self._workers.clear()
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict per (response text, gold answer), in order.
+        """One verdict per (response text, gold answer), in order. The same question within one call is asked once.
 
-        Takes at most `timeout` seconds per different (boxed answer, gold answer) divided by the workers, and a start per kill.
+        Takes at most `timeout` seconds per different question divided by the workers, and a start per kill; a sample over which a process
+        died is asked once more. Raises UserError or RuntimeError where a worker does not start.
         """
-        causes: list[Cause | None] = []
-        questions: dict[tuple[str, str], list[int]] = {}  # the same question of a group of rollouts is asked once
-        for index, (response, gold) in enumerate(pairs):
-            answer = last_boxed(response)
-            gold = _gold_content(gold)
-            causes.append("no_box" if answer is None else settle(answer, gold))
-            if causes[-1] is None:
-                questions.setdefault((normalise(answer), normalise(gold)), []).append(index)
-        for question, cause in self._ask(list(questions)).items():
+        verdicts: list[Verdict | None] = [None] * len(pairs)
+        questions: dict[tuple[str, str], list[int]] = {}
+        settle = None if self._users else find(self._config).settle
+        for index, pair in enumerate(pairs):
+            settled = settle(*pair) if settle else tuple(pair)
+            if isinstance(settled, Verdict):
+                verdicts[index] = settled
+            else:
+                questions.setdefault(settled, []).append(index)
+        for question, verdict in self._ask(list(questions)).items():
             for index in questions[question]:
-                causes[index] = cause
-        return [Verdict(float(cause == "right"), cause) for cause in causes]
+                verdicts[index] = verdict
+        return verdicts
 
-    def _ask(self, questions: list[tuple[str, str]]) -> dict[tuple[str, str], Cause]:
-        """Hands out one question at a time to each worker; whoever passes its deadline is killed and replaced."""
-        causes: dict[tuple[str, str], Cause] = {}
-        waiting = list(reversed(questions))
-        while len(self._workers) < min(self._size, len(questions)):
-            self._workers.append(_Worker(self._command))
-        idle = list(self._workers)
-        with selectors.DefaultSelector() as busy:
-            while waiting or busy.get_map():
-                while waiting and idle:
-                    worker = idle.pop()
-                    if worker.died_idle():
-                        worker = self._replace(worker, "crash")
-                    worker.ask(waiting.pop(), self._timeout)
-                    busy.register(worker.stdout, selectors.EVENT_READ, worker)
-                deadline = min(key.data.deadline for key in busy.get_map().values())
-                ready = {key.data for key, _ in busy.select(max(0.0, deadline - time.monotonic()))}
-                for worker in [key.data for key in busy.get_map().values()]:
-                    late = time.monotonic() >= worker.deadline
-                    if worker not in ready and not late:
-                        continue
-                    busy.unregister(worker.stdout)
-                    cause = worker.answer() if worker in ready else "timeout"
-                    causes[worker.question] = cause
-                    idle.append(self._replace(worker, cause) if cause in ("timeout", "crash") else worker)
-        return causes
-
-    def _replace(self, worker: _Worker, cause: Cause) -> _Worker:
-        worker.kill()
-        logger.warning("verifier worker: %s at or after answer %.200r, gold %.200r (exit status %s); restarted",
-                       cause, *worker.question, worker.process.returncode)
-        fresh = _Worker(self._command)
-        self._workers[self._workers.index(worker)] = fresh
-        return fresh
-
-
-class _Worker:
-    """One verifier process with at most one open question."""
-
-    def __init__(self, command: Sequence[str]):
-        # The child finds this very package, however the parent found it.
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        self._stderr = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
-                                        env={**os.environ, "PYTHONPATH": path})
-        self.stdout = self.process.stdout
-        self.question: tuple[str, str] = ("", "")
-        self.deadline = 0.0
-        self._started = False  # "ready" is awaited with the first question, so that several workers start at once
-
-    def ask(self, question: tuple[str, str], timeout: float) -> None:
-        """Sends (answer, gold); the reply is due `timeout` seconds from now."""
-        if not self._started:
-            self._await_start()
-        self.question = question
-        line = json.dumps({"answer": question[0], "gold": question[1]}) + "\n"
+    def _ask(self, questions: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+        """Hands the questions out to the workers until each has its verdict. An error or interrupt ends the workers: none stays in the
+        middle of a question that nobody waits for."""
+        verdicts: dict[tuple[str, str], Verdict] = {}
+        self._waiting = deque(Task(question) for question in questions)
         try:
-            self.process.stdin.write(line.encode())
-            self.process.stdin.flush()
-        except BrokenPipeError:  # it died just now; stdout is at its end too, which answer() reads as a crash
-            pass
-        self.deadline = time.monotonic() + timeout
+            for worker in [w for w in self._workers if w.process.poll() is not None]:
+                self._restart(worker, "it had ended between two calls")
+            while len(self._workers) < min(self._config.workers, len(questions)):
+                self._workers.append(VerifierProcess(self._command))
+            while self._waiting or any(worker.open for worker in self._workers):
+                for worker in self._workers:
+                    while self._waiting and worker.takes(self._waiting[0]):
+                        worker.ask(self._waiting.popleft(), self._config.timeout + (GRACE if worker.in_flight > 1 else 0))
+                self._exchange(verdicts)
+        except BaseException:
+            self.close()
+            raise
+        return verdicts
 
-    def died_idle(self) -> bool:
-        return self._started and self.process.poll() is not None
+    def _exchange(self, verdicts: dict[tuple[str, str], Verdict]) -> None:
+        """Waits for the next message, death or deadline of any worker, and acts on all there are."""
+        with selectors.PollSelector() as selector:  # poll: select() ends at file 1024, and an engine has many open
+            for worker in self._workers:
+                selector.register(worker.stdout, selectors.EVENT_READ, worker)
+                if worker.unsent:
+                    selector.register(worker.stdin, selectors.EVENT_WRITE, worker)
+            deadline = min(worker.deadline for worker in self._workers)
+            ready = selector.select(None if deadline == float("inf") else max(0.0, deadline - time.monotonic()))
+        for key, events in ready:
+            worker = key.data
+            if events & selectors.EVENT_WRITE:
+                worker.write()
+            elif worker in self._workers:
+                self._receive(worker, verdicts)
+        for worker in list(self._workers):
+            if time.monotonic() >= worker.deadline:
+                self._lose(worker, "timeout", f"no verdict within {self._config.timeout:g} s", verdicts)
 
-    def answer(self) -> Cause:
-        line = self.stdout.readline()
-        return json.loads(line)["cause"] if line.endswith(b"\n") else "crash"
+    def _receive(self, worker: VerifierProcess, verdicts: dict[tuple[str, str], Verdict]) -> None:
+        messages = worker.read()
+        if messages is None:
+            status = worker.process.wait()
+            self._lose(worker, "crash", f"the worker died (exit status {status})", verdicts)
+            return
+        for message in messages:
+            if "error" in message:
+                raise UserError(f"reward.verifier = {self._config.verifier!r}: {message['error']}")
+            if "ready" in message:
+                worker.in_flight = message["ready"]
+                continue
+            task = worker.open.pop(message["id"])
+            detail = f"{message['detail']}; {task}" if message["detail"] else ""
+            verdicts[task.question] = Verdict(message["reward"], message["cause"], detail)
+            if message["cause"] == "memory":  # what it had taken by then may not come back, and would be charged to others
+                self._waiting.extendleft(reversed(worker.open.values()))
+                self._restart(worker, detail)
+                return
 
-    def kill(self) -> None:
-        """Kills and reaps the process; closes the pipes."""
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.stdout, self._stderr):
-            try:
-                stream.close()
-            except BrokenPipeError:  # an unsent question was still in the buffer
-                pass
+    def _lose(self, worker: VerifierProcess, cause: Cause, why: str, verdicts: dict[tuple[str, str], Verdict]) -> None:
+        """The end of a worker that died or is late. One question open: it is to blame. Several: each is asked again by itself."""
+        if not worker.in_flight:
+            self._raise_start(worker, cause)
+        tasks = list(worker.open.values())
+        for task in tasks:
+            task.deaths += cause == "crash"
+            final = len(tasks) == 1 if cause == "timeout" else task.deaths >= DEATHS
+            if final:
+                verdicts[task.question] = Verdict(0.0, cause, f"{why}; {task}")
+            else:
+                task.alone = True
+                self._waiting.appendleft(task)
+        self._restart(worker, f"{why} at {'; '.join(map(str, tasks[:3])) or 'no question'}")
 
-    def _await_start(self) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.stdout, selectors.EVENT_READ)
-            silent = not selector.select(START_DEADLINE)
-        if silent or not self.stdout.readline():
-            self.process.kill()
-            self.process.wait()
-            self._stderr.seek(0)
-            tail = self._stderr.read().decode(errors="replace")[-2000:]
-            reason = f"said nothing for {START_DEADLINE:.0f} s" if silent else f"ended with status {self.process.returncode}"
-            raise RuntimeError(f"verifier worker {' '.join(self.process.args)} {reason} while starting:\n{tail}")
-        self._started = True
+    def _restart(self, worker: VerifierProcess, why: str) -> None:
+        printed = worker.kill().strip()
+        logger.warning("verifier worker restarted: %s%s", why, f"; it had printed: {printed[-300:]}" if printed else "")
+        self._workers[self._workers.index(worker)] = VerifierProcess(self._command)
 
-
-def _gold_content(gold: str) -> str:
-    r"""A gold answer may be written bare or as `\boxed{...}`."""
-    boxed = last_boxed(gold)
-    return gold if boxed is None else boxed
+    def _raise_start(self, worker: VerifierProcess, cause: Cause) -> None:
+        printed = worker.kill()
+        reason = f"said nothing for {START_DEADLINE:.0f} s" if cause == "timeout" else f"ended with status {worker.process.returncode}"
+        if self._users:
+            raise UserError(f"reward.verifier = {self._config.verifier!r}: the worker that imports it {reason}:\n{printed}")
+        raise RuntimeError(f"verifier worker {' '.join(self._command)} {reason} while starting:\n{printed}")

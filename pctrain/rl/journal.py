@@ -9,6 +9,7 @@ from pctrain.config import Config
 from pctrain.core import Core
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.evaluate.scorer import Scorer
+from pctrain.reward import fault_line
 from pctrain.rl.sampling import Sampled, summary
 from pctrain.rl.update import Updates, means
 from pctrain.rollout import Swap
@@ -45,6 +46,8 @@ class Journal:
         self.run.record(step, "train", values)
         self.run.write_rollouts(step, self._rollouts(sampled, updates))
         self.run.log(self._line(step, values, sampled))
+        if faults := fault_line([verdict for group in sampled.groups for verdict in group.verdicts]):
+            self.run.log(f"step {step} {faults}")
         for one, ids in zip(updates.made, updates.ids, strict=True):
             self.skipped.add(one, step, ids)
         return values
@@ -55,6 +58,8 @@ class Journal:
         self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
         self.run.record(step, "eval", {**self._axes(), **score.metrics()})
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
+        if score.faults:
+            self.run.log(f"step {step} evaluation: {score.faults}")
 
     def _axes(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": self.ledger.eflops_rl}

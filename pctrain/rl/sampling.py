@@ -13,7 +13,8 @@ from pctrain.core import parallel
 from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.data.tokenizer import Tokenizer
-from pctrain.reward import Verdict, VerifierPool
+from pctrain.reward import Verdict, VerifierPool, cause_counts
+from pctrain.reward.verdict import FAULTS
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rollout import Completion, Request, RolloutEngine, sampling_seed
 
@@ -176,7 +177,8 @@ def summary(sampled: Sampled) -> dict[str, float]:
         "response_length": float(np.mean([len(c.token_ids) for c in completions])),
         "truncated_share": float(np.mean([c.finish == "length" for c in completions])),
         "no_box_share": float(np.mean([v.cause == "no_box" for v in verdicts])),
-        "verifier_faults": sum(v.cause in ("timeout", "crash") for v in verdicts),
+        "verifier_faults": sum(v.cause in FAULTS for v in verdicts),
+        **cause_counts(verdicts),
         "rounds": sampled.rounds,
         "kept_prompts": len(sampled.kept),
         "dropped_prompts": sum(why != SURPLUS for _, why in sampled.dropped),

@@ -3,11 +3,14 @@
 import os
 import sys
 import time
+from pathlib import Path
 
-from pctrain.reward.worker import judge, serve
+from pctrain.reward import strict, worker
+
+MARK = Path(os.environ.get("FAULTY_MARK", "/nonexistent"))
 
 
-def faulty(answer: str, gold: str) -> str:
+def faulty(answer, gold):
     if answer == "x+hang":
         time.sleep(3600)
     if answer == "x+spin":
@@ -15,11 +18,19 @@ def faulty(answer: str, gold: str) -> str:
             pass
     if answer == "x+crash":
         os._exit(3)
+    if answer == "x+once" and not MARK.exists():
+        MARK.touch()
+        os._exit(3)
+    if answer == "x+child":
+        os.system(f"sleep 3600 & echo $! > {MARK}; wait")
+    if answer == "x+memory":
+        len(bytearray(1 << 40))
     if answer == "x+print":
         print("noise on stdout", flush=True)
     return judge(answer, gold)
 
 
-if sys.argv[1:] == ["refuse"]:
+judge, strict.judge = strict.judge, faulty
+if sys.argv[1] == "refuse":
     sys.exit("no such package")
-serve(faulty)
+worker.main({"function": None, "timeout": 1.0, "memory_mb": 512})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pctrain.config import RewardConfig
-from pctrain.reward import VerifierPool
+from pctrain.reward import VerifierPool, cause_counts, fault_line
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTY = (sys.executable, str(Path(__file__).with_name("faulty_worker.py")))
@@ -57,6 +57,41 @@ def test_crash_is_counted_and_others_are_judged():
         verdicts = pool.score([box("x+crash"), GOOD, box("x+print"), (r"\boxed{7}", "7"), box("x+2")])
         assert [v.cause for v in verdicts] == ["crash", "right", "wrong", "right", "wrong"]
         assert [v.reward for v in verdicts] == [0.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_sample_over_which_one_worker_died_is_asked_again(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FAULTY_MARK", str(tmp_path / "died"))
+    with VerifierPool(RewardConfig(workers=1, timeout=60), command=FAULTY) as pool:
+        assert [v.cause for v in pool.score([box("x+once"), GOOD])] == ["wrong", "right"]
+        assert "x+once" in caplog.text
+        verdict = pool.score([box("x+crash")])[0]
+    assert verdict.cause == "crash" and "x+crash" in verdict.detail and "exit status 3" in verdict.detail
+    assert caplog.text.count("x+crash") == 2  # given up after the second death
+
+
+def test_asking_for_more_memory_than_allowed_is_memory():
+    with VerifierPool(RewardConfig(workers=1, timeout=60), command=FAULTY) as pool:
+        verdicts = pool.score([box("x+memory"), GOOD])
+    assert [v.cause for v in verdicts] == ["memory", "right"]
+    assert "memory_mb" in verdicts[0].detail
+
+
+def test_what_a_verdict_started_is_killed_with_its_worker(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAULTY_MARK", str(tmp_path / "child"))
+    with VerifierPool(RewardConfig(workers=1, timeout=2), command=FAULTY) as pool:
+        assert pool.score([box("x+child")])[0].cause == "timeout"
+        assert wait_gone(int((tmp_path / "child").read_text()))
+
+
+def test_the_line_for_the_log_counts_and_quotes():
+    with VerifierPool(RewardConfig(workers=1, timeout=1.5), command=FAULTY) as pool:
+        verdicts = pool.score([box("x+hang"), box("x+crash"), GOOD, (r"\boxed{4}", "5")])
+    line = fault_line(verdicts)
+    assert "\n" not in line and "2 of 4" in line and "1 timeout, 1 crash" in line and "x+hang" in line
+    assert fault_line(verdicts[2:]) is None
+    counts = cause_counts(verdicts)
+    assert counts["verdicts/timeout"] == counts["verdicts/crash"] == counts["verdicts/right"] == counts["verdicts/wrong"] == 1
+    assert counts["verdicts/memory"] == 0 and sum(counts.values()) == 4
 
 
 def test_worker_killed_between_two_calls_costs_no_verdict():

@@ -1,0 +1,105 @@
+"""The parent's end of one verifier process: questions out, verdicts in, nothing that blocks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+START_DEADLINE = 120.0  # seconds; importing Math-Verify takes half a second on an idle machine
+
+
+@dataclass(eq=False)
+class Task:
+    """A question (response or boxed answer, gold answer), and how often a process died over it."""
+
+    question: tuple[str, str]
+    deaths: int = 0
+    alone: bool = False  # it was open when a process with several questions died or hung: it is asked again by itself
+    deadline: float = 0.0
+
+    def __str__(self) -> str:
+        return f"answer {self.question[0][-120:]!r}, gold {self.question[1][:120]!r}"
+
+
+class VerifierProcess:
+    """One process of `pctrain.reward.worker`, in a session of its own, so that what a user's function starts is killed with it."""
+
+    def __init__(self, command: Sequence[str]):
+        # The child finds this very package, however the parent found it.
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
+        self._stderr = tempfile.TemporaryFile()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr, bufsize=0,
+                                        env={**os.environ, "PYTHONPATH": path}, start_new_session=True)
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        os.set_blocking(self.stdin.fileno(), False)
+        os.set_blocking(self.stdout.fileno(), False)
+        self.open: dict[int, Task] = {}
+        self.in_flight = 0  # questions it takes at once; 0 until it is ready
+        self.unsent = b""
+        self._unread = b""
+        self._asked = 0
+        self._start_deadline = time.monotonic() + START_DEADLINE
+
+    @property
+    def deadline(self) -> float:
+        """When to act, on the monotonic clock; infinite while it is idle."""
+        if not self.in_flight:
+            return self._start_deadline
+        return min((task.deadline for task in self.open.values()), default=float("inf"))
+
+    def takes(self, task: Task) -> bool:
+        if task.alone or any(other.alone for other in self.open.values()):
+            return self.in_flight > 0 and not self.open
+        return len(self.open) < self.in_flight
+
+    def ask(self, task: Task, timeout: float) -> None:
+        """The verdict is due `timeout` seconds from now."""
+        self._asked += 1
+        self.open[self._asked] = task
+        task.deadline = time.monotonic() + timeout
+        message = {"id": self._asked, "response": task.question[0], "answer": task.question[1]}
+        self.unsent += json.dumps(message).encode() + b"\n"
+        self.write()
+
+    def write(self) -> None:
+        """As much as the pipe takes now: a process that does not read must not stop its parent."""
+        try:
+            while self.unsent:
+                sent = self.stdin.write(self.unsent)
+                if sent is None:  # the pipe is full
+                    return
+                self.unsent = self.unsent[sent:]
+        except BrokenPipeError:  # it died just now; its stdout is at its end too
+            self.unsent = b""
+
+    def read(self) -> list[dict] | None:
+        """The messages that have come; None where the process has ended."""
+        chunk = self.stdout.read(1 << 20)
+        if chunk == b"":
+            return None
+        *lines, self._unread = (self._unread + (chunk or b"")).split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def kill(self) -> str:
+        """Kills and reaps the process and what it started, closes the pipes. Returns the end of what it had printed."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+        if self._stderr.closed:
+            return ""
+        self._stderr.seek(0, os.SEEK_END)
+        self._stderr.seek(max(0, self._stderr.tell() - 2000))
+        tail = self._stderr.read().decode(errors="replace")
+        for stream in (self.stdin, self.stdout, self._stderr):
+            stream.close()
+        return tail

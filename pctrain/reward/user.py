@@ -1,0 +1,72 @@
+"""A user's reward: `module:function`, called with (response, answer), returning a number in [0, 1] or a bool. For worker processes only."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+from pctrain.reward.verdict import RIGHT, WRONG, Verdict
+
+
+class LoadError(Exception):
+    """Why there is no such function; the parent shows the message to the user."""
+
+
+def load(name: str) -> Callable[[str, str], Any]:
+    """The function, from the current directory or PYTHONPATH. LoadError with the module's own error where there is none."""
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        own = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if own.filename.startswith("<frozen") else f" ({own.filename}, line {own.lineno})"
+        raise LoadError(f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} and "
+                        "PYTHONPATH") from None
+    function = getattr(module, function_name, None)
+    if function is None:
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
+        raise LoadError(f"{module.__file__} has no {function_name}; its functions: {', '.join(functions) or 'none'}")
+    if not callable(function):
+        raise LoadError(f"{module.__file__}: {function_name} is no function but {function!r:.80}")
+    return function
+
+
+def is_async(function: Callable) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+
+
+def judge_with(function: Callable[[str, str], Any]) -> Callable[[str, str], Verdict]:
+    """`function` as (response, answer) -> Verdict."""
+    def judge(response: str, answer: str) -> Verdict:
+        try:
+            return verdict_of(function(response, answer))
+        except (Exception, SystemExit) as error:
+            return verdict_of_error(error)
+    return judge
+
+
+def verdict_of(value: Any) -> Verdict:
+    """right at 1 (or True), wrong at 0, partial between, else bad_value: a NaN, a string or None is no reward."""
+    # NumPy's bool is no Real, and both its scalars and one-element tensors have item().
+    plain = value.item() if not isinstance(value, Real) and hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+    if not isinstance(plain, Real) or not 0 <= plain <= 1:
+        return Verdict(0.0, "bad_value", f"the function returned {value!r:.80}, not a number in [0, 1]")
+    reward = float(plain)
+    if 0 < reward < 1:
+        return Verdict(reward, "partial")
+    return RIGHT if reward else WRONG
+
+
+def verdict_of_error(error: BaseException) -> Verdict:
+    """What the function raised."""
+    if isinstance(error, MemoryError):
+        return Verdict(0.0, "memory", "the function asked for more than reward.memory_mb")
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return Verdict(0.0, "error", f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"[:500])

@@ -1,0 +1,66 @@
+"""The verifiers there are: one file each, and the table of their names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pctrain.errors import UserError
+from pctrain.reward import choice, exact, lenient, strict
+from pctrain.reward.verdict import Verdict
+
+if TYPE_CHECKING:  # a worker imports this module; it has no use for pydantic
+    from pctrain.config import RewardConfig
+
+
+@dataclass(frozen=True)
+class Verifier:
+    """A function (response, answer) -> Verdict, called as such wherever a hang may be waited for.
+
+    settle(response, answer): the verdict, or the question (boxed answer, gold) that is left for Math-Verify. Takes microseconds, a few
+    milliseconds for the longest responses, raises nothing, and so may run in the learner's process. `strict.judge` answers the question;
+    it may hang, die or take any memory: `pool.VerifierPool` runs it in a worker.
+    """
+
+    settle: Callable[[str, str], Verdict | tuple[str, str]]
+
+    def __call__(self, response: str, answer: str) -> Verdict:
+        settled = self.settle(response, answer)
+        return settled if isinstance(settled, Verdict) else strict.judge(*settled)
+
+
+VERIFIERS: dict[str, Verifier] = {
+    "strict": Verifier(strict.settle),
+    "lenient": Verifier(lenient.settle),
+    "exact": Verifier(exact.settle),
+    "choice": Verifier(choice.settle),
+}
+
+
+def is_users(name: str) -> bool:
+    """Whether `reward.verifier` names a function of the user's, module:function."""
+    return ":" in name
+
+
+def check_name(config: RewardConfig) -> None:
+    """UserError where `reward.verifier` is neither a name of the table nor of the form module:function, or an option does not fit it."""
+    name = config.verifier
+    module, _, function = name.partition(":")
+    if is_users(name):
+        if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+            raise UserError(f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
+                            "of my_rewards.py in the current directory")
+    elif name not in VERIFIERS:
+        near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.5)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"reward.verifier = {name!r} is no verifier{hint}; there are {', '.join(VERIFIERS)}, "
+                        "or a function of your own as module:function")
+    if config.levenshtein and name != "lenient":
+        raise UserError(f"reward.levenshtein = true needs reward.verifier = lenient, not {name!r}")
+
+
+def find(config: RewardConfig) -> Verifier:
+    """The verifier of the table that `config` names, with its options. A user's function is none: `pctrain.reward.user` loads it."""
+    return Verifier(lenient.settle_with_similarity) if config.levenshtein else VERIFIERS[config.verifier]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Cause = Literal["right", "partial", "wrong", "no_box", "parse_error", "timeout", "crash", "memory", "error", "bad_value"]
+Cause = Literal["right", "partial", "wrong", "no_box", "parse_error", "truncated", "timeout", "crash", "memory", "error", "bad_value"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 # The verifier did not do its work: the reward of 0 says nothing about the response.
 FAULTS: tuple[Cause, ...] = ("timeout", "crash", "memory", "error", "bad_value")
@@ -17,9 +17,10 @@ FAULTS: tuple[Cause, ...] = ("timeout", "crash", "memory", "error", "bad_value")
 class Verdict:
     """`reward` lies in [0, 1]: 1.0 where `cause` is right, between where it is partial (a user's function only), else 0.0.
 
-    cause: right; partial; wrong; no_box (the response commits to no answer); parse_error (answer or gold could not be read); and the
-    faults of a verifier: timeout, crash (its process died twice of this sample), memory (it asked for more than it may have), error (a
-    user's function raised), bad_value (it returned no number in [0, 1]). `detail` says more about a fault.
+    cause: right; partial; wrong; no_box (the response commits to no answer); parse_error (answer or gold could not be read);
+    truncated (the length limit cut the response, and `rl.truncated` counts that as wrong); and the faults of a verifier: timeout, crash
+    (its process died twice of this sample), memory (it asked for more than it may have), error (a user's function raised), bad_value (it
+    returned no number in [0, 1]). `detail` says more about a fault.
     """
 
     reward: float
@@ -28,6 +29,7 @@ class Verdict:
 
 
 RIGHT, WRONG, NO_BOX, PARSE_ERROR = Verdict(1.0, "right"), Verdict(0.0, "wrong"), Verdict(0.0, "no_box"), Verdict(0.0, "parse_error")
+TRUNCATED = Verdict(0.0, "truncated")
 
 
 def cause_counts(verdicts: Iterable[Verdict]) -> dict[str, int]:

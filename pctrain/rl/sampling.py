@@ -14,11 +14,10 @@ from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.data.tokenizer import Tokenizer
 from pctrain.reward import Verdict, VerifierPool, cause_counts
-from pctrain.reward.verdict import FAULTS
+from pctrain.reward.verdict import FAULTS, TRUNCATED
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rollout import Completion, Request, RolloutEngine, sampling_seed
 
-TRUNCATED = Verdict(0.0, "truncated")  # of a response that the length limit cut, under rl.truncated = wrong
 SURPLUS = "surplus, prompt carried over"
 
 

@@ -91,7 +91,7 @@ class Algorithm:
         if self.needs_expert:
             row.streams["expert"] = np.zeros(len(row), np.float32)
             row.streams["expert"][len(problem.prompt_ids) : len(row) - len(sampled)] = 1
-        if self.rl.is_correction != "none" or group.completions[0].logprobs is not None:
+        if self.corrects or group.completions[0].logprobs is not None:
             row.streams["rollout_logprob"] = np.full(len(row), np.nan, np.float32)
             if sampled:
                 row.streams["rollout_logprob"][-len(sampled) :] = policy.finite(group.completions[member.index].logprobs, problem.id)
@@ -144,6 +144,11 @@ class Algorithm:
         """Of `Update.metrics` those of a ratio or a weight as means over what was sampled alone (NaN where nothing was)."""
         own = 1 - metrics.get("expert", 0.0)
         return {name: (value / own if own > 0 else math.nan) if name in policy.OF_SAMPLED else value for name, value in metrics.items()}
+
+    @property
+    def corrects(self) -> bool:
+        """Whether what was sampled is weighed by learner's over engine's probability."""
+        return self.rl.is_correction in ("token", "sequence")
 
     @property
     def entropy_coef(self) -> float:

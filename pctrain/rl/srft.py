@@ -60,7 +60,7 @@ class SRFT(Algorithm):
         likelihood = streams["sft_weight"] + weight * streams["rollout_weight"]
         loss = -likelihood * logprob - streams["off_weight"] * streams["advantage"] * shaped - self.entropy_coef * entropy
         metrics = {"entropy": entropy.detach(), "expert": streams["expert"]}
-        if self.rl.is_correction != "none":
+        if self.corrects:
             metrics["is_weight"] = weight * (1 - streams["expert"])
         return loss, metrics
 

@@ -1,4 +1,4 @@
-"""Learner against engine: the measures, the correction, and the gate: in the first update both are one policy."""
+"""Learner against engine: the measures, and the gate: in the first update both are one policy."""
 
 import math
 
@@ -6,28 +6,20 @@ import numpy as np
 import pytest
 import torch
 from core import small
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pctrain.config import ArchitectureConfig, RolloutConfig
 from pctrain.data.hf_dir import make_hf_dir
 from pctrain.data.rows import make_row
 from pctrain.rl import mismatch
-from pctrain.rollout import Completion, Request, sampling_seed
+from pctrain.rollout import Request, sampling_seed
 
 EOS, TEMPERATURE, PROMPTS = 2, 0.7, 6
-
-
-def plain(logprob, entropy, streams):
-    """A loss that takes no stream but those named here: what it must not see is an error."""
-    assert set(streams) <= {"advantage", "old_logprob"}
-    return -logprob * streams["advantage"], {"ratio": torch.ones_like(logprob)}
 
 
 def of_one_token(learner: float, engine: float, **streams: float) -> dict[str, float]:
     streams = {"advantage": 1.0, "rollout_logprob": engine, **streams}
     tensors = {name: torch.tensor([value], dtype=torch.float64) for name, value in streams.items()}
-    loss = mismatch.measured(lambda logprob, entropy, streams: (-logprob, {}), "none")
+    loss = mismatch.measured(lambda logprob, entropy, streams: (-logprob, {}))
     _, metrics = loss(torch.tensor([learner], dtype=torch.float64, requires_grad=True), None, tensors)
     assert not any(value.requires_grad for value in metrics.values())
     return {name: value.item() for name, value in metrics.items()}
@@ -49,81 +41,20 @@ def test_the_policy_that_sampled_is_the_old_one_where_there_is_one():
     assert of_one_token(-9.0, -1.5, old_logprob=-1.5)["mismatch/mean"] == 0
 
 
-def test_an_experts_tokens_are_not_measured():
-    assert set(of_one_token(-9.0, 0.0, expert_mask=1.0).values()) == {0.0}
+def test_what_the_engine_did_not_sample_is_not_measured():
+    assert set(of_one_token(-9.0, math.nan).values()) == {0.0}
 
 
-@pytest.mark.parametrize("correction, passed", [("none", False), ("token", True), ("sequence", False)])
-def test_the_loss_gets_the_engines_logprobs_only_to_correct_by_the_token(correction, passed):
-    seen = []
-
-    def loss(logprob, entropy, streams):
-        seen.append(set(streams))
-        return -logprob, {}
-
-    streams = {name: torch.zeros(3) for name in ("advantage", "rollout_logprob", "is_weight")}
-    _, metrics = mismatch.measured(loss, correction)(torch.zeros(3), None, streams)
-    assert seen == [{"advantage", "rollout_logprob"} if passed else {"advantage"}]
-    assert "is_weight" in metrics
-
-
-def test_without_the_engines_logprobs_nothing_is_measured():
-    _, metrics = mismatch.measured(plain, "none")(torch.zeros(2), None, {"advantage": torch.ones(2)})
-    assert set(metrics) == {"ratio"}
-
-
-def test_rollout_logprobs_stand_on_their_own_tokens():
-    rows = [make_row([5, 6, 7], [8, 9], {"advantage": 1.0}), make_row([5], [6, 7, 2])]
-    ours, experts = mismatch.with_rollout_logprobs(rows, [Completion([8, 9], "length", [-0.5, -0.25]), None])
-    assert ours.streams["rollout_logprob"].tolist() == [0, 0, 0, -0.5, -0.25] and set(ours.streams) == {"advantage", "rollout_logprob"}
-    assert experts.streams["rollout_logprob"].tolist() == [0, 0, 0, 0]
-    with pytest.raises(ValueError, match="logprobs=True"):
-        mismatch.with_rollout_logprobs(rows[:1], [Completion([8, 9], "length", None)])
+def test_without_the_engines_logprobs_the_loss_is_what_it_was():
+    streams = {"advantage": torch.ones(2)}
+    loss = mismatch.measured(lambda logprob, entropy, given: (given["advantage"], {"ratio": logprob}))
+    value, metrics = loss(torch.zeros(2), None, streams)
+    assert value is streams["advantage"] and set(metrics) == {"ratio"}
 
 
 def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
     assert mismatch.correction(None, "bfloat16") == "token" and mismatch.correction(None, "float32") == "none"
     assert mismatch.correction("none", "bfloat16") == "none" and mismatch.correction("sequence", "float32") == "sequence"
-
-
-def a_row(old, rollout, advantage=2.0, expert=None):
-    row = make_row([5, 6], range(10, 10 + len(old)), {"advantage": advantage})
-    row.streams["old_logprob"] = np.array([0, 0, *old], np.float32)
-    row.streams["rollout_logprob"] = np.array([0, -7, *rollout], np.float32)  # what stands on a prompt is not read
-    if expert is not None:
-        row.streams["expert_mask"] = np.array([0, 0, *expert], np.float32)
-    return row
-
-
-def test_sequence_weights_by_hand():
-    """0.5 0.4 / (0.4 0.25) = 2."""
-    old, rollout = np.log([0.5, 0.4]), np.log([0.4, 0.25])
-    (free,), (capped,) = (mismatch.with_sequence_weights([a_row(old, rollout)], cap) for cap in (5.0, 1.5))
-    np.testing.assert_allclose(free.streams["advantage"], [2, 2, 4, 4], rtol=1e-6)
-    np.testing.assert_allclose(free.streams["is_weight"], [0, 0, 2, 2], rtol=1e-6)
-    np.testing.assert_allclose(capped.streams["advantage"], [2, 2, 3, 3], rtol=1e-6)
-    (mixed,) = mismatch.with_sequence_weights([a_row(old, rollout, expert=[1, 0])], 5.0)  # of the sampled token alone: 0.4 / 0.25
-    np.testing.assert_allclose(mixed.streams["advantage"], [2, 2, 2, 3.2], rtol=1e-6)
-    (long,) = mismatch.with_sequence_weights([a_row([0.0] * 50, [-90.0] * 50)], 5.0)  # exp(4500) has no float
-    np.testing.assert_allclose(long.streams["advantage"][2:], 10)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(1, 12), st.integers(0, 10**6), st.floats(0.1, 5))
-def test_a_weighted_advantage_is_a_weighted_loss(length, seed, cap):
-    """The clipped, dual-clipped loss of the row with its advantage weighted is w times that of the row: at every ratio and sign."""
-    from pctrain_kernels import policy_loss
-
-    rng = np.random.default_rng(seed)
-    row = a_row(-rng.random(length), -rng.random(length), advantage=rng.normal())
-    (weighted,) = mismatch.with_sequence_weights([row], cap)
-    logprob = torch.tensor(-rng.random(length + 2) * 2, dtype=torch.float32)
-
-    def loss(of):
-        streams = {name: torch.from_numpy(of.streams[name]) for name in ("advantage", "old_logprob")}
-        return policy_loss(logprob, None, **streams, dual_clip=3.0)[0][2:]
-
-    np.testing.assert_allclose(loss(weighted), loss(row) * weighted.streams["is_weight"][2:], rtol=1e-5, atol=1e-6)
 
 
 def _first_step(directory, layout, tensor):
@@ -144,13 +75,14 @@ def _first_step(directory, layout, tensor):
     finally:
         engine.close()
     rows = [make_row(p, c.token_ids, {"advantage": float(rng.normal())}) for p, c in zip(prompts, completions, strict=True)]
-    rows = mismatch.with_rollout_logprobs(rows, completions)
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        row.streams["rollout_logprob"] = np.float32([math.nan] * len(prompt) + completion.logprobs)
     logprobs = model.logprobs(rows, 512, temperature=TEMPERATURE, trained_only=True)
 
     def loss(logprob, entropy, streams):
         return -logprob * streams["advantage"], {"entropy": entropy}
 
-    update = model.step(model.pack(rows, 512), mismatch.measured(loss, "none"), temperature=TEMPERATURE)
+    update = model.step(model.pack(rows, 512), mismatch.measured(loss), temperature=TEMPERATURE)
     return update, rows, logprobs, weights
 
 

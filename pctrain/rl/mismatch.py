@@ -1,8 +1,8 @@
 """Learner against engine: how far their log-probs of the sampled tokens lie apart.
 
 Two implementations round differently, so a batch sampled by the engine is slightly off the learner's policy even in the first update. The
-engine returns the log-prob of every token it samples, at the sampling temperature; as the stream `rollout_logprob` it meets the learner's
-in the training forward pass itself, which costs no pass of its own. (`rl.is_correction` weighs by their ratio: rl/policy.py.)
+engine returns the log-prob of every token it samples, at the sampling temperature; as the stream `rollout_logprob` (NaN where it sampled
+nothing) it meets the learner's in the training forward pass itself, which costs no pass of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ Correction = Literal["none", "token", "sequence"]
 Streams = dict[str, torch.Tensor]
 
 MEAN, MAX, KL, BEYOND_2X = "mismatch/mean", "max/mismatch", "mismatch/kl", "mismatch/beyond_2x"
+OF_SAMPLED = (MEAN, KL, BEYOND_2X)  # 0 on an expert's tokens: means over the others are quotients of sums
 
 
 def correction(setting: Correction | None, dtype: str) -> Correction:
@@ -33,14 +34,14 @@ def measured(loss: TokenLoss) -> TokenLoss:
     """`loss` with the metrics of the mismatch, where there is a stream `rollout_logprob`; without one it is `loss`.
 
     The learner's log-prob is `old_logprob` where the rows have it (with several updates a step the policy moves away from the one that
-    sampled), else the one of this very forward pass. With d = learner - engine, per token:
+    sampled), else the one of this very forward pass. With d = learner - engine, per token, in nats:
 
         mismatch/mean        |d|
         max/mismatch         |d|, reduced by its maximum
         mismatch/kl          exp(d) - 1 - d, the k3 estimate of KL(engine || learner) (http://joschu.net/blog/kl-approx.html)
         mismatch/beyond_2x   1 where the ratio is above 2 or below 1/2
 
-    All are 0 where the engine sampled nothing (NaN in the stream: an expert's token).
+    All are 0 where `rollout_logprob` is NaN.
     """
 
     def token_loss(logprob: torch.Tensor, entropy: torch.Tensor | None, streams: Streams) -> tuple[torch.Tensor, Streams]:
@@ -52,8 +53,8 @@ def measured(loss: TokenLoss) -> TokenLoss:
     return token_loss
 
 
-def _metrics(learner: torch.Tensor, rollout: torch.Tensor) -> Streams:
-    difference = torch.where(rollout.isnan(), 0.0, learner - rollout)
+def _metrics(learner: torch.Tensor, engine: torch.Tensor) -> Streams:
+    difference = (learner - engine).masked_fill(engine.isnan(), 0)
     distance = difference.abs()
     return {
         MEAN: distance,

@@ -1,4 +1,4 @@
-"""Learner against engine: the measures, when they are corrected for, and the gate: in the first update both are one policy."""
+"""Learner against engine: the measures, and the gate: in the first update both are one policy."""
 
 import math
 
@@ -14,12 +14,6 @@ from pctrain.rl import mismatch
 from pctrain.rollout import Request, sampling_seed
 
 EOS, TEMPERATURE, PROMPTS = 2, 0.7, 6
-
-
-def plain(logprob, entropy, streams):
-    """A loss that takes no stream but those named here: what it must not see is an error."""
-    assert set(streams) <= {"advantage", "old_logprob"}
-    return -logprob * streams["advantage"], {"ratio": torch.ones_like(logprob)}
 
 
 def of_one_token(learner: float, engine: float, **streams: float) -> dict[str, float]:
@@ -47,13 +41,15 @@ def test_the_policy_that_sampled_is_the_old_one_where_there_is_one():
     assert of_one_token(-9.0, -1.5, old_logprob=-1.5)["mismatch/mean"] == 0
 
 
-def test_an_experts_tokens_are_not_measured():
+def test_what_the_engine_did_not_sample_is_not_measured():
     assert set(of_one_token(-9.0, math.nan).values()) == {0.0}
 
 
-def test_without_the_engines_logprobs_nothing_is_measured():
-    _, metrics = mismatch.measured(plain)(torch.zeros(2), None, {"advantage": torch.ones(2)})
-    assert set(metrics) == {"ratio"}
+def test_without_the_engines_logprobs_the_loss_is_what_it_was():
+    streams = {"advantage": torch.ones(2)}
+    loss = mismatch.measured(lambda logprob, entropy, given: (given["advantage"], {"ratio": logprob}))
+    value, metrics = loss(torch.zeros(2), None, streams)
+    assert value is streams["advantage"] and set(metrics) == {"ratio"}
 
 
 def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
@@ -79,9 +75,8 @@ def _first_step(directory, layout, tensor):
     finally:
         engine.close()
     rows = [make_row(p, c.token_ids, {"advantage": float(rng.normal())}) for p, c in zip(prompts, completions, strict=True)]
-    for row, completion in zip(rows, completions, strict=True):
-        row.streams["rollout_logprob"] = np.full(len(row), np.nan, np.float32)
-        row.streams["rollout_logprob"][-len(completion.token_ids) :] = completion.logprobs
+    for row, prompt, completion in zip(rows, prompts, completions, strict=True):
+        row.streams["rollout_logprob"] = np.float32([math.nan] * len(prompt) + completion.logprobs)
     logprobs = model.logprobs(rows, 512, temperature=TEMPERATURE, trained_only=True)
 
     def loss(logprob, entropy, streams):

@@ -84,7 +84,7 @@ class ProblemsConfig(Section):
     train: int = Field(600, ge=1, description="expert trajectories for SFT, records")
     validation: int = Field(200, ge=1, description="held-out trajectories for the validation loss, records")
     test: int = Field(512, ge=1, description="held-out problems for the score, records")
-    rl: int = Field(2000, ge=1, description="problems for RL (no solutions used), records")
+    rl: int = Field(2000, ge=1, description="problems for RL, records; only algorithms with experts read their solutions")
     vocab_size: int = Field(320, ge=270, description="SentencePiece vocabulary, upper bound, pieces")
 
 
@@ -121,7 +121,7 @@ class DataConfig(Section):
     train: Sources | None = Field(None, description="expert trajectories: a path, or [{path, weight, name}, ...] for several sources")
     validation: Sources | None = Field(None, description="held-out trajectories; weights are not read: every one counts once")
     test: Path | None = Field(None, description="problems to score on: prompt, answer; file, glob or folder")
-    rl: Path | None = Field(None, description="problems for RL: prompt, answer; file, glob or folder")
+    rl: Path | None = Field(None, description="problems for RL: prompt, answer, for algorithms with experts response; file, glob or folder")
     fields: FieldsConfig = Field(default_factory=FieldsConfig)
     template: str = Field("auto", description="chat template: auto (the checkpoint's own, none where it has none), none, or a Jinja file")
     loss_on: Literal["last", "all"] = Field("last", description="assistant turns of a chat that are trained on")

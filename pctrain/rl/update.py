@@ -20,10 +20,8 @@ from pctrain.rl.sampling import Group, Sampled
 
 @dataclass(frozen=True)
 class Updates:
-    """`rows` are what was trained on; `ids` the problems behind the rows of each update."""
-
     made: list[Update]
-    ids: list[list[str]]
+    ids: list[list[str]]  # of each update: the problems behind its rows
     advantages: dict[int, list[float]]  # id() of a group -> of each of its rollouts
 
 
@@ -47,6 +45,8 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
     for member, row in zip(members, rows, strict=True):
         if member.index is not None:
             advantages[id(groups[member.group])][member.index] = float(row.streams["advantage"][-1])
+    if algorithm.expert_in_group:  # the paper counts a forward pass of the expert's tokens, as of what was sampled
+        count("expert", [row for member, row in zip(members, rows, strict=True) if member.index is None], 0.0)
     ids = [groups[member.group].problem.id for member in members]
     if rl.truncated == "masked":
         whole = [member.index is None or groups[member.group].completions[member.index].finish == "stop" for member in members]
@@ -58,7 +58,8 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
         core.step(batch.pack(part, core, algorithm, rl.token_budget), token_loss, temperature=temperature)
         for part in batch.split(rows, rl.updates)
     ]
-    count("rl_update", rows, time.perf_counter() - began) if rows else None
+    if rows:
+        count("rl_update", rows, time.perf_counter() - began)
     made = [replace(one, metrics=algorithm.report(one.metrics)) for one in made]
     return Updates(made, batch.split(ids, rl.updates), advantages)
 

@@ -38,8 +38,9 @@ Kind = Literal["sft", "rl"]
 
 # What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
 # is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "run.keep_every", "parallel", "reward",
-                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory",
+FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "run.keep_every", "parallel",
+                  "reward.workers", "reward.timeout", "reward.memory_mb",
+                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory", "rollout.verify_every",
                   "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
                   "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.

@@ -93,6 +93,8 @@ class Journal:
             self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
             self.run.record(step, "eval", {**self._axis(), **score.metrics()})
             self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
+            if score.faults:
+                self.run.log(f"step {step} evaluation: {score.faults}")
         record_ledger(self.run, self.ledger)
 
     def should_stop(self) -> bool:

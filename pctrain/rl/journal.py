@@ -37,7 +37,7 @@ class Journal:
             **self._axes(),
             **summary(sampled),
             **means(updates.made),
-            "time/swap_seconds": swap.seconds if swap else 0.0,
+            **({"time/swap_bytes": swap.bytes, "time/swap_seconds": swap.seconds} if swap else {}),
             "time/rollout_seconds": sampled.rollout_seconds,
             "time/rollout_tokens_per_second": tokens / max(sampled.rollout_seconds, 1e-9),
             "time/reward_seconds": sampled.reward_seconds,

@@ -166,7 +166,7 @@ class SFTConfig(Section):
 
 class RLConfig(Section):
     algorithm: Literal["grpo", "dapo_d", "dapo_dc", "luffy", "srft", "upt", "prefix_rft"] = Field(
-        "dapo_dc", description="PAPER.md 5; dapo_d: GRPO with dynamic sampling, dapo_dc: and clip-higher; the last four use experts")
+        "dapo_dc", description="dapo_d: GRPO with dynamic sampling; dapo_dc: and clip-higher; the last four learn from experts as well")
     steps: int = Field(50, ge=1, description="RL steps (one rollout batch each)")
     prompts: int = Field(32, ge=1, description="prompts per step, over all ranks")
     group: int = Field(8, ge=2, description="rollouts per prompt; luffy and srft: one fewer, and the expert's trajectory")
@@ -202,8 +202,8 @@ class RLConfig(Section):
     prefix_low_start: float = Field(0.95, ge=0, le=1, description="prefix_rft: smallest share of the expert's prefix at the first step")
     prefix_low_end: float = Field(0.05, ge=0, le=1, description="prefix_rft: the same at the last step, a cosine between them")
     prefix_high: float = Field(0.95, ge=0, le=1, description="prefix_rft: largest share of the expert's prefix")
-    prefix_beta: tuple[float, float] = Field(
-        (1.0, 1.0), description="prefix_rft: parameters of the Beta distribution between the two (published code: [1, 1])")
+    prefix_beta_a: float = Field(1.0, gt=0, description="prefix_rft: first parameter of the Beta distribution between the two (1: uniform)")
+    prefix_beta_b: float = Field(1.0, gt=0, description="prefix_rft: its second parameter")
     prefix_entropy_share: float = Field(
         0.2, gt=0, le=1, description="prefix_rft: share of the prefix's tokens, those of the highest entropy, that are learnt from")
     keep_low: int = Field(1, ge=0, description="dynamic sampling: fewest right rollouts of a prompt that is kept")

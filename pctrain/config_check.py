@@ -232,8 +232,6 @@ def _algorithm_problems(rl: RLConfig, max_response: int) -> Iterator[str]:
         if not end <= low <= high:
             yield (f"rl.prefix_low_end = {end}, rl.prefix_low_start = {low}, rl.prefix_high = {high}: "
                    "expected prefix_low_end <= prefix_low_start <= prefix_high")
-        if min(rl.prefix_beta) <= 0:
-            yield f"rl.prefix_beta = {list(rl.prefix_beta)}: expected two numbers above 0"
 
 
 def _reward_problems(config: Config) -> Iterator[str]:

@@ -192,7 +192,6 @@ def test_malformed_command_line(tokens, message):
     (1, ["--rl.algorithm=srft", "--rl.kl_coef=0.1"], "rl.kl_coef = 0.1 is not read by rl.algorithm = srft"),
     (1, ["--rl.algorithm=upt", "--rl.upt_gamma=8"], "rl.upt_gamma = 8: no prompt of 8 rollouts (rl.group) has more right"),
     (1, ["--rl.algorithm=prefix_rft", "--rl.prefix_high=0.5"], "expected prefix_low_end <= prefix_low_start <= prefix_high"),
-    (1, ["--rl.algorithm=prefix_rft", "--rl.prefix_beta=[0, 1]"], "rl.prefix_beta = [0.0, 1.0]: expected two numbers above 0"),
     (1, ["--sft.steps=20"], "sft.val_every = 50 is above sft.steps = 20"),
     (1, ["--sft.optimizer.min_lr=1"], "sft.optimizer.min_lr = 1.0 is above sft.optimizer.lr"),
     (1, ["--rollout.max_response=256"], "rollout.max_response = 256 tokens leaves no room for a prompt in the context of 256"),

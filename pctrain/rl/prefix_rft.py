@@ -29,7 +29,8 @@ class PrefixRFT(Algorithm):
     def prefixes(self, problem: Problem, step: int, total_steps: int, seed: int) -> list[list[int]]:
         """Empty ones, and last the expert's. Its EOS is never among it: something is left to be sampled."""
         low = self.lower_share(step, total_steps)
-        draw = np.random.default_rng(sampling_seed(seed, "prefix", step, problem.index, 0)).beta(*self.rl.prefix_beta)
+        rng = np.random.default_rng(sampling_seed(seed, "prefix", step, problem.index, 0))
+        draw = rng.beta(self.rl.prefix_beta_a, self.rl.prefix_beta_b)
         length = int((low + (self.rl.prefix_high - low) * draw) * (len(problem.expert_ids) - 1))
         return [*([] for _ in range(self.rl.group - 1)), problem.expert_ids[:length]]
 

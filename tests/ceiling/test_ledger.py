@@ -77,3 +77,17 @@ def test_a_ledger_saved_as_json_continues_bit_for_bit(before, after, joint):
         second.add(1, phase, sequences, tokens, seconds)
     assert second.totals() == whole.totals()
     assert (second.eflops_sft, second.eflops_rl) == (whole.eflops_sft, whole.eflops_rl)
+
+
+def test_a_luffy_step_is_the_papers_and_the_reference_costs_exact_flops_only():
+    """4 [B G S_on + B N S_off] f: the expert's tokens count a forward pass that nobody makes, beside their update."""
+    ledger, prompts, rollouts, length = Ledger(QWEN2_5_7B), 128, 7, 2000
+    on, off = prompts * rollouts, prompts
+    ledger.add(1, "rollout", on, on * length, 1.0)
+    expert = ledger.add(1, "expert", off, off * length, 0.0)
+    ledger.add(1, "rl_update", on + off, (on + off) * length, 1.0)
+    reference = ledger.add(1, "reference", on + off, (on + off) * length, 1.0)
+    paper = 4 * (on + off) * length * flops.paper_forward_per_token(QWEN2_5_7B, length)
+    assert ledger.eflops_rl == pytest.approx(paper / EFLOP, rel=1e-12)
+    assert expert["exact_flops"] == 0 and reference["paper_flops"] == 0
+    assert reference["exact_flops"] == flops.exact_forward(QWEN2_5_7B, tokens=(on + off) * length, mean_length=length)

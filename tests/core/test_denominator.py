@@ -1,9 +1,12 @@
-"""A denominator of the caller's: loss and gradients are divided by it, metrics by the sum of the weights, at every layout."""
+"""A denominator of the caller's: loss and gradients are divided by it, metrics by the sum of the weights; and `optimizer.skip_above`."""
 
 import numpy as np
 import pytest
 
 from core import small
+from pctrain.core import Update
+from pctrain.core.skipped import SkippedUpdates
+from pctrain.errors import UserError
 
 LAYOUTS = {"single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
 
@@ -13,7 +16,7 @@ def _loss(logprob, entropy, streams):
 
 
 def _step(directory, layout, factor):
-    """Update and gradients (under the names of the parameters' order) of one batch at loss_tokens x factor."""
+    """What forward and step tell of one batch whose denominator is loss_tokens x factor."""
     model, rows = small.core(directory, layout), small.rows(12)
     tokens = float(sum(row.weights.sum() for row in rows))
     batch = model.pack(rows, small.BUDGET, denominator=None if factor == 1 else factor * tokens)
@@ -44,3 +47,11 @@ def _skip(directory, layout):
 def test_an_update_with_too_large_a_gradient_is_skipped(ranks, hf_dirs):
     for update, same in ranks.run(_skip, hf_dirs[True], {"tensor": 2}, world=2):
         assert update.skipped and same and np.isfinite(update.grad_norm) and update.grad_norm > 1e-6
+
+
+def test_too_many_of_them_stop_the_run_with_the_cause():
+    skipped = SkippedUpdates(limit=2)
+    update = Update(1.0, {}, 90.0, 0.1, skipped=True)
+    skipped.add(update, 3, ["p1"])
+    with pytest.raises(UserError, match="step 4: the gradient norm is 90, above optimizer.skip_above, and 2 updates in a row were skipped"):
+        skipped.add(update, 4, ["p2"])

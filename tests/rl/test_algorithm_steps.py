@@ -63,7 +63,12 @@ def expected(update_tokens, naive, entropy_coef, entropies):
     return naive + entropy_coef * (before - now), count
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {}), (2, {"tensor": 2})], ids=["single", "DP2", "TP2"])
+@pytest.mark.parametrize("world, layout", [
+    pytest.param(2, {}, id="DP2"),
+    pytest.param(1, {}, id="single", marks=pytest.mark.full),
+    pytest.param(2, {"tensor": 2}, id="TP2", marks=pytest.mark.full),
+    pytest.param(2, {"pipeline": 2}, id="PP2", marks=pytest.mark.full),
+])
 def test_a_step_is_the_naive_loss_of_the_whole_batch(ranks, hf_dirs, world, layout):
     for name in NAIVE:
         if name == "upt":  # its bonus is not on the expert's tokens; below

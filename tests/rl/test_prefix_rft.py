@@ -73,7 +73,7 @@ def test_prefixes_are_a_function_of_seed_step_and_problem():
     assert lengths != [len(algorithm.prefixes(p, 49, 50, seed=1)[-1]) for p in problems]
     assert lengths != [len(algorithm.prefixes(p, 50, 50, seed=2)[-1]) for p in problems]
     assert min(lengths) >= 5 and max(lengths) <= 95 and np.mean(lengths) == pytest.approx(50, abs=4)  # uniform on [0.05, 0.95]
-    skewed = rl_cases.algorithm("prefix_rft", prefix_beta=(1, 9))
+    skewed = rl_cases.algorithm("prefix_rft", prefix_beta_b=9)
     assert np.mean([len(skewed.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]) == pytest.approx(5 + 90 / 10, abs=2)
     everything = rl_cases.algorithm("prefix_rft", prefix_low_start=1, prefix_high=1)
     assert everything.prefixes(problems[0], 1, 50, seed=1)[-1] == problems[0].expert_ids[:-1]  # never its EOS

@@ -13,19 +13,8 @@ from pctrain.data.packing import PackedBatch
 from pctrain.data.rows import Row
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.normaliser import normalise
-from pctrain.rl.sampling import Group
 
 Count = Callable[[str, list[Row], float], None]  # (phase of the ledger, rows that went through it, seconds)
-
-
-def rows_of(groups: list[Group], algorithm: Algorithm) -> list[Row]:
-    """One row a rollout, in order."""
-    return algorithm.rows(groups)
-
-
-def with_old_logprobs(rows: list[Row], core: Core, token_budget: int, temperature: float) -> list[Row]:
-    """Adds the stream `old_logprob`, from one no-grad pass: needed when the policy moves within a step. Collective."""
-    return no_grad_streams(rows, core, {"old_logprob"}, token_budget, temperature, lambda *_: None)
 
 
 def no_grad_streams(

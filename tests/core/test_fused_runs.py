@@ -18,7 +18,7 @@ def _losses(directory, layout, fused):
 
     from pctrain.config import RLConfig
     from pctrain.rl import algorithms
-    from pctrain.rl.batch import with_old_logprobs
+    from pctrain.rl.batch import no_grad_streams
 
     calls = []
 
@@ -31,11 +31,11 @@ def _losses(directory, layout, fused):
     with patch:
         model = small.core(directory, layout)
         updates = [small.step(model, i) for i in range(STEPS)]
-        loss, rng = algorithms.build(RLConfig(algorithm="grpo")).loss, np.random.default_rng(1)
+        loss, rng = algorithms.build(RLConfig(algorithm="grpo"), 48).loss, np.random.default_rng(1)
         for i in range(STEPS):
             rows = [replace(row, streams={"advantage": np.full(len(row), rng.normal(), np.float32)}) for row in small.rows(seed=i)]
             if i % 2:  # ratios other than 1, some of them clipped
-                rows = with_old_logprobs(rows, model, small.BUDGET, 0.7)
+                rows = no_grad_streams(rows, model, {"old_logprob"}, small.BUDGET, 0.7, lambda *_: None)
                 rows = [replace(row, streams={**row.streams, "old_logprob": row.streams["old_logprob"] + rng.normal(
                     0, 0.3, len(row)).astype(np.float32)}) for row in rows]
             updates.append(model.step(model.pack(rows, small.BUDGET), loss, temperature=0.7))

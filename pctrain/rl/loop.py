@@ -71,7 +71,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                 record_ledger(run, journal.ledger)
                 if due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
-                    parallel.from_rank_zero(lambda: replay.forget(run.path, step))
+                    parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
                 core.poll_save()
                 bar.advance(reward=values["reward"])
         core.poll_save(wait=True)

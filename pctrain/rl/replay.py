@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pctrain.checkpoints import checkpoint_step
 from pctrain.data.problems import Problem
 from pctrain.durable import write_beside
 from pctrain.errors import UserError
@@ -77,8 +78,9 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
     return about["step"], sampled, about["prompts"]
 
 
-def forget(run: Path, last: int) -> None:
-    """Deletes what lies behind a checkpoint of step `last`: it is not needed any more."""
+def forget(run: Path, checkpoint: Path | None) -> None:
+    """Deletes what the newest complete checkpoint covers: it is not needed any more. (On a GPU that is not yet the one just begun.)"""
+    last = checkpoint_step(checkpoint) if checkpoint else 0
     for path in (run / "rollouts").glob("step-*.replay.npz"):
         if int(path.name.removeprefix("step-").removesuffix(".replay.npz")) <= last:
             path.unlink()

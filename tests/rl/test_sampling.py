@@ -197,5 +197,7 @@ def test_what_a_checkpoint_covers_is_forgotten(tmp_path):
     for step in (1, 2, 10):
         replay.path_of(tmp_path, step).parent.mkdir(exist_ok=True)
         replay.path_of(tmp_path, step).write_bytes(b"")
-    replay.forget(tmp_path, 2)
+    replay.forget(tmp_path, None)
+    assert len(list((tmp_path / "rollouts").iterdir())) == 3
+    replay.forget(tmp_path, tmp_path / "checkpoints" / "step-2")
     assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-10.replay.npz"]

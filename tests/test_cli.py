@@ -84,7 +84,7 @@ def test_defaults_in_help_are_those_of_their_place():
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "unknown command 'trian'; did you mean `pctrain "),
     (["rpeort", "x"], "did you mean `pctrain report`?"),
-    (["xyzzy"], "commands are: sft, rl, run, fit, report, data generate"),
+    (["xyzzy"], "commands are: sft, rl, show, run, fit, report, data generate"),
     (["data"], "pctrain data needs one more word"),
     (["data", "genrate"], "did you mean `pctrain data generate`?"),
     (["data", "generate"], "needs --out DIR"),
@@ -116,7 +116,7 @@ def test_under_torchrun_only_rank_0_prints():
 def test_training_commands_get_the_resolved_config(stub, command, module):
     calls = stub(module)
     assert cli.main([command, "--run.seed=3", "--run.dir", "runs/x"]) == 0
-    (config,), = calls
+    (config, *_), = calls
     assert isinstance(config, Config) and config.run.seed == 3 and config.run.dir == Path("runs/x")
 
 

@@ -135,15 +135,16 @@ def test_every_algorithm_trains(ranks, sft_run, tmp_path):
 
 
 def test_experts_are_missing(ranks, sft_run, tmp_path):
-    command = [*options(sft_run, tmp_path / "run"), "--rl.algorithm=luffy"]
+    (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    command = [*options(sft_run, tmp_path / "run"), "--rl.algorithm=luffy", f"--data.rl={tmp_path}/bare.jsonl"]
     [(status, errors)] = ranks.run(_rl, command, world=1)
-    assert status == 2 and "rl.jsonl:1" in errors and "response" in errors
+    assert status == 2 and "bare.jsonl:1" in errors and "response" in errors
 
 
 def test_a_killed_run_keeps_its_rollouts_at_two_ranks(ranks, sft_run, tmp_path):
-    folder = tmp_path / "run"
-    for status, _ in ranks.run(_rl, options(sft_run, folder), 1, world=2, deadline=240):
+    folder, short = tmp_path / "run", ["--rl.steps=1", "--rl.eval_every=1"]
+    for status, _ in ranks.run(_rl, options(sft_run, folder, *short), 1, world=2, deadline=240):
         assert status == 130
     assert (folder / "rollouts" / "step-1.replay.npz").exists()
-    for status, errors in ranks.run(_rl, options(sft_run, folder), None, (1,), world=2, deadline=240):
+    for status, errors in ranks.run(_rl, options(sft_run, folder, *short), None, (1,), world=2, deadline=240):
         assert status == 0, errors

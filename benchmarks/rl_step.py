@@ -17,7 +17,6 @@ import argparse
 import importlib.metadata
 import json
 import multiprocessing
-import os
 import platform
 import statistics
 import sys
@@ -25,9 +24,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from sft_throughput import CLIP, MODELS, TOKEN_BUDGET, WEIGHT_DECAY, Turns, _tokenizer  # sets the environment, beside this file
+from sft_throughput import CLIP, MODELS, TOKEN_BUDGET, WEIGHT_DECAY, Turns, base_config, hf_tokenizer, own_place  # sets the environment
 
-from pctrain.config import Config, ProblemsConfig, SourceConfig
+from pctrain.config import Config, ProblemsConfig
 
 PROBLEMS = ProblemsConfig(train=32, validation=8, test=1, rl=2000)
 LR = 1e-6
@@ -124,7 +123,7 @@ def trl(steps: Steps, config: Config) -> None:
             return [verdict.reward for verdict in verifier.score(list(zip(completions, answer, strict=True)))]
 
         trainer = GRPOTrainer(
-            model, reward, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer(config), callbacks=[Stop()])
+            model, reward, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=hf_tokenizer(config), callbacks=[Stop()])
         for name, method in {"rollout": "_generate", "reward": "_calculate_rewards", "prepare": "_prepare_inputs"}.items():
             setattr(trainer, method, timed(name, getattr(trainer, method)))
         trainer.train()
@@ -134,15 +133,8 @@ PROVIDERS = {"pctrain": pctrain, "TRL": trl}
 
 
 def make_config(folder: Path, name: str, options: argparse.Namespace) -> Config:
-    from pctrain.data import arithmetic, hf_dir
-
-    config = Config()
-    config.run.dir, config.run.seed, config.run.tensorboard = folder, 0, False
-    config.data.problems = PROBLEMS
-    for key, path in arithmetic.write_sets(PROBLEMS, 0, folder / "data").items():
-        setattr(config.data, key, [SourceConfig(path=path)] if key in arithmetic.WITH_RESPONSE else path)
-    config.model.architecture = MODELS[name]
-    config.model.path = hf_dir.make(config, folder / "model")
+    config = base_config(folder, name, PROBLEMS)
+    config.run.tensorboard = False
     config.rollout.max_response = options.response
     config.rollout.max_sequences = max(config.rollout.max_sequences, options.prompts * options.group)
     rl = config.rl
@@ -156,12 +148,8 @@ def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
-    log = open(folder / "log.txt", "w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
     time.perf_counter = time.process_time
-    config = config.model_copy(deep=True)
-    config.run.dir = folder / "run"
+    config = own_place(config, folder)
     PROVIDERS[label](Steps(Turns(pipe, steps), folder / "steps.jsonl"), config)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(_name, _value)  # as `pctrain sft` sets them, before torch is imported
 
-from pctrain.config import ArchitectureConfig, Config, ProblemsConfig, SourceConfig  # noqa: E402
+from pctrain.config import ArchitectureConfig, Config, ProblemsConfig  # noqa: E402
 
 MODELS = {
     "quickstart": ArchitectureConfig(),
@@ -112,7 +112,7 @@ def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
             turns.done(tokens - self.seen)
             self.seen = tokens
 
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(rows), processing_class=_tokenizer(config), callbacks=[Stop()])
+    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(rows), processing_class=hf_tokenizer(config), callbacks=[Stop()])
     trainer.train()
 
 
@@ -171,7 +171,7 @@ def tokenised(config: Config) -> list:
     return [store[i] for i in range(len(store))]
 
 
-def _tokenizer(config: Config):
+def hf_tokenizer(config: Config):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
@@ -179,17 +179,17 @@ def _tokenizer(config: Config):
     return tokenizer
 
 
-def make_config(folder: Path, name: str, batch: int) -> Config:
-    from pctrain.data import arithmetic, hf_dir
+def base_config(folder: Path, name: str, problems: ProblemsConfig) -> Config:
+    """Generated problems and a fresh model below `folder`."""
+    from pctrain.data import prepare
 
     config = Config()
-    config.run.dir, config.run.seed = folder, 0
-    config.data.problems = PROBLEMS
-    paths = arithmetic.write_sets(PROBLEMS, 0, folder / "data")
-    for key, path in paths.items():
-        setattr(config.data, key, [SourceConfig(path=path)] if key in arithmetic.WITH_RESPONSE else path)
-    config.model.architecture = MODELS[name]
-    config.model.path = hf_dir.make(config, folder / "model")
+    config.run.dir, config.run.seed, config.data.problems, config.model.architecture = folder, 0, problems, MODELS[name]
+    return prepare.prepare(config, folder)
+
+
+def make_config(folder: Path, name: str, batch: int) -> Config:
+    config = base_config(folder, name, PROBLEMS)
     sft = config.sft
     sft.steps, sft.batch_size, sft.token_budget = 10**6, batch, TOKEN_BUDGET
     sft.val_every = sft.checkpoint_every = 10**6
@@ -200,15 +200,21 @@ def make_config(folder: Path, name: str, batch: int) -> Config:
 # ---- the race ----------------------------------------------------------------------------------------------------------
 
 
-def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
-    import torch
-
-    torch.set_num_threads(1)
+def own_place(config: Config, folder: Path) -> Config:
+    """In a worker: what it prints goes to log.txt, what it writes to `run`."""
     log = open(folder / "log.txt", "w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     config = config.model_copy(deep=True)
     config.run.dir = folder / "run"
+    return config
+
+
+def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    config = own_place(config, folder)
     provider, options = PROVIDERS[label]
     provider(Turns(pipe, steps), config, **options)
 

@@ -17,19 +17,6 @@ CHAT = [
 ]
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {name: chat_models.make(folder / name, name) for name in chat_models.MODELS}
-
-
-@pytest.fixture(scope="module")
-def transformers_tokenizers(directories):
-    from transformers import AutoTokenizer
-
-    return {name: AutoTokenizer.from_pretrained(directory) for name, directory in directories.items()}
-
-
 def as_transformers(tokenizer, messages, **arguments):
     # transformers gives templates the date of today; pctrain lets them fall back to the date that they carry.
     return tokenizer.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024", **arguments)

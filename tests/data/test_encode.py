@@ -27,19 +27,6 @@ CLOSING = {name: "<|eot_id|>" if name.startswith("llama") else "<|im_end|>" for 
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # Qwen3's template writes it where an answer has no reasoning
 
 
-@pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    return {name: chat_models.make(folder / name, name) for name in chat_models.MODELS}
-
-
-@pytest.fixture(scope="module")
-def transformers_tokenizers(directories):
-    from transformers import AutoTokenizer
-
-    return {name: AutoTokenizer.from_pretrained(directory) for name, directory in directories.items()}
-
-
 def encoder(directory, limit=4096, **data):
     return Encoder(directory, DataConfig(**data), limit)
 

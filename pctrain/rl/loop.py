@@ -11,6 +11,7 @@ from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config, RLConfig
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
+from pctrain.data.problems import Problem
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
@@ -43,11 +44,8 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         if finished(run):
             return
         run.write_start(joint)
-        algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
-        prompts = PromptStream(scorer.read_problems(config.data.rl, algorithm.needs_expert), config.run.seed)
-        core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
-        if "ref_logprob" in algorithm.streams_from_pass:
-            core.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
+        algorithm, problems, core = _learner(config, scorer)
+        prompts = PromptStream(problems, config.run.seed)
         start, state = resume(run, core)
         journal = Journal(config, run, scorer, joint, state)
         if state:
@@ -79,6 +77,17 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         _finish(config, run)
 
 
+def _learner(config: Config, scorer: Scorer) -> tuple[Algorithm, list[Problem], Core]:
+    """The algorithm, the problems as it needs them, and the core with the weights of the start. Collective."""
+    rl = config.rl
+    algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
+    problems = scorer.read_problems(config.data.rl, algorithm.needs_expert)
+    core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
+    if "ref_logprob" in algorithm.streams_from_pass:
+        core.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
+    return algorithm, problems, core
+
+
 def _rollouts(
     config: Config, run: RunFolder, core: Core, scorer: Scorer, algorithm: Algorithm, prompts: PromptStream, step: int
 ) -> tuple[Sampled, Swap | None]:
@@ -108,14 +117,9 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
 def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
     config = begin(config)
-    rl = config.rl
     with Scorer(config) as scorer:
-        algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
-        problems = scorer.read_problems(config.data.rl, algorithm.needs_expert)
+        algorithm, problems, core = _learner(config, scorer)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
-        core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
-        if "ref_logprob" in algorithm.streams_from_pass:
-            core.keep_reference(rl.reference_offload)
         ledger = Ledger(scorer.hf.shape)
         began = time.perf_counter()
         made = update(config, core, algorithm, sampled, ledger, step).made

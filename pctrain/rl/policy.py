@@ -9,9 +9,10 @@ import torch
 from pctrain_kernels import policy_loss
 
 from pctrain.data.rows import Row
+from pctrain.rl import mismatch
 
 # Metrics that are 0 on an expert's tokens, so that their means over the others are quotients of sums.
-OF_SAMPLED = ("ratio", "clip_share", "dual_clip_share", "is_weight", "mismatch/mean", "mismatch/kl", "mismatch/beyond_2x")
+OF_SAMPLED = ("ratio", "clip_share", "dual_clip_share", "is_weight", *mismatch.OF_SAMPLED)
 
 
 def group_advantages(rewards: np.ndarray, std_normalise: bool, leave_one_out: bool = False) -> np.ndarray:

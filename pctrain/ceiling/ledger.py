@@ -34,14 +34,15 @@ PHASES = {
     "evaluation": Phase(1.0, 1.0, None),
 }
 
-_SUMS = ("sequences", "tokens", "paper_flops", "exact_flops", "seconds")
+_SUMS = ("sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device_seconds")
 
 
 class Ledger:
     """Running totals of one run. An RL run starts from `eflops_sft`, the compute spent up to the joint."""
 
-    def __init__(self, shape: flops.ModelShape, eflops_sft: float = 0.0):
-        self.shape = shape
+    def __init__(self, shape: flops.ModelShape, eflops_sft: float = 0.0, ranks: int = 1):
+        """`ranks`: how many run together; each of them holds a device for as long as a phase takes."""
+        self.shape, self.ranks = shape, ranks
         self.joint = float(eflops_sft)
         self.entries: list[dict] = []  # for ledger.jsonl; whoever writes them there clears the list. Not part of the state
         self._totals: dict[str, dict[str, float]] = {}
@@ -61,6 +62,7 @@ class Ledger:
             "paper_flops": rule.paper_units * tokens * flops.paper_forward_per_token(self.shape, mean_length),
             "exact_flops": rule.exact_units * flops.exact_forward(self.shape, tokens=tokens, mean_length=mean_length),
             "seconds": seconds,
+            "device_seconds": seconds * self.ranks,
         }
         total = self._totals.setdefault(phase, dict.fromkeys(_SUMS, 0))
         for name in _SUMS:
@@ -79,7 +81,7 @@ class Ledger:
         return self._axis("rl")
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """Sums by phase: sequences, tokens, paper_flops, exact_flops, seconds. Phases that did not occur are absent."""
+        """Sums by phase: sequences, tokens, paper_flops, exact_flops, seconds, device_seconds. Phases that did not occur are absent."""
         return {phase: dict(total) for phase, total in self._totals.items()}
 
     def state_dict(self) -> dict:

@@ -6,7 +6,7 @@ from collections import Counter
 
 from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
-from pctrain.core import Core
+from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.evaluate.scorer import Scorer
 from pctrain.reward import fault_line
@@ -22,7 +22,7 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, scorer: Scorer, joint: dict, state: dict):
         """`joint`: start.json. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.scorer = config, run, scorer
-        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"])
+        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"], parallel.world_size())
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))

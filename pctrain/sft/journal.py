@@ -30,7 +30,7 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, core: Core, scorer: Scorer, held_out: Trajectories, steps: int, state: dict):
         """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.core, self.scorer, self.held_out, self.steps = config, run, core, scorer, held_out, steps
-        self.ledger = Ledger(scorer.hf.shape)
+        self.ledger = Ledger(scorer.hf.shape, ranks=parallel.world_size())
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))

@@ -48,7 +48,8 @@ def test_logprob_passes_cost_exact_flops_only_and_evaluation_is_never_in_x():
 def test_entries_have_the_fields_of_a_ledger_line():
     ledger = Ledger(SHAPE)
     entry = ledger.add(7, "rollout", 4, 90, 0.25)
-    assert list(entry) == ["step", "phase", "sequences", "tokens", "mean_length", "paper_flops", "exact_flops", "seconds"]
+    assert list(entry) == ["step", "phase", "sequences", "tokens", "mean_length", "paper_flops", "exact_flops", "seconds",
+                           "device_seconds"]
     assert entry["mean_length"] == 22.5 and ledger.entries == [entry]
     assert ledger.add(8, "rollout_rejected", 0, 0, 0.0)["paper_flops"] == 0  # nothing was rejected
 

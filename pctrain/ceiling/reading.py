@@ -67,7 +67,8 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
             else:
                 point |= {"val_loss": _number(row, "val_loss", where), "val_loss_se": _number(row, "val_loss_se", where)}
         else:
-            point |= {"score": _number(row, "score", where), "score_se": _number(row, "score_se", where)}
+            point |= {"score": _number(row, "score", where), "score_se": _number(row, "score_se", where),
+                      "benchmarks": _benchmarks(row, where)}
     ordered = sorted((p for p in points.values() if "val_loss" in p or "score" in p), key=lambda p: p["step"])
     valid = [p for p in ordered if "val_loss" in p]
     if valid:
@@ -90,7 +91,8 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points, train, last_eval = [], [], {}
     for row, where in _metrics(folder):
         if row["kind"] == "eval":
-            points.append(RLPoint(row["step"], row["eflops_rl"], _number(row, "score", where), _number(row, "score_se", where)))
+            points.append(RLPoint(row["step"], row["eflops_rl"], _number(row, "score", where), _number(row, "score_se", where),
+                                  _benchmarks(row, where)))
             last_eval = row
         elif row["kind"] == "train":
             train.append(row)
@@ -106,6 +108,10 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
                  start_regime=_regime_at(sft, step), p_sft=joint, fit=fit, fit_reason=reason,
                  sft_equal=sft.score_at(total) if sft else Estimate(None, reason=without),
                  counts=_counts(train, last_eval), samples=samples, samples_step=samples_step)
+
+
+def _benchmarks(row: dict[str, Any], where: str) -> dict[str, float]:
+    return {key.removeprefix("score/"): _number(row, key, where) for key in row if key.startswith("score/")}
 
 
 def _fit(folder: Path, points: list[RLPoint]) -> tuple[Fit | None, str | None]:
@@ -148,7 +154,7 @@ def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[
 # -- files -------------------------------------------------------------------------------------------------------------------------
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """`(object, "file:line")` of a JSON-lines file."""
+    """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
     with path.open(encoding="utf-8", errors="strict") as lines:
         try:
             for number, line in enumerate(lines, 1):
@@ -156,6 +162,8 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
+                    if not line.endswith("\n"):
+                        return
                     raise UserError(f"{where}: not JSON ({error.msg}). Expected one object a line; a run that was killed here mends its "
                                     f"files when the same command is started again.") from None
                 if not isinstance(row, dict):

@@ -33,6 +33,7 @@ class SFTPoint:
     score: float | None = None
     score_se: float | None = None
     regime: str | None = None
+    benchmarks: dict[str, float] = field(default_factory=dict)  # scores of single benchmarks, percent, where the run recorded them
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class RLPoint:
     eflops_rl: float
     score: float
     score_se: float
+    benchmarks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pctrain.ceiling.fit import MIN_POINTS, fit_ceiling
-from pctrain.ceiling.study_data import CURVE_POINTS, RLRun
+from pctrain.ceiling.study_data import CURVE_POINTS, RLRun, typical_se
 
 SHARE = 0.71  # of the points, by index: the mean split of arXiv 2512.11470, appendix F
 
@@ -30,10 +30,8 @@ def predict(run: RLRun, score_se_known: bool = True) -> HeldOut | None:
     if run.fit is None or kept < MIN_POINTS or kept == len(after):
         return None
     x, y = np.array([p.eflops_rl for p in after]), np.array([p.score for p in after])
-    errors = [p.score_se for p in after if p.score_se]
-    known = score_se_known and errors
-    fit = fit_ceiling(x[:kept], y[:kept], run.p_sft.value, score_se=float(np.median(errors)) if known else None,
-                      p_sft_se=run.p_sft.se or None if known else None)
+    errors = {"score_se": typical_se(run.points), "p_sft_se": run.p_sft.se or None} if score_se_known else {}
+    fit = fit_ceiling(x[:kept], y[:kept], run.p_sft.value, **errors)
     grid = np.linspace(0.0, x[-1], CURVE_POINTS)
     median, low, high = fit.curve(grid)
     predicted, below, above = fit.curve(x[kept:])

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pctrain.ceiling import curves, regimes
+from pctrain.ceiling import regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling
 from pctrain.ceiling.layout import find_runs
 from pctrain.ceiling.ledger import PHASES
-from pctrain.ceiling.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers
+from pctrain.ceiling.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers, typical_se
 from pctrain.errors import UserError
 
 NO_JOINT = "the checkpoint was not scored before RL"
@@ -99,7 +99,7 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points.sort(key=lambda p: p.step)
     step, role, eflops_sft = int(start["start_step"]), str(start["role"]), float(start["eflops_sft"])
     joint = next((Estimate(p.score, p.score_se) for p in points if p.eflops_rl == 0), Estimate(None, reason=NO_JOINT))
-    fit, reason = _fit(folder, points)
+    fit, reason = _fit(points)
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
@@ -114,14 +114,16 @@ def _benchmarks(row: dict[str, Any], where: str) -> dict[str, float]:
     return {key.removeprefix("score/"): _number(row, key, where) for key in row if key.startswith("score/")}
 
 
-def _fit(folder: Path, points: list[RLPoint]) -> tuple[Fit | None, str | None]:
+def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
     """The fit that `pctrain fit` makes of the same folder, or the reason why there is none."""
-    if not any(p.eflops_rl == 0 for p in points):
+    joint = next((p for p in points if p.eflops_rl == 0), None)
+    after = [p for p in points if p.eflops_rl > 0]
+    if joint is None:
         return None, NO_JOINT
-    if points[-1].eflops_rl == 0:
+    if not after:
         return None, "the run was not scored after its start"
-    curve = curves.read_run_folder(folder)
-    return fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se), None
+    return fit_ceiling([p.eflops_rl for p in after], [p.score for p in after], joint.score, score_se=typical_se(points),
+                       p_sft_se=joint.score_se or None), None
 
 
 def _regime_at(sft: SFTRun | None, step: int) -> str | None:

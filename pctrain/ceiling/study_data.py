@@ -218,6 +218,13 @@ def _rl_json(run: RLRun, dataset: str) -> dict[str, Any]:
     return values
 
 
+def typical_se(points: Sequence[RLPoint]) -> float | None:
+    """Median standard error of the scores after the joint, which a fit is told; None: not known. 0 (all or no problems solved) says nothing
+    about the noise elsewhere."""
+    errors = [p.score_se for p in points if p.eflops_rl > 0 and p.score_se]
+    return float(np.median(errors)) if errors else None
+
+
 def difference(a: Estimate, b: Estimate) -> Estimate:
     """a - b of two readings taken as independent."""
     return Estimate(a.value - b.value, math.hypot(a.se, b.se))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import signal
+import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -30,24 +31,30 @@ LOCALHOST = "127.0.0.1"
 
 def main(source: Path, port: int = 0) -> None:
     """Serve until Ctrl-C (or SIGTERM). `port` 0: any free one. UserError where `source` is no folder or the port is taken."""
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder; --watch takes the folder of a study or a run")
-    watched = Watched(source)
-    try:
-        server = _Server((LOCALHOST, port), _Handler)
-    except OSError as error:
-        raise UserError(f"--port={port}: cannot be listened at ({error.strerror}); give another one, or none for any free port") from None
-    server.watched = watched
+    server = serve(source, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
     console.print(f"Watching {source}: http://{LOCALHOST}:{server.server_port}/   (Ctrl-C ends it)", highlight=False, markup=False,
                   soft_wrap=True)
+    sys.stdout.flush()
     try:
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
         console.print("Stopped watching; the run itself is not touched.")
     finally:
         server.server_close()
+
+
+def serve(source: Path, port: int) -> _Server:
+    """A server that listens on this machine alone, and has yet to be set going."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; --watch takes the folder of a study or a run")
+    try:
+        server = _Server((LOCALHOST, port), _Handler)
+    except OSError as error:
+        raise UserError(f"--port={port}: cannot be listened at ({error.strerror}); give another one, or none for any free port") from None
+    server.watched = Watched(source)
+    return server
 
 
 @dataclass

@@ -38,8 +38,7 @@ class Chart:
     def csv(self) -> str:
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows([[_plain_cell(value) for value in row] for row in self.rows])
+        writer.writerows([[_plain_cell(value) for value in row] for row in (self.columns, *self.rows)])
         return out.getvalue()
 
 

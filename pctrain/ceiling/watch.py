@@ -121,7 +121,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    protocol_version = "HTTP/1.1"
+    protocol_version = "HTTP/1.0"  # a connection a question: none outlives the server
     timeout = 30  # seconds: a connection that says nothing does not hold a thread for ever
 
     def do_GET(self) -> None:
@@ -154,8 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):  # the reader has closed the page
-            self.close_connection = True
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the reader has closed the page
 
     def log_message(self, format: str, *arguments: Any) -> None:
         """Silent: a line every few seconds would push the address off the screen."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import yaml
-from study_folders import binomial_se, config, make_rl, make_sft, make_study, rising
+from study_folders import STEP_RL, STEP_SFT, binomial_se, config, make_rl, make_sft, make_study, rising
+from watch_server import Serving
 
-from pctrain.ceiling import report
+from pctrain.ceiling import report, watch
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a test extra")
 CHROMIUM = shutil.which("chromium")
@@ -23,7 +25,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 HOSTILE = ("</script><script>window.hurt='script'</script><img src=x onerror=\"window.hurt='img'\"><svg onload=\"window.hurt='svg'\">"
            "<a href=\"javascript:window.hurt='link'\">a link</a>]]>--></textarea></style>{{ 7*7 }} %{x} & ' \" \u2028")
 HOSTILE_SET = "<img src=x onerror=window.hurt=1> & <b>hard"
-READY = "document.querySelectorAll('.chart .main-svg').length > 0"
+CHART = ".chart .main-svg"
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ class Opened:
         self.page.on("dialog", lambda dialog: (self.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(url)
-        self.page.wait_for_function(READY)
+        self.page.wait_for_selector(CHART)
 
     def data(self, chart: str) -> list[dict]:
         """The traces as plotly holds them."""
@@ -58,6 +60,13 @@ class Opened:
 
     def range(self, chart: str, axis: str = "xaxis") -> list[float]:
         return self.page.evaluate(f"document.getElementById('chart-{chart}')._fullLayout.{axis}.range")
+
+    def until(self, condition: str) -> None:
+        """Playwright's own waiting for a condition evaluates strings in the page, which the page's policy forbids."""
+        deadline = time.monotonic() + 30
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, condition
+            self.page.wait_for_timeout(50)
 
     def drag(self, chart: str, start: tuple[float, float], end: tuple[float, float]) -> None:
         """From and to shares of the plotting area."""
@@ -263,7 +272,7 @@ def test_the_switch_wins_over_the_system_and_is_remembered(opened: Opened) -> No
     opened.page.get_by_role("button", name="Dark").click()
     assert opened.page.evaluate(background) != light
     opened.page.reload()
-    opened.page.wait_for_function(READY)
+    opened.page.wait_for_selector(CHART)
     assert opened.page.evaluate(background) != light
     opened.page.get_by_role("button", name="Auto").click()
     assert opened.page.evaluate(background) == light
@@ -292,3 +301,37 @@ def test_a_phone_scrolls_in_one_direction_only(chromium, folder: Path) -> None:
     assert phone.page.evaluate("document.getElementById('chart-score_vs_compute')._fullLayout.dragmode") == "zoom"
     assert phone.said == []
     phone.context.close()
+
+
+# -- while a run goes on -------------------------------------------------------------------------------------------------------------
+
+def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(watch, "READING_SHARE", 1e9)
+    run = make_study(tmp_path / "study")
+    serving = Serving(run)
+    live = Opened(chromium, f"http://127.0.0.1:{serving.port}/")
+    page = live.page
+    try:
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        live.drag("score_vs_compute", (0.3, 0.2), (0.9, 0.8))
+        page.locator("[data-legend='score_vs_compute'] .chip", has_text="step 60 (early)").click()
+        where = "document.getElementById('chart-score_vs_compute').getBoundingClientRect().top"  # the text above may grow or shrink
+        zoom, place = live.range("score_vs_compute"), page.evaluate(where)
+        row = {"step": 60, "kind": "eval", "eflops_sft": 270 * STEP_SFT, "eflops_rl": 60 * STEP_RL, "score": 88.8, "score_se": 1.0}
+        with (run / "rl-step-270" / "metrics.jsonl").open("a") as lines:
+            lines.write(json.dumps(row)[:30])
+            lines.flush()
+            page.wait_for_timeout(500)
+            assert len(live.named("score_vs_compute", "RL from step 270 (overfit)")["x"]) == 6
+            lines.write(json.dumps(row)[30:] + "\n")
+        live.until("document.getElementById('chart-score_vs_compute').data.some(t => t.y.includes(88.8))")
+        assert live.range("score_vs_compute") == zoom and page.evaluate(where) == pytest.approx(place, abs=3)
+        assert {t["visible"] for t in live.data("score_vs_compute") if t["legendgroup"] == "RL from step 60 (early)"} == {False}
+        assert "88.8 %" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
+        assert page.locator("#rollouts-3").get_attribute("open") is not None
+        assert live.said == [] and {url.split("/")[2] for url in live.asked} == {f"127.0.0.1:{serving.port}"}
+    finally:
+        serving.stop()
+    live.until("document.getElementById('live').dataset.state === 'gone'")
+    live.context.close()

@@ -22,7 +22,7 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, scorer: Scorer, joint: dict, state: dict):
         """`joint`: start.json. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.scorer = config, run, scorer
-        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"], parallel.world_size())
+        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"], parallel.world_size(), config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
@@ -55,7 +55,7 @@ class Journal:
     def score(self, step: int, core: Core) -> None:
         """Collective. The accuracy on the test problems."""
         score = self.scorer.score(core)
-        self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
+        self.ledger.add(step, "evaluation", score.lengths, score.seconds)
         self.run.record(step, "eval", {**self._axes(), **score.metrics()})
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
         if score.faults:

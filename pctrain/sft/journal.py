@@ -5,8 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
 from pctrain.ceiling import flops, regimes
 from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
@@ -30,7 +28,7 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, core: Core, scorer: Scorer, held_out: Trajectories, steps: int, state: dict):
         """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.core, self.scorer, self.held_out, self.steps = config, run, core, scorer, held_out, steps
-        self.ledger = Ledger(scorer.hf.shape, ranks=parallel.world_size())
+        self.ledger = Ledger(scorer.hf.shape, ranks=parallel.world_size(), recompute=config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
@@ -47,9 +45,9 @@ class Journal:
         self, step: int, data: Trajectories, chosen: Sequence[int], batch: PackedBatch, update: Update, seconds: float, waited: float
     ) -> None:
         """One training step. `chosen`: its samples; `waited`: seconds of `seconds` in which the next batch was not ready yet."""
-        self.ledger.add(step, "sft_update", batch.sequences, batch.tokens, seconds)
+        self.ledger.add(step, "sft_update", data.lengths[chosen], seconds)
         spike = self.spikes.add(update.loss)
-        speed, mfu = batch.tokens / seconds, self._flops(data.lengths[chosen]) / seconds / self._peak
+        speed, mfu = batch.tokens / seconds, flops.exact_training(self.scorer.hf.shape, data.lengths[chosen]) / seconds / self._peak
         own = [int(data.loss_tokens[chosen][data.source[chosen] == number].sum()) for number in range(len(data.names))]
         self.run.record(step, "train", {
             **self._axis(),
@@ -83,14 +81,14 @@ class Journal:
         if due(step, sft.val_every, self.steps) or due(step, sft.checkpoint_every, self.steps):
             began = time.perf_counter()
             val = validation_loss(self.core, self.held_out, sft.token_budget)
-            self.ledger.add(step, "validation", val.sequences, int(self.held_out.lengths.sum()), time.perf_counter() - began)
+            self.ledger.add(step, "validation", self.held_out.lengths, time.perf_counter() - began)
             self.validations.append([self.ledger.eflops_sft, val.whole.loss])
             regime = self._regimes()[-1]
             self.run.record(step, "val", {**self._axis(), **val.metrics(), "regime": regime})
             self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {regime} so far")
         if due(step, sft.eval_every, self.steps):
             score = self.scorer.score(self.core)
-            self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
+            self.ledger.add(step, "evaluation", score.lengths, score.seconds)
             self.run.record(step, "eval", {**self._axis(), **score.metrics()})
             self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
             if score.faults:
@@ -112,9 +110,3 @@ class Journal:
 
     def _axis(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": 0.0}
-
-    def _flops(self, lengths: np.ndarray) -> float:
-        """Of one training step on sequences of these lengths. Attention grows with the square, so long sequences weigh in the mean."""
-        tokens = float(lengths.sum())
-        mean = float((lengths.astype(np.float64) ** 2).sum()) / tokens
-        return flops.TRAINING_UNITS * flops.exact_forward(self.scorer.hf.shape, tokens=tokens, mean_length=mean)

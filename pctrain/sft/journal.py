@@ -1,12 +1,13 @@
-"""What an SFT run writes down of itself, and what it concludes from it: metrics, ledger, loss spikes, regimes, when to stop."""
+"""What an SFT run writes down of itself, and what it concludes from it: metrics, ledger, loss spikes, monitor, when to stop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
-from pctrain.ceiling import flops, regimes
+from pctrain.ceiling import flops
 from pctrain.ceiling.ledger import Ledger
+from pctrain.ceiling.monitor import Monitor, Reading
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.core import Update
@@ -33,7 +34,11 @@ class Journal:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
         self.spikes = Spikes(state.get("recent_losses"))
-        self.validations: list[list[float]] = state.get("validations", [])  # (EFLOPs, loss) of each
+        self.validations: list[list] = state.get("validations", [])  # the arguments of Monitor.add, of each
+        self.monitor = Monitor(config.ceiling.delta, config.ceiling.delta2)
+        self.reading: Reading | None = None  # after the last validation
+        for validation in self.validations:
+            self.reading = self.monitor.add(*validation)
         self._peak = peak_flops(config.model.dtype) * parallel.world_size()
         run.log(f"fastest matrix product {self._peak / parallel.world_size() / 1e9:.4g} GFLOP/s a rank; time/mfu is a share of it")
 
@@ -82,10 +87,11 @@ class Journal:
             began = time.perf_counter()
             val = validation_loss(self.core, self.held_out, sft.token_budget)
             self.ledger.add(step, "validation", self.held_out.lengths, time.perf_counter() - began)
-            self.validations.append([self.ledger.eflops_sft, val.whole.loss])
-            regime = self._regimes()[-1]
-            self.run.record(step, "val", {**self._axis(), **val.metrics(), "regime": regime})
-            self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {regime} so far")
+            saved = step > 0 and due(step, sft.checkpoint_every, self.steps)
+            self.validations.append([step, self.ledger.eflops_sft, val.whole.loss, val.whole.se, saved])
+            self.reading = self.monitor.add(*self.validations[-1])
+            self.run.record(step, "val", {**self._axis(), **val.metrics(), **self.reading.metrics()})
+            self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {self.reading.line()}")
         if due(step, sft.eval_every, self.steps):
             score = self.scorer.score(self.core)
             self.ledger.add(step, "evaluation", score.lengths, score.seconds)
@@ -98,15 +104,7 @@ class Journal:
     def should_stop(self) -> bool:
         """Whether the validation loss has left the regime that `sft.stop_after` names."""
         after = self.config.sft.stop_after
-        return after != "never" and regimes.has_left(after, *self._curve())
-
-    def _curve(self) -> tuple:
-        eflops, losses = zip(*self.validations, strict=True)
-        return eflops, losses, self.config.ceiling.delta, self.config.ceiling.delta2
-
-    def _regimes(self) -> list[str]:
-        """Of every validation, judged by the minimum so far."""
-        return regimes.classify(*self._curve())
+        return after != "never" and self.reading.has_left(after)
 
     def _axis(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": 0.0}

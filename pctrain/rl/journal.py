@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from pctrain.ceiling.ledger import Ledger
+from pctrain.ceiling.reading import fit_run
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
@@ -60,6 +61,18 @@ class Journal:
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
         if score.faults:
             self.run.log(f"step {step} evaluation: {score.faults}")
+
+    def ceiling_found(self) -> bool:
+        """Collective. Whether the ceiling is identified as closely as `rl.stop_within` asks, by the scores so far."""
+        within = self.config.rl.stop_within
+        if within is None or not self.ledger.eflops_rl:
+            return False
+
+        def found() -> bool:
+            fit = fit_run(self.run.path)
+            return fit.verdict == "identified" and max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within
+
+        return parallel.from_rank_zero(found)
 
     def _axes(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": self.ledger.eflops_rl}

@@ -71,7 +71,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     break
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
-        _finish(run, journal.reading, last)
+        _finish(run, journal.reading, last, len(data))
 
 
 def total_steps(config: Config, sampler: ShuffledSampler) -> int:
@@ -89,9 +89,9 @@ def total_steps(config: Config, sampler: ShuffledSampler) -> int:
     return steps
 
 
-def _finish(run: RunFolder, reading: Reading, last: int) -> None:
+def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int) -> None:
     """`last`: the step that the run ended with; `reading`: the monitor's, of the last validation."""
-    summary = {"steps": last, "final weights": run.path / HF_FOLDER}
+    summary = {"steps": last, "trajectories": trajectories, "final weights": run.path / HF_FOLDER}
     losses = read_values(run.path, "val", "val_loss") if run.writes else {}
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     if losses:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -209,7 +209,7 @@ def _field(key: tuple[str, ...]):
 
 def _takes_text(annotation: Any, several: bool) -> bool:
     """A path or a string; or sources, of which a path alone stands for one."""
-    kinds = (annotation, *get_args(annotation))
+    kinds = (annotation, *get_args(annotation)) if get_origin(annotation) is not dict else ()
     return str in kinds or Path in kinds or (Sources in kinds and not several)
 
 

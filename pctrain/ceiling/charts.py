@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
+from pctrain.ceiling.correlation import correlate
 from pctrain.ceiling.held_out import HeldOut
 from pctrain.ceiling.ledger import PHASES
 from pctrain.ceiling.looks import PHASE_NAMES, Look, ceiling_text, flop_scale, run_looks, shows_ceiling
@@ -234,12 +234,12 @@ def _ceiling_against_loss(study: Study) -> Chart | None:
                        "low": top.fit.a_post_low, "high": top.fit.a_post_high, "verdict": top.fit.verdict, "start": top.start_step})
     if len(points) < 2:
         return None
-    x, y = np.array([p["x"] for p in points]), np.array([p["y"] for p in points])
     caption = ("One point a trajectory set: the minimum of its validation loss, and the highest ceiling of RL from its checkpoints, with "
                "its 90 % interval. Filled: identified.")
-    if len(points) >= 3 and np.ptp(x) > 0 and np.ptp(y) > 0:
-        caption += (f" Pearson {stats.pearsonr(x, y).statistic:.2f}, Spearman {stats.spearmanr(x, y).statistic:.2f} over {len(points)} "
-                    f"points; the paper reports −0.92 and −1.00 over its five sets.")
+    if len(points) >= 3:
+        pearson, spearman = (correlate([p["x"] for p in points], [p["y"] for p in points], kind) for kind in ("pearson", "spearman"))
+        caption += (f" Pearson {pearson}, Spearman {spearman} over {len(points)} points; the paper reports −0.92 and −1.00 over its five "
+                    f"sets.")
     return Chart("ceiling_vs_loss", "Ceiling against minimum validation loss", caption,
                  {"x": "minimum validation loss (nats per token)", "y": "highest ceiling A_post (%)", "points": points},
                  ("set", "min_val_loss", "a_post", "a_post_low", "a_post_high", "verdict", "start_step"),

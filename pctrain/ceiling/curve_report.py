@@ -72,7 +72,7 @@ def _rl(file: Path, curve: curves.Curve, entries: list[dict[str, Any]], sft: SFT
                for i, entry in enumerate(entries, 1)]
     total = curve.eflops_sft + points[-1].eflops_rl
     return RLRun(f"{curve.dataset}/rl-step-{curve.start_step}", file, {}, "", {}, set=curve.dataset if curve.start_step else "",
-                 varies=frozenset({"set"}), start_step=curve.start_step, eflops_sft=curve.eflops_sft, points=points,
+                 varies=frozenset({"set"}), start_step=curve.start_step, algorithm="RL", eflops_sft=curve.eflops_sft, points=points,
                  start_regime=joint.regime if curve.start_step else None, p_sft=Estimate(curve.p_sft, joint.score_se),
                  fit=fit_ceiling(curve.eflops, curve.scores, curve.p_sft), sft_equal=sft.score_at(total))
 

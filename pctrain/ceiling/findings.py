@@ -45,7 +45,7 @@ def _what_was_run(study: Study) -> list[str]:
             last = sft.points[-1]
             said.append(f"{_sft(sft)} ran to step {last.step}, {flops_text(last.eflops_sft)} of training compute.")
     if study.rl:
-        algorithms = sorted({run.algorithm for run in study.rl if run.algorithm})
+        algorithms = sorted({run.algorithm for run in study.rl if run.config_text})  # a file of curves does not name them
         labels = [run.label for run in study.rl]
         how = f"was run {len(labels)} times" if len(labels) > MOST_SENTENCES else f"was started from {_listed(labels)}"
         said.append(f"RL{f' ({_listed(algorithms)})' if algorithms else ''} {how}.")

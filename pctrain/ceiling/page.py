@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -30,11 +31,12 @@ _WAITING = """<!doctype html>
 <meta http-equiv="refresh" content="{{ seconds }}"><title>{{ name|e }}: waiting</title></head>
 <body><h1>{{ name|e }}</h1><p>Waiting for the first numbers of the run.</p><p>{{ why|e }}</p></body></html>
 """
+OPENING = 300  # characters of an answer from which the rest, from the next sentence on, is folded
 MOST_CARDS = 6  # runs; more of them are read in a table
 
 
 def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: Any) -> str:
-    """The page. `values` is study.json; `more`: `headline`, `answers` and `held` ({run name: HeldOut or None}).
+    """The page. `values` is study.json; `more`: `headline` and `held` ({run name: HeldOut or None}).
 
     `live`: {tag, read, seconds, note} where the page is served and asks for newer data every `seconds`.
     """
@@ -69,11 +71,11 @@ def page_data(charts: list[Chart], live: dict[str, Any] | None) -> dict[str, Any
             "palette": PALETTE, "regimes": REGIME_COLOURS, "live": live}
 
 
-def _variables(study: Study, values: dict[str, Any], charts: list[Chart], *, headline: str, answers: list, held: dict[str, HeldOut | None],
+def _variables(study: Study, values: dict[str, Any], charts: list[Chart], *, headline: str, held: dict[str, HeldOut | None],
                live: dict[str, Any] | None = None) -> dict[str, Any]:
     phases = [phase for phase in PHASES if phase in values["ledger"]]
     shifts = {run.name: getattr(run.fit, "prior_shift", None) for run in study.rl}
-    return {"study": study, "values": values, "charts": charts, "headline": headline, "answers": answers, "held": held, "live": live,
+    return {"study": study, "values": values, "charts": charts, "headline": headline, "held": held, "live": live,
             "cards": study.rl if len(study.rl) <= MOST_CARDS else [], "looks": run_looks(study),
             "samples": any(run.samples for run in study.rl),
             "phases": phases, "phase_names": PHASE_NAMES, "measuring": [phase for phase in phases if PHASES[phase].axis is None],
@@ -86,8 +88,15 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
                                      autoescape=lambda name: name == "report.html.j2", trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"flops": lambda value: flops_text(value / 1e18), "eflops": flops_text}
+    environment.filters |= {"flops": lambda value: flops_text(value / 1e18), "eflops": flops_text,
+                            "opening": _opening, "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)}
     return environment
+
+
+def _opening(text: str) -> tuple[str, str]:
+    """A long text cut after a sentence, so that a card shows what fits in it: (opening, rest)."""
+    cut = text.find(". ", OPENING) + 1
+    return (text[:cut], text[cut:].strip()) if cut else (text, "")
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pctrain.ceiling import regimes
+from pctrain.ceiling import curves, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling
 from pctrain.ceiling.layout import find_runs
 from pctrain.ceiling.ledger import PHASES
@@ -79,7 +79,21 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
         for point, label in zip(valid, labels, strict=True):
             point["regime"] = str(label)
     return SFTRun(folder.name, folder, config, text, read_ledger(folder), set=set_name, seed=int(_setting(folder, config, "run", "seed")),
-                  points=[SFTPoint(**p) for p in ordered], delta=delta, delta2=delta2, not_finite=not_finite)
+                  points=[SFTPoint(**p) for p in ordered], delta=delta, delta2=delta2, not_finite=not_finite,
+                  size=_trajectories(folder), difficulty=_difficulty(config))
+
+
+def _trajectories(folder: Path) -> int | None:
+    """Of the training set, by the summary of a finished run."""
+    path = folder / "summary.json"
+    return json.loads(path.read_text(encoding="utf-8"))["summary"].get("trajectories") if path.exists() else None
+
+
+def _difficulty(config: dict[str, Any]) -> str | None:
+    """What `pctrain data select --take` wrote beside the files of the set, where all of them have the same."""
+    manifests = [Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []]
+    taken = {json.loads(path.read_text(encoding="utf-8"))["options"].get("take") if path.is_file() else None for path in manifests}
+    return taken.pop() if len(taken) == 1 else None
 
 
 def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLRun:
@@ -124,6 +138,12 @@ def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
         return None, "the run was not scored after its start"
     return fit_ceiling([p.eflops_rl for p in after], [p.score for p in after], joint.score, score_se=typical_se(points),
                        p_sft_se=joint.score_se or None), None
+
+
+def fit_run(folder: Path) -> Fit:
+    """Of an RL run that was scored at its start and later, so far."""
+    curve = curves.read_run_folder(folder)
+    return fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se)
 
 
 def _regime_at(sft: SFTRun | None, step: int) -> str | None:

@@ -16,10 +16,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain.ceiling import charts, curve_report, figures, findings, held_out, page
+from pctrain.ceiling.answers import answers
 from pctrain.ceiling.looks import ceiling_text
 from pctrain.ceiling.reading import read_study
 from pctrain.ceiling.study_data import Study, as_json
-from pctrain.durable import write_beside
+from pctrain.durable import plain, write_beside
 from pctrain.errors import UserError
 from pctrain.progress import make_console
 
@@ -33,7 +34,7 @@ class Report:
     study: Study
     values: dict[str, Any]  # study.json
     charts: list[charts.Chart]
-    words: dict[str, Any]  # headline, answers, held: what the page's template takes beside the numbers
+    words: dict[str, Any]  # headline, held: what the page's template takes beside the numbers
 
     def page(self, live: dict[str, Any] | None = None) -> str:
         return page.render(self.study, self.values, self.charts, **self.words, live=live)
@@ -71,13 +72,14 @@ def make(source: Path) -> Report:
     from_curves = source.is_file()
     study = curve_report.read(source) if from_curves else read_study(source)
     held = {run.name: held_out.predict(run, score_se_known=not from_curves) for run in study.rl}
-    words = {"headline": findings.headline(study), "answers": [], "held": held}
-    return Report(study, contents(study), charts.build(study, held), words)
+    values = contents(study)
+    return Report(study, values, charts.build(study, held), {"headline": findings.headline(study), "held": held})
 
 
 def contents(study: Study) -> dict[str, Any]:
     """What study.json holds."""
-    return as_json(study) | {"findings": findings.findings(study), "not_shown": findings.not_shown(study), "versions": versions()}
+    return as_json(study) | {"answers": plain(answers(study)), "findings": findings.findings(study), "not_shown": findings.not_shown(study),
+                             "versions": versions()}
 
 
 def versions() -> dict[str, str]:

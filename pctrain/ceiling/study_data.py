@@ -74,6 +74,8 @@ class SFTRun(Run):
     delta: float = 0.0
     delta2: float = 0.0
     not_finite: int = 0  # validation losses that were nan or infinite, left out of the curve
+    size: int | None = None  # trajectories of the set; None until the run has ended
+    difficulty: str | None = None  # easy, uniform or hard, where `pctrain data select` made the set
 
     @property
     def label(self) -> str:
@@ -200,7 +202,8 @@ def as_json(study: Study) -> dict[str, Any]:
 
 
 def _sft_json(run: SFTRun) -> dict[str, Any]:
-    return {"folder": run.name, "set": run.set, "seed": run.seed, "delta": run.delta, "delta2": run.delta2,
+    return {"folder": run.name, "set": run.set, "seed": run.seed, "size": run.size,
+            "difficulty": run.difficulty, "delta": run.delta, "delta2": run.delta2,
             "points": [asdict(p) for p in run.points], "bands": run.bands(), "minimum_step": run.best and run.best.step,
             "losses_not_finite": run.not_finite, "ledger": run.ledger}
 

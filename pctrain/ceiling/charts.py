@@ -73,7 +73,7 @@ def _validation_loss(study: Study) -> Chart | None:
     factor, unit = flop_scale(max(run.losses[-1].eflops_sft for run in runs))
     rows = [[run.set, run.seed, p.step, p.eflops_sft, p.val_loss, p.val_loss_se, p.regime] for run in runs for p in run.losses]
     spec = {"x": f"SFT compute ({unit})", "y": "validation loss (nats per token)",
-            "series": [_loss_series(study, run, looks, factor) for run in runs]}
+            "series": [_identity(run, looks, runs) | _loss_series(study, run, looks, factor) for run in runs]}
     delta, delta2 = (f"{100 * value:.3g}" for value in (runs[0].delta, runs[0].delta2))
     caption = (f"Stable is within {delta} % of the minimum (the ring), severe from {delta2} % above it on; adaptive comes before the first "
                f"stable point, mild and severe after the last; transient points lie between stable ones but outside the band. The dotted "
@@ -87,9 +87,9 @@ def _loss_series(study: Study, run: SFTRun, looks: dict[str, Look], factor: floa
     starts = []
     for rl in _first_of_starts(study, run):
         near = min(run.losses, key=lambda p: abs(p.eflops_sft - rl.eflops_sft))
-        starts.append({"name": rl_name(rl), "x": rl.eflops_sft * factor, "y": near.val_loss, "colour": looks[rl.name].alone,
+        starts.append({"name": group_name(rl), "x": rl.eflops_sft * factor, "y": near.val_loss, "colour": looks[rl.name].alone,
                        "marker": looks[rl.name].marker})
-    return {"name": sft_name(run), "colour": looks[run.name].colour, "x": [p.eflops_sft * factor for p in run.losses],
+    return {"x": [p.eflops_sft * factor for p in run.losses],
             "y": [p.val_loss for p in run.losses], "se": [p.val_loss_se for p in run.losses], "steps": [p.step for p in run.losses],
             "regimes": [p.regime for p in run.losses],
             "bands": [{"from": b["from"] * factor, "to": b["to"] * factor, "regime": b["regime"]} for b in run.bands()],
@@ -198,7 +198,7 @@ def _ceilings(study: Study) -> Chart | None:
         return None
     looks = run_looks(study)
     rows, bars = [], []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.set, run.start_step, run.algorithm, run.seed)):  # seeds beside each other
         fit = run.fit if shows_ceiling(run) else None
         bars.append({
             "name": rl_name(run), "set": run.set, "colour": looks[run.name].colour, "alone": looks[run.name].alone,
@@ -212,7 +212,7 @@ def _ceilings(study: Study) -> Chart | None:
                      run.last.score])
     lowest = min(bar["p_sft"] for bar in bars)
     spec = {"x": "score (% of test problems)", "bars": bars, "sets": _sets(study),
-            "begin": 10.0 * int((lowest - 15) / 10) if lowest > 50 else 0.0}
+            "begin": 10.0 * int((lowest - 15) / 10) if lowest > 40 else 0.0}
     caption = ("The paper's Figure 3: P_sft, the score at the start of RL, in grey; PL_rl = A_post − P_sft, the plasticity that the fit "
                "estimates, on top; the line is the 90 % interval of A_post. Pale bars are not identified; an arrow says that above it "
                "nothing is known. An empty outline is the gain as measured, where the fit gives no ceiling.")
@@ -238,8 +238,7 @@ def _ceiling_against_loss(study: Study) -> Chart | None:
                "its 90 % interval. Filled: identified.")
     if len(points) >= 3:
         pearson, spearman = (correlate([p["x"] for p in points], [p["y"] for p in points], kind) for kind in ("pearson", "spearman"))
-        caption += (f" Pearson {pearson}, Spearman {spearman} over {len(points)} points; the paper reports −0.92 and −1.00 over its five "
-                    f"sets.")
+        caption += f" Pearson {pearson}, Spearman {spearman} over {len(points)} points; the paper has −0.92 and −1.00 over five sets."
     return Chart("ceiling_vs_loss", "Ceiling against minimum validation loss", caption,
                  {"x": "minimum validation loss (nats per token)", "y": "highest ceiling A_post (%)", "points": points},
                  ("set", "min_val_loss", "a_post", "a_post_low", "a_post_high", "verdict", "start_step"),

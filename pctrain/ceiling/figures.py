@@ -222,7 +222,7 @@ def _ceiling_bar(axes: Axes, row: int, bar: dict[str, Any], begin: float) -> Non
         axes.barh(row, top - base, left=base, height=0.56, color=colour, alpha=0.85 if bar["solid"] else 0.28,
                   hatch=None if bar["solid"] else "////", edgecolor="white" if bar["solid"] else colour, lw=0)
         if bar["solid"] and top - base > 0.08 * width:
-            axes.text((base + top) / 2, row, f"{ceiling['a'] - base:+.1f}", ha="center", va="center", fontsize=9, color="white",
+            axes.text(base + 0.012 * width, row, f"{ceiling['a'] - base:+.1f}", ha="left", va="center", fontsize=9, color="white",
                       fontweight="bold")
         axes.plot([ceiling["low"], ceiling["high"]], [row, row], color=INK, lw=1.3, zorder=5)
         axes.plot(ceiling["low"], row, marker="|", ms=9, mew=1.3, color=INK, zorder=5)

@@ -4,6 +4,8 @@ from the paper but the claims that it is compared with.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pctrain.ceiling.fit import MIN_POINTS
 from pctrain.ceiling.looks import flops_text, shows_ceiling
 from pctrain.ceiling.study_data import Estimate, RLRun, SFTRun, Study, difference
@@ -21,6 +23,8 @@ def headline(study: Study) -> str:
         if best:
             return f"SFT alone reached {_percent(best.score, best.score_se)} at step {best.step}; no RL run has two scores yet."
         return "No run here has been scored twice yet."
+    if any("seed" in run.varies for run in ranked):
+        return _headline_of_seeds(ranked)
     if len(ranked) == 1:
         return f"RL from {ranked[0].label} took the score {_from_to(ranked[0])}."
     lead = difference(_last(ranked[0]), _last(ranked[1]))
@@ -29,9 +33,24 @@ def headline(study: Study) -> str:
                ": within two standard errors, so this run does not settle which start is better."))
 
 
+def _headline_of_seeds(ranked: list[RLRun]) -> str:
+    """By means over seeds; what their differences are worth is for the answers to say."""
+    groups: dict[str, list[RLRun]] = {}
+    for run in ranked:
+        groups.setdefault(replace(run, varies=run.varies - {"seed"}).label, []).append(run)
+    means = {label: sum(run.last.score for run in runs) / len(runs) for label, runs in groups.items()}
+    top = max(means, key=means.get)
+    seeds = f"mean of {len(groups[top])} seeds" if len(groups[top]) > 1 else "one seed"
+    return (f"RL from {top} ended highest, at {means[top]:.1f} % ({seeds}), of {len(groups)} ways that were tried; what the differences "
+            f"are worth stands below.")
+
+
 def findings(study: Study) -> list[str]:
     """What the numbers of this run say."""
-    said = [*_what_was_run(study), *(sentence for sft in study.sft for sentence in _loss_findings(sft))]
+    if len(study.sft) > MOST_SENTENCES:
+        said = [*_what_was_run(study), *_losses_counted(study)]
+    else:
+        said = [*_what_was_run(study), *(sentence for sft in study.sft for sentence in _loss_findings(sft))]
     if len(study.rl) > MOST_SENTENCES:
         return [*said, *_gains_counted(study), *_best_switch(study), *_against_sft_counted(study), *_highest_ceilings(study)]
     return [*said, *(_gain_sentence(run) for run in study.rl if run.gain.value is not None), *_best_switch(study), *_against_sft(study),
@@ -40,7 +59,11 @@ def findings(study: Study) -> list[str]:
 
 def _what_was_run(study: Study) -> list[str]:
     said = []
-    for sft in study.sft:
+    if len(study.sft) > MOST_SENTENCES:
+        sets = sorted({sft.set for sft in study.sft if sft.set})
+        said.append(f"SFT was run {len(study.sft)} times{f', on {_listed(sets)}' if sets else ''}, to {flops_text(_longest_sft(study))} of "
+                    f"training compute at most.")
+    for sft in study.sft if not said else []:
         if sft.points:
             last = sft.points[-1]
             said.append(f"{_sft(sft)} ran to step {last.step}, {flops_text(last.eflops_sft)} of training compute.")
@@ -65,6 +88,18 @@ def _loss_findings(sft: SFTRun) -> list[str]:
     of = f" of {_sft(sft)}" if sft.label else ""
     return [f"The validation loss{of} was lowest at step {sft.best.step} ({sft.best.val_loss:.3f} nats per token); at the end it was "
             f"{last.val_loss:.3f}, {100 * rise:.0f} % above that. Regimes in order of appearance: {_listed(seen)}."]
+
+
+def _losses_counted(study: Study) -> list[str]:
+    """One sentence a set: minima over its seeds."""
+    said = []
+    for name in dict.fromkeys(sft.set for sft in study.sft):
+        best = [sft.best for sft in study.sft if sft.set == name and sft.best]
+        if best:
+            losses, steps = [point.val_loss for point in best], [point.step for point in best]
+            said.append(f"The lowest validation loss{f' on {name}' if name else ''} was {min(losses):.3f} to {max(losses):.3f} nats per "
+                        f"token over {len(best)} runs, at steps {min(steps)} to {max(steps)}.")
+    return said
 
 
 def _gain_sentence(run: RLRun) -> str:
@@ -107,7 +142,7 @@ def _highest_ceilings(study: Study) -> list[str]:
 
 def _best_switch(study: Study) -> list[str]:
     ranked = _ranked(study)
-    if len(ranked) < 2:
+    if len(ranked) < 2 or "seed" in ranked[0].varies:
         return []
     lead = difference(_last(ranked[0]), _last(ranked[1]))
     gains = sorted(ranked, key=lambda run: -run.gain.value)
@@ -168,7 +203,7 @@ def _missing_parts(study: Study) -> list[str]:
         said.append("Pure RL (without SFT before it) was not run, so SFT then RL is not compared with it.")
     said += [f"RL from {run.label} has no gain: {run.gain.reason}." for run in study.rl if run.gain.value is None]
     without = [run for run in study.rl if run.sft_equal.value is None and any(sft.scores for sft in study.sft)]
-    if len(without) > MOST_SENTENCES:
+    if without and len(study.rl) > MOST_SENTENCES:
         return [*said, f"Pure SFT at the total compute of the RL run is not known for {len(without)} of the {len(study.rl)} runs."]
     said += [f"Pure SFT at the total compute of RL from {run.label} ({flops_text(run.eflops_total)}) is not shown: {run.sft_equal.reason}."
              for run in without]
@@ -203,6 +238,8 @@ def _unresolved(study: Study) -> list[str]:
     ranked = _ranked(study)
     close = [run for run in ranked[1:] if not _told_apart(difference(_last(ranked[0]), _last(run)))]
     said = []
+    if ranked and "seed" in ranked[0].varies:
+        close = []  # the answers compare means over seeds
     if len(close) > MOST_SENTENCES:
         said.append(f"Which start ends highest is not settled: {len(close)} more ended within two standard errors of {ranked[0].label}.")
     elif close:
@@ -234,6 +271,8 @@ def _no_ceiling(study: Study) -> list[str]:
 def _cut_short(study: Study) -> list[str]:
     shares = {run.label: run.counts.get("eval_truncated_share", 0.0) for run in study.rl}
     cut = [f"{100 * share:.0f} % in RL from {label}" for label, share in shares.items() if share > CUT_SHORT]
+    if len(cut) > MOST_SENTENCES:
+        cut = [f"up to {100 * max(shares.values()):.0f} %, in {len(cut)} of {len(shares)} RL runs"]
     return [f"What longer responses would have scored: at the last scoring some were cut at the length limit ({_listed(cut)}), and without "
             f"a final answer they count as wrong."] if cut else []
 

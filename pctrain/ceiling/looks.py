@@ -42,8 +42,8 @@ def run_looks(study: Study) -> dict[str, Look]:
     starts = {name: _distinct(run.start_step for run in study.rl if run.set == name) for name in {run.set for run in study.rl}}
     looks = {run.name: Look(_pick(SET_COLOURS, sets, run.set) if many_sets else "ink", "ink", 0) for run in study.sft}
     for run in study.rl:
-        alone = _colour_in_set(study, run)
-        of_set = _pick(SET_COLOURS, sets, run.set) if run.set in sets else "grey"
+        alone = "grey" if many_sets and run.set not in sets else _colour_in_set(study, run)
+        of_set = _pick(SET_COLOURS, sets, run.set) if run.set in sets else alone
         looks[run.name] = Look(of_set if many_sets else alone, alone, starts[run.set].index(run.start_step) % len(MARKERS))
     return looks
 

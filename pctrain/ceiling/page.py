@@ -31,7 +31,7 @@ _WAITING = """<!doctype html>
 <meta http-equiv="refresh" content="{{ seconds }}"><title>{{ name|e }}: waiting</title></head>
 <body><h1>{{ name|e }}</h1><p>Waiting for the first numbers of the run.</p><p>{{ why|e }}</p></body></html>
 """
-OPENING = 300  # characters of an answer from which the rest, from the next sentence on, is folded
+OPENING = 300  # characters of an answer that are shown at once, up to the end of a sentence; the rest is folded
 MOST_CARDS = 6  # runs; more of them are read in a table
 
 
@@ -89,14 +89,17 @@ def _environment() -> jinja2.Environment:
                                      autoescape=lambda name: name == "report.html.j2", trim_blocks=True, lstrip_blocks=True)
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"flops": lambda value: flops_text(value / 1e18), "eflops": flops_text,
-                            "opening": _opening, "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)}
+                            "opening": _opening,
+                            "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)}
     return environment
 
 
 def _opening(text: str) -> tuple[str, str]:
     """A long text cut after a sentence, so that a card shows what fits in it: (opening, rest)."""
-    cut = text.find(". ", OPENING) + 1
-    return (text[:cut], text[cut:].strip()) if cut else (text, "")
+    if len(text) <= 1.5 * OPENING:
+        return text, ""
+    cut = max(text.rfind(". ", OPENING // 4, OPENING), 0) or text.find(". ", OPENING)
+    return (text[:cut + 1], text[cut + 1:].strip()) if cut > 0 else (text, "")
 
 
 @functools.cache

@@ -87,8 +87,8 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     if experts and data.rl is not None:
         for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
             if isinstance(record, Fault):
-                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every problem of data.rl; "
-                                "name other study.algorithms, or give problems with responses)")
+                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
+                                "problem of data.rl; name other study.algorithms, or give problems with responses)")
 
 
 def _prepare(config: Config, root: Path) -> Config:

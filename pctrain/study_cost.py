@@ -135,8 +135,8 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk) -> None:
         cost = flops_text(paid / EFLOP) if state == "done" else "-" if state == "left out" else f"~ {flops_text(estimate / EFLOP)}"
         steps = config.sft.steps if stage.kind == "sft" else config.rl.steps
         planned = f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
-        table.add_row(Text(stage.name), f"{state}: {who}" if who else state if stage in crew.mine else f"{state} (not by this job)",
-                      Text(", ".join(stage.needs) or "-"), planned, cost)
+        shown = f"{state}: {who}" if who else state if stage in crew.mine or state != "to do" else f"{state} (not by this job)"
+        table.add_row(Text(stage.name), shown, Text(", ".join(stage.needs) or "-"), planned, cost)
     console = make_console()
     console.print(table)
     console.print(f"Spent {flops_text(spent / EFLOP)}, ahead about {flops_text(ahead / EFLOP)} of training compute (the paper's formulas; "

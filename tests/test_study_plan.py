@@ -62,8 +62,8 @@ def test_the_synchronised_algorithms_are_those_that_need_an_expert():
 
 
 def test_what_a_stage_runs_with(tmp_path):
-    config = load(None, [SETS, *DATA, f"--run.dir={tmp_path}", "--study.seeds=[3, 5]", "--study.algorithms=[grpo, upt]", "--run.keep_last=1",
-                         "--study.policy=recommended"])
+    options = [f"--run.dir={tmp_path}", "--study.seeds=[3, 5]", "--study.algorithms=[grpo, upt]", "--run.keep_last=1"]
+    config = load(None, [SETS, *DATA, *options, "--study.policy=recommended"])
     sft, rl = stages_of(config)[-3:-1]
     own = stage_config(config, sft, tmp_path, 0)
     assert own.run.dir == tmp_path / "seed-5/sets/hard/sft" and own.run.seed == 5 and own.run.keep_last is None
@@ -221,6 +221,13 @@ def test_a_job_that_has_nothing_to_wait_for_ends(tmp_path):
     assert take(folder.crew(STAGES[1:2])) is None  # its SFT is nobody's: --only leaves it out
     one, other = folder.crew(STAGES[4:]), folder.crew(STAGES[4:])
     assert (take(one), take(other)) == ("rl-base", None)
+
+
+def test_what_ends_between_two_looks_is_not_missed(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    crew = folder.crew(STAGES[1:2])
+    monkeypatch.setattr(crew, "_worth_waiting", lambda: folder.file(STAGES[0]).touch())
+    assert take(crew) == "a/rl"
 
 
 KILLED = """

@@ -290,10 +290,12 @@ def _which_set_first(study: Study) -> Answer:
     ranked = sorted(results, key=lambda r: r.loss)
     evidence: dict[str, Any] = {"losses": {r.name: r.loss for r in ranked}}
     if len({str(run.config.get("data", {}).get("validation")) for run in study.sft}) > 1:
-        return Answer(question, "The sets were validated on different trajectories: their losses are not comparable.", evidence)
+        text = "The sets were validated on different trajectories: their losses are not comparable."
+        return Answer(question, text, evidence)
     if not ranked:
         return Answer(question, "No set has a finite validation loss.", evidence)
-    text = f"{ranked[0].name}: its minimum validation loss is the lowest ({', '.join(f'{r.name} {r.loss:.3f}' for r in ranked)})."
+    losses = ", ".join(f"{r.name} {r.loss:.3f}" for r in ranked)
+    text = f"{ranked[0].name}: its minimum validation loss is the lowest ({losses})."
     identified = all(r.ceiling is not None for r in ranked)
     heights = [(r.loss, r.ceiling if identified else r.end.mean) for r in ranked if identified or r.end]
     what = "highest identified ceiling" if identified else "highest last score (not every set has an identified ceiling)"

@@ -50,9 +50,18 @@ def test_rl_without_sft_is_run_once_for_all_sets():
 
 def test_compare_has_every_way_of_training():
     found = names("--study.policy=compare")
-    assert found == ["sft", "dapo_dc-base", "grpo-stable", "dapo_d-stable", "dapo_dc-stable", *(f"{name}-base" for name in SYNCHRONISED)]
+    assert found == ["sft", "rl-base", "grpo-stable", "dapo_d-stable", "rl-stable", *(f"{name}-base" for name in SYNCHRONISED)]
     assert names("--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo") == [
-        "sft", "grpo-base", "grpo-stable", "srft-base"]
+        "sft", "rl-base", "rl-stable", "srft-base"]
+
+
+def test_a_plan_that_grows_finds_what_it_has_done():
+    small = stages_of(load(None, [SETS, *DATA, "--study.starts=[stable]", "--run.seed=3"]))
+    more = ["--study.starts=[early, stable]", "--study.algorithms=[grpo, dapo_dc]", "--study.seeds=[1, 3]"]
+    sets = "--study.sets={easy: easy.jsonl, hard: hard.jsonl, third: third.jsonl}"
+    large = {stage.name: stage for stage in stages_of(load(None, [sets, *DATA, *more, "--run.seed=3"]))}
+    assert len({stage.folder(Path(), 7 if stage.start == "stable" else 3) for stage in large.values()}) == len(large) == 2 * 3 * 5
+    assert all(large[stage.name] == stage for stage in small)
 
 
 def test_the_synchronised_algorithms_are_those_that_need_an_expert():

@@ -55,7 +55,7 @@ class Score:
 
     def __str__(self) -> str:
         half = self.se * _t(self.freedom)
-        return f"{self.mean:.1f} % ({self.mean - half:.1f} to {self.mean + half:.1f})"
+        return f"{self.mean:.1f} % ({max(0.0, self.mean - half):.1f} to {min(100.0, self.mean + half):.1f})"
 
 
 def _score(readings: Sequence[tuple[float, float]]) -> Score:
@@ -142,8 +142,8 @@ def _minimum(study: Study, name: str) -> tuple[float | None, str]:
     loss = math.fsum(run.best.val_loss for run in runs) / len(runs)
     text = f"The validation loss was lowest at {steps} ({loss:.3f} nats a token); "
     if passed >= SURE:
-        return passed, text + f"that the minimum is passed is {passed:.0%} sure."
-    return passed, text + f"that the minimum is passed is {passed:.0%} sure only, so more SFT may move it."
+        return passed, text + f"the minimum is passed (confidence {passed:.0%})."
+    return passed, text + f"it is not sure that the minimum is passed (confidence {passed:.0%}), so more SFT may move it."
 
 
 def minimum_passed(run: SFTRun) -> float:

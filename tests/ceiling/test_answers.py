@@ -72,7 +72,7 @@ def test_whether_the_minimum_is_passed_is_said():
     passed = asked(study([sft()], [rl(60.0)]), "When to switch")
     assert "lowest at step 50 (0.400 nats a token)" in passed.text and passed.evidence["minimum_passed"] > 0.95
     falls = asked(study([sft(turned=False)], [rl(60.0, 90)]), "When to switch")
-    assert "sure only, so more SFT may move it" in falls.text and not falls.supported and "from there alone" in falls.text
+    assert "not sure that the minimum is passed" in falls.text and not falls.supported and "from there alone" in falls.text
 
 
 # ---- what RL can still give

@@ -311,7 +311,8 @@ def _study_problems(config: Config) -> Iterator[str]:
         default = type(study)()
         for key in ("starts", "checkpoints"):
             if getattr(study, key) != getattr(default, key):
-                yield f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: leave one of them out"
+                yield (f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
+                       "leave one of them out")
     if study.policy == "compare" and config.rl.algorithm in SYNCHRONISED:
         yield (f"rl.algorithm = {config.rl.algorithm} learns from experts, but study.policy = compare makes pure RL with it: "
                "name grpo, dapo_d or dapo_dc")

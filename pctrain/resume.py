@@ -25,14 +25,9 @@ def begin(config: Config) -> Config:
 
     Where the model's layers cannot run here, it says so before anything is written.
     """
-    join(config)
-    return parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
-
-
-def join(config: Config) -> None:
-    """Collective: the ranks, and whether the model's layers can run here. Nothing is written."""
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
+    return parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:

@@ -5,8 +5,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,18 +14,17 @@ from pctrain.ceiling.answers import answers
 from pctrain.ceiling.reading import read_study
 from pctrain.config import SYNCHRONISED, Config
 from pctrain.core import parallel
-from pctrain.data.prepare import prepare
 from pctrain.data.records import Fault
 from pctrain.data.sources import files_of, iter_records
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.lock import try_lock
 from pctrain.progress import make_console
-from pctrain.resume import join
+from pctrain.resume import begin
 from pctrain.rl import loop as rl
 from pctrain.sft import loop as sft
 from pctrain.study_cost import print_plan
-from pctrain.study_jobs import POLL, Crew, lock_file
+from pctrain.study_jobs import Crew, lock_file
 from pctrain.study_plan import REPORT, OnDisk, Stage, chosen, stage_config, stages_of, start_step
 
 LOOKED_AT = 1000  # records of data.rl that are read before anything is run, where they must have an expert's trajectory
@@ -42,8 +40,7 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
     if dry_run:
         print_plan(config, crew, disk)
         return
-    join(config)
-    config = _prepare(config, root)
+    config = begin(_with_all_sets(config))
     parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
     with Scorer(config) as scorer:
         while (stage := _take(crew)) is not None:
@@ -87,30 +84,16 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     if experts and data.rl is not None:
         for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
             if isinstance(record, Fault):
-                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every problem of data.rl; "
-                                "name other study.algorithms, or give problems with responses)")
+                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
+                                "problem of data.rl; name other study.algorithms, or give problems with responses)")
 
 
-def _prepare(config: Config, root: Path) -> Config:
-    """Collective. As `resume.begin`, by one job at a time: several may begin at once."""
+def _with_all_sets(config: Config) -> Config:
+    """As `data.train`: a tokenizer that is still to be made is trained from all of them."""
     config = config.model_copy(deep=True)
-    if config.study.sets:  # a tokenizer is trained from all of them
+    if config.study.sets:
         config.data.train = [source for sources in config.study.sets.values() for source in sources]
-    made: list[Config] = []
-    parallel.follow_rank_zero(lambda: _prepare_alone(config, root, made))
-    return parallel.from_rank_zero(lambda: made[0])
-
-
-def _prepare_alone(config: Config, root: Path, made: list[Config]) -> Iterator[None]:
-    file = lock_file(root, "prepare")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    while (release := try_lock(file)) is None:
-        yield
-        time.sleep(POLL)
-    try:
-        made.append(prepare(config, root))
-    finally:
-        release()
+    return config
 
 
 # ---- after the last --------------------------------------------------------------------------------------------------------

@@ -122,9 +122,8 @@ class Costs:
 def print_plan(config: Config, crew: Crew, disk: OnDisk) -> None:
     """Every stage with its state; of those to do the estimate, of the others what their ledgers say."""
     costs = Costs(config)
-    table = Table(title=Text(f"{crew.root}: {len(crew.stages)} stages, policy {config.study.policy}"), title_justify="left", title_style="bold",
-                  box=box.SIMPLE_HEAD)
-    for name in ("stage", "state", "needs", "steps", "cost"):
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("stage", "algorithm", "state", "needs", "steps", "cost"):
         table.add_column(name, justify="right" if name in ("steps", "cost") else "left", overflow="fold")
     spent = ahead = 0.0
     for stage in crew.stages:
@@ -135,9 +134,11 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk) -> None:
         cost = flops_text(paid / EFLOP) if state == "done" else "-" if state == "left out" else f"~ {flops_text(estimate / EFLOP)}"
         steps = config.sft.steps if stage.kind == "sft" else config.rl.steps
         planned = f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
-        table.add_row(Text(stage.name), f"{state}: {who}" if who else state if stage in crew.mine else f"{state} (not by this job)",
-                      Text(", ".join(stage.needs) or "-"), planned, cost)
+        shown = f"{state}: {who}" if who else state if stage in crew.mine or state != "to do" else f"{state} (not by this job)"
+        table.add_row(Text(stage.name), stage.algorithm or "-", shown, Text(", ".join(stage.needs) or "-"), planned, cost)
     console = make_console()
+    title = f"{crew.root}: {len(crew.stages)} stage{'s' if len(crew.stages) > 1 else ''}, policy {config.study.policy}"
+    console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     console.print(f"Spent {flops_text(spent / EFLOP)}, ahead about {flops_text(ahead / EFLOP)} of training compute (the paper's formulas; "
                   "RL as if responses were as long as the experts', in one sampling round a step).", highlight=False, soft_wrap=True)

@@ -1,8 +1,10 @@
 """The stages of a study, what each needs, and where it lies. Nothing is run here, and no torch is imported.
 
-    sft                  SFT on the only set            hard/sft             SFT on the set `hard`
-    rl-stable            RL from its best checkpoint    hard/luffy-stable    by LUFFY, where there are several algorithms
-    seed-1/rl-base       RL without SFT, of seed 1      report               ceilings and answers, when all of them have ended
+    sft                  SFT on the only set                            hard/sft             SFT on the set `hard`
+    rl-stable            RL from its best checkpoint, by rl.algorithm   hard/luffy-stable    by another algorithm
+    rl-base              RL without SFT, of run.seed                    seed-1/rl-base       of another seed
+
+rl.algorithm and run.seed are not in the names, so that a plan that grows by algorithms and seeds finds what it has done.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ State = Literal["done", "left out", "running", "to do"]
 class Stage:
     """A run folder that is to be made. `start`: of RL, a role (early, stable, overfit), `step-N`, or `base`.
 
-    `seed_folder`, `algorithm_folder`: what its path says of seed and algorithm; None in a study of one.
+    `seed_folder`, `algorithm_folder`: what its path says of seed and algorithm; None where they are the config's own.
     """
 
     name: str
@@ -61,10 +63,9 @@ def stages_of(config: Config) -> list[Stage]:
     study = config.study
     seeds, sets = study.seeds or [config.run.seed], list(study.sets) or [""]
     runs = _rl_runs(config)
-    several = len({algorithm for algorithm, _ in runs}) > 1
     found: dict[str, Stage] = {}
     for seed in seeds:
-        seed_folder = seed if len(seeds) > 1 else None
+        seed_folder = None if seed == config.run.seed else seed
         prefix = f"seed-{seed}/" if seed_folder is not None else ""
         trained = any(start != BASE for _, start in runs) or study.policy == "compare"
         for name in sets:
@@ -72,8 +73,9 @@ def stages_of(config: Config) -> list[Stage]:
             found |= {sft.name: sft} if trained else {}
             for algorithm, start in runs:
                 of_set, needs = (name, (sft.name,)) if start != BASE else ("", ())
-                rl = Stage(f"{prefix}{of_set + '/' if of_set else ''}{algorithm if several else 'rl'}-{start}", "rl", of_set, seed, needs,
-                           start, algorithm, seed_folder, algorithm if several else None)
+                algorithm_folder = None if algorithm == config.rl.algorithm else algorithm
+                rl = Stage(f"{prefix}{of_set + '/' if of_set else ''}{algorithm_folder or 'rl'}-{start}", "rl", of_set, seed, needs,
+                           start, algorithm, seed_folder, algorithm_folder)
                 found.setdefault(rl.name, rl)  # RL without SFT is the same for every set
     return list(found.values())
 

@@ -50,9 +50,18 @@ def test_rl_without_sft_is_run_once_for_all_sets():
 
 def test_compare_has_every_way_of_training():
     found = names("--study.policy=compare")
-    assert found == ["sft", "dapo_dc-base", "grpo-stable", "dapo_d-stable", "dapo_dc-stable", *(f"{name}-base" for name in SYNCHRONISED)]
+    assert found == ["sft", "rl-base", "grpo-stable", "dapo_d-stable", "rl-stable", *(f"{name}-base" for name in SYNCHRONISED)]
     assert names("--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo") == [
-        "sft", "grpo-base", "grpo-stable", "srft-base"]
+        "sft", "rl-base", "rl-stable", "srft-base"]
+
+
+def test_a_plan_that_grows_finds_what_it_has_done():
+    small = stages_of(load(None, [SETS, *DATA, "--study.starts=[stable]", "--run.seed=3"]))
+    more = ["--study.starts=[early, stable]", "--study.algorithms=[grpo, dapo_dc]", "--study.seeds=[1, 3]"]
+    sets = "--study.sets={easy: easy.jsonl, hard: hard.jsonl, third: third.jsonl}"
+    large = {stage.name: stage for stage in stages_of(load(None, [sets, *DATA, *more, "--run.seed=3"]))}
+    assert len({stage.folder(Path(), 7 if stage.start == "stable" else 3) for stage in large.values()}) == len(large) == 2 * 3 * 5
+    assert all(large[stage.name] == stage for stage in small)
 
 
 def test_the_synchronised_algorithms_are_those_that_need_an_expert():
@@ -62,8 +71,8 @@ def test_the_synchronised_algorithms_are_those_that_need_an_expert():
 
 
 def test_what_a_stage_runs_with(tmp_path):
-    config = load(None, [SETS, *DATA, f"--run.dir={tmp_path}", "--study.seeds=[3, 5]", "--study.algorithms=[grpo, upt]", "--run.keep_last=1",
-                         "--study.policy=recommended"])
+    options = [f"--run.dir={tmp_path}", "--study.seeds=[3, 5]", "--study.algorithms=[grpo, upt]", "--run.keep_last=1"]
+    config = load(None, [SETS, *DATA, *options, "--study.policy=recommended"])
     sft, rl = stages_of(config)[-3:-1]
     own = stage_config(config, sft, tmp_path, 0)
     assert own.run.dir == tmp_path / "seed-5/sets/hard/sft" and own.run.seed == 5 and own.run.keep_last is None
@@ -221,6 +230,13 @@ def test_a_job_that_has_nothing_to_wait_for_ends(tmp_path):
     assert take(folder.crew(STAGES[1:2])) is None  # its SFT is nobody's: --only leaves it out
     one, other = folder.crew(STAGES[4:]), folder.crew(STAGES[4:])
     assert (take(one), take(other)) == ("rl-base", None)
+
+
+def test_what_ends_between_two_looks_is_not_missed(tmp_path, monkeypatch):
+    folder = Folder(tmp_path)
+    crew = folder.crew(STAGES[1:2])
+    monkeypatch.setattr(crew, "_worth_waiting", lambda: folder.file(STAGES[0]).touch())
+    assert take(crew) == "a/rl"
 
 
 KILLED = """

@@ -55,7 +55,7 @@ class Score:
 
     def __str__(self) -> str:
         half = self.se * _t(self.freedom)
-        return f"{self.mean:.1f} % ({self.mean - half:.1f} to {self.mean + half:.1f})"
+        return f"{self.mean:.1f} % ({max(0.0, self.mean - half):.1f} to {min(100.0, self.mean + half):.1f})"
 
 
 def _score(readings: Sequence[tuple[float, float]]) -> Score:
@@ -142,8 +142,8 @@ def _minimum(study: Study, name: str) -> tuple[float | None, str]:
     loss = math.fsum(run.best.val_loss for run in runs) / len(runs)
     text = f"The validation loss was lowest at {steps} ({loss:.3f} nats a token); "
     if passed >= SURE:
-        return passed, text + f"that the minimum is passed is {passed:.0%} sure."
-    return passed, text + f"that the minimum is passed is {passed:.0%} sure only, so more SFT may move it."
+        return passed, text + f"the minimum is passed (confidence {passed:.0%})."
+    return passed, text + f"it is not sure that the minimum is passed (confidence {passed:.0%}), so more SFT may move it."
 
 
 def minimum_passed(run: SFTRun) -> float:
@@ -290,10 +290,12 @@ def _which_set_first(study: Study) -> Answer:
     ranked = sorted(results, key=lambda r: r.loss)
     evidence: dict[str, Any] = {"losses": {r.name: r.loss for r in ranked}}
     if len({str(run.config.get("data", {}).get("validation")) for run in study.sft}) > 1:
-        return Answer(question, "The sets were validated on different trajectories: their losses are not comparable.", evidence)
+        text = "The sets were validated on different trajectories: their losses are not comparable."
+        return Answer(question, text, evidence)
     if not ranked:
         return Answer(question, "No set has a finite validation loss.", evidence)
-    text = f"{ranked[0].name}: its minimum validation loss is the lowest ({', '.join(f'{r.name} {r.loss:.3f}' for r in ranked)})."
+    losses = ", ".join(f"{r.name} {r.loss:.3f}" for r in ranked)
+    text = f"{ranked[0].name}: its minimum validation loss is the lowest ({losses})."
     identified = all(r.ceiling is not None for r in ranked)
     heights = [(r.loss, r.ceiling if identified else r.end.mean) for r in ranked if identified or r.end]
     what = "highest identified ceiling" if identified else "highest last score (not every set has an identified ceiling)"

@@ -1,9 +1,9 @@
 """Where the runs of a study lie, below its folder. `pctrain run` writes there, reports and fits read there.
 
-    sft/, rl-step-N/                         one set without a name, one algorithm, one seed
-    rl-ALGORITHM-step-N/                     several algorithms
+    sft/, rl-step-N/                         one set without a name, rl.algorithm, run.seed
+    rl-ALGORITHM-step-N/                     another algorithm
     sets/NAME/sft/, sets/NAME/rl-step-N/     sets with names; RL from step 0 has no SFT before it and lies outside of them
-    seed-S/...                               several seeds: each has all of the above once
+    seed-S/...                               another seed: all of the above once more
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Place:
 
 
 def holder(root: Path, set_name: str = "", seed: int | None = None) -> Path:
-    """The folder that holds the runs of a set and a seed; `seed` is None in a study of one."""
+    """The folder that holds the runs of a set and a seed; `seed` is None for run.seed."""
     root = root if seed is None else root / f"seed-{seed}"
     return root / SETS / set_name if set_name else root
 
@@ -40,7 +40,7 @@ def sft_folder(root: Path, set_name: str = "", seed: int | None = None) -> Path:
 
 
 def rl_folder(root: Path, step: int, set_name: str = "", seed: int | None = None, algorithm: str | None = None) -> Path:
-    """`algorithm` is None in a study of one."""
+    """`algorithm` is None for rl.algorithm."""
     return holder(root, set_name if step else "", seed) / f"rl-{algorithm + '-' if algorithm else ''}step-{step}"
 
 

@@ -112,6 +112,6 @@ def _in_words(reading: Reading, last: int) -> str:
     """What the monitor says of a run that has ended."""
     start = "" if reading.start is None else f"; RL starts from step {reading.start}"
     if reading.passed >= SURE:
-        return f"the minimum of the validation loss is passed, with {reading.passed:.0%} confidence{start}"
+        return f"the minimum of the validation loss is passed (confidence {reading.passed:.0%}){start}"
     lower = "the loss still fell at the end" if reading.start == last else "more SFT may lower the loss"
-    return f"the minimum of the validation loss is passed with {reading.passed:.0%} confidence only: {lower}{start}"
+    return f"it is not sure that the minimum of the validation loss is passed (confidence {reading.passed:.0%}): {lower}{start}"

@@ -11,8 +11,6 @@ from e2e import tiny
 from e2e.forked import Forked
 from e2e.test_rl_layouts import options
 
-STAGES = ("rl-step-0", "sets/easy/sft", "sets/hard/sft")
-
 
 def study_arguments(sft_run, folder, *more):
     """Two sets from the trajectories of `sft_run`: the shorter and the longer ones."""
@@ -72,7 +70,8 @@ def _rl_with_ceiling_at(found_at, *arguments):
     def fit(folder):
         scores = len(tiny.metrics(folder, "eval"))
         asked.append(scores)
-        return SimpleNamespace(verdict="identified" if scores >= found_at else "lower_bound", a_post=50.0, a_post_low=49.5, a_post_high=50.8)
+        verdict = "identified" if scores >= found_at else "lower_bound"
+        return SimpleNamespace(verdict=verdict, a_post=50.0, a_post_low=49.5, a_post_high=50.8)
 
     asked: list[int] = []
     with mock.patch.object(journal, "fit_run", fit):

@@ -316,6 +316,8 @@ def _study_problems(config: Config) -> Iterator[str]:
     if study.policy == "compare" and config.rl.algorithm in SYNCHRONISED:
         yield (f"rl.algorithm = {config.rl.algorithm} learns from experts, but study.policy = compare makes pure RL with it: "
                "name grpo, dapo_d or dapo_dc")
+    if study.policy == "compare" and config.sft.eval_every == 0:
+        yield "study.policy = compare holds SFT alone against the rest, but sft.eval_every = 0: SFT would never be scored; set it"
     yield from _checkpoint_problems(config)
     for name in study.algorithms:
         yield from _algorithm_problems(config.rl.model_copy(update={"algorithm": name}), config.rollout.max_response)

@@ -49,9 +49,9 @@ def test_rl_without_sft_is_run_once_for_all_sets():
 
 
 def test_compare_has_every_way_of_training():
-    found = names("--study.policy=compare")
+    found = names("--study.policy=compare", "--sft.eval_every=100")
     assert found == ["sft", "rl-base", "grpo-stable", "dapo_d-stable", "rl-stable", *(f"{name}-base" for name in SYNCHRONISED)]
-    assert names("--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo") == [
+    assert names("--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo", "--sft.eval_every=100") == [
         "sft", "rl-base", "rl-stable", "srft-base"]
 
 
@@ -93,6 +93,7 @@ def test_what_a_stage_runs_with(tmp_path):
     ([SETS, "--data.test=t.jsonl", "--data.rl=r.jsonl"], "study.sets is given without data.validation"),
     (["--study.policy=compare", SETS, "--data.validation=v.jsonl"], "the problems to sample and to score on"),
     (["--study.policy=compare", "--rl.algorithm=luffy"], "makes pure RL with it"),
+    (["--study.policy=compare"], "sft.eval_every = 0: SFT would never be scored"),
     (["--study.policy=compare", "--study.starts=[stable]"], "read by study.policy = paper"),
     (["--study.seeds=[1, 1]"], "study.seeds names 1 more than once"),
     (["--study.checkpoints=[150]", "--sft.checkpoint_every=100"], "names step 150, which will have no checkpoint"),
@@ -121,14 +122,14 @@ def test_problems_without_experts_are_refused_before_sft(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
     files = [option.replace("=", f"={tmp_path}/") for option in DATA]
     sets = f"--study.sets={{easy: {tmp_path}/easy.jsonl, hard: {tmp_path}/hard.jsonl}}"
-    assert cli(["run", f"--run.dir={tmp_path}/s", sets, *files, "--study.policy=compare"]) == 2
+    assert cli(["run", f"--run.dir={tmp_path}/s", sets, *files, "--study.policy=compare", "--sft.eval_every=100"]) == 2
     errors = capsys.readouterr().err
     assert "r.jsonl:1" in errors and "luffy, prefix_rft, srft, upt learn from an expert's trajectory" in errors
     assert not (tmp_path / "s").exists()
 
 
 def test_a_dry_run_prints_the_plan_and_its_cost(tmp_path, capsys):
-    assert cli(["run", f"--run.dir={tmp_path}/s", "--study.policy=compare", "--dry-run", "--sft.steps=100"]) == 0
+    assert cli(["run", f"--run.dir={tmp_path}/s", "--study.policy=compare", "--sft.eval_every=50", "--dry-run", "--sft.steps=100"]) == 0
     printed = capsys.readouterr().out
     assert "9 stages, policy compare" in printed and "prefix_rft-base" in printed and "~" in printed and "ahead about" in printed
     assert not (tmp_path / "s").exists()

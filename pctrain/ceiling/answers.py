@@ -269,8 +269,8 @@ def _more_or_harder(study: Study) -> Answer:
     evidence = {"sets": [{"set": r.name, "size": r.size, "difficulty": r.difficulty, "end": vars(r.end)} for r in results]}
     ends = "; ".join(f"{r.told} ended at {r.end}" for r in sorted(results, key=lambda r: -r.end.mean))
     if not more and not harder:
-        why = "that takes sets of one difficulty and several sizes, and of one size and several difficulties, whose sizes and difficulties " \
-            "are known (`pctrain data select` writes them down)"
+        why = "that takes sets of one difficulty and several sizes, and of one size and several difficulties, both of them known " \
+            "(`pctrain data select` writes them down)"
         return Answer(question, f"Not told by these sets: {why}. Best ends: {ends or 'none'}.", evidence)
     said = [f"more of the same: {large.told} against {small.told} {d}" for large, small, d in more]
     said += [f"harder: {hard.told} against {easy.told} {d}" for hard, easy, d in harder]

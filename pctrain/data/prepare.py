@@ -9,7 +9,6 @@ from pctrain.config import Config, SourceConfig
 from pctrain.data import arithmetic, hf_dir
 from pctrain.lock import try_lock
 
-
 LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks
 
 

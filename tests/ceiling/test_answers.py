@@ -143,7 +143,8 @@ def test_every_way_of_training_is_ranked():
     runs = [rl(40.0, 0, "none"), rl(60.0), rl(50.0, 0, "none", algorithm="luffy")]
     found = asked(study([sft()], runs), "Which way")
     assert found.supported and found.text.startswith("SFT then grpo from the validation minimum ended highest")
-    assert list(found.evidence["scores"]) == ["SFT then grpo from the validation minimum", "luffy without SFT", "grpo without SFT", "SFT alone"]
+    assert list(found.evidence["scores"]) == [
+        "SFT then grpo from the validation minimum", "luffy without SFT", "grpo without SFT", "SFT alone"]
 
 
 # ---- what is missing

@@ -80,7 +80,8 @@ def test_right_stops_come_in_time(watched):
     late = [(first_stop(readings) or len(readings)) - left for left, readings, _ in watched["overfit"] if left is not None]
     assert len(late) > 0.9 * EACH
     assert np.median(late) <= 2 and np.quantile(late, 0.95) <= 4
-    stopped = [first_stop(readings) is not None for left, readings, _ in watched["overfit"] if left is not None and left < len(readings) - 5]
+    in_time = [(left, readings) for left, readings, _ in watched["overfit"] if left is not None and left < len(readings) - 5]
+    stopped = [first_stop(readings) is not None for left, readings in in_time]
     assert np.mean(stopped) > 0.99
 
 
@@ -100,6 +101,21 @@ def test_confidence_is_told_before_the_band_is_left(watched):
     assert np.mean(kept) < 0.05
     passed = [readings[-1].passed for left, readings, _ in watched["overfit"] if left is not None]
     assert np.mean(np.array(passed) > SURE) > 0.95
+
+
+def test_confidence_is_calibrated():
+    """Over all validations of curves that fall and that overfit, AR noise and heavy tails among them: what it is sure of is so."""
+    said, so = [], []
+    for place, kind in enumerate(("falling", "overfit", "shallow")):
+        for i in range(EACH):
+            rng = np.random.default_rng(10_000 + EACH * place + i)
+            loss = truth(kind, np.linspace(0, 1, int(rng.integers(15, 60))), rng)
+            readings = watch(loss * np.exp(noise(len(loss), rng)), rng.uniform(0.01, 0.04))
+            said += [reading.passed for reading in readings[8:]]
+            so += [loss[k] > loss[:k].min() for k in range(8, len(loss))]
+    said, so = np.array(said), np.array(so)
+    assert so[said >= 0.99].mean() > 0.98 and so[(said >= 0.95) & (said < 0.99)].mean() > 0.85
+    assert 0.4 < so[(said >= 0.5) & (said < 0.8)].mean() < 0.7 and so[said < 0.05].mean() < 0.1
 
 
 def test_rl_starts_from_the_best_checkpoint():

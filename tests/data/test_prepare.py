@@ -28,13 +28,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_jobs_that_begin_at_once_make_everything_once(tmp_path):
-    jobs = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "many")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-            for _ in range(3)]
+    command, pipes = [sys.executable, "-c", SCRIPT], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    jobs = [subprocess.Popen([*command, str(tmp_path / "many")], **pipes) for _ in range(3)]
     told = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0, 0], told
     assert "".join(out for out, _ in told) == "made\n"
     assert ".prepare.lock" not in digests(tmp_path / "many")
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / ".prepare.lock").touch()  # of a job that was killed
-    assert subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path / "one")], capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run([*command, str(tmp_path / "one")], capture_output=True, timeout=120).returncode == 0
     assert digests(tmp_path / "one") == digests(tmp_path / "many")

@@ -87,6 +87,13 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
     assert pretended.calls == [] and "ahead about 0 FLOPs" in capsys.readouterr().out
 
 
+def test_epochs_are_counted_by_a_dry_run_alone(pretended, capsys):
+    pretended.run("--study.starts=[stable]", "--sft.epochs=3", dry_run=True)
+    assert "3 epochs" in (printed := capsys.readouterr().out) and "--dry-run tells" not in printed and not pretended.root.exists()
+    pretended.run("--study.starts=[stable]", "--sft.epochs=3")
+    assert "--dry-run tells" in capsys.readouterr().out
+
+
 def test_a_study_goes_on_between_its_stages(pretended, capsys):
     pretended.dies_at = "sets/hard/rl-step-150"
     with pytest.raises(KeyboardInterrupt):

@@ -121,9 +121,9 @@ class Costs:
         return None if path is None else Encoder(path, self.config.data, self.config.sft.token_budget)
 
 
-def print_plan(config: Config, crew: Crew, disk: OnDisk, dry_run: bool) -> None:
-    """Every stage with its state; of those to do the estimate, of the others what their ledgers say."""
-    costs = Costs(config, counts=dry_run)
+def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -> None:
+    """Every stage with its state; of those to do the estimate, of the others what their ledgers say. `counts`: as in `Costs`."""
+    costs = Costs(config, counts)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("stage", "algorithm", "state", "needs", "steps", "cost"):
         table.add_column(name, justify="right" if name in ("steps", "cost") else "left", overflow="fold")

@@ -13,13 +13,21 @@ from collections.abc import Sequence
 from pctrain import config_help
 from pctrain.cli_arguments import Command
 from pctrain.cli_commands import COMMANDS
-from pctrain.errors import UserError
+from pctrain.errors import RunFault, ToBeContinued, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Runs one command; the exit status: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except ToBeContinued as pause:
+        if os.environ.get("RANK", "0") == "0":
+            print(pause, flush=True)
+        return 0
+    except RunFault as fault:
+        if fault.speaker:
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+        return 1
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same mistake; once is enough
             print(f"error: {error}", file=sys.stderr, flush=True)

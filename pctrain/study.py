@@ -19,9 +19,8 @@ from pctrain.sft import loop as sft
 
 def main(config: Config) -> None:
     """`pctrain run`: writes run.dir/{data, model, sft, rl-step-N, report}."""
-    config = begin(config)
-    root = Path(config.run.dir)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
+        root = Path(config.run.dir)
         sft_stage = _stage(config, root / "sft")
         sft_stage.run.keep_last = None  # RL starts from any of its checkpoints
         sft.train(sft_stage, scorer)
@@ -30,7 +29,7 @@ def main(config: Config) -> None:
             stage = _stage(config, root / f"rl-step-{step}")
             stage.model.checkpoint = root / "sft" / "checkpoints" / f"step-{step}"
             rl.train(stage, scorer, role)
-    parallel.from_rank_zero(lambda: _report(root))
+        parallel.from_rank_zero(lambda: _report(root))
 
 
 def _report(root: Path) -> None:

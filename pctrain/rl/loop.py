@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from pctrain import health
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config, RLConfig
@@ -15,7 +16,7 @@ from pctrain.data.problems import Problem
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
+from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, replay
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.journal import Journal, shortage
@@ -28,8 +29,7 @@ from pctrain.runfolder import HF_FOLDER, RunFolder, best_step, read_values
 
 def main(config: Config, rollout_only: bool = False) -> None:
     """`pctrain rl`."""
-    config = begin(config)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
         train(config, scorer, rollout_only=rollout_only)
 
 
@@ -55,6 +55,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
 
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, rl.steps + 1):
+                health.at_step(step)
                 sampled, swap = _rollouts(config, run, core, scorer, algorithm, prompts, step)
                 if rollout_only:
                     _say_rollouts(run, sampled, step)
@@ -67,11 +68,14 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                 if due(step, rl.eval_every, rl.steps):
                     journal.score(step, core)
                 record_ledger(run, journal.ledger)
-                if due(step, rl.checkpoint_every, rl.steps):
+                leaving = asked_to_stop()
+                if leaving or due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
                     parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
-                core.poll_save()
+                core.poll_save(wait=leaving)
                 bar.advance(reward=values["reward"])
+                if leaving:
+                    leave(run, step)
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
         _finish(config, run)
@@ -116,8 +120,7 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
 
 def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
-    config = begin(config)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
         algorithm, problems, core = _learner(config, scorer)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         ledger = Ledger(scorer.hf.shape)

@@ -93,5 +93,5 @@ class Scorer:
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.verifier.close()
         alone = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
-        if (not alone or parallel.world_size() == 1) and "engine" in self.__dict__:  # closing is collective: after a fault of one rank the others are elsewhere
-            self.engine.close()
+        if "engine" in self.__dict__ and (not alone or parallel.world_size() == 1):
+            self.engine.close()  # collective: after a fault of one rank the others are elsewhere

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
@@ -25,6 +26,12 @@ class DebugOptions(Section):
     debug_rollout_only: bool = Field(False, description="sample the next step, write its rollouts down and stop; the run goes on from them")
     debug_train_only: Path | None = Field(
         None, description="rollouts of a step (RUN/rollouts/step-N.replay.npz): train on them; no engine is started, nothing is written")
+
+
+class DoctorOptions(Section):
+    explain: Literal["gpu"] | None = Field(
+        None, description="gpu: what differs on a GPU, by which API, with its source, and how far it was run; nothing is checked then")
+    folder: Path = Field(Path("."), description="where runs will go: is it writable, and is there room")
 
 
 class ShowOptions(Section):
@@ -108,6 +115,21 @@ def _convert(command: Command, arguments: list[str]) -> None:
     (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
 
 
+def _doctor(command: Command, arguments: list[str]) -> None:
+    operands, options, rest = parse(command, arguments, DoctorOptions)
+    if operands or rest:
+        raise UserError(f"pctrain doctor: unexpected argument {[*operands, *rest][0]!r}; usage: {command.usage}")
+    if options.explain:
+        from pctrain.gpu_branches import explain
+
+        print(explain())
+        return
+    from pctrain import doctor
+
+    if doctor.main(options.folder):
+        raise SystemExit(1)
+
+
 COMMANDS = (
     Command(
         "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
@@ -162,4 +184,10 @@ COMMANDS = (
         _CONVERT_OPTIONS,
         ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
          "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
+    Command(
+        "doctor", "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
+        "pctrain doctor [--folder DIR] [--explain gpu]", _doctor,
+        ("pctrain doctor", "pctrain doctor --explain gpu",
+         "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs"),
+        notes=tuple(own_option_lines(DoctorOptions))),
 )

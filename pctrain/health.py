@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ LOOK_SECONDS = 1.0
 # A rank that stands in one of these packages waits for others; one that stands elsewhere is what they wait for.
 _WAITING_IN = (os.sep + os.path.join("torch", "distributed") + os.sep,)
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Socket Timeout", "Broken pipe")
+
+_STOP = {signal.SIGTERM, signal.SIGUSR1}
 
 _phases: list[str] = []
 _step: int | None = None
@@ -110,7 +112,7 @@ def watch(run: Path, deadline: float, rank: int, world: int, started: str) -> It
     _failed_in, _asked_to_stop = None, False
     at_step(None)
     watcher = _Watcher(run / FOLDER / started, deadline, rank, world)
-    handlers = _note_signals()
+    give_back = _note_signals()
     watcher.start()
     try:
         yield
@@ -120,21 +122,34 @@ def watch(run: Path, deadline: float, rank: int, world: int, started: str) -> It
         raise watcher.fault_of(error) from error
     finally:
         watcher.stop()
+        give_back()
+
+
+def _note_signals() -> Callable[[], None]:
+    """Makes SIGTERM and SIGUSR1 notes; returns what undoes that. Outside the main thread, which alone may set handlers, nothing is done.
+
+    They are blocked too, and the watcher's thread waits for them: what this process starts inherits that, and schedulers send the signal
+    to a whole family. A checkpoint's helper process that died of it would take the last checkpoint along. The handlers are for threads
+    that were there before.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None
+    handlers = {number: signal.signal(number, lambda number, _: _note(number)) for number in _STOP}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
+
+    def give_back() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
+    return give_back
 
-def _note_signals() -> dict[int, object]:
-    """The handlers that were there before; none where this is not the main thread, which alone may set any."""
-    if threading.current_thread() is not threading.main_thread():
-        return {}
 
-    def note(number: int, _) -> None:
-        global _asked_to_stop
-        _asked_to_stop = True
-        signal.signal(number, signal.SIG_DFL)
-
-    return {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+def _note(number: int) -> None:
+    global _asked_to_stop
+    if _asked_to_stop:
+        os._exit(128 + number)
+    _asked_to_stop = True
 
 
 class _Watcher(threading.Thread):
@@ -143,16 +158,22 @@ class _Watcher(threading.Thread):
     def __init__(self, folder: Path, deadline: float, rank: int, world: int):
         super().__init__(name="pctrain-health", daemon=True)
         self.folder, self.deadline, self.rank, self.world = folder, deadline, rank, world
-        self._stopped, self._ending = threading.Event(), threading.Lock()
+        self._stopped, self._ending = False, threading.Lock()
 
     def run(self) -> None:
-        while not self._stopped.wait(min(LOOK_SECONDS, self.deadline / 4)):
+        while True:
+            signalled = signal.sigtimedwait(_STOP, min(LOOK_SECONDS, self.deadline / 4))
+            if self._stopped:
+                return
+            if signalled is not None:
+                _note(signalled.si_signo)
             asked = self.folder.exists()
             if (asked or time.monotonic() - _beat > self.deadline) and self._ending.acquire(blocking=False):
                 self._end("asked" if asked else "silent")
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._stopped = True
+        signal.pthread_kill(self.ident, signal.SIGUSR1)  # it need not wait out its second
         self.join(timeout=2 * GRACE_SECONDS)
 
     def fault_of(self, error: Exception) -> RunFault:

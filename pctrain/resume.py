@@ -20,7 +20,7 @@ from pctrain.data.chat_template import ChatTemplate
 from pctrain.data.prepare import prepare
 from pctrain.durable import write_beside
 from pctrain.errors import ToBeContinued, UserError
-from pctrain.runfolder import HF_FOLDER, Kind, RunFolder
+from pctrain.runfolder import HF_FOLDER, TO_BE_CONTINUED, Kind, RunFolder
 
 
 @contextmanager
@@ -33,8 +33,14 @@ def begin(config: Config) -> Iterator[Config]:
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
     started = parallel.from_rank_zero(lambda: datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
+    mark = Path(config.run.dir) / TO_BE_CONTINUED
     with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), started):
-        yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+        try:
+            parallel.from_rank_zero(lambda: mark.unlink(missing_ok=True))
+            yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+        except ToBeContinued:
+            parallel.from_rank_zero(mark.touch)
+            raise
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:

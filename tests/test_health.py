@@ -164,11 +164,29 @@ def test_a_mended_failure_is_not_blamed(tmp_path):
 
 
 def test_signals_are_noted_and_given_back(tmp_path):
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        with health.watch(tmp_path, 60, 0, 1, "now"):
+            assert not health.asked_to_stop()  # of this watch
+            os.kill(os.getpid(), number)
+            end = time.monotonic() + 10
+            while not health.asked_to_stop():
+                assert time.monotonic() < end
+                time.sleep(0.01)
+    assert before == (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+
+def test_what_a_watched_process_starts_survives_the_signal(tmp_path):
+    """A scheduler sends it to the whole family."""
+    sleep = "import time; print('there', flush=True); time.sleep(60)"
     with health.watch(tmp_path, 60, 0, 1, "now"):
-        assert not health.asked_to_stop()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert health.asked_to_stop()
-    assert signal.getsignal(signal.SIGTERM) == before
-    with health.watch(tmp_path, 60, 0, 1, "later"):
-        assert not health.asked_to_stop()  # of this watch
+        child = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
+        try:
+            assert child.stdout.readline() == b"there\n"
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                child.send_signal(number)
+            with pytest.raises(subprocess.TimeoutExpired):
+                child.wait(0.5)
+        finally:
+            child.kill()
+            child.communicate()

@@ -89,7 +89,8 @@ def _overview(commands: Sequence[Command] = COMMANDS) -> str:
 def _command_help(command: Command) -> str:
     lines = [f"usage: {command.usage}", "", command.summary, ""]
     if command.options:
-        lines += ["  --config FILE  YAML file with the same tree of keys; the command line goes over it"]
+        lines += ["  --config FILE  YAML file with the same tree of keys; the command line goes over it,",
+                  "                 and it over the files that its key `base` names"]
     lines += [*command.notes, "", "examples:", *(f"  {example}" for example in command.examples)]
     if command.options:
         lines += ["", *config_help.option_lines(command.options)]

@@ -24,7 +24,7 @@ for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_
 
 from pctrain.config import Config  # noqa: E402
 from pctrain.config_load import load  # noqa: E402
-from pctrain.runfolder import read_values  # noqa: E402
+from pctrain.runfolder import best_step, read_values  # noqa: E402
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 SFT_STEPS = 720  # the quick start's minimum lies near 420; a constant learning rate: a shorter run is the beginning of the longer one
@@ -46,13 +46,12 @@ def train(folder: Path, seed: int, steps: int) -> None:
     from pctrain.resume import begin
     from pctrain.rl import loop as rl
     from pctrain.sft import loop as sft
-    from pctrain.study import choose_starts
 
     options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.steps": SFT_STEPS, "sft.eval_every": 0,
-               "study.starts": "[stable]", "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
+               "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
     with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, Scorer(config) as scorer:
         sft.train(_in(config, folder / "sft"), scorer)
-        stable = choose_starts(config, folder / "sft")["stable"]
+        stable = best_step(folder / "sft", "sft")
         for algorithm, start in RUNS:
             stage = _in(config, folder / f"{algorithm}-{start}")
             stage.rl.algorithm = algorithm

@@ -233,8 +233,7 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
     used = [batches[turn % BATCHES] for turn in range(turns)]
     tokens = statistics.fmean(sum(len(row) for row in rows) for rows in used)
     paper = statistics.fmean(flops.paper_sft(shape, steps=1, batch=sequences, mean_length=np.mean([len(r) for r in rows])) for rows in used)
-    exact = flops.TRAINING_UNITS * statistics.fmean(
-        sum(flops.exact_forward(shape, tokens=len(row), mean_length=len(row)) for row in rows) for rows in used)
+    exact = statistics.fmean(flops.exact_training(shape, [len(row) for row in rows]) for rows in used)
     print(f"\n{name}: {shape.parameters / 1e6:.1f}M parameters, {sequences} sequences of {lengths} length, {tokens:.0f} tokens a step, "
           f"{dtype}, {turns} turns; fastest matrix product {fastest / 1e9:.0f} GFLOP/s")
     print("| provider | step, ms | quartiles | wall, ms | tokens/s | MFU paper | MFU exact | padding | peak memory, MB | of transformers |")

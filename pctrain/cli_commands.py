@@ -40,6 +40,11 @@ class ShowOptions(Section):
     dropped: bool = Field(False, description="show also the prompts that dynamic sampling dropped, and why")
 
 
+class StudyOptions(Section):
+    dry_run: bool = Field(False, description="print the plan, what is done of it and what the rest costs; nothing is written")
+    only: list[str] = Field([], description="a stage, or a set or seed whose stages this job runs; may be given several times")
+
+
 def _sft(command: Command, arguments: list[str]) -> None:
     config = resolve_config(command, arguments)
     from pctrain.sft.loop import main as run
@@ -73,10 +78,13 @@ def _show(command: Command, arguments: list[str]) -> None:
 
 
 def _run(command: Command, arguments: list[str]) -> None:
-    config = resolve_config(command, arguments)
+    operands, options, rest = parse(command, arguments, StudyOptions)
+    if operands:
+        raise UserError(f"pctrain run: unexpected argument {operands[0]!r}: options have the form --section.key=value")
+    config = resolve_config(command, rest)
     from pctrain.study import main as run
 
-    run(config)
+    run(config, options.only, options.dry_run)
 
 
 def _fit(command: Command, arguments: list[str]) -> None:
@@ -152,12 +160,14 @@ COMMANDS = (
         ("pctrain show runs/quickstart/rl-step-420", "pctrain show runs/rl --step 12 --prompts 20 --dropped"),
         notes=("  RUN            folder of an RL run", *own_option_lines(ShowOptions))),
     Command(
-        "run", "the whole study: SFT, RL from several of its checkpoints, fits and a report",
-        "pctrain run [--config FILE] [--section.key=value ...]", _run,
+        "run", "the whole study: SFT on each set, RL from its checkpoints, ceilings, answers and a report",
+        "pctrain run [--config FILE] [--dry-run] [--only NAME ...] [--section.key=value ...]", _run,
         ("pctrain run --config configs/quickstart.yaml",
          "pctrain run --config configs/quickstart.yaml --run.dir=runs/second --run.seed=1",
-         "pctrain run --config study.yaml --study.starts='[stable, overfit]'"),
-        tuple(Config.model_fields)),
+         "pctrain run --config study.yaml --study.starts='[stable, overfit]'",
+         "pctrain run --config study.yaml --study.policy=recommended --dry-run",
+         "pctrain run --config study.yaml --study.sets='{easy: easy.jsonl, hard: hard.jsonl}' --only hard"),
+        tuple(Config.model_fields), tuple(own_option_lines(StudyOptions))),
     Command(
         "fit", "ceilings of score-against-compute curves, with intervals", "pctrain fit CURVES [--out FILE]", _fit,
         ("pctrain fit curves.json --out fits.json", "pctrain fit curves.json"),

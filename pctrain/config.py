@@ -165,8 +165,12 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 
 
+AlgorithmName = Literal["grpo", "dapo_d", "dapo_dc", "luffy", "srft", "upt", "prefix_rft"]
+SYNCHRONISED = ("luffy", "srft", "upt", "prefix_rft")  # SFT and RL at once: they need an expert's trajectory for every problem
+
+
 class RLConfig(Section):
-    algorithm: Literal["grpo", "dapo_d", "dapo_dc", "luffy", "srft", "upt", "prefix_rft"] = Field(
+    algorithm: AlgorithmName = Field(
         "dapo_dc", description="dapo_d: GRPO with dynamic sampling; dapo_dc: and clip-higher; the last four learn from experts as well")
     steps: int = Field(50, ge=1, description="RL steps (one rollout batch each)")
     prompts: int = Field(32, ge=1, description="prompts per step, over all ranks")
@@ -215,6 +219,9 @@ class RLConfig(Section):
         "wrong", description="responses cut at rollout.max_response: count as wrong, or are judged but not trained on")
     eval_every: int = Field(10, ge=1, description="steps between scores on data.test")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
+    stop_within: float | None = Field(
+        None, gt=0, description="stop when the ceiling is identified and its 90 % interval reaches no further than this from the estimate, "
+        "points; default: never")
     optimizer: OptimizerConfig = Field(default_factory=lambda: OptimizerConfig(lr=1e-6))
 
 
@@ -256,8 +263,18 @@ class CeilingConfig(Section):
 
 
 class StudyConfig(Section):
+    """What `pctrain run` runs: SFT on each set, RL from its checkpoints by each algorithm, all of it with each seed. docs/study.md."""
+
+    policy: Literal["recommended", "paper", "compare"] = Field(
+        "paper", description="recommended: SFT until its stable regime is over, RL from the one checkpoint that the monitor chose; paper: "
+        "RL from study.starts; compare: SFT alone, RL alone, RL from the monitor's checkpoint, synchronised methods from the base model")
+    sets: dict[str, Sources] = Field(
+        {}, description="trajectory sets by name, in place of data.train; each has an SFT run of its own")
     starts: list[Literal["early", "stable", "overfit"]] = Field(
-        ["early", "stable", "overfit"], description="SFT checkpoints that RL starts from")
+        ["early", "stable", "overfit"], description="policy paper: SFT checkpoints that RL starts from, by their regime")
+    checkpoints: list[int] = Field([], description="policy paper: SFT steps that RL starts from, in place of study.starts; 0: without SFT")
+    algorithms: list[AlgorithmName] = Field([], description="RL algorithms; default: rl.algorithm, for policy compare all seven")
+    seeds: list[int] = Field([], description="a run of everything for each (order of the data, sampling); default: run.seed")
 
 
 class Config(Section):

@@ -6,12 +6,13 @@ Each check names the keys, their values, the rule and what to change. Several br
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from pctrain.config import Config, OptimizerConfig, RLConfig
+from pctrain.config import SYNCHRONISED, Config, OptimizerConfig, RLConfig
 from pctrain.errors import UserError
 from pctrain.reward.verifiers import check_name
 
@@ -57,6 +58,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _data_problems(config, sections)
     if "reward" in sections:
         problems += _reward_problems(config)
+    if "study" in sections:
+        problems += _study_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
         problems.append(f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}")
     if problems:
@@ -269,22 +272,64 @@ def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> I
 
 def _data_problems(config: Config, sections: Collection[str]) -> Iterator[str]:
     data = config.data
+    given = "study.sets" if config.study.sets and "study" in sections else "data.train" if data.train is not None else None
     if data.problems.min_terms > data.problems.max_terms:
         yield f"data.problems.min_terms = {data.problems.min_terms} is above data.problems.max_terms = {data.problems.max_terms}"
-    # Problems are generated where data.train is not given, and then for every set that is not given (data/prepare.py).
+    # Problems are generated where no trajectories are given, and then for every set that is not given (data/prepare.py).
     if "sft" in sections:
-        yield from _pair_problems(config, "train", "validation")
-        if data.train is not None and data.test is None and config.sft.eval_every > 0:
-            yield (f"data.train is given without data.test, but sft.eval_every = {config.sft.eval_every}: "
+        yield from _pair_problems({given or "data.train": given, "data.validation": data.validation})
+        if given and data.test is None and config.sft.eval_every > 0:
+            yield (f"{given} is given without data.test, but sft.eval_every = {config.sft.eval_every}: "
                    "give data.test, or set sft.eval_every to 0")
     if "rl" in sections:
-        yield from _pair_problems(config, "rl", "test")
-        if data.train is not None and data.rl is None and data.test is None:
-            yield "data.train is given without data.rl and data.test, the problems to sample and to score on: give all of them, or none"
+        yield from _pair_problems({"data.rl": data.rl, "data.test": data.test})
+        if given and data.rl is None and data.test is None:
+            yield f"{given} is given without data.rl and data.test, the problems to sample and to score on: give all of them, or none"
 
 
-def _pair_problems(config: Config, one: str, other: str) -> Iterator[str]:
-    given = [name for name in (one, other) if getattr(config.data, name) is not None]
+def _pair_problems(pair: dict[str, object]) -> Iterator[str]:
+    given = [name for name, value in pair.items() if value is not None]
     if len(given) == 1:
-        missing = other if given == [one] else one
-        yield f"data.{given[0]} is given without data.{missing}: give both, or neither for generated problems"
+        [missing] = set(pair) - set(given)
+        yield f"{given[0]} is given without {missing}: give both, or neither for generated problems"
+
+
+SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a folder's
+
+
+def _study_problems(config: Config) -> Iterator[str]:
+    study = config.study
+    if study.sets and config.data.train is not None:
+        yield "study.sets and data.train are both given: the sets take the place of data.train, name its sources among them"
+    for name in study.sets:
+        if not SET_NAME.fullmatch(name):
+            yield f"study.sets: {name!r} becomes the name of a folder: use letters, digits, ., _ and -, a letter or a digit first"
+    for key in ("starts", "checkpoints", "algorithms", "seeds"):
+        values = getattr(study, key)
+        if twice := sorted({str(value) for value in values if values.count(value) > 1}):
+            yield f"study.{key} names {', '.join(twice)} more than once"
+    if any(seed < 0 for seed in study.seeds):
+        yield f"study.seeds = {study.seeds}: a seed is 0 or more"
+    if study.policy != "paper":
+        default = type(study)()
+        for key in ("starts", "checkpoints"):
+            if getattr(study, key) != getattr(default, key):
+                yield (f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
+                       "leave one of them out")
+    if study.policy == "compare" and config.rl.algorithm in SYNCHRONISED:
+        yield (f"rl.algorithm = {config.rl.algorithm} learns from experts, but study.policy = compare makes pure RL with it: "
+               "name grpo, dapo_d or dapo_dc")
+    if study.policy == "compare" and config.sft.eval_every == 0:
+        yield "study.policy = compare holds SFT alone against the rest, but sft.eval_every = 0: SFT would never be scored; set it"
+    yield from _checkpoint_problems(config)
+    for name in study.algorithms:
+        yield from _algorithm_problems(config.rl.model_copy(update={"algorithm": name}), config.rollout.max_response)
+
+
+def _checkpoint_problems(config: Config) -> Iterator[str]:
+    sft = config.sft
+    for step in config.study.checkpoints:
+        due = step % sft.checkpoint_every == 0 or step == sft.steps
+        if step < 0 or not due or (sft.epochs is None and step > sft.steps):
+            yield (f"study.checkpoints names step {step}, which will have no checkpoint: sft.checkpoint_every = {sft.checkpoint_every}, "
+                   f"sft.steps = {sft.steps}")

@@ -49,6 +49,8 @@ def describe_type(annotation: Any) -> str:
     """INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
     if annotation is Sources:
         return "PATH or [{path, weight, name}, ...]"
+    if get_origin(annotation) is dict:
+        return f"{{NAME: {describe_type(get_args(annotation)[1])}, ...}}"
     if get_origin(annotation) is Literal:
         return "|".join(str(word) for word in get_args(annotation))
     if get_origin(annotation) is tuple:

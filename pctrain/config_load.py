@@ -16,7 +16,7 @@ import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
@@ -136,7 +136,8 @@ def _bases(loader: _Loader, root: yaml.Node, path: Path) -> list[Path]:
     """The files that `base: FILE` or `base: [FILE, ...]` names, from the folder of this one; the key is taken out of the tree."""
     pairs = [pair for pair in (root.value if isinstance(root, yaml.MappingNode) else []) if pair[0].value == BASE]
     if len(pairs) > 1:
-        raise UserError(f"{path}:{pairs[1][0].start_mark.line + 1}: {BASE} is given twice (first on line {pairs[0][0].start_mark.line + 1})")
+        first, second = (name.start_mark.line + 1 for name, _ in pairs[:2])
+        raise UserError(f"{path}:{second}: {BASE} is given twice (first on line {first})")
     if not pairs:
         return []
     root.value.remove(pairs[0])
@@ -231,7 +232,7 @@ def _field(key: tuple[str, ...]):
 
 def _takes_text(annotation: Any, several: bool) -> bool:
     """A path or a string; or sources, of which a path alone stands for one."""
-    kinds = (annotation, *get_args(annotation))
+    kinds = (annotation, *get_args(annotation)) if get_origin(annotation) is not dict else ()
     return str in kinds or Path in kinds or (Sources in kinds and not several)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
@@ -32,7 +33,8 @@ def begin(config: Config) -> Iterator[Config]:
     """
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
-    started = parallel.from_rank_zero(lambda: datetime.now().strftime("%Y-%m-%dT%H-%M-%S"))
+    # With the process: several jobs of a study share run.dir.
+    started = parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
     mark = Path(config.run.dir) / TO_BE_CONTINUED
     with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), started):
         try:

@@ -45,7 +45,7 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "r
                   "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
-_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
+_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
 HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
 

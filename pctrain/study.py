@@ -1,62 +1,135 @@
-"""The study: SFT, RL from several of its checkpoints, ceilings, report. Every stage is a run folder: it goes on wherever it was stopped."""
+"""The study: SFT, RL from its checkpoints, ceilings, report. Every stage is a run folder: it goes on wherever it was stopped.
+
+`study_plan` says which stages there are, `study_jobs` which one a job does next; this runs them. docs/study.md is the guide.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
-from pctrain.ceiling import regimes, report
-from pctrain.checkpoints import checkpoint_step, list_checkpoints
-from pctrain.config import Config
+from pctrain.ceiling import report
+from pctrain.ceiling.answers import answers
+from pctrain.ceiling.reading import read_study
+from pctrain.config import SYNCHRONISED, Config
 from pctrain.core import parallel
+from pctrain.data.records import Fault
+from pctrain.data.sources import files_of, iter_records
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
+from pctrain.lock import try_lock
 from pctrain.progress import make_console
 from pctrain.resume import begin
 from pctrain.rl import loop as rl
-from pctrain.runfolder import read_values
 from pctrain.sft import loop as sft
+from pctrain.study_cost import print_plan
+from pctrain.study_jobs import Crew, lock_file
+from pctrain.study_plan import REPORT, OnDisk, Stage, chosen, stage_config, stages_of, start_step
+
+LOOKED_AT = 1000  # records of data.rl that are read before anything is run, where they must have an expert's trajectory
 
 
-def main(config: Config) -> None:
-    """`pctrain run`: writes run.dir/{data, model, sft, rl-step-N, report}."""
-    with begin(config) as config, Scorer(config) as scorer:
-        root = Path(config.run.dir)
-        sft_stage = _stage(config, root / "sft")
-        sft_stage.run.keep_last = None  # RL starts from any of its checkpoints
-        sft.train(sft_stage, scorer)
-        starts = parallel.from_rank_zero(lambda: choose_starts(config, root / "sft"))
-        for role, step in starts.items():
-            stage = _stage(config, root / f"rl-step-{step}")
-            stage.model.checkpoint = root / "sft" / "checkpoints" / f"step-{step}"
-            rl.train(stage, scorer, role)
-        parallel.from_rank_zero(lambda: _report(root))
+def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> None:
+    """`pctrain run`. `only`: names of stages, sets or seeds that this job runs; `dry_run`: the plan and its cost, nothing is written."""
+    root, stages = Path(config.run.dir), stages_of(config)
+    mine = chosen(stages, only)
+    _check_inputs(config, stages)
+    disk = OnDisk(config, root)
+    crew = Crew(root, stages, mine, disk.ended, _say)
+    if dry_run:
+        print_plan(config, crew, disk)
+        return
+    with begin(_with_all_sets(config)) as config, Scorer(config) as scorer:
+        parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
+        while (stage := _take(crew)) is not None:
+            try:
+                _run(config, root, stage, scorer)
+            finally:
+                if parallel.rank() == 0:
+                    crew.done()
+        parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 
-def _report(root: Path) -> None:
-    report.main(root)
+def _run(config: Config, root: Path, stage: Stage, scorer: Scorer) -> None:
+    """Collective. One stage, from its beginning or from where it was stopped."""
+    step = parallel.from_rank_zero(lambda: start_step(config, stage, root))
+    own = stage_config(config, stage, root, step)
+    if stage.kind == "sft":
+        sft.train(own, scorer)
+    else:
+        rl.train(own, scorer, stage.role)
+
+
+def _take(crew: Crew) -> Stage | None:
+    """Collective."""
+    parallel.follow_rank_zero(crew.take)
+    return parallel.from_rank_zero(lambda: crew.claim and crew.claim.stage)
+
+
+# ---- before the first stage ------------------------------------------------------------------------------------------------
+
+
+def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
+    """Every file is there, and problems have trajectories where an algorithm needs them. UserError names what is missing."""
+    data = config.data
+    for sources in (data.train, data.validation, *config.study.sets.values()):
+        for source in sources or []:
+            files_of(source.path)
+    for path in (data.rl, data.test):
+        if path is not None:
+            files_of(path)
+    experts = sorted({stage.algorithm for stage in stages} & set(SYNCHRONISED))
+    if experts and data.rl is not None:
+        for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
+            if isinstance(record, Fault):
+                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
+                                "problem of data.rl; name other study.algorithms, or give problems with responses)")
+
+
+def _with_all_sets(config: Config) -> Config:
+    """As `data.train`: a tokenizer that is still to be made is trained from all of them."""
+    config = config.model_copy(deep=True)
+    if config.study.sets:
+        config.data.train = [source for sources in config.study.sets.values() for source in sources]
+    return config
+
+
+# ---- after the last --------------------------------------------------------------------------------------------------------
+
+
+def _conclude(root: Path, crew: Crew) -> None:
+    """The report, by the job that ends last; the others say who still runs what."""
+    for stage in crew.stages:
+        if crew.ended(stage) == "left out":
+            _say(f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did not occur")
+    if not crew.all_ended:
+        states = [(stage.name, *crew.state(stage)) for stage in crew.stages]
+        left = [f"{name} ({who or state})" for name, state, who in states if state in ("running", "to do")]
+        _say(f"not run by this job: {', '.join(left)}. The job that ends last writes the report")
+        return
+    if not any(stage.kind == "rl" and crew.ended(stage) == "done" for stage in crew.stages):
+        raise UserError(f"{root}: no checkpoint lies in a regime that study.starts names: no RL was run; raise sft.steps, lower "
+                        "sft.checkpoint_every, or name other starts")
+    release = try_lock(lock_file(root, REPORT))
+    if release is None:
+        return  # another job ended at the same moment and writes it
+    try:
+        report.main(root)
+        print_answers(root)
+    finally:
+        release()
+
+
+def print_answers(root: Path) -> None:
     console = make_console()
+    for answer in answers(read_study(root)):
+        console.print(answer.question, style="bold", markup=False)
+        console.print(f"  {answer.text}", markup=False, highlight=False)
     console.print("Next:", style="bold")
-    console.print(f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON", soft_wrap=True)
+    console.print(f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON", soft_wrap=True,
+                  markup=False)
 
 
-def _stage(config: Config, folder: Path) -> Config:
-    stage = config.model_copy(deep=True)
-    stage.run.dir = folder
-    return stage
-
-
-def choose_starts(config: Config, sft_run: Path) -> dict[str, int]:
-    """{role: checkpoint step}, by the regimes of the validation loss (PAPER.md 2). A role whose regime did not occur is left out.
-
-    Raises UserError where none occurred.
-    """
-    losses = read_values(sft_run, "val", "val_loss")
-    checkpoints = [checkpoint_step(path) for path in list_checkpoints(sft_run)]
-    found = regimes.starts(list(losses), list(losses.values()), checkpoints, config.ceiling.delta, config.ceiling.delta2)
-    starts = {role: found[role] for role in config.study.starts if found[role] is not None}
-    if not starts:
-        raise UserError(f"{sft_run}: no checkpoint lies in a regime that study.starts names ({', '.join(config.study.starts)}); "
-                        "raise sft.steps or lower sft.checkpoint_every")
-    for role in set(config.study.starts) - set(starts):
-        print(f"no checkpoint is a start of kind {role!r}: that regime did not occur")
-    return starts
+def _say(line: str) -> None:
+    make_console().print(line, markup=False, highlight=False, soft_wrap=True)

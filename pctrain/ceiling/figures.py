@@ -18,7 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from pctrain.ceiling.ledger import PHASES as LEDGER_PHASES
-from pctrain.ceiling.study_data import RLRun, Study
+from pctrain.ceiling.study_data import RLRun, SFTRun, Study
 
 INK, MUTED, GRID, SFT_COLOUR = "#1f2328", "#656d76", "#e4e7eb", "#3d444d"
 REGIME_COLOURS = {"adaptive": "#56b4e9", "stable": "#009e73", "mild": "#f0c419", "severe": "#d55e00", "transient": "#8c959f"}
@@ -64,9 +64,13 @@ def run_colours(runs: Sequence[RLRun]) -> list[str]:
     return [ROLE_COLOURS[run.role] if run.role in ROLE_COLOURS else next(free) for run in runs]
 
 
+def first_sft(study: Study) -> SFTRun | None:
+    return study.sft[0] if study.sft else None
+
+
 def validation_loss(study: Study) -> Figure | None:
     """Validation loss against SFT compute, regimes shaded, RL starts marked."""
-    sft = study.sft
+    sft = first_sft(study)
     if sft is None or not sft.losses:
         return None
     factor, unit = flop_scale(sft.losses[-1].eflops_sft)
@@ -93,7 +97,7 @@ def validation_loss(study: Study) -> Figure | None:
     axes.plot(sft.best.eflops_sft * factor, sft.best.val_loss, ms=15, zorder=5, **ring)
     axes.set_xlim(x[0], x[-1] if len(x) > 1 else x[0] + 1)
     axes.set_ylim(low, high)
-    _mark_starts(axes, study, factor)
+    _mark_starts(axes, study, sft, factor)
     order = [name for name in REGIME_COLOURS if name in seen]
     handles = [Patch(color=REGIME_COLOURS[name], alpha=0.3, lw=0, label=name) for name in order]
     handles.append(Line2D([], [], ms=9, label=f"minimum, step {sft.best.step}", **ring))
@@ -116,12 +120,12 @@ def _loss_axis(axes: Axes, loss: Sequence[float]) -> tuple[float, float]:
     return low - 0.08 * room, high + 0.14 * room
 
 
-def _mark_starts(axes: Axes, study: Study, factor: float) -> None:
+def _mark_starts(axes: Axes, study: Study, sft: SFTRun, factor: float) -> None:
     """A marker and a label at every RL start; labels of close neighbours stand one above the other. Needs the final limits."""
     span = axes.get_xlim()[1] - axes.get_xlim()[0]
     previous, level = float("-inf"), 0
     for run, colour, marker in zip(study.rl, run_colours(study.rl), _markers(study.rl)):
-        near = min(study.sft.losses, key=lambda p: abs(p.eflops_sft - run.eflops_sft))
+        near = min(sft.losses, key=lambda p: abs(p.eflops_sft - run.eflops_sft))
         at = run.eflops_sft * factor
         level = level + 1 if at - previous < 0.2 * span else 0
         previous = at
@@ -138,7 +142,8 @@ def _mark_starts(axes: Axes, study: Study, factor: float) -> None:
 def score_vs_compute(study: Study) -> Figure | None:
     """Score against total training compute: RL runs with their fits, pure SFT beside them."""
     runs = [run for run in study.rl if run.points]
-    scores = study.sft.scores if study.sft else []
+    sft = first_sft(study)
+    scores = sft.scores if sft else []
     if not runs and not scores:
         return None
     most = max([p.eflops_sft for p in scores] + [run.eflops_total for run in runs])

@@ -1,4 +1,7 @@
-"""Regimes of the SFT validation loss (arXiv 2512.11470, section on regimes), judged with the whole curve at hand, and RL start points."""
+"""Regimes of the SFT validation loss (arXiv 2512.11470, section on regimes), judged with the whole curve at hand, and RL start points.
+
+While the curve is still being made, `monitor` judges it.
+"""
 
 from __future__ import annotations
 
@@ -35,20 +38,6 @@ def classify(eflops: Sequence[float], losses: Sequence[float], delta: float = 0.
         return SEVERE if severe[i] else MILD
 
     return [regime(i) for i in range(len(x))]
-
-
-# One validation above a band may be noise; of two in a row the first was none.
-_IN_A_ROW = 2
-
-
-def has_left(regime: str, eflops: Sequence[float], losses: Sequence[float], delta: float = 0.02, delta2: float = 0.10) -> bool:
-    """Whether a curve that goes on has left `regime` ("stable" or "mild") by its last points, judged by the minimum so far.
-
-    Left is stable where the last _IN_A_ROW points lie behind the stable span (mild or severe), and mild where they are severe.
-    """
-    beyond = {STABLE: (MILD, SEVERE), MILD: (SEVERE,)}[regime]
-    found = classify(eflops, losses, delta, delta2)
-    return len(found) >= _IN_A_ROW and all(r in beyond for r in found[-_IN_A_ROW:])
 
 
 def minimum(losses: Sequence[float]) -> int:

@@ -19,10 +19,11 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain.ceiling import figures
-from pctrain.ceiling.figures import flop_scale, flops_text
+from pctrain.ceiling.figures import first_sft, flop_scale, flops_text
 from pctrain.ceiling.fit import MIN_POINTS
 from pctrain.ceiling.ledger import PHASES
-from pctrain.ceiling.study_data import GAIN_FORMULA, Estimate, RLRun, SFTRun, Study, as_json, difference, read_study
+from pctrain.ceiling.reading import read_study
+from pctrain.ceiling.study_data import GAIN_FORMULA, Estimate, RLRun, SFTRun, Study, as_json, difference
 from pctrain.durable import write_beside
 from pctrain.progress import make_console
 
@@ -60,7 +61,8 @@ def headline(study: Study) -> str:
     """The one sentence at the top."""
     ranked = _ranked(study)
     if not ranked:
-        best = max(study.sft.scores, key=lambda p: p.score, default=None) if study.sft else None
+        sft = first_sft(study)
+        best = max(sft.scores, key=lambda p: p.score, default=None) if sft else None
         if best:
             return f"SFT alone reached {_percent(best.score, best.score_se)} at step {best.step}; no RL run has two scores yet."
         return "No run here has been scored twice yet."
@@ -74,14 +76,15 @@ def headline(study: Study) -> str:
 
 def findings(study: Study) -> list[str]:
     """What the numbers of this run say."""
-    return [*_what_was_run(study), *_loss_findings(study.sft), *(_gain_sentence(run) for run in study.rl if run.gain.value is not None),
+    return [*_what_was_run(study), *_loss_findings(first_sft(study)), *(_gain_sentence(run) for run in study.rl if run.gain.value is not None),
             *_best_switch(study), *_against_sft(study), *(_ceiling_sentence(run) for run in study.rl if figures.shows_ceiling(run))]
 
 
 def _what_was_run(study: Study) -> list[str]:
     said = []
-    if study.sft and study.sft.points:
-        last = study.sft.points[-1]
+    sft = first_sft(study)
+    if sft and sft.points:
+        last = sft.points[-1]
         said.append(f"SFT ran to step {last.step}, {flops_text(last.eflops_sft)} of training compute.")
     if study.rl:
         algorithms = _listed(sorted({run.algorithm for run in study.rl}))
@@ -152,23 +155,24 @@ def not_shown(study: Study) -> list[str]:
 
 def _missing_parts(study: Study) -> list[str]:
     said = []
-    if study.sft is None:
+    sft = first_sft(study)
+    if sft is None:
         said.append("There is no SFT run in this folder: regimes, and pure SFT at equal compute, are not shown.")
     else:
-        absent = [r for r in ("adaptive", "stable", "mild", "severe") if r not in {p.regime for p in study.sft.losses}]
+        absent = [r for r in ("adaptive", "stable", "mild", "severe") if r not in {p.regime for p in sft.losses}]
         if absent:
             said.append(f"The SFT run was validated in no {' and no '.join(absent)} regime, so nothing is said about it.")
-        if study.sft.not_finite:
-            losses = "validation loss was" if study.sft.not_finite == 1 else "validation losses were"
-            said.append(f"{study.sft.not_finite} {losses} not finite (nan or infinity) and cannot be placed in a regime.")
-        if study.sft.scores == []:
+        if sft.not_finite:
+            losses = "validation loss was" if sft.not_finite == 1 else "validation losses were"
+            said.append(f"{sft.not_finite} {losses} not finite (nan or infinity) and cannot be placed in a regime.")
+        if sft.scores == []:
             said.append("The SFT run itself was not scored (sft.eval_every is 0), so there is no pure SFT to compare with.")
     if not study.rl:
         said.append("No RL was run: nothing is said about RL, gains or ceilings.")
     elif not any(run.start_step == 0 for run in study.rl):
         said.append("Pure RL (without SFT before it) was not run, so SFT then RL is not compared with it.")
     said += [f"RL from {run.label} has no gain: {run.gain.reason}." for run in study.rl if run.gain.value is None]
-    without = [run for run in study.rl if run.sft_equal.value is None and study.sft and study.sft.scores]
+    without = [run for run in study.rl if run.sft_equal.value is None and sft and sft.scores]
     said += [f"Pure SFT at the total compute of RL from {run.label} ({flops_text(run.eflops_total)}) is not shown: {run.sft_equal.reason}."
              for run in without]
     return said
@@ -277,7 +281,7 @@ def _from_to(run: RLRun) -> str:
 
 
 def _longest_sft(study: Study) -> float:
-    return max((p.eflops_sft for p in study.sft.points), default=0.0) if study.sft else 0.0
+    return max((p.eflops_sft for run in study.sft for p in run.points), default=0.0)
 
 
 def _longest(study: Study) -> float:
@@ -309,7 +313,8 @@ def render(study: Study, values: dict[str, Any], pngs: list[str]) -> str:
     total = values["ledger"]
     phases = [phase for phase in PHASES if phase in total]
     flops = [row[key] / 1e18 for row in total.values() for key in ("paper_flops", "exact_flops")]
-    charts = {key: values[key] for key in ("sft", "rl", "ledger")} | {
+    charts = {key: values[key] for key in ("rl", "ledger")} | {
+        "sft": values["sft"][0] if values["sft"] else None,
         "colours": figures.run_colours(study.rl), "labels": [run.label for run in study.rl], "regimes": figures.REGIME_COLOURS,
         "ceilings": [figures.ceiling_text(run).replace("\n", ", ") for run in study.rl],
         "shows_ceiling": [figures.shows_ceiling(run) for run in study.rl],
@@ -318,7 +323,7 @@ def render(study: Study, values: dict[str, Any], pngs: list[str]) -> str:
         "scales": {"sft": flop_scale(_longest_sft(study)), "total": flop_scale(_longest(study)),
                    "ledger": flop_scale(max(flops, default=0.0))}}
     return environment.get_template("report.html.j2").render(
-        study=study, values=values, charts=charts, headline=headline(study), gain_formula=GAIN_FORMULA, pngs=pngs, phases=phases,
+        study=study, sft=first_sft(study), values=values, charts=charts, headline=headline(study), gain_formula=GAIN_FORMULA, pngs=pngs, phases=phases,
         phase_names=figures.PHASES, measuring=charts["measuring"], ceiling_text=figures.ceiling_text, plotly=get_plotlyjs())
 
 

@@ -122,8 +122,6 @@ def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
         raise UserError(f"{directory}: not found; expected a checkpoint folder such as RUN/checkpoints/step-100")
     if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
         raise UserError(f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N")
-    if optimizer is not None:
-        optim.prime(optimizer)
     _refuse_foreign_objects(Path(directory) / ".metadata")
     state = _sharded_state(chunks, optimizer, is_loading=True)
     for i in range(len(chunks)):
@@ -154,6 +152,7 @@ def _sharded_state(chunks: list, optimizer, is_loading: bool) -> dict:
     # The inner module's state, not the data parallel wrapper's: its names would carry the wrapper's prefix.
     state = {_key(i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:
+        optim.prime(optimizer)  # RL may save before its first update: dynamic sampling may have kept no prompt so far
         weights = dict(state)
         state["optimizer"] = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return state

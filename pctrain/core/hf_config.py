@@ -118,9 +118,9 @@ class HFConfig:
 
     @property
     def shape(self) -> ModelShape:
-        """What the ledger counts FLOPs by. Of a mixture of experts: the experts that a token passes (the router is below 1 % of them)."""
-        ffn = self.experts.per_token * self.experts.ffn if self.experts else self.ffn
-        return ModelShape(self.layers, self.hidden, ffn, self.heads, self.kv_heads, self.head_dim, self.vocab, self.tied)
+        """What the ledger counts FLOPs by. Of a mixture of experts: the experts that a token passes, and the router."""
+        ffn, experts = (self.experts.per_token * self.experts.ffn, self.experts.count) if self.experts else (self.ffn, 0)
+        return ModelShape(self.layers, self.hidden, ffn, self.heads, self.kv_heads, self.head_dim, self.vocab, self.tied, experts)
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Rows of the embedding over all ranks: every tensor parallel rank holds the same number."""

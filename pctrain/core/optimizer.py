@@ -95,7 +95,7 @@ def _torch_optimizers(optimizer) -> list[torch.optim.Optimizer]:
 
 
 def prime(optimizer) -> None:
-    """Gives torch's AdamW its state before a load: megatron-core reads state["step"] of an optimizer that never stepped."""
+    """Gives torch's AdamW its state before a save or a load: megatron-core reads state["step"] of an optimizer that never stepped."""
     for inner in _torch_optimizers(optimizer):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:

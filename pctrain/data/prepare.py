@@ -2,29 +2,49 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from pctrain.config import Config, SourceConfig
 from pctrain.data import arithmetic, hf_dir
+from pctrain.lock import try_lock
+
+LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks
 
 
 def prepare(config: Config, root: Path) -> Config:
     """A copy of `config` whose data and model paths are all set; makes `root`/data and `root`/model where they are needed and absent.
 
-    The same config gives the same bytes, so a second call (a resumed run) finds what it would make.
+    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. Of several jobs that begin in one
+    folder at once, one makes it and the others wait.
     """
     root = Path(root)
     config = config.model_copy(deep=True)
-    if config.data.train is None:
-        paths = {name: root / "data" / f"{name}.jsonl" for name in arithmetic.SETS}
-        if not all(path.exists() for path in paths.values()):
-            paths = arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
-        for name, path in paths.items():
-            if getattr(config.data, name) is None:
-                setattr(config.data, name, [SourceConfig(path=path)] if name in ("train", "validation") else path)
+    paths = {name: root / "data" / f"{name}.jsonl" for name in arithmetic.SETS} if config.data.train is None else {}
+    needed = [*paths.values(), *([root / "model"] if config.model.path is None else [])]
+    release = None
+    while not all(path.exists() for path in needed) and release is None:
+        root.mkdir(parents=True, exist_ok=True)
+        release = try_lock(root / LOCK)
+        if release is None:
+            time.sleep(WAIT)
+    try:
+        _make(config, root, paths)
+    finally:
+        if release is not None:
+            (root / LOCK).unlink()  # who waits for it finds everything made
+            release()
+    return config
+
+
+def _make(config: Config, root: Path, paths: dict[str, Path]) -> None:
+    if not all(path.exists() for path in paths.values()):
+        arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
+    for name, path in paths.items():
+        if getattr(config.data, name) is None:
+            setattr(config.data, name, [SourceConfig(path=path)] if name in ("train", "validation") else path)
     if config.model.path is None:
         directory = root / "model"
         if not directory.exists():
             hf_dir.make(config, directory)
         config.model.path = directory
-    return config

@@ -29,8 +29,7 @@ class Score:
     problems: int
     truncated_share: float
     no_box_share: float
-    sequences: int
-    tokens: int
+    lengths: list[int]  # of each sequence, prompt and response, tokens
     seconds: float
     causes: dict[str, int]
     faults: str | None
@@ -75,8 +74,7 @@ def evaluate(engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer
         problems=n,
         truncated_share=float(np.mean([c.finish == "length" for c in completions])),
         no_box_share=float(np.mean([v.cause == "no_box" for v in verdicts])),
-        sequences=len(requests),
-        tokens=sum(len(r.prompt_ids) + len(c.token_ids) for r, c in zip(requests, completions, strict=True)),
+        lengths=[len(r.prompt_ids) + len(c.token_ids) for r, c in zip(requests, completions, strict=True)],
         seconds=time.perf_counter() - began,
         causes=cause_counts(verdicts),
         faults=fault_line(verdicts),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 from pctrain.ceiling.ledger import Ledger
+from pctrain.ceiling.reading import fit_run
 from pctrain.config import Config
-from pctrain.core import Core
+from pctrain.core import Core, parallel
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.evaluate.scorer import Scorer
 from pctrain.reward import fault_line
@@ -22,7 +23,7 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, scorer: Scorer, joint: dict, state: dict):
         """`joint`: start.json. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.scorer = config, run, scorer
-        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"])
+        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"], parallel.world_size(), config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
@@ -55,11 +56,23 @@ class Journal:
     def score(self, step: int, core: Core) -> None:
         """Collective. The accuracy on the test problems."""
         score = self.scorer.score(core)
-        self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
+        self.ledger.add(step, "evaluation", score.lengths, score.seconds)
         self.run.record(step, "eval", {**self._axes(), **score.metrics()})
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
         if score.faults:
             self.run.log(f"step {step} evaluation: {score.faults}")
+
+    def ceiling_found(self) -> bool:
+        """Collective. Whether the ceiling is identified as closely as `rl.stop_within` asks, by the scores so far."""
+        within = self.config.rl.stop_within
+        if within is None or not self.ledger.eflops_rl:
+            return False
+
+        def found() -> bool:
+            fit = fit_run(self.run.path)
+            return fit.verdict == "identified" and max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within
+
+        return parallel.from_rank_zero(found)
 
     def _axes(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": self.ledger.eflops_rl}

@@ -53,8 +53,9 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         elif not rollout_only:
             journal.score(0, core)
 
+        last = start if start and journal.ceiling_found() else rl.steps  # killed after the checkpoint that it had stopped at
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
-            for step in range(start + 1, rl.steps + 1):
+            for step in range(start + 1, last + 1):
                 health.at_step(step)
                 sampled, swap = _rollouts(config, run, core, scorer, algorithm, prompts, step)
                 if rollout_only:
@@ -65,20 +66,26 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                 values = journal.record(step, sampled, updates, swap, time.perf_counter() - began)
                 if not sampled.kept:
                     run.say(f"step {step}: no update, {shortage(sampled, rl.prompts)}")
+                found = False
                 if due(step, rl.eval_every, rl.steps):
                     journal.score(step, core)
+                    found = journal.ceiling_found()
                 record_ledger(run, journal.ledger)
                 leaving = asked_to_stop()
-                if leaving or due(step, rl.checkpoint_every, rl.steps):
+                if found or leaving or due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
                     parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
                 core.poll_save(wait=leaving)
                 bar.advance(reward=values["reward"])
                 if leaving:
                     leave(run, step)
+                if found:
+                    run.say(f"step {step} the ceiling is identified within {rl.stop_within} points (rl.stop_within): stopped")
+                    last = step
+                    break
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
-        _finish(config, run)
+        _finish(run, last)
 
 
 def _learner(config: Config, scorer: Scorer) -> tuple[Algorithm, list[Problem], Core]:
@@ -154,10 +161,10 @@ def _joint(config: Config, role: str) -> dict:
     return {"start_step": checkpoint_step(path), "role": role, "sft_run": str(path.parent.parent), "eflops_sft": ledger.eflops_sft}
 
 
-def _finish(config: Config, run: RunFolder) -> None:
+def _finish(run: RunFolder, last: int) -> None:
+    """`last`: the step that the run ended with."""
     scores = read_values(run.path, "eval", "score") if run.writes else {}
-    first, last = scores.get(0), scores.get(config.rl.steps)
-    summary = {"steps": config.rl.steps, "score before RL (%)": first, "score after RL (%)": last}
+    summary = {"steps": last, "score before RL (%)": scores.get(0), "score after RL (%)": scores.get(last)}
     if scores:
         summary["best score (%)"] = f"{max(scores.values()):.4g} at step {max(scores, key=scores.get)}"
         summary["best checkpoint"] = run.checkpoint_path(best_step(run.path, "rl"))

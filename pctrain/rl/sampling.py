@@ -41,10 +41,10 @@ class Group:
         return sum(reward > 0.5 for reward in self.rewards)
 
     @property
-    def tokens(self) -> int:
-        """Of the prompt, the prefix and the completion of every rollout."""
+    def lengths(self) -> list[int]:
+        """Of every rollout: prompt, prefix and completion, tokens."""
         parts = zip(self.prefixes, self.completions, strict=True)
-        return sum(len(self.problem.prompt_ids) + len(prefix) + len(c.token_ids) for prefix, c in parts)
+        return [len(self.problem.prompt_ids) + len(prefix) + len(c.token_ids) for prefix, c in parts]
 
 
 class PromptStream:

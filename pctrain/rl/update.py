@@ -37,7 +37,7 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
         return Updates([], [], {})
 
     def count(phase: str, rows: Sequence[Row], seconds: float) -> None:
-        ledger.add(step, phase, len(rows), sum(len(row) for row in rows), seconds)
+        ledger.add(step, phase, [len(row) for row in rows], seconds)
 
     rows = algorithm.rows(groups)
     rows = batch.no_grad_streams(rows, core, algorithm.streams_from_pass, rl.token_budget, temperature, count)
@@ -49,10 +49,10 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
             advantages[id(groups[member.group])][member.index] = float(row.streams["advantage"][-1])
     if algorithm.expert_in_group:  # the paper counts a forward pass of the expert's tokens, as of what was sampled
         count("expert", [row for member, row in zip(members, rows, strict=True) if member.index is None], 0.0)
-    ids = [groups[member.group].problem.id for member in members]
+    ids, by_expert = [groups[member.group].problem.id for member in members], [member.index is None for member in members]
     if rl.truncated == "masked":
         whole = [member.index is None or groups[member.group].completions[member.index].finish == "stop" for member in members]
-        rows, ids = ([item for item, keep in zip(items, whole, strict=True) if keep] for items in (rows, ids))
+        rows, ids, by_expert = ([item for item, keep in zip(items, whole, strict=True) if keep] for items in (rows, ids, by_expert))
 
     began = time.perf_counter()
     token_loss = measured(algorithm.loss)
@@ -60,8 +60,11 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
         core.step(batch.pack(part, core, algorithm, rl.token_budget), token_loss, temperature=temperature)
         for part in batch.split(rows, rl.updates)
     ]
-    if rows:
-        count("rl_update", rows, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    # Rollouts and expert trajectories apart: the paper's formulas have a mean length of each.
+    for kind in (False, True):
+        if of_kind := [row for row, one in zip(rows, by_expert, strict=True) if one == kind]:
+            count("rl_update", of_kind, seconds * sum(map(len, of_kind)) / sum(map(len, rows)))
     made = [replace(one, metrics=algorithm.report(one.metrics)) for one in made]
     return Updates(made, batch.split(ids, rl.updates), advantages)
 
@@ -80,4 +83,4 @@ def means(updates: Sequence[Update]) -> dict[str, float]:
 
 def _count(ledger: Ledger, step: int, phase: str, groups: list[Group], seconds: float) -> None:
     if groups:
-        ledger.add(step, phase, sum(len(g.completions) for g in groups), sum(g.tokens for g in groups), seconds)
+        ledger.add(step, phase, [length for group in groups for length in group.lengths], seconds)

@@ -1,14 +1,13 @@
-"""What an SFT run writes down of itself, and what it concludes from it: metrics, ledger, loss spikes, regimes, when to stop."""
+"""What an SFT run writes down of itself, and what it concludes from it: metrics, ledger, loss spikes, monitor, when to stop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 
-import numpy as np
-
-from pctrain.ceiling import flops, regimes
+from pctrain.ceiling import flops
 from pctrain.ceiling.ledger import Ledger
+from pctrain.ceiling.monitor import Monitor, Reading
 from pctrain.config import Config
 from pctrain.core import Core, parallel
 from pctrain.core.core import Update
@@ -30,12 +29,16 @@ class Journal:
     def __init__(self, config: Config, run: RunFolder, core: Core, scorer: Scorer, held_out: Trajectories, steps: int, state: dict):
         """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
         self.config, self.run, self.core, self.scorer, self.held_out, self.steps = config, run, core, scorer, held_out, steps
-        self.ledger = Ledger(scorer.hf.shape)
+        self.ledger = Ledger(scorer.hf.shape, ranks=parallel.world_size(), recompute=config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
         self.spikes = Spikes(state.get("recent_losses"))
-        self.validations: list[list[float]] = state.get("validations", [])  # (EFLOPs, loss) of each
+        self.validations: list[list] = state.get("validations", [])  # the arguments of Monitor.add, of each
+        self.monitor = Monitor(config.ceiling.delta, config.ceiling.delta2)
+        self.reading: Reading | None = None  # after the last validation
+        for validation in self.validations:
+            self.reading = self.monitor.add(*validation)
         self._peak = peak_flops(config.model.dtype) * parallel.world_size()
         run.log(f"fastest matrix product {self._peak / parallel.world_size() / 1e9:.4g} GFLOP/s a rank; time/mfu is a share of it")
 
@@ -47,9 +50,9 @@ class Journal:
         self, step: int, data: Trajectories, chosen: Sequence[int], batch: PackedBatch, update: Update, seconds: float, waited: float
     ) -> None:
         """One training step. `chosen`: its samples; `waited`: seconds of `seconds` in which the next batch was not ready yet."""
-        self.ledger.add(step, "sft_update", batch.sequences, batch.tokens, seconds)
+        self.ledger.add(step, "sft_update", data.lengths[chosen], seconds)
         spike = self.spikes.add(update.loss)
-        speed, mfu = batch.tokens / seconds, self._flops(data.lengths[chosen]) / seconds / self._peak
+        speed, mfu = batch.tokens / seconds, flops.exact_training(self.scorer.hf.shape, data.lengths[chosen]) / seconds / self._peak
         own = [int(data.loss_tokens[chosen][data.source[chosen] == number].sum()) for number in range(len(data.names))]
         self.run.record(step, "train", {
             **self._axis(),
@@ -83,14 +86,15 @@ class Journal:
         if due(step, sft.val_every, self.steps) or due(step, sft.checkpoint_every, self.steps):
             began = time.perf_counter()
             val = validation_loss(self.core, self.held_out, sft.token_budget)
-            self.ledger.add(step, "validation", val.sequences, int(self.held_out.lengths.sum()), time.perf_counter() - began)
-            self.validations.append([self.ledger.eflops_sft, val.whole.loss])
-            regime = self._regimes()[-1]
-            self.run.record(step, "val", {**self._axis(), **val.metrics(), "regime": regime})
-            self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {regime} so far")
+            self.ledger.add(step, "validation", self.held_out.lengths, time.perf_counter() - began)
+            saved = step > 0 and due(step, sft.checkpoint_every, self.steps)
+            self.validations.append([step, self.ledger.eflops_sft, val.whole.loss, val.whole.se, saved])
+            self.reading = self.monitor.add(*self.validations[-1])
+            self.run.record(step, "val", {**self._axis(), **val.metrics(), **self.reading.metrics()})
+            self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {self.reading.line()}")
         if due(step, sft.eval_every, self.steps):
             score = self.scorer.score(self.core)
-            self.ledger.add(step, "evaluation", score.sequences, score.tokens, score.seconds)
+            self.ledger.add(step, "evaluation", score.lengths, score.seconds)
             self.run.record(step, "eval", {**self._axis(), **score.metrics()})
             self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
             if score.faults:
@@ -100,21 +104,7 @@ class Journal:
     def should_stop(self) -> bool:
         """Whether the validation loss has left the regime that `sft.stop_after` names."""
         after = self.config.sft.stop_after
-        return after != "never" and regimes.has_left(after, *self._curve())
-
-    def _curve(self) -> tuple:
-        eflops, losses = zip(*self.validations, strict=True)
-        return eflops, losses, self.config.ceiling.delta, self.config.ceiling.delta2
-
-    def _regimes(self) -> list[str]:
-        """Of every validation, judged by the minimum so far."""
-        return regimes.classify(*self._curve())
+        return after != "never" and self.reading.has_left(after)
 
     def _axis(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": 0.0}
-
-    def _flops(self, lengths: np.ndarray) -> float:
-        """Of one training step on sequences of these lengths. Attention grows with the square, so long sequences weigh in the mean."""
-        tokens = float(lengths.sum())
-        mean = float((lengths.astype(np.float64) ** 2).sum()) / tokens
-        return flops.TRAINING_UNITS * flops.exact_forward(self.scorer.hf.shape, tokens=tokens, mean_length=mean)

@@ -6,6 +6,7 @@ import math
 import time
 
 from pctrain import health
+from pctrain.ceiling.monitor import SURE, Reading
 from pctrain.config import Config
 from pctrain.config_check import schedule_problems
 from pctrain.core import Core, parallel
@@ -16,7 +17,7 @@ from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, resume, save
-from pctrain.runfolder import HF_FOLDER, read_values
+from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
 from pctrain.sft.open_data import open_trajectories, prepare_sources
@@ -74,7 +75,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     break
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
-        _finish(config, run, last)
+        _finish(run, journal.reading, last, len(data))
 
 
 def total_steps(config: Config, sampler: ShuffledSampler) -> int:
@@ -92,19 +93,29 @@ def total_steps(config: Config, sampler: ShuffledSampler) -> int:
     return steps
 
 
-def _finish(config: Config, run, last: int) -> None:
-    """`last`: the step that the run ended with."""
-    summary = {"steps": last, "final weights": run.path / HF_FOLDER}
+def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int) -> None:
+    """`last`: the step that the run ended with; `reading`: the monitor's, of the last validation."""
+    summary = {"steps": last, "trajectories": trajectories, "final weights": run.path / HF_FOLDER}
     losses = read_values(run.path, "val", "val_loss") if run.writes else {}
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     if losses:
         best = min(losses, key=losses.get)
         summary |= {"lowest validation loss": f"{losses[best]:.4f} at step {best}", "last validation loss": losses[max(losses)]}
-        summary["regime at the end"] = read_values(run.path, "val", "regime")[max(losses)]
+        summary |= {"regime at the end": reading.regime, "monitor": _in_words(reading, last)}
     if scores:
         summary["last score (%)"] = scores[max(scores)]
     speeds = list(read_values(run.path, "train", "time/tokens_per_second").values()) if run.writes else []
     if speeds:
         summary["tokens/s (median)"] = sorted(speeds)[len(speeds) // 2]
-    start = f"--config {run.path / 'config.yaml'} --model.checkpoint={run.checkpoint_path(last)}"
+    best = last if reading.start is None else reading.start
+    start = f"--config {run.path / 'config.yaml'} --model.checkpoint={run.checkpoint_path(best)}"
     run.finish(summary, f"{parallel.launcher()} rl {start} --run.dir={run.path}-rl")
+
+
+def _in_words(reading: Reading, last: int) -> str:
+    """What the monitor says of a run that has ended."""
+    start = "" if reading.start is None else f"; RL starts from step {reading.start}"
+    if reading.passed >= SURE:
+        return f"the minimum of the validation loss is passed (confidence {reading.passed:.0%}){start}"
+    lower = "the loss still fell at the end" if reading.start == last else "more SFT may lower the loss"
+    return f"it is not sure that the minimum of the validation loss is passed (confidence {reading.passed:.0%}): {lower}{start}"

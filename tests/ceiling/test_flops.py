@@ -59,5 +59,34 @@ def test_exact_forward_is_the_sum_over_matrix_products():
         products += 8 * 10  # head
     for position in range(length):
         products += 2 * 2 * q * (position + 1)  # two layers; scores and values over the keys seen so far
-    assert flops.exact_forward(shape, tokens=5, mean_length=5) == 2 * products
-    assert flops.exact_forward(shape, tokens=15, mean_length=5) == 6 * products
+    assert flops.exact_forward(shape, [5]) == 2 * products
+    assert flops.exact_forward(shape, [5, 5, 5]) == 6 * products
+    assert flops.exact_forward(shape, [1, 9]) > flops.exact_forward(shape, [5, 5])  # attention grows with the square
+
+
+def test_a_step_of_every_algorithm_by_the_papers_formulas():
+    def f(length):
+        return flops.paper_forward_per_token(QWEN2_5_7B, length)
+
+    luffy = flops.paper_luffy_step(QWEN2_5_7B, batch=128, group=7, length=2000, experts=1, expert_length=3000)
+    assert luffy == pytest.approx(4 * 128 * (7 * 2000 * f(2000) + 3000 * f(3000)))
+    # An expert that is as long as a rollout: a group of eight, as in GRPO.
+    assert flops.paper_luffy_step(QWEN2_5_7B, batch=128, group=7, length=2000, experts=1, expert_length=2000) == pytest.approx(
+        flops.paper_grpo_step(QWEN2_5_7B, batch=128, group=8, mean_length=2000))
+    upt = flops.paper_upt_step(QWEN2_5_7B, batch=128, group=8, length=2000, trained=100 * 8, experts=28, expert_length=3000)
+    assert upt == pytest.approx(128 * 8 * 2000 * f(2000) + 3 * (800 * 2000 * f(2000) + 28 * 3000 * f(3000)))
+    assert flops.paper_prefix_rft_step(QWEN2_5_7B, batch=2, group=8, mean_length=10) == flops.paper_grpo_step(
+        QWEN2_5_7B, batch=2, group=8, mean_length=10)
+
+
+MOE = {**QWEN_CONFIG, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+
+
+def test_of_a_mixture_of_experts_what_a_token_passes_is_counted():
+    shape = ModelShape.from_hf_config(MOE)
+    assert (shape.ffn, shape.experts) == (8 * 768, 128)
+    assert shape == ModelShape.from_hf_config({k: v for k, v in MOE.items() if k != "num_experts"} | {"num_local_experts": 128})
+    assert shape.layer_weights == 3 * 3584 * 8 * 768 + 2 * 3584 * 3584 + 2 * 3584 * 512 + 3584 * 128
+    for key, value in (("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("shared_expert_intermediate_size", 512)):
+        with pytest.raises(UserError, match=key):
+            ModelShape.from_hf_config(MOE | {key: value})

@@ -16,83 +16,16 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from study_folders import binomial_se, config, make_rl, make_study, rising
 
 from pctrain.ceiling import curves, figures, regimes, report
 from pctrain.ceiling.fit import fit_ceiling
-from pctrain.ceiling.study_data import SFTPoint, SFTRun, read_study
+from pctrain.ceiling.reading import read_study
+from pctrain.ceiling.study_data import SFTPoint, SFTRun
 from pctrain.errors import UserError
 
-STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step: the size of the quick start
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} & \u2028"
-# (step, validation loss): adaptive, stable with one transient point, mild, severe.
-LOSSES = [(0, 4.0), (30, 1.2), (60, 0.7), (90, 0.505), (120, 0.52), (150, 0.500), (180, 0.508), (210, 0.53), (240, 0.58), (270, 0.7)]
 REGIMES = ["adaptive"] * 3 + ["stable", "transient", "stable", "stable", "mild", "severe", "severe"]
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def binomial_se(score: float, problems: int = 512) -> float:
-    return 100 * math.sqrt(score / 100 * (1 - score / 100) / problems)
-
-
-def config(kind: str) -> dict:
-    return {"kind": kind, "run": {"seed": 3}, "ceiling": {"delta": 0.02, "delta2": 0.10}, "rl": {"algorithm": "grpo"}, "fingerprints": {}}
-
-
-def ledger_row(step: int, phase: str, paper: float, exact: float) -> dict:
-    return {"step": step, "phase": phase, "sequences": 32, "tokens": 800, "mean_length": 25.0, "paper_flops": paper, "exact_flops": exact,
-            "seconds": 0.5}
-
-
-def make_sft(folder: Path, scores: dict[int, float]) -> None:
-    rows = [{"step": s, "kind": "train", "eflops_sft": s * STEP_SFT, "eflops_rl": 0.0, "loss": 1.0} for s in (10, 20)]
-    rows += [{"step": s, "kind": "val", "eflops_sft": s * STEP_SFT, "eflops_rl": 0.0, "val_loss": loss, "val_tokens": 5000,
-              "val_loss_se": 0.01} for s, loss in LOSSES]
-    rows += [{"step": s, "kind": "eval", "eflops_sft": s * STEP_SFT, "eflops_rl": 0.0, "score": v, "score_se": binomial_se(v),
-              "problems": 512, "truncated_share": 0.0, "no_box_share": 0.0} for s, v in scores.items()]
-    write_lines(folder / "metrics.jsonl", rows)
-    write_lines(folder / "ledger.jsonl", [ledger_row(30, "sft_update", 6e10, 5e10), ledger_row(60, "sft_update", 6e10, 5e10),
-                                          ledger_row(60, "validation", 1e9, 1e9)])
-    (folder / "config.yaml").write_text(yaml.safe_dump(config("sft")))
-
-
-def make_rl(folder: Path, start: int, role: str, scores: list[float], every: int = 2, hostile: str = "7-1+9=") -> None:
-    joint = start * STEP_SFT
-    rows = []
-    for i, score in enumerate(scores):
-        step = i * every
-        if i:
-            rows.append({"step": step, "kind": "train", "eflops_sft": joint, "eflops_rl": step * STEP_RL, "reward": 0.5, "kept_prompts": 32,
-                         "dropped_prompts": 10, "carried_prompts": 6, "rounds": 2, "truncated_share": 0.01})
-        rows.append({"step": step, "kind": "eval", "eflops_sft": joint, "eflops_rl": step * STEP_RL, "score": score,
-                     "score_se": binomial_se(score), "problems": 512, "truncated_share": 0.08, "no_box_share": 0.02})
-    write_lines(folder / "metrics.jsonl", rows)
-    phases = ("rollout", "rollout_rejected", "logprob", "rl_update", "evaluation")
-    write_lines(folder / "ledger.jsonl", [ledger_row(1, phase, 2e10, 3e10) for phase in phases])
-    write_lines(folder / "rollouts" / "step-2.jsonl", [{"prompt": "an old step", "response": "", "answer": "", "reward": 0.0,
-                                                        "cause": "wrong", "finish": "stop", "kept": True, "why": ""}])
-    write_lines(folder / "rollouts" / "step-10.jsonl", [
-        {"prompt": hostile, "response": f"7-1=6;6+9=15 so \\boxed{{15}} {hostile}", "answer": "15", "reward": float(c == "right"),
-         "cause": c, "finish": "stop", "kept": c != "no_box", "why": "" if c != "no_box" else "all wrong"}
-        for c in ["right"] * 6 + ["wrong", "no_box"]])
-    (folder / "config.yaml").write_text(yaml.safe_dump(config("rl")))
-    (folder / "start.json").write_text(json.dumps({"start_step": start, "role": role, "sft_run": "../sft", "eflops_sft": joint}))
-
-
-def rising(first: float, top: float, n: int = 26) -> list[float]:
-    """A sigmoid in compute with a fixed wobble below the binomial noise."""
-    return [round(first + (top - first) / (1 + (5 / i) ** 2) + 0.6 * math.sin(3 * i), 2) if i else first for i in range(n)]
-
-
-def make_study(root: Path, hostile: str = "7-1+9=") -> Path:
-    make_sft(root / "sft", {60: 20.0, 120: 40.0, 180: 48.0, 270: 50.0})
-    make_rl(root / "rl-step-60", 60, "early", rising(20.0, 34.0))
-    make_rl(root / "rl-step-150", 150, "stable", rising(45.0, 72.0), hostile=hostile)
-    make_rl(root / "rl-step-270", 270, "overfit", [50.0, 56.0, 60.0, 63.0, 65.0, 66.0], every=10)
-    return root
 
 
 @pytest.fixture
@@ -170,8 +103,8 @@ def test_pure_sft_at_equal_total_compute(study_folder: Path) -> None:
 
 def test_regimes_fits_and_ledger(study_folder: Path) -> None:
     study = numbers(study_folder)
-    assert [p["regime"] for p in study["sft"]["points"] if p["val_loss"] is not None] == REGIMES
-    assert study["sft"]["minimum_step"] == 150
+    assert [p["regime"] for p in study["sft"][0]["points"] if p["val_loss"] is not None] == REGIMES
+    assert study["sft"][0]["minimum_step"] == 150
     starts = [(run["start_step"], run["role"], run["regime"]) for run in study["rl"]]
     assert starts == [(60, "early", "adaptive"), (150, "stable", "stable"), (270, "overfit", "severe")]
     fit = study["rl"][1]["fit"]
@@ -191,7 +124,7 @@ def test_fit_is_that_of_the_fit_command(study_folder: Path) -> None:
 def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
     x = [float(i) for i in range(len(losses))]
     points = [SFTPoint(i, x[i], losses[i], 0.0, None, None, regime) for i, regime in enumerate(regimes.classify(x, losses))]
-    bands = SFTRun("sft", Path("sft"), {}, "", {}, points).bands()
+    bands = SFTRun("sft", Path("sft"), {}, "", {}, points=points).bands()
     assert bands[0]["from"] == x[0] and bands[-1]["to"] == x[-1]
     assert all(a["to"] == b["from"] and a["regime"] != b["regime"] for a, b in zip(bands, bands[1:]))
     for point in points:
@@ -291,7 +224,7 @@ def test_single_run_folders(study_folder: Path) -> None:
     sft = load(study_folder / "sft")
     assert sft["rl"] == [] and any("No RL was run" in s for s in sft["not_shown"])
     rl = numbers(study_folder / "rl-step-150")
-    assert rl["sft"] is None and rl["rl"][0]["gain"] == read_study(study_folder).rl[1].gain.value and rl["rl"][0]["regime"] is None
+    assert rl["sft"] == [] and rl["rl"][0]["gain"] == read_study(study_folder).rl[1].gain.value and rl["rl"][0]["regime"] is None
     assert rl["rl"][0]["sft_at_equal_total_reason"] == "there is no SFT run in this folder"
     assert figures.validation_loss(read_study(study_folder / "rl-step-150")) is None
     pngs = sorted(p.name for p in (study_folder / "sft" / "report" / "figures").iterdir())

@@ -18,6 +18,24 @@ def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
 
 
+def _saved_before_its_first_step(directory, folder, action):
+    model = small.core(directory, {})
+    if action == "save":
+        folder.mkdir()
+        model.save(folder)
+    elif action == "load":
+        model.load(folder)
+    return small.go_on(model, 3)
+
+
+def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
+    """RL whose dynamic sampling has kept no prompt so far."""
+    plain, saved, loaded = (ranks.run(_saved_before_its_first_step, hf_dirs[True], tmp_path / "step-0", action, world=1)[0]
+                            for action in ("nothing", "save", "load"))
+    for other in (saved, loaded):
+        assert other[:3] == plain[:3] and all(np.array_equal(other[3][name], plain[3][name]) for name in plain[3])
+
+
 @pytest.mark.parametrize(
     "world, layout",
     [(1, {}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {"pipeline": 2, "first_stage_layers": 1}), (2, {}),

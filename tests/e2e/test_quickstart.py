@@ -24,9 +24,9 @@ def test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes(tmp_path
     assert time.monotonic() - began < 600
 
     study = json.loads((tmp_path / "run" / "report" / "study.json").read_text())
-    regimes = {point["regime"] for point in study["sft"]["points"]}
+    regimes = {point["regime"] for point in study["sft"][0]["points"]}
     assert {"adaptive", "stable", "severe"} <= regimes
-    losses = {point["step"]: point["val_loss"] for point in study["sft"]["points"] if point["val_loss"] is not None}
+    losses = {point["step"]: point["val_loss"] for point in study["sft"][0]["points"] if point["val_loss"] is not None}
     [stable] = [run for run in study["rl"] if run["role"] == "stable"]
     assert stable["start_step"] == min(losses, key=losses.get)  # the validation minimum of the full SFT run
     assert stable["gain"] > max(10, 2 * stable["gain_se"])

@@ -124,9 +124,12 @@ def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):
     succeed(ranks, *command)
     val = tiny.metrics(tmp_path / "run", "val")
     last = val[-1]["step"]
-    assert last < 300 and [line["regime"] in ("mild", "severe") for line in val[-3:]] == [False, True, True]
+    assert last < 300 and [line["regime"] for line in val] == ["stable"] * (len(val) - 1) + ["mild"] and val[-1]["advice"] == "stop"
+    assert val[-1]["val_loss"] > 1.02 * min(line["val_loss"] for line in val) and val[-1]["minimum_passed"] > 0.95
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["summary"]["steps"] == last and f"checkpoints/step-{last}" in summary["next_command"]
+    assert summary["summary"]["steps"] == last and f"checkpoints/step-{val[-1]['rl_start']}" in summary["next_command"]
+    assert "the minimum of the validation loss is passed" in summary["summary"]["monitor"]
+    assert f"RL would start from step {val[-1]['rl_start']}" in (tmp_path / "run" / "train.log").read_text().splitlines()[-2]
     # Killed between its last checkpoint and its summary: it does not train on.
     (tmp_path / "run" / "summary.json").unlink()
     succeed(ranks, *command)

@@ -163,7 +163,7 @@ def test_a_rollout_that_goes_on_from_a_prefix():
         last = i % GROUP == GROUP - 1
         assert list(request.prompt_ids) == [3, 4] + prefix * last and request.max_response == longest - 3 * last
     group = sampled.groups[0]
-    assert group.prefixes == [[], [], [], prefix] and group.tokens == GROUP * (2 + 2) + 3
+    assert group.prefixes == [[], [], [], prefix] and sum(group.lengths) == GROUP * (2 + 2) + 3
 
 
 # ---- rollouts on the disk

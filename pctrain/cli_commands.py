@@ -40,6 +40,13 @@ class ShowOptions(Section):
     dropped: bool = Field(False, description="show also the prompts that dynamic sampling dropped, and why")
 
 
+class ReportOptions(Section):
+    out: Path | None = Field(None, description="folder for the report; default: SOURCE/report, of a file NAME-report")
+    ledger: bool = Field(False, description="only print where the compute went: tokens, FLOPs and seconds by run and phase")
+    watch: bool = Field(False, description="serve the report on this machine and refresh it while the run goes on; writes nothing")
+    port: int | None = Field(None, ge=1, le=65535, description="of --watch; default: any free one, which is printed")
+
+
 class StudyOptions(Section):
     dry_run: bool = Field(False, description="print the plan, what is done of it and what the rest costs; nothing is written")
     only: list[str] = Field([], description="a stage, or a set or seed whose stages this job runs; may be given several times")
@@ -95,12 +102,28 @@ def _fit(command: Command, arguments: list[str]) -> None:
 
 
 def _report(command: Command, arguments: list[str]) -> None:
-    (folder,), out = take_paths(command, arguments, operands=1)
-    if out is not None:
-        raise UserError(f"pctrain report writes into {folder}/report; it takes no --out")
-    from pctrain.ceiling.report import main as run
+    operands, options, rest = parse(command, arguments, ReportOptions)
+    if len(operands) != 1 or rest:
+        given = " ".join([*operands, *rest]) or "none"
+        raise UserError(f"pctrain report: expected one folder or file of curves, got {given}; usage: {command.usage}")
+    if options.port is not None and not options.watch:
+        raise UserError("pctrain report: --port is where --watch serves; give --watch as well")
+    chosen = [name for name in ("out", "ledger", "watch") if getattr(options, name)]
+    if len(chosen) > 1:
+        raise UserError(f"pctrain report: --{chosen[0]} and --{chosen[1]} are two different things; give one of them")
+    source = Path(operands[0])
+    if options.ledger:
+        from pctrain.ceiling.ledger_table import main as table
 
-    run(folder)
+        table(source)
+    elif options.watch:
+        from pctrain.ceiling.watch import main as serve
+
+        serve(source, options.port or 0)
+    else:
+        from pctrain.ceiling.report import main as run
+
+        run(source, options.out)
 
 
 def _convert(command: Command, arguments: list[str]) -> None:
@@ -174,9 +197,13 @@ COMMANDS = (
         notes=("  CURVES         JSON file of score curves against EFLOPs",
                "  --out FILE     where the fits go, a JSON list  [default: fits.json]")),
     Command(
-        "report", "report.html, figures and study.json of a finished study", "pctrain report DIR", _report,
-        ("pctrain report runs/quickstart",),
-        notes=("  DIR            study folder (run.dir of `pctrain run`); the report goes to DIR/report",)),
+        "report", "a study, a run or a file of curves as one HTML page with charts; or where the compute went",
+        "pctrain report SOURCE [--out DIR] [--ledger] [--watch [--port N]]", _report,
+        ("pctrain report runs/quickstart", "pctrain report runs/quickstart --ledger", "pctrain report runs/rl --watch",
+         "pctrain report curves.json --out curves-report"),
+        notes=("  SOURCE         folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file of curves",
+               *own_option_lines(ReportOptions),
+               "  Written are report.html (opens from the disk, loads nothing), study.json, figures/*.png and figures/*.csv.")),
     *cli_data.COMMANDS,
     Command(
         "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",

@@ -94,7 +94,7 @@ def test_defaults_in_help_are_those_of_their_place():
     (["sft", "--config", "nope.yaml"], "nope.yaml does not exist"),
     (["fit"], "usage: pctrain fit CURVES"),
     (["fit", "a", "--oot", "b"], "unknown option '--oot'"),
-    (["report", "a", "b"], "usage: pctrain report DIR"),
+    (["report", "a", "b"], "usage: pctrain report SOURCE"),
 ])
 def test_bad_input_is_one_message_and_status_2(capsys, arguments, message):
     assert cli.main(arguments) == 2
@@ -125,7 +125,7 @@ def test_fit_and_report_get_paths(stub):
     assert cli.main(["fit", "curves.json", "--out", "f.json"]) == 0
     assert cli.main(["fit", "curves.json"]) == 0
     assert cli.main(["report", "runs/a"]) == 0
-    assert fit == [(Path("curves.json"), Path("f.json")), (Path("curves.json"), Path("fits.json"))] and report == [(Path("runs/a"),)]
+    assert fit == [(Path("curves.json"), Path("f.json")), (Path("curves.json"), Path("fits.json"))] and report == [(Path("runs/a"), None)]
 
 
 def test_errors_of_a_command(stub, capsys):

@@ -1,13 +1,12 @@
-"""The report's four figures as PNG, drawn with matplotlib from a `Study`; no pyplot, no display, the same bytes for the same numbers.
-
-Colours are Okabe and Ito's (safe for the common kinds of colour blindness); a start keeps its colour in every figure, and marker
-shape and a written label repeat what colour says.
+"""The report's charts as PNG, drawn with matplotlib from their specs (charts.py); no pyplot, no display, the same bytes for the same
+numbers. Several sets, or benchmarks, stand beside each other in panels of one scale.
 """
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,92 +16,86 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from pctrain.ceiling.ledger import PHASES as LEDGER_PHASES
-from pctrain.ceiling.study_data import RLRun, SFTRun, Study
+from pctrain.ceiling.charts import Chart
+from pctrain.ceiling.looks import MARKERS, PALETTE, REGIME_COLOURS
 
-INK, MUTED, GRID, SFT_COLOUR = "#1f2328", "#656d76", "#e4e7eb", "#3d444d"
-REGIME_COLOURS = {"adaptive": "#56b4e9", "stable": "#009e73", "mild": "#f0c419", "severe": "#d55e00", "transient": "#8c959f"}
-ROLE_COLOURS = {"early": "#0072b2", "stable": "#009e73", "overfit": "#d55e00"}
-OTHER_COLOURS = ["#cc79a7", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#d55e00", "#7b5ea7", "#8c6d3f"]
-MARKERS = ["o", "s", "^", "D", "v", "P"]
-PHASES = {"sft_update": "SFT updates", "rollout": "Rollouts", "rollout_rejected": "Rollouts rejected", "logprob": "Log-prob passes",
-          "rl_update": "RL updates", "validation": "Validation", "evaluation": "Evaluation"}
+INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
 STYLE = {
     "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#9aa1a9",
     "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.linewidth": 0.8,
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
-    "axes.titlelocation": "left", "axes.titlesize": 12, "axes.titleweight": "bold", "axes.titlepad": 12, "legend.frameon": False,
-    "hatch.linewidth": 0.7, "savefig.dpi": 200,
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10, "legend.frameon": False,
+    "hatch.linewidth": 0.7, "savefig.dpi": 200, "text.parse_math": False,  # names come from files: $ is a dollar
 }
+DASHED = (0, (4, 2))
 
 
-def draw_all(study: Study) -> dict[str, bytes]:
-    """`{file name: PNG}` of every figure the study has data for."""
-    drawn = {"validation_loss.png": validation_loss, "score_vs_compute.png": score_vs_compute, "ceilings.png": ceilings,
-             "compute.png": compute}
+def draw_all(charts: Sequence[Chart]) -> dict[str, bytes]:
+    """`{file name: PNG}`."""
+    drawn = {"validation_loss": validation_loss, "score_vs_compute": score_vs_compute, "ceilings": ceilings,
+             "ceiling_vs_loss": ceiling_vs_loss, "benchmarks": benchmarks, "compute": compute}
     with matplotlib.rc_context(STYLE):
-        figures = {name: draw(study) for name, draw in drawn.items()}
-        return {name: _png(figure) for name, figure in figures.items() if figure is not None}
+        return {f"{chart.name}.png": _png(drawn[chart.name](chart)) for chart in charts}
 
 
-def flop_scale(eflops: float) -> tuple[float, str]:
-    """(factor, unit) so that `eflops * factor` reads as 1 to 999 of `unit`."""
-    for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if eflops >= 10.0 ** (power - 18):
-            return 10.0 ** (18 - power), prefix + "FLOPs"
-    return 1e18, "FLOPs"
-
-
-def flops_text(eflops: float) -> str:
-    factor, unit = flop_scale(eflops)
-    return f"{eflops * factor:.3g} {unit}"
-
-
-def run_colours(runs: Sequence[RLRun]) -> list[str]:
-    """One colour a run: its role's, and for runs without a role the next that no role has taken."""
-    free = iter(colour for colour in OTHER_COLOURS * (len(runs) + 1) if colour not in {ROLE_COLOURS.get(run.role) for run in runs})
-    return [ROLE_COLOURS[run.role] if run.role in ROLE_COLOURS else next(free) for run in runs]
-
-
-def first_sft(study: Study) -> SFTRun | None:
-    return study.sft[0] if study.sft else None
-
-
-def validation_loss(study: Study) -> Figure | None:
-    """Validation loss against SFT compute, regimes shaded, RL starts marked."""
-    sft = first_sft(study)
-    if sft is None or not sft.losses:
-        return None
-    factor, unit = flop_scale(sft.losses[-1].eflops_sft)
-    x = [p.eflops_sft * factor for p in sft.losses]
-    loss = [p.val_loss for p in sft.losses]
-    figure, axes = _axes("Validation loss along SFT", f"SFT compute ({unit})", "Validation loss (nats per token)")
-    low, high = _loss_axis(axes, loss)
-    span = max(x[-1] - x[0], 1e-30)
-    seen: dict[str, float] = {}
-    for band in sft.bands():
-        left, right = band["from"] * factor, band["to"] * factor
-        patch = axes.axvspan(left, right, color=REGIME_COLOURS[band["regime"]], alpha=0.20, lw=0)
-        patch.set_gid(f"regime-{band['regime']}")
-        if (right - left) / span > 0.012 * len(band["regime"]) + 0.02:
-            axes.text((left + right) / 2, 0.975, band["regime"], transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9)
-        seen[band["regime"]] = seen.get(band["regime"], 0.0) + right - left
-    for share, side in ((sft.delta, "top"), (sft.delta2, "bottom")):
-        axes.axhline(sft.best.val_loss * (1 + share), color=MUTED, lw=0.8, ls=(0, (2, 3)))
-        axes.annotate(f"min + {100 * share:g} %", (1, sft.best.val_loss * (1 + share)), xycoords=("axes fraction", "data"), xytext=(4, 0),
-                      textcoords="offset points", va=side, fontsize=7.5, color=MUTED)
-    axes.plot(x, loss, color=SFT_COLOUR, lw=1.8, zorder=3)
-    axes.plot(x, loss, "o", color=SFT_COLOUR, ms=3 if len(x) < 60 else 0, zorder=3)
-    ring = {"ls": "", "marker": "o", "mfc": "none", "mec": SFT_COLOUR, "mew": 1.3}  # an RL start at the minimum shows inside it
-    axes.plot(sft.best.eflops_sft * factor, sft.best.val_loss, ms=15, zorder=5, **ring)
-    axes.set_xlim(x[0], x[-1] if len(x) > 1 else x[0] + 1)
+def validation_loss(chart: Chart) -> Figure:
+    """Validation loss against SFT compute; the regimes of the one run shaded, those of several in the colours of their points."""
+    spec, several = chart.spec, len(chart.spec["series"]) > 1
+    figure, (axes,) = _panels(chart, 1)
+    axes.set(xlabel=spec["x"], ylabel=spec["y"])
+    low, high = _loss_axis(axes, [y for s in spec["series"] for y in s["y"]])
+    seen: list[str] = []
+    for series in spec["series"]:
+        colour = _hex(series["colour"])
+        x, y = series["x"], series["y"]
+        seen += series["regimes"]
+        axes.plot(x, y, color=colour, lw=1.8, zorder=3)
+        edge = [REGIME_COLOURS[regime] for regime in series["regimes"]] if several else colour
+        axes.scatter(x, y, s=12 if len(x) < 60 else 4, c=edge, edgecolors=colour, linewidths=0.7, zorder=4)
+        axes.plot(series["minimum"]["x"], series["minimum"]["y"], "o", ms=14, mfc="none", mec=colour, mew=1.3, zorder=5)
+        if several:
+            axes.annotate(series["name"], (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5,
+                          color=colour, fontweight="bold", annotation_clip=False)
+    first = spec["series"][0]
+    axes.set_xlim(min(s["x"][0] for s in spec["series"]), max([s["x"][-1] for s in spec["series"]] + [first["x"][0] + 1e-9]))
     axes.set_ylim(low, high)
-    _mark_starts(axes, study, sft, factor)
-    order = [name for name in REGIME_COLOURS if name in seen]
-    handles = [Patch(color=REGIME_COLOURS[name], alpha=0.3, lw=0, label=name) for name in order]
-    handles.append(Line2D([], [], ms=9, label=f"minimum, step {sft.best.step}", **ring))
+    if not several:
+        _shade(axes, first)
+    handles = [Patch(color=colour, alpha=0.35, lw=0, label=name) for name, colour in REGIME_COLOURS.items() if name in seen]
+    handles.append(Line2D([], [], ls="", marker="o", ms=9, mfc="none", mec=INK, mew=1.3,
+                          label="minimum" if several else f"minimum, step {first['minimum']['step']}"))
     _legend_below(figure, handles, columns=6)
     return figure
+
+
+def _shade(axes: Axes, series: dict[str, Any]) -> None:
+    """Bands of the regimes, their two bounds, and a marker with a label at every RL start. Needs the final limits."""
+    span = max(series["x"][-1] - series["x"][0], 1e-30)
+    for band in series["bands"]:
+        patch = axes.axvspan(band["from"], band["to"], color=REGIME_COLOURS[band["regime"]], alpha=0.20, lw=0)
+        patch.set_gid(f"regime-{band['regime']}")
+        if (band["to"] - band["from"]) / span > 0.012 * len(band["regime"]) + 0.02:
+            axes.text((band["from"] + band["to"]) / 2, 0.975, band["regime"], transform=axes.get_xaxis_transform(), ha="center", va="top",
+                      fontsize=9)
+    for bound, side in zip(series["bounds"], ("top", "bottom"), strict=True):
+        axes.axhline(bound, color=MUTED, lw=0.8, ls=(0, (2, 3)))
+        axes.annotate(f"min + {100 * (bound / series['minimum']['y'] - 1):.3g} %", (1, bound), xycoords=("axes fraction", "data"),
+                      xytext=(4, 0), textcoords="offset points", va=side, fontsize=7.5, color=MUTED)
+    previous, level = float("-inf"), 0
+    for start in series["starts"]:  # labels of close neighbours stand one above the other
+        at, height = start["x"], start["y"]
+        level = level + 1 if at - previous < 0.2 * span else 0
+        previous = at
+        late = at > axes.get_xlim()[0] + 0.8 * span
+        high = axes.transAxes.inverted().transform(axes.transData.transform((at, height)))[1] > 0.75
+        colour = _hex(start["colour"])
+        axes.plot(at, height, marker=MARKERS[start["marker"]], ms=8, color=colour, mec="white", mew=1.2, zorder=6, clip_on=False)
+        halo = withStroke(linewidth=2.5, foreground="white", alpha=0.75)
+        line = {"arrowstyle": "-", "color": colour, "lw": 0.9, "shrinkB": 6, "shrinkA": 1, "relpos": (float(late), float(high))}
+        axes.annotate(start["name"].replace("RL from ", "RL from\n"), (at, height), textcoords="offset points",
+                      xytext=(-8 if late else 4, -26 if high else 28 + 26 * level), ha="right" if late else "left",
+                      va="top" if high else "bottom", fontsize=8.5, fontweight="bold", color=colour, path_effects=[halo], zorder=7,
+                      arrowprops=line)
 
 
 def _loss_axis(axes: Axes, loss: Sequence[float]) -> tuple[float, float]:
@@ -120,71 +113,60 @@ def _loss_axis(axes: Axes, loss: Sequence[float]) -> tuple[float, float]:
     return low - 0.08 * room, high + 0.14 * room
 
 
-def _mark_starts(axes: Axes, study: Study, sft: SFTRun, factor: float) -> None:
-    """A marker and a label at every RL start; labels of close neighbours stand one above the other. Needs the final limits."""
-    span = axes.get_xlim()[1] - axes.get_xlim()[0]
-    previous, level = float("-inf"), 0
-    for run, colour, marker in zip(study.rl, run_colours(study.rl), _markers(study.rl)):
-        near = min(sft.losses, key=lambda p: abs(p.eflops_sft - run.eflops_sft))
-        at = run.eflops_sft * factor
-        level = level + 1 if at - previous < 0.2 * span else 0
-        previous = at
-        late = at > axes.get_xlim()[0] + 0.8 * span
-        high = axes.transAxes.inverted().transform(axes.transData.transform((at, near.val_loss)))[1] > 0.75
-        axes.plot(at, near.val_loss, marker=marker, ms=8, color=colour, mec="white", mew=1.2, zorder=6, clip_on=False)
-        halo = withStroke(linewidth=2.5, foreground="white", alpha=0.75)
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.9, "shrinkB": 6, "shrinkA": 1, "relpos": (float(late), float(high))}
-        axes.annotate(f"RL from\n{run.label}", (at, near.val_loss), xytext=(-8 if late else 4, -26 if high else 28 + 26 * level),
-                      textcoords="offset points", ha="right" if late else "left", va="top" if high else "bottom", fontsize=8.5,
-                      fontweight="bold", color=colour, path_effects=[halo], zorder=7, arrowprops=line)
-
-
-def score_vs_compute(study: Study) -> Figure | None:
-    """Score against total training compute: RL runs with their fits, pure SFT beside them."""
-    runs = [run for run in study.rl if run.points]
-    sft = first_sft(study)
-    scores = sft.scores if sft else []
-    if not runs and not scores:
-        return None
-    most = max([p.eflops_sft for p in scores] + [run.eflops_total for run in runs])
-    factor, unit = flop_scale(most)
-    figure, axes = _axes("Score against total training compute", f"Training compute, SFT + RL ({unit})", "Score (% of test problems)")
-    ends: list[tuple[float, float, str, str]] = []
-    if scores:
-        x, y = [p.eflops_sft * factor for p in scores], [p.score for p in scores]
-        axes.errorbar(x, y, yerr=[p.score_se for p in scores], color=SFT_COLOUR, ecolor="#b9c0c8", elinewidth=1, lw=1.6, marker="o", ms=3.5,
-                      zorder=3)
-        ends.append((x[-1], y[-1], "pure SFT", SFT_COLOUR))
-    for run, colour, marker in zip(runs, run_colours(runs), _markers(runs)):
-        joint = run.eflops_sft * factor
-        x, y = [joint + p.eflops_rl * factor for p in run.points], [p.score for p in run.points]
-        curve = run.curve()
-        if curve:
-            fitted = [joint + value * factor for value in curve["eflops_rl"]]
-            axes.fill_between(fitted, curve["low"], curve["high"], color=colour, alpha=0.14, lw=0, zorder=2)
-            axes.plot(fitted, curve["median"], color=colour, lw=2, ls="-" if run.fit.verdict == "identified" else (0, (4, 2)), zorder=6)
+def score_vs_compute(chart: Chart) -> Figure:
+    """Score against total training compute: RL runs with their fits, pure SFT beside them; a panel a set."""
+    spec = chart.spec
+    sets = spec["sets"] or [None]
+    figure, panels = _panels(chart, len(sets))
+    for name, axes in zip(sets, panels):
+        shown = [s for s in spec["series"] if name is None or s["set"] in (name, "")]
+        for series in shown:
+            _score_series(axes, series, _hex(series["alone"]), spec["means"])
+        axes.set(xlabel=spec["x"], ylabel=spec["y"] if axes is panels[0] else "", xlim=(0, None))
+        if name is not None:
+            axes.set_title(name)
+        ys = [y for s in shown for y in s["y"]]
+        axes.set_ylim(max(0, min(ys) - 4), min(101, max(ys) + 4))
+        groups = list({s["group"]: s for s in shown}.values())
+        if name is None and len(groups) <= 6:
+            axes.set_xlim(0, 1.02 * max(s["joint"] + s["x"][-1] for s in shown))
+            _label_ends(axes, [(s["joint"] + s["x"][-1], s["fit"]["median"][-1] if s.get("fit") else s["y"][-1], s["group"],
+                                _hex(s["alone"])) for s in groups])
         else:
-            axes.plot(x, y, color=colour, lw=1, alpha=0.6, zorder=4)
-        axes.errorbar(x, y, yerr=[p.score_se for p in run.points], color=colour, ls="", marker=marker, ms=5.5 if len(x) <= 12 else 4,
-                      mec="white", mew=0.6, elinewidth=0.8, alpha=0.75 if len(x) <= 30 else 0.35, zorder=5)
-        if run.sft_equal.value is not None:
-            axes.plot([x[-1]] * 2, [y[-1], run.sft_equal.value], color=colour, lw=0.9, ls=(0, (1, 2)), zorder=3)
-            axes.plot(x[-1], run.sft_equal.value, marker="D", ms=6.5, mfc="white", mec=colour, mew=1.5, zorder=7)
-        ends.append((x[-1], curve["median"][-1] if curve else y[-1], f"RL from {run.label}", colour))
-    axes.set_xlim(0, most * factor * 1.02)
-    bottom, top = axes.get_ylim()
-    axes.set_ylim(max(0, bottom), min(100, top) if top < 100 else 100)
-    _label_ends(axes, ends)
-    keys = []
-    if any(run.fit for run in runs):
-        keys = [Line2D([], [], color=MUTED, lw=1.8, label="fit, ceiling identified"),
-                Line2D([], [], color=MUTED, lw=1.8, ls=(0, (4, 2)), label="fit, ceiling not identified"),
-                Patch(color=MUTED, alpha=0.25, lw=0, label="90 % interval of the curve")]
-    if any(run.sft_equal.value is not None for run in runs):
+            handles = [Line2D([], [], color=_hex(s["alone"]), marker=MARKERS[s["marker"]], ms=4, lw=1.4, label=s["group"]) for s in groups]
+            axes.legend(handles=handles, fontsize=7, loc="lower right")
+    fitted = any(s.get("fit") for s in spec["series"])
+    keys = [Line2D([], [], color=MUTED, lw=1.8, label="fit, ceiling identified"),
+            Line2D([], [], color=MUTED, lw=1.8, ls=DASHED, label="fit, ceiling not identified"),
+            Patch(color=MUTED, alpha=0.25, lw=0, label="90 % interval of the curve")] if fitted else []
+    if any(s.get("equal") for s in spec["series"]):
         keys.append(Line2D([], [], ls="", marker="D", mfc="white", mec=MUTED, mew=1.5, label="pure SFT at equal total"))
     keys.append(Line2D([], [], ls="", marker="|", ms=11, mew=1.2, color=MUTED, label="± one standard error of a score"))
     _legend_below(figure, keys, columns=3)
     return figure
+
+
+def _score_series(axes: Axes, series: dict[str, Any], colour: str, means: Sequence[dict[str, Any]]) -> None:
+    x, y = [series["joint"] + value for value in series["x"]], series["y"]
+    if series["seeded"]:
+        axes.plot(x, y, ls="", marker=MARKERS[series["marker"]], ms=3.5, color=colour, alpha=0.35)
+        for mean in (mean for mean in means if mean["group"] == series["group"] and series["first"]):
+            at = [mean["joint"] + value for value in mean["x"]]
+            axes.fill_between(at, mean["low"], mean["high"], color=colour, alpha=0.18, lw=0)
+            axes.plot(at, mean["y"], color=colour, lw=2)
+        return
+    fit = series.get("fit")
+    if fit:
+        at = [series["joint"] + value for value in fit["x"]]
+        axes.fill_between(at, fit["low"], fit["high"], color=colour, alpha=0.14, lw=0, zorder=2)
+        axes.plot(at, fit["median"], color=colour, lw=2, ls="-" if fit["identified"] else DASHED, zorder=6)
+    else:
+        axes.plot(x, y, color=colour, lw=1.6 if series["kind"] == "sft" else 1, alpha=1 if series["kind"] == "sft" else 0.6, zorder=4)
+    axes.errorbar(x, y, yerr=series["se"] if len(x) <= 40 else None, color=colour, ls="", marker=MARKERS[series["marker"]],
+                  ms=5.5 if len(x) <= 12 else 4 if len(x) <= 40 else 2.5, mec="white", mew=0.5, elinewidth=0.8,
+                  alpha=0.75 if len(x) <= 30 else 0.4, zorder=5)
+    if series.get("equal"):
+        axes.plot(x[-1], series["equal"]["y"], marker="D", ms=6.5, mfc="white", mec=colour, mew=1.5, zorder=7)
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
@@ -208,105 +190,130 @@ def _spread(values: Sequence[float], gap: float, low: float, high: float) -> lis
     return placed
 
 
-def ceilings(study: Study) -> Figure | None:
+def ceilings(chart: Chart) -> Figure:
     """P_sft + PL_rl per checkpoint (the paper's Figure 3), the 90 % interval as an error bar, the verdict beside each."""
-    runs = [run for run in study.rl if run.p_sft.value is not None]
-    if not runs:
-        return None
-    figure, axes = _axes("Score before RL, and what RL adds", "Score (% of test problems)", "", height=1.9 + 0.62 * len(runs))
+    spec, bars = chart.spec, chart.spec["bars"]
+    figure, (axes,) = _panels(chart, 1, height=1.9 + (0.62 if len(bars) < 8 else 0.42) * len(bars))
+    begin = spec["begin"]
+    axes.set_xlabel(spec["x"] + (f"; the axis begins at {begin:g}" if begin else ""))
     axes.grid(False)
     axes.grid(axis="x", color=GRID, lw=0.8)
-    axes.set_xlim(0, 100)
-    for row, (run, colour) in enumerate(zip(runs, run_colours(runs))):
-        base = run.p_sft.value
-        axes.barh(row, base, height=0.56, color="#c3cad2")
-        axes.text(base / 2 if base > 12 else 1, row, f"{base:.1f}", ha="center" if base > 12 else "left", va="center", fontsize=9)
-        if shows_ceiling(run):
-            solid = run.fit.verdict == "identified"
-            top = max(run.fit.a_post, base)
-            axes.barh(row, top - base, left=base, height=0.56, color=colour, alpha=0.85 if solid else 0.28, hatch=None if solid else "////",
-                      edgecolor="white" if solid else colour, lw=0)
-            if solid and top - base > 8:
-                axes.text((base + top) / 2, row, f"{run.fit.pl_rl:+.1f}", ha="center", va="center", fontsize=9, color="white",
-                          fontweight="bold")
-            axes.plot([run.fit.a_post_low, run.fit.a_post_high], [row, row], color=INK, lw=1.3, zorder=5)
-            axes.plot(run.fit.a_post_low, row, marker="|", ms=9, mew=1.3, color=INK, zorder=5)
-            # An arrow where only the lower end means anything.
-            end = {"marker": ">", "ms": 5} if run.fit.verdict == "lower_bound" else {"marker": "|", "ms": 9}
-            axes.plot(run.fit.a_post_high, row, mew=1.3, color=INK, zorder=5, clip_on=False, **end)
-        elif run.last and run.last.score > base:
-            axes.barh(row, run.last.score - base, left=base, height=0.56, facecolor="none", edgecolor=colour, lw=1.2, ls=(0, (2, 2)))
-        axes.text(1.02, row, ceiling_text(run), transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=9, linespacing=1.35)
-    axes.set_yticks(range(len(runs)), [run.label.replace(" (", "\n(") for run in runs])
+    axes.set_xlim(begin, 100)
+    for row, bar in enumerate(bars):
+        _ceiling_bar(axes, row, bar, begin)
+    axes.set_yticks(range(len(bars)), [bar["name"].removeprefix("RL from ").replace(" (", "\n(") for bar in bars])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    _legend_below(figure, [Patch(color="#c3cad2", label="P_sft, before RL"), Patch(color=MUTED, label="PL_rl, ceiling identified"),
+    _legend_below(figure, [Patch(color=BASE, label="P_sft, before RL"), Patch(color=MUTED, label="PL_rl, ceiling identified"),
                            Patch(facecolor="#e3e6e9", edgecolor=MUTED, lw=0, hatch="////", label="PL_rl, not identified"),
                            Patch(facecolor="none", edgecolor=MUTED, ls=(0, (2, 2)), label="measured gain, no ceiling")])
     return figure
 
 
-def shows_ceiling(run: RLRun) -> bool:
-    """Whether the fit says anything about a ceiling; `flat` and `too_short` do not."""
-    return run.fit is not None and run.fit.verdict in ("identified", "lower_bound", "collapsed")
+def _ceiling_bar(axes: Axes, row: int, bar: dict[str, Any], begin: float) -> None:
+    base, colour, ceiling = bar["p_sft"], _hex(bar["colour"]), bar["ceiling"]
+    width = axes.get_xlim()[1] - begin
+    axes.barh(row, base - begin, left=begin, height=0.56, color=BASE)
+    inside = base - begin > 0.12 * width
+    axes.text((begin + base) / 2 if inside else begin + 0.01 * width, row, f"{base:.1f}", ha="center" if inside else "left", va="center",
+              fontsize=9)
+    if ceiling:
+        top = max(ceiling["a"], base)
+        axes.barh(row, top - base, left=base, height=0.56, color=colour, alpha=0.85 if bar["solid"] else 0.28,
+                  hatch=None if bar["solid"] else "////", edgecolor="white" if bar["solid"] else colour, lw=0)
+        if bar["solid"] and top - base > 0.08 * width:
+            axes.text(base + 0.012 * width, row, f"{ceiling['a'] - base:+.1f}", ha="left", va="center", fontsize=9, color="white",
+                      fontweight="bold")
+        axes.plot([ceiling["low"], ceiling["high"]], [row, row], color=INK, lw=1.3, zorder=5)
+        axes.plot(ceiling["low"], row, marker="|", ms=9, mew=1.3, color=INK, zorder=5)
+        # An arrow where only the lower end means anything.
+        end = {"marker": ">", "ms": 5} if ceiling["verdict"] == "lower_bound" else {"marker": "|", "ms": 9}
+        axes.plot(ceiling["high"], row, mew=1.3, color=INK, zorder=5, clip_on=False, **end)
+    elif bar["measured"] > base:
+        axes.barh(row, bar["measured"] - base, left=base, height=0.56, facecolor="none", edgecolor=colour, lw=1.2, ls=(0, (2, 2)))
+    axes.text(1.02, row, bar["text"].replace(", ", "\n", 1), transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8.5,
+              linespacing=1.3)
 
 
-def ceiling_text(run: RLRun) -> str:
-    """Two short lines for the side of a bar."""
-    if run.fit is None:
-        return f"no fit\n{run.fit_reason}"
-    fit = run.fit
-    if fit.verdict == "identified":
-        return f"identified\nA_post {fit.a_post:.1f} ({fit.a_post_low:.1f} to {fit.a_post_high:.1f})"
-    if fit.verdict == "lower_bound":
-        return f"lower bound only\nA_post at least {fit.a_post_low:.1f}"
-    if fit.verdict == "collapsed":
-        return f"collapsed\nbefore it {fit.a_post:.1f} ({fit.a_post_low:.1f} to {fit.a_post_high:.1f})"
-    if fit.verdict == "flat":
-        return "flat: no ceiling\nno rise to fit yet"
-    return f"too short: no ceiling\n{fit.n_used} scores"
+def ceiling_vs_loss(chart: Chart) -> Figure:
+    spec = chart.spec
+    figure, (axes,) = _panels(chart, 1)
+    axes.set(xlabel=spec["x"], ylabel=spec["y"])
+    for p in spec["points"]:
+        colour = _hex(p["colour"])
+        axes.errorbar(p["x"], p["y"], yerr=[[p["y"] - p["low"]], [p["high"] - p["y"]]], color=colour, marker="o", ms=8, capsize=4,
+                      mfc=colour if p["verdict"] == "identified" else "white", mew=1.6)
+        axes.annotate(p["name"], (p["x"], p["y"]), xytext=(8, 6), textcoords="offset points", color=colour, fontweight="bold", fontsize=9)
+    axes.margins(x=0.2, y=0.15)
+    return figure
 
 
-def compute(study: Study) -> Figure | None:
-    """Where the compute went, by phase, in the paper's count and in the exact one."""
-    ledger = study.ledger()
-    phases = [phase for phase in PHASES if phase in ledger]
-    if not phases:
-        return None
-    factor, unit = flop_scale(max(max(row["paper_flops"], row["exact_flops"]) for row in ledger.values()) / 1e18)
-    figure, axes = _axes("Where the compute went", unit, "", height=1.6 + 0.56 * len(phases))
-    axes.grid(False)
-    axes.grid(axis="x", color=GRID, lw=0.8)
-    largest = max(max(row["paper_flops"], row["exact_flops"]) for row in ledger.values()) / 1e18 * factor
-    for row, phase in enumerate(phases):
-        colour = "#9a6fb0" if LEDGER_PHASES[phase].axis is None else "#0072b2"
-        for shift, key, alpha in ((-0.19, "paper_flops", 1.0), (0.19, "exact_flops", 0.45)):
-            value = ledger[phase][key] / 1e18
-            axes.barh(row + shift, value * factor, height=0.34, color=colour, alpha=alpha)
-            axes.text(value * factor + 0.008 * largest, row + shift, flops_text(value), va="center", fontsize=8, color=INK)
-    axes.set_yticks(range(len(phases)), [PHASES[phase] for phase in phases])
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlim(0, largest * 1.16)
-    axes.invert_yaxis()
-    _legend_below(figure, [Patch(color="#0072b2", label="training, paper's formula"),
-                           Patch(color="#0072b2", alpha=0.45, label="training, exact count"),
-                           Patch(color="#9a6fb0", label="measuring (never in x)")])
+def benchmarks(chart: Chart) -> Figure:
+    """A panel a benchmark."""
+    spec = chart.spec
+    figure, panels = _panels(chart, len(spec["names"]), share_y=False)
+    for name, axes in zip(spec["names"], panels):
+        for series in spec["series"]:
+            y = [float("nan") if value is None else value for value in series["y"][name]]
+            axes.plot(series["x"], y, color=_hex(series["colour"]), lw=1.2 if series["kind"] == "rl" else 1.8, alpha=0.8,
+                      marker=MARKERS[series["marker"]], ms=2.5)
+        axes.set_title(name)
+        axes.set(xlabel=spec["x"], ylabel=spec["y"])
+    groups = {s["group"]: s for s in spec["series"]}
+    shown = {s["set"] or s["group"]: s for s in spec["series"]} if spec["sets"] else groups
+    _legend_below(figure, [Line2D([], [], color=_hex(s["colour"]), marker=MARKERS[s["marker"]], ms=4, label=name)
+                           for name, s in shown.items()], columns=4)
+    return figure
+
+
+def compute(chart: Chart) -> Figure:
+    """Where the compute went, by phase and run, in the exact count and by the paper's formulas."""
+    spec = chart.spec
+    metrics = [m for m in spec["metrics"] if m["key"] in ("exact_flops", "paper_flops")] or spec["metrics"][:1]
+    figure, panels = _panels(chart, len(metrics), height=1.9 + 0.42 * len(spec["phases"]))
+    for metric, axes in zip(metrics, panels):
+        axes.set_title(metric["title"])
+        axes.set_xlabel(metric["unit"])
+        axes.grid(False)
+        axes.grid(axis="x", color=GRID, lw=0.8)
+        totals = [0.0] * len(spec["phases"])
+        for run, values in zip(spec["runs"], metric["values"]):
+            for row, value in enumerate(values):
+                axes.barh(row, value, left=totals[row], height=0.62, color=_hex(run["colour"]), alpha=0.45 if spec["measuring"][row] else 1,
+                          edgecolor="white", lw=0.4)
+                totals[row] += value
+        for row, value in enumerate(totals):
+            axes.text(value, row, f" {value:.3g}", va="center", fontsize=8)
+        axes.set_xlim(0, 1.16 * max(totals) or 1)
+        axes.set_ylim(len(totals) - 0.5, -0.5)
+        axes.set_yticks(range(len(totals)), [f"{name}{' *' if measuring else ''}" for name, measuring in
+                                             zip(spec["phases"], spec["measuring"])] if axes is panels[0] else [""] * len(totals))
+        axes.tick_params(axis="y", length=0)
+    kinds = {run["name"]: run for run in spec["runs"][:12]}
+    _legend_below(figure, [Patch(color=_hex(run["colour"]), label=name) for name, run in kinds.items()], columns=4)
     return figure
 
 
 # -- shared looks ------------------------------------------------------------------------------------------------------------------
 
-def _axes(title: str, xlabel: str, ylabel: str, height: float = 4.6) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(8.4, height), layout="constrained")
+def _panels(chart: Chart, count: int, height: float = 4.6, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """A figure of up to three panels in a row, one scale for a row."""
+    columns = min(count, 3)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(8.4 if count == 1 else 4.4 * columns, height if rows == 1 else 3.2 * rows + 0.8), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.07)
-    axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.grid(axis="y", color=GRID, lw=0.8)
-    axes.tick_params(length=3)
-    return figure, axes
+    axes = figure.subplots(rows, columns, sharey=share_y and count > 1, squeeze=False).ravel()
+    for place in axes:
+        place.grid(axis="y", color=GRID, lw=0.8)
+        place.tick_params(length=3)
+    for place in axes[count:]:
+        place.remove()
+    figure.suptitle(chart.title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure, list(axes[:count])
 
 
-def _markers(runs: Sequence[RLRun]) -> list[str]:
-    return [MARKERS[i % len(MARKERS)] for i in range(len(runs))]
+def _hex(colour: str) -> str:
+    return PALETTE[colour][0]
 
 
 def _legend_below(figure: Figure, handles: list, columns: int = 5) -> None:

@@ -17,7 +17,7 @@ from pctrain.ceiling import curves, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling
 from pctrain.ceiling.layout import find_runs
 from pctrain.ceiling.ledger import PHASES
-from pctrain.ceiling.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers
+from pctrain.ceiling.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers, typical_se
 from pctrain.errors import UserError
 
 NO_JOINT = "the checkpoint was not scored before RL"
@@ -67,7 +67,8 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
             else:
                 point |= {"val_loss": _number(row, "val_loss", where), "val_loss_se": _number(row, "val_loss_se", where)}
         else:
-            point |= {"score": _number(row, "score", where), "score_se": _number(row, "score_se", where)}
+            point |= {"score": _number(row, "score", where), "score_se": _number(row, "score_se", where),
+                      "benchmarks": _benchmarks(row, where)}
     ordered = sorted((p for p in points.values() if "val_loss" in p or "score" in p), key=lambda p: p["step"])
     valid = [p for p in ordered if "val_loss" in p]
     if valid:
@@ -104,14 +105,15 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points, train, last_eval = [], [], {}
     for row, where in _metrics(folder):
         if row["kind"] == "eval":
-            points.append(RLPoint(row["step"], row["eflops_rl"], _number(row, "score", where), _number(row, "score_se", where)))
+            points.append(RLPoint(row["step"], row["eflops_rl"], _number(row, "score", where), _number(row, "score_se", where),
+                                  _benchmarks(row, where)))
             last_eval = row
         elif row["kind"] == "train":
             train.append(row)
     points.sort(key=lambda p: p.step)
     step, role, eflops_sft = int(start["start_step"]), str(start["role"]), float(start["eflops_sft"])
     joint = next((Estimate(p.score, p.score_se) for p in points if p.eflops_rl == 0), Estimate(None, reason=NO_JOINT))
-    fit, reason = _fit(folder, points)
+    fit, reason = _fit(points)
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
@@ -122,13 +124,20 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
                  counts=_counts(train, last_eval), samples=samples, samples_step=samples_step)
 
 
-def _fit(folder: Path, points: list[RLPoint]) -> tuple[Fit | None, str | None]:
+def _benchmarks(row: dict[str, Any], where: str) -> dict[str, float]:
+    return {key.removeprefix("score/"): _number(row, key, where) for key in row if key.startswith("score/")}
+
+
+def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
     """The fit that `pctrain fit` makes of the same folder, or the reason why there is none."""
-    if not any(p.eflops_rl == 0 for p in points):
+    joint = next((p for p in points if p.eflops_rl == 0), None)
+    after = [p for p in points if p.eflops_rl > 0]
+    if joint is None:
         return None, NO_JOINT
-    if points[-1].eflops_rl == 0:
+    if not after:
         return None, "the run was not scored after its start"
-    return fit_run(folder), None
+    return fit_ceiling([p.eflops_rl for p in after], [p.score for p in after], joint.score, score_se=typical_se(points),
+                       p_sft_se=joint.score_se or None), None
 
 
 def fit_run(folder: Path) -> Fit:
@@ -167,7 +176,7 @@ def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[
 # -- files -------------------------------------------------------------------------------------------------------------------------
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """`(object, "file:line")` of a JSON-lines file."""
+    """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
     with path.open(encoding="utf-8", errors="strict") as lines:
         try:
             for number, line in enumerate(lines, 1):
@@ -175,6 +184,8 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 try:
                     row = json.loads(line)
                 except json.JSONDecodeError as error:
+                    if not line.endswith("\n"):
+                        return
                     raise UserError(f"{where}: not JSON ({error.msg}). Expected one object a line; a run that was killed here mends its "
                                     f"files when the same command is started again.") from None
                 if not isinstance(row, dict):

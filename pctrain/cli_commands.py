@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import Field
 
 from pctrain import cli_data
-from pctrain.cli_arguments import Command, resolve_config, take_paths
+from pctrain.ceiling.fit_options import FitOptions
+from pctrain.cli_arguments import Command, resolve_config, set_environment, take_paths
 from pctrain.cli_options import parse
 from pctrain.config import Config, Section
 from pctrain.config_help import own_option_lines
@@ -31,6 +32,19 @@ class ShowOptions(Section):
     step: int | None = Field(None, ge=1, description="RL step; default: the newest")
     prompts: int = Field(5, ge=1, description="prompts that are shown")
     dropped: bool = Field(False, description="show also the prompts that dynamic sampling dropped, and why")
+
+
+# What `pctrain fit` reads. x is training compute from the SFT/RL joint in EFLOPs (1e18), scores are in percent.
+FIT_FORMS = (
+    "  CURVES         scores against RL compute, in EFLOPs (1e18 FLOPs) from the SFT/RL joint, in one of these forms:",
+    "      folder     an RL run of pctrain, or a study of several",
+    "      CSV        eflops,score[,curve][,score_se] with this header; the row at 0 is the score at the joint, P_sft",
+    '      JSON       {"curves": [{"name": "a", "p_sft": 68.6, "eflops": [3.5, 6.4], "scores": [69.9, 70.1]}]}, each with p_sft_se,',
+    "                 score_se (standard errors, points) and max_score (percent) where known",
+    "      JSON       the exchange format of the published curves (meta, datasets): pctrain/ceiling/curves.py",
+    "  Verdicts: identified; lower_bound (only the lower end of the interval means anything); flat (no gain yet: not a ceiling);",
+    "  too_short (fewer than 12 points); collapsed (fitted to the points before). What they can and cannot say: docs/ceilings.md",
+)
 
 
 def _sft(command: Command, arguments: list[str]) -> None:
@@ -73,10 +87,14 @@ def _run(command: Command, arguments: list[str]) -> None:
 
 
 def _fit(command: Command, arguments: list[str]) -> None:
-    (curves,), out = take_paths(command, arguments, operands=1)
+    operands, options, rest = parse(command, arguments, FitOptions)
+    if len(operands) != 1 or rest:
+        given = " ".join([*operands, *rest]) or "none"
+        raise UserError(f"pctrain fit: expected one file or folder of curves, got {given}; usage: {command.usage}")
+    set_environment()
     from pctrain.ceiling.fit_command import main as run
 
-    run(curves, out or Path("fits.json"))
+    run(Path(operands[0]), options)
 
 
 def _report(command: Command, arguments: list[str]) -> None:
@@ -137,10 +155,13 @@ COMMANDS = (
          "pctrain run --config study.yaml --study.starts='[stable, overfit]'"),
         tuple(Config.model_fields)),
     Command(
-        "fit", "ceilings of score-against-compute curves, with intervals", "pctrain fit CURVES [--out FILE]", _fit,
-        ("pctrain fit curves.json --out fits.json", "pctrain fit curves.json"),
-        notes=("  CURVES         JSON file of score curves against EFLOPs",
-               "  --out FILE     where the fits go, a JSON list  [default: fits.json]")),
+        "fit", "ceilings of score-against-compute curves, with intervals",
+        "pctrain fit CURVES [--out FILE] [--reach SCORE] [--budget EFLOPS] [--points SHARE] [--method paper]", _fit,
+        ("pctrain fit curves.json --out fits.json",
+         "pctrain fit curves.csv --reach 75 --reach 80 --budget 500",
+         "pctrain fit curves.json --points 0.71                    # fit the first 71 %, compare with the rest",
+         "pctrain fit curves.json --method paper --tau 2.5"),
+        notes=(*FIT_FORMS, *own_option_lines(FitOptions))),
     Command(
         "report", "report.html, figures and study.json of a finished study", "pctrain report DIR", _report,
         ("pctrain report runs/quickstart",),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+NOISE_FLOOR = 0.25  # points: the least sd that outliers and collapses are judged by, where the scores' standard error is not given
 # A point is isolated when it lies this many noise standard deviations from the medians of both its sides, outward.
 OUTLIER_SDS = 5.0
 SIDE = 3  # points of one side
@@ -12,17 +13,22 @@ SIDE = 3  # points of one side
 WINDOW, MUST = 6, 4
 DROP, DROP_SDS = 2.0, 4.0
 RUNNING = 5  # points of the running median (trailing)
+LAGS = (1, 3)
+CALM_POINTS = 7  # the noise of a possible collapse is judged by the first half of the curve, by no fewer points than this
 
 
 def noise_sd(scores: np.ndarray, floor: float) -> float:
     """Robust standard deviation of the noise of `scores` [n]: each point against the mean of its neighbours, by the median absolute value.
 
-    A smooth curve cancels to first order; independent noise of sd s gives such a difference the sd s sqrt(1.5).
+    A smooth curve cancels to first order; independent noise of sd s gives such a difference the sd s sqrt(1.5). Noise that is alike from
+    point to point hides from nearest neighbours, so those LAGS points away are asked as well, and the larger answer counts.
     """
-    if len(scores) < 3:
-        return floor
-    difference = scores[1:-1] - (scores[:-2] + scores[2:]) / 2
-    return max(floor, 1.4826 * float(np.median(np.abs(difference))) / np.sqrt(1.5))
+    found = [floor]
+    for lag in LAGS:
+        if len(scores) > 2 * lag:
+            difference = scores[lag:-lag] - (scores[:-2 * lag] + scores[2 * lag:]) / 2
+            found.append(1.4826 * float(np.median(np.abs(difference))) / np.sqrt(1.5))
+    return max(found)
 
 
 def isolated(scores: np.ndarray, sd: float) -> np.ndarray:
@@ -45,3 +51,15 @@ def onset(scores: np.ndarray, p_sft: float, sd: float) -> int | None:
         if low[0] and low.sum() >= MUST:
             return i
     return None
+
+
+def used_points(scores: np.ndarray, p_sft: float, floor: float) -> tuple[np.ndarray, int | None]:
+    """Mask [n] of the points to fit, and the index of the first point of a collapse (None: there is none)."""
+    sd = noise_sd(scores, floor)
+    kept = np.flatnonzero(~isolated(scores, sd))
+    # After a collapse the scores are wild; judged by the whole curve's noise it could hide itself.
+    calm = min(sd, noise_sd(scores[:max(CALM_POINTS, len(scores) // 2)], floor))
+    at = onset(scores[kept], p_sft, calm)
+    used = np.zeros(len(scores), dtype=bool)
+    used[kept[:at]] = True
+    return used, None if at is None else int(kept[at])

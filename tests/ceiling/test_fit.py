@@ -140,7 +140,7 @@ def test_the_same_input_gives_the_same_digits():
     rows = [json.dumps(fit_ceiling(x, curve(x, 60, 10, 10.0), 60).as_row("S1K", 62), allow_nan=False) for _ in range(2)]
     assert rows[0] == rows[1]
     assert list(json.loads(rows[0])) == ["dataset", "start_step", "p_sft", "a_post", "a_post_low", "a_post_high", "pl_rl", "c_mid", "b", "eps",
-                                         "verdict", "n_points", "n_used", "collapsed_at"]
+                                         "verdict", "n_points", "n_used", "collapsed_at", "prior_shift"]
 
 
 def test_the_unit_of_compute_does_not_matter():

@@ -82,9 +82,19 @@ class Fit:
         return self._quantiles(self.draws.scores(np.asarray(x, dtype=np.float64)))
 
     def predict(self, x: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `curve`, of a score that is measured at `x`, once, with its noise: within 0 and the highest score."""
-        scores = self.draws.scores(np.asarray(x, dtype=np.float64)) + self.draws.sigma * self.draws.noise
-        return self._quantiles(np.clip(scores, 0.0, self.points.max_score))
+        """As `curve`, of a score that is measured at `x`, once, with its noise: within 0 and the highest score.
+
+        Beyond the last point used the noise still remembers that point's: with rho to the power of the distance in (median) steps.
+        """
+        x = np.asarray(x, dtype=np.float64)
+        seen, scores = self.points.x[self.used], self.points.y[self.used]
+        noise = self.draws.sigma * self.draws.noise
+        if len(seen) > 1:
+            steps = (x[:, None] - seen[-1]) / np.median(np.diff(seen))
+            memory = np.where(steps > 0, self.draws.rho ** np.maximum(steps, 0.0), 0.0)
+            last = scores[-1] - self.draws.scores(seen[-1:])[0]
+            noise = memory * last + np.sqrt(1 - memory**2) * noise
+        return self._quantiles(np.clip(self.draws.scores(x) + noise, 0.0, self.points.max_score))
 
     def _quantiles(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, median, high = np.array([self.draws.quantiles(row, QUANTILES) for row in scores]).reshape(-1, 3).T

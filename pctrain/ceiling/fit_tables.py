@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 BAYES_LEGEND = (
     "A_post: median and 90 % interval of the posterior, percent. shift: points A_post moves by under wide priors, so what of it is theirs. "
-    "collapsed: EFLOPs from the joint; fitted to the points before. points: used/all where some were left out. lower_bound: only the lower end of the interval "
-    "means anything; flat: no gain yet, not a ceiling; too_short: the prior speaks. C_mid, B and eps: in the file.")
+    "collapsed: EFLOPs from the joint; fitted to the points before. points: used/all where some were left out. lower_bound: only the lower "
+    "end of the interval means anything; flat: no gain yet, not a ceiling; too_short: the prior speaks. C_mid, B and eps: in the file.")
 PAPER_LEGEND = (
     "The pipeline of arXiv 2512.11470, appendix F: no interval, no verdict; docs/ceilings.md says how far off it can be. points: "
     "kept/given. rmse: of the points kept. A collapsed curve has no sigmoid: its ceiling is the best score before.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 NOISE_FLOOR = 0.25  # points: the least sd that outliers and collapses are judged by, where the scores' standard error is not given
 # A point is isolated when it lies this many noise standard deviations from the medians of both its sides, outward.
@@ -34,23 +35,26 @@ def noise_sd(scores: np.ndarray, floor: float) -> float:
 def isolated(scores: np.ndarray, sd: float) -> np.ndarray:
     """Mask [n] of single points far above, or far below, the running medians of both sides. The ends (one side only) are kept."""
     mask = np.zeros(len(scores), dtype=bool)
-    for i in range(SIDE, len(scores) - SIDE):
-        sides = np.median(scores[i - SIDE:i]), np.median(scores[i + 1:i + 1 + SIDE])
-        mask[i] = max(scores[i] - max(sides), min(sides) - scores[i]) > OUTLIER_SDS * sd
+    inner = scores[SIDE:-SIDE]
+    if len(inner):
+        medians = np.median(sliding_window_view(scores, SIDE), axis=1)  # of the SIDE points from each on
+        before, after = medians[:len(inner)], medians[SIDE + 1:]
+        mask[SIDE:-SIDE] = np.maximum(inner - np.maximum(before, after), np.minimum(before, after) - inner) > OUTLIER_SDS * sd
     return mask
 
 
 def onset(scores: np.ndarray, p_sft: float, sd: float) -> int | None:
     """Index of the first point of a collapse, or None. The best so far starts at the score of the SFT checkpoint."""
-    drop = max(DROP, DROP_SDS * sd)
-    best = p_sft
-    for i in range(len(scores) - MUST + 1):
-        if i >= RUNNING:
-            best = max(best, float(np.median(scores[i - RUNNING:i])))
-        low = scores[i:i + WINDOW] < best - drop
-        if low[0] and low.sum() >= MUST:
-            return i
-    return None
+    if len(scores) < MUST:
+        return None
+    best = np.full(len(scores), float(p_sft))
+    if len(scores) > RUNNING:
+        running = np.median(sliding_window_view(scores, RUNNING), axis=1)[:-1]  # of the RUNNING points before each
+        best[RUNNING:] = np.maximum(p_sft, np.maximum.accumulate(running))
+    ahead = sliding_window_view(np.append(scores, np.full(WINDOW - 1, np.inf)), WINDOW)
+    low = ahead < (best - max(DROP, DROP_SDS * sd))[:, None]
+    found = np.flatnonzero(low[:, 0] & (low.sum(1) >= MUST))
+    return int(found[0]) if len(found) else None
 
 
 def used_points(scores: np.ndarray, p_sft: float, floor: float) -> tuple[np.ndarray, int | None]:

@@ -24,7 +24,7 @@ VERDICTS = ("identified", "lower_bound", "flat", "too_short", "collapsed")
 MIN_POINTS = 12  # fewer used points: too_short
 FLAT_GAIN, FLAT_GAIN_HIGH = 1.0, 2.0  # points; noise sd and twice that where larger: median and 95 % quantile of the gain seen so far
 # Identified: the ceiling is this SURE to lie this NEAR to a_post (points), and at least this SHARE of the rise D is seen (5 % quantile).
-IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.87, 0.35
+IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.89, 0.35
 LOW, MEDIAN, HIGH = QUANTILES = (0.05, 0.5, 0.95)
 # For the shift of the estimate where the priors say little: B, C and D over orders of magnitude.
 WIDE = Priors(b_log_sd=1.0, c_log_sd=2.0, d_scales=(30.0,), d_weights=(1.0,))

@@ -46,7 +46,7 @@ def reach(fit: Fit | PaperFit, score: float) -> Reach:
     draws = fit.draws
     eflops = _compute(score, draws.l, draws.d, draws.b, draws.c)
     probability = float(draws.weight @ np.isfinite(eflops))
-    low, median, high = (_quantile(fit, eflops, quantile, probability) for quantile in QUANTILES)
+    low, median, high = (_quantile(fit, eflops, quantile) for quantile in QUANTILES)
     return Reach(float(score), min(probability, 1.0), median, low, high)
 
 
@@ -58,10 +58,8 @@ def _compute(score: float, level: np.ndarray | float, gain: np.ndarray | float, 
         return c * odds ** (1 / np.asarray(b))
 
 
-def _quantile(fit: Fit, eflops: np.ndarray, quantile: float, probability: float) -> float | None:
+def _quantile(fit: Fit, eflops: np.ndarray, quantile: float) -> float | None:
     """Of the draws, without a value in between two: one of them may be 0, or infinite."""
-    if quantile >= probability:
-        return None
     order = np.argsort(eflops, kind="stable")
     at = np.searchsorted(np.cumsum(fit.draws.weight[order]), quantile)
     value = float(eflops[order[min(at, len(order) - 1)]])

@@ -23,7 +23,7 @@ class Priors:
     b_median: float = 1.5
     b_log_sd: float = 0.7
     c_share: float = 0.25  # median of C as a share of the largest x used
-    c_log_sd: float = 1.15
+    c_log_sd: float = 1.05
     # D is half-normal, its scale one of these (points): most RL gains are a few points, a weak start can gain tens.
     d_scales: tuple[float, ...] = (6.0, 20.0)
     d_weights: tuple[float, ...] = (0.85, 0.15)

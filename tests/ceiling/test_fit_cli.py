@@ -296,6 +296,7 @@ def test_the_spoiled_documents_were_good(tmp_path):
     assert read(tmp_path / "curves.json", json.dumps(exchange).encode()) is not None
 
 
-def test_lists_without_end_are_no_recursion_error(tmp_path):
+def test_what_the_parsers_themselves_refuse_is_a_user_error(tmp_path):
     assert read(tmp_path / "curves.json", b"[" * 100_000) is None
     assert read(tmp_path / "curves.json", b'{"curves": ' + b"9" * 5000 + b"}") is None
+    assert read(tmp_path / "curves.csv", b"eflops,score\n" + b"1" * 200_000 + b",60\n") is None  # beyond the csv module's limit

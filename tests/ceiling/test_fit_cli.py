@@ -296,6 +296,13 @@ def test_the_spoiled_documents_were_good(tmp_path):
     assert read(tmp_path / "curves.json", json.dumps(exchange).encode()) is not None
 
 
+def test_numbers_of_problems_whose_sum_is_no_number_are_refused(tmp_path):
+    exchange = json.loads(json.dumps(DOCUMENTS[1]))
+    del exchange["meta"]["model"]
+    exchange["meta"]["benchmarks"] = {"a": 1e308, "b": 1e308}
+    assert read(tmp_path / "curves.json", json.dumps(exchange).encode()) is None
+
+
 def test_what_the_parsers_themselves_refuse_is_a_user_error(tmp_path):
     assert read(tmp_path / "curves.json", b"[" * 100_000) is None
     assert read(tmp_path / "curves.json", b'{"curves": ' + b"9" * 5000 + b"}") is None

@@ -34,7 +34,7 @@ def read_curves(path: Path | str) -> list[Curve]:
     """Curves of an exchange file, of one RL run folder, or of all RL run folders of a study (`rl-step-N/` in it), by data set and step."""
     path = Path(path)
     if path.is_file():
-        return plain_curves.read_csv(path) if path.suffix.lower() == ".csv" else read_json_file(path)
+        return _read_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a curves file (JSON or CSV) or a run folder")
     if (path / "metrics.jsonl").is_file():
@@ -43,6 +43,13 @@ def read_curves(path: Path | str) -> list[Curve]:
     if not folders:
         raise UserError(f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl)")
     return sorted((read_run_folder(folder) for folder in folders), key=lambda curve: curve.start_step)
+
+
+def _read_file(file: Path) -> list[Curve]:
+    if file.suffix.lower() == ".csv":
+        return plain_curves.read_csv(file)
+    document = checks.mapping(checks.json_of(file), str(file))
+    return plain_curves.read_json(document, file) if "curves" in document else _exchange_curves(document, file)
 
 
 # ---- run folders
@@ -91,10 +98,12 @@ def _standard_error(record: Mapping, where: str) -> float | None:
 # ---- the exchange format
 
 
-def read_json_file(file: Path) -> list[Curve]:
-    document = checks.mapping(checks.json_of(file), str(file))
-    if "curves" in document:
-        return plain_curves.read_json(document, file)
+def read_exchange_file(file: Path) -> list[Curve]:
+    """Curves of the exchange format alone: its data sets, steps and SFT scores are there, as other forms do not give them."""
+    return _exchange_curves(checks.mapping(checks.json_of(file), str(file)), file)
+
+
+def _exchange_curves(document: dict, file: Path) -> list[Curve]:
     meta = checks.mapping(checks.need(document, "meta", str(file)), f"{file}: meta")
     benchmarks = checks.mapping(checks.need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")
     counts = {name: checks.number(benchmarks, name, f"{file}: meta.benchmarks") for name in benchmarks}

@@ -36,6 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON list of the checks: name, value, low, high, passed")
     options = parser.parse_args(arguments)
     console = make_console()
+    console.width = max(console.width, 180)  # rows stay whole: the tables are Markdown, for benchmarks/CEILINGS.md
     console.print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {version('numpy')}, "
                   f"SciPy {version('scipy')}; load {os.getloadavg()[0]:.1f}\n")
 

@@ -72,8 +72,8 @@ def agreement(all_cases: Sequence[Case]) -> list[Check]:
         widths = np.array([fit.a_post_high - fit.a_post_low for fit in fits])
         of = "first 71 %" if name == "early" else "all points"
         checks += [
-            Check(f"{of}: median |A - published|", float(np.median(error)), high=limits[0]),
-            Check(f"{of}: mean |A - published|", float(error.mean()), high=limits[1], beside=f"largest {error.max():.1f}"),
+            Check(f"{of}: median distance to published", float(np.median(error)), high=limits[0]),
+            Check(f"{of}: mean distance to published", float(error.mean()), high=limits[1], beside=f"largest {error.max():.1f}"),
             Check(f"{of}: identified", share(known), low=limits[2], beside=f"{known.sum()} of {len(known)}"),
             Check(f"{of}: worst identified", float(error[known].max(initial=0.0)), high=2.0),
             Check(f"{of}: identified, published inside", share(inside[known]), low=0.85, beside=width(widths[known])),

@@ -35,7 +35,7 @@ def read_curves(path: Path | str) -> list[Curve]:
     """Curves of a file, of one RL run folder, or of all RL runs of a study (layout.py), by seed, set and step."""
     path = Path(path)
     if path.is_file():
-        return plain_curves.read_csv(path) if path.suffix.lower() == ".csv" else read_json_file(path)
+        return _read_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a curves file (JSON or CSV) or a run folder")
     if (path / "metrics.jsonl").is_file():
@@ -51,6 +51,13 @@ def _name(study: Path, place: layout.Place) -> str:
     told = [part for part in place.folder.relative_to(study).parts[:-1] if part != layout.SETS]
     told += [place.algorithm] if place.algorithm else []
     return "/".join(told) or study.resolve().name
+
+
+def _read_file(file: Path) -> list[Curve]:
+    if file.suffix.lower() == ".csv":
+        return plain_curves.read_csv(file)
+    document = checks.mapping(checks.json_of(file), str(file))
+    return plain_curves.read_json(document, file) if "curves" in document else _exchange_curves(document, file)
 
 
 # ---- run folders
@@ -99,10 +106,12 @@ def _standard_error(record: Mapping, where: str) -> float | None:
 # ---- the exchange format
 
 
-def read_json_file(file: Path) -> list[Curve]:
-    document = checks.mapping(checks.json_of(file), str(file))
-    if "curves" in document:
-        return plain_curves.read_json(document, file)
+def read_exchange_file(file: Path) -> list[Curve]:
+    """Curves of the exchange format alone: its data sets, steps and SFT scores are there, as other forms do not give them."""
+    return _exchange_curves(checks.mapping(checks.json_of(file), str(file)), file)
+
+
+def _exchange_curves(document: dict, file: Path) -> list[Curve]:
     meta = checks.mapping(checks.need(document, "meta", str(file)), f"{file}: meta")
     benchmarks = checks.mapping(checks.need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")
     counts = {name: checks.number(benchmarks, name, f"{file}: meta.benchmarks") for name in benchmarks}

@@ -32,7 +32,7 @@ def test_a_quick_run_prints_and_writes_every_check(tmp_path, capsys):
     assert status == int(any(check["passed"] is False for check in checks))
     by_name = {check["name"]: check for check in checks}
     # The published curves are the same in a quick run: these numbers are final.
-    assert by_name["first 71 %: median |A - published|"]["value"] <= 0.7 and by_name["first 71 %: worst identified"]["value"] <= 2
+    assert by_name["first 71 %: median distance to published"]["value"] <= 0.7 and by_name["first 71 %: worst identified"]["value"] <= 2
 
 
 def test_a_check_is_met_missed_or_without_a_target():
@@ -85,6 +85,7 @@ def test_an_alarm_before_a_collapse_is_counted():
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_the_targets_are_met(tmp_path):
     benchmark.main(["--out", str(tmp_path / "checks.json")])
     missed = {check["name"] for check in json.loads((tmp_path / "checks.json").read_text()) if check["passed"] is False}

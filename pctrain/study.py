@@ -38,7 +38,7 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
     disk = OnDisk(config, root)
     crew = Crew(root, stages, mine, disk.ended, _say)
     if dry_run:
-        print_plan(config, crew, disk)
+        print_plan(config, crew, disk, counts=True)
         return
     with begin(_with_all_sets(config)) as config, Scorer(config) as scorer:
         parallel.from_rank_zero(lambda: print_plan(config, crew, disk))

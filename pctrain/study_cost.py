@@ -47,14 +47,16 @@ class Lengths:
 
 
 class Costs:
-    """Estimates for the stages of one study."""
+    """Estimates for the stages of one study. `counts`: all records are counted where `sft.epochs` asks for it, which takes time."""
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, counts: bool):
+        self.config, self.counts = config, counts
         self._lengths: dict[str, Lengths] = {}
 
-    def of(self, stage: Stage) -> float:
-        """FLOPs of the whole stage, by the paper's formulas."""
+    def of(self, stage: Stage) -> float | None:
+        """FLOPs of the whole stage, by the paper's formulas; None where that takes a count."""
+        if stage.kind == "sft" and self.config.sft.epochs is not None and not self.counts:
+            return None
         if stage.set not in self._lengths:
             self._lengths[stage.set] = self._measure(stage.set)
         lengths, sft, rl = self._lengths[stage.set], self.config.sft, self.config.rl
@@ -119,9 +121,9 @@ class Costs:
         return None if path is None else Encoder(path, self.config.data, self.config.sft.token_budget)
 
 
-def print_plan(config: Config, crew: Crew, disk: OnDisk) -> None:
-    """Every stage with its state; of those to do the estimate, of the others what their ledgers say."""
-    costs = Costs(config)
+def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -> None:
+    """Every stage with its state; of those to do the estimate, of the others what their ledgers say. `counts`: as in `Costs`."""
+    costs = Costs(config, counts)
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("stage", "algorithm", "state", "needs", "steps", "cost"):
         table.add_column(name, justify="right" if name in ("steps", "cost") else "left", overflow="fold")
@@ -130,8 +132,11 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk) -> None:
         state, who = crew.state(stage)
         paid = spent_in(disk.folder(stage))
         estimate = costs.of(stage) if state in ("to do", "running") else 0.0
-        spent, ahead = spent + paid, ahead + max(0.0, estimate - paid)
-        cost = flops_text(paid / EFLOP) if state == "done" else "-" if state == "left out" else f"~ {flops_text(estimate / EFLOP)}"
+        spent, ahead = spent + paid, ahead + max(0.0, (estimate or 0.0) - paid)
+        if state in ("done", "left out"):
+            cost = flops_text(paid / EFLOP) if state == "done" else "-"
+        else:
+            cost = "--dry-run tells" if estimate is None else f"~ {flops_text(estimate / EFLOP)}"
         steps = config.sft.steps if stage.kind == "sft" else config.rl.steps
         planned = f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
         shown = f"{state}: {who}" if who else state if stage in crew.mine or state != "to do" else f"{state} (not by this job)"

@@ -285,10 +285,10 @@ def compute(chart: Chart) -> Figure:
         for row, value in enumerate(totals):
             axes.text(value, row, f" {value:.3g}", va="center", fontsize=8)
         axes.set_xlim(0, 1.16 * max(totals) or 1)
-        axes.set_ylim(len(totals) - 0.5, -0.5)
-        axes.set_yticks(range(len(totals)), [f"{name}{' *' if measuring else ''}" for name, measuring in
-                                             zip(spec["phases"], spec["measuring"])] if axes is panels[0] else [""] * len(totals))
         axes.tick_params(axis="y", length=0)
+    names = [name + (" *" if measuring else "") for name, measuring in zip(spec["phases"], spec["measuring"])]
+    panels[0].set_yticks(range(len(names)), names)  # the panels share their rows
+    panels[0].set_ylim(len(names) - 0.5, -0.5)
     kinds = {run["name"]: run for run in spec["runs"][:12]}
     _legend_below(figure, [Patch(color=_hex(run["colour"]), label=name) for name, run in kinds.items()], columns=4)
     return figure

@@ -152,6 +152,12 @@ def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
     assert any(t.startswith("identified") for t in texts) and any(t.startswith("too short: no ceiling") for t in texts)
 
 
+def test_phases_are_named_beside_their_bars(study_folder: Path) -> None:
+    axes = figures.compute(drawn(study_folder)["compute"]).axes[0]
+    names = ["SFT updates", "Rollouts", "Rollouts rejected", "Log-prob passes", "RL updates", "Validation *", "Evaluation *"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == names
+
+
 @pytest.mark.parametrize("eflops, text", [(5.4e-7, "540 GFLOPs"), (3.1e-6, "3.1 TFLOPs"), (0.25, "250 PFLOPs"), (1365.8, "1.37 ZFLOPs"),
                                           (0.0, "0 FLOPs")])
 def test_compute_is_written_with_a_readable_prefix(eflops: float, text: str) -> None:

@@ -106,11 +106,6 @@ def _standard_error(record: Mapping, where: str) -> float | None:
 # ---- the exchange format
 
 
-def read_exchange_file(file: Path) -> list[Curve]:
-    """Curves of the exchange format alone: its data sets, steps and SFT scores are there, as other forms do not give them."""
-    return _exchange_curves(checks.mapping(checks.json_of(file), str(file)), file)
-
-
 def _exchange_curves(document: dict, file: Path) -> list[Curve]:
     meta = checks.mapping(checks.need(document, "meta", str(file)), f"{file}: meta")
     benchmarks = checks.mapping(checks.need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")

@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy import stats
 
-from pctrain.ceiling.figures import flops_text
+from pctrain.ceiling.looks import flops_text
 from pctrain.config import Config, SourceConfig
 from pctrain.core import parallel
 from pctrain.data.sets.candidates import TAKEN

@@ -7,7 +7,7 @@ no reference model, temperature 1, float32; 32 prompts x 8 rollouts of up to 48 
 every response runs to the limit, with either trainer alike. Both verify with pctrain's verifier.
 
 Times are CPU seconds of the process: its clock `time.perf_counter` is replaced by the CPU's, so that the phases in pctrain's metrics are
-told in it too. pctrain samples with vLLM in its process (log-probs of the sampled tokens not asked for unless it needs them) and swaps
+told in it too. pctrain samples with vLLM in its process (and the log-probs of what it sampled) and swaps
 the weights in before; TRL with transformers' `generate`, which has the learner's own model. `other` is what is none of the phases.
 """
 

@@ -13,13 +13,21 @@ from collections.abc import Sequence
 from pctrain import config_help
 from pctrain.cli_arguments import Command
 from pctrain.cli_commands import COMMANDS
-from pctrain.errors import UserError
+from pctrain.errors import RunFault, ToBeContinued, UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; the exit status: 0, 2 for bad input, 130 for Ctrl-C."""
+    """Runs one command; the exit status: 0, 1 for a run that failed, 2 for bad input, 130 for Ctrl-C."""
     try:
         return _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+    except ToBeContinued as pause:
+        if os.environ.get("RANK", "0") == "0":
+            print(pause, flush=True)
+        return 0
+    except RunFault as fault:
+        if fault.speaker:
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+        return 1
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":  # under torchrun every rank finds the same mistake; once is enough
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -81,7 +89,8 @@ def _overview(commands: Sequence[Command] = COMMANDS) -> str:
 def _command_help(command: Command) -> str:
     lines = [f"usage: {command.usage}", "", command.summary, ""]
     if command.options:
-        lines += ["  --config FILE  YAML file with the same tree of keys; the command line goes over it"]
+        lines += ["  --config FILE  YAML file with the same tree of keys; the command line goes over it,",
+                  "                 and it over the files that its key `base` names"]
     lines += [*command.notes, "", "examples:", *(f"  {example}" for example in command.examples)]
     if command.options:
         lines += ["", *config_help.option_lines(command.options)]

@@ -56,17 +56,6 @@ def take(arguments: list[str], option: str) -> tuple[str | None, list[str]]:
     return (values[0] if values else None), rest
 
 
-def take_paths(command: Command, arguments: list[str], operands: int) -> tuple[list[Path], Path | None]:
-    out, rest = take(arguments, "--out")
-    unknown = [argument for argument in rest if argument.startswith("-")]
-    if unknown:
-        raise UserError(f"pctrain {command.name}: unknown option {unknown[0]!r}; usage: {command.usage}")
-    if len(rest) != operands:
-        raise UserError(f"pctrain {command.name}: expected {operands} argument(s), got {len(rest)}; usage: {command.usage}")
-    set_environment()
-    return [Path(argument) for argument in rest], Path(out) if out is not None else None
-
-
 def set_environment() -> None:
     """Settings that libraries read when they are imported. What the user has set stays."""
     defaults = {

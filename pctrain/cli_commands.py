@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field
 
 from pctrain import cli_data
-from pctrain.cli_arguments import Command, resolve_config, take_paths
+from pctrain.ceiling.fit_options import FitOptions
+from pctrain.cli_arguments import Command, resolve_config, set_environment
 from pctrain.cli_options import parse
 from pctrain.config import Config, Section
 from pctrain.config_help import own_option_lines
@@ -27,6 +29,12 @@ class DebugOptions(Section):
         None, description="rollouts of a step (RUN/rollouts/step-N.replay.npz): train on them; no engine is started, nothing is written")
 
 
+class DoctorOptions(Section):
+    explain: Literal["gpu"] | None = Field(
+        None, description="gpu: what differs on a GPU, by which API, with its source, and how far it was run; nothing is checked then")
+    folder: Path = Field(Path("."), description="where runs will go: is it writable, and is there room")
+
+
 class ShowOptions(Section):
     step: int | None = Field(None, ge=1, description="RL step; default: the newest")
     prompts: int = Field(5, ge=1, description="prompts that are shown")
@@ -43,6 +51,26 @@ class ReportOptions(Section):
 class StudyOptions(Section):
     dry_run: bool = Field(False, description="print the plan, what is done of it and what the rest costs; nothing is written")
     only: list[str] = Field([], description="a stage, or a set or seed whose stages this job runs; may be given several times")
+
+# What `pctrain fit` reads. x is training compute from the SFT/RL joint in EFLOPs (1e18), scores are in percent.
+FIT_FORMS = (
+    "  CURVES         scores against RL compute, in EFLOPs (1e18 FLOPs) from the SFT/RL joint, in one of these forms:",
+    "      folder     an RL run of pctrain, or a study of several",
+    "      CSV        eflops,score[,curve][,score_se] with this header; the row at 0 is the score at the joint, P_sft",
+    '      JSON       {"curves": [{"name": "a", "p_sft": 68.6, "eflops": [3.5, 6.4], "scores": [69.9, 70.1]}]}, each with p_sft_se,',
+    "                 score_se (standard errors, points) and max_score (percent) where known",
+    "      JSON       the exchange format of the published curves (meta, datasets): pctrain/ceiling/curves.py",
+    "  Verdicts: identified; lower_bound (only the lower end of the interval means anything); flat (no gain yet: not a ceiling);",
+    "  too_short (fewer than 12 points); collapsed (fitted to the points before). What they can and cannot say: docs/ceilings.md",
+)
+
+
+def _only(command: Command, operands: list[str], rest: list[str], what: str) -> Path:
+    """The one operand of a command that takes no key of the config."""
+    if len(operands) != 1 or rest:
+        given = " ".join([*operands, *rest]) or "none"
+        raise UserError(f"pctrain {command.name}: expected one {what}, got {given}; usage: {command.usage}")
+    return Path(operands[0])
 
 
 def _sft(command: Command, arguments: list[str]) -> None:
@@ -69,12 +97,10 @@ def _rl(command: Command, arguments: list[str]) -> None:
 
 def _show(command: Command, arguments: list[str]) -> None:
     operands, options, rest = parse(command, arguments, ShowOptions)
-    if len(operands) != 1 or rest:
-        given = " ".join([*operands, *rest]) or "none"
-        raise UserError(f"pctrain show: expected one folder of an RL run, got {given}; usage: {command.usage}")
+    folder = _only(command, operands, rest, "folder of an RL run")
     from pctrain.show import main as run
 
-    run(Path(operands[0]), options.step, options.prompts, options.dropped)
+    run(folder, options.step, options.prompts, options.dropped)
 
 
 def _run(command: Command, arguments: list[str]) -> None:
@@ -88,23 +114,22 @@ def _run(command: Command, arguments: list[str]) -> None:
 
 
 def _fit(command: Command, arguments: list[str]) -> None:
-    (curves,), out = take_paths(command, arguments, operands=1)
+    operands, options, rest = parse(command, arguments, FitOptions)
+    curves = _only(command, operands, rest, "file or folder of curves")
+    set_environment()
     from pctrain.ceiling.fit_command import main as run
 
-    run(curves, out or Path("fits.json"))
+    run(curves, options)
 
 
 def _report(command: Command, arguments: list[str]) -> None:
     operands, options, rest = parse(command, arguments, ReportOptions)
-    if len(operands) != 1 or rest:
-        given = " ".join([*operands, *rest]) or "none"
-        raise UserError(f"pctrain report: expected one folder or file of curves, got {given}; usage: {command.usage}")
+    source = _only(command, operands, rest, "folder or file of curves")
     if options.port is not None and not options.watch:
         raise UserError("pctrain report: --port is where --watch serves; give --watch as well")
     chosen = [name for name in ("out", "ledger", "watch") if getattr(options, name)]
     if len(chosen) > 1:
         raise UserError(f"pctrain report: --{chosen[0]} and --{chosen[1]} are two different things; give one of them")
-    source = Path(operands[0])
     if options.ledger:
         from pctrain.ceiling.ledger_table import main as table
 
@@ -139,6 +164,21 @@ def _convert(command: Command, arguments: list[str]) -> None:
     (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
 
 
+def _doctor(command: Command, arguments: list[str]) -> None:
+    operands, options, rest = parse(command, arguments, DoctorOptions)
+    if operands or rest:
+        raise UserError(f"pctrain doctor: unexpected argument {[*operands, *rest][0]!r}; usage: {command.usage}")
+    if options.explain:
+        from pctrain.gpu_branches import explain
+
+        print(explain())
+        return
+    from pctrain import doctor
+
+    if doctor.main(options.folder):
+        raise SystemExit(1)
+
+
 COMMANDS = (
     Command(
         "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
@@ -170,10 +210,13 @@ COMMANDS = (
          "pctrain run --config study.yaml --study.sets='{easy: easy.jsonl, hard: hard.jsonl}' --only hard"),
         tuple(Config.model_fields), tuple(own_option_lines(StudyOptions))),
     Command(
-        "fit", "ceilings of score-against-compute curves, with intervals", "pctrain fit CURVES [--out FILE]", _fit,
-        ("pctrain fit curves.json --out fits.json", "pctrain fit curves.json"),
-        notes=("  CURVES         JSON file of score curves against EFLOPs",
-               "  --out FILE     where the fits go, a JSON list  [default: fits.json]")),
+        "fit", "ceilings of score-against-compute curves, with intervals",
+        "pctrain fit CURVES [--out FILE] [--reach SCORE] [--budget EFLOPS] [--points SHARE] [--method paper]", _fit,
+        ("pctrain fit curves.json --out fits.json",
+         "pctrain fit curves.csv --reach 75 --reach 80 --budget 500",
+         "pctrain fit curves.json --points 0.71                    # fit the first 71 %, compare with the rest",
+         "pctrain fit curves.json --method paper --tau 2.5"),
+        notes=(*FIT_FORMS, *own_option_lines(FitOptions))),
     Command(
         "report", "a study, a run or a file of curves as one HTML page with charts; or where the compute went",
         "pctrain report SOURCE [--out DIR] [--ledger] [--watch [--port N]]", _report,
@@ -199,4 +242,10 @@ COMMANDS = (
         _CONVERT_OPTIONS,
         ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
          "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
+    Command(
+        "doctor", "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
+        "pctrain doctor [--folder DIR] [--explain gpu]", _doctor,
+        ("pctrain doctor", "pctrain doctor --explain gpu",
+         "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs"),
+        notes=tuple(own_option_lines(DoctorOptions))),
 )

@@ -87,7 +87,7 @@ def _is_list(kind: type[Section], name: str) -> bool:
 
 def _checked(command: Command, given: dict[str, Any], kind: type[Options]) -> Options:
     for name, values in given.items():
-        if isinstance(values, list) and get_args(kind.model_fields[name].annotation)[0] is int:
+        if isinstance(values, list) and get_args(kind.model_fields[name].annotation)[0] in (int, float):
             given[name] = [part.strip() for value in values for part in value.split(",")]  # --seeds=0,1,2
     try:
         return kind.model_validate(given)

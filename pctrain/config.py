@@ -72,7 +72,8 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="activations made again in the backward pass: none, those inside attention, all but each layer's input")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients over data parallel ranks while the backward pass goes on")
-    timeout: float = Field(600, gt=0, description="deadline of any collective, seconds")
+    timeout: float = Field(
+        600, gt=0, description="seconds a rank may go without progress (a collective, a step of the engine, a verdict): the run ends then")
 
 
 class ProblemsConfig(Section):
@@ -232,7 +233,7 @@ class RolloutConfig(Section):
     kv_cache_mb: int = Field(256, ge=16, description="KV cache of an engine on CPU, MB")
     gpu_memory: float = Field(0.4, gt=0, lt=1, description="share of GPU memory an engine may use (GPU only)")
     verify_every: int = Field(10, ge=1, description="weight swaps between checks of the engine by log-probs; the first always")
-    verify_tolerance: float = Field(1e-4, gt=0, description="largest log-prob difference engine/learner in that check (float32)")
+    verify_tolerance: float = Field(2e-5, gt=0, description="most that the log-probs of engine and learner may differ a token (float32)")
 
 
 class RewardConfig(Section):
@@ -251,6 +252,7 @@ class RewardConfig(Section):
 
 class EvalConfig(Section):
     temperature: float = Field(0.7, ge=0, description="sampling temperature of evaluation; 0 is greedy")
+    top_p: float = Field(1.0, gt=0, le=1, description="evaluation samples from the likeliest tokens of this mass alone; 1: from all")
     samples: int = Field(1, ge=1, description="samples per problem; the score is their mean")
     max_response: int | None = Field(None, ge=1, description="longest response, tokens; default rollout.max_response")
 

@@ -242,6 +242,9 @@ def _reward_problems(config: Config) -> Iterator[str]:
         check_name(config.reward)
     except UserError as error:
         yield str(error)
+    if config.reward.timeout >= config.parallel.timeout:
+        yield (f"reward.timeout = {config.reward.timeout:g} s must be below parallel.timeout = {config.parallel.timeout:g} s: a rank that "
+               "waits that long for one verdict counts as hanging")
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:

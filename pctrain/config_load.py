@@ -1,6 +1,6 @@
 """From a YAML file and `--section.key=value` to a checked `Config`.
 
-    defaults of config.py  <-  YAML file  <-  command line
+    defaults of config.py  <-  YAML files that `base` names  <-  YAML file  <-  command line
 
 Every value keeps its origin (file and line, or the command-line argument), so that each error says where the value came from.
 All mistakes of one kind are told at once. Nothing heavy is imported here.
@@ -28,6 +28,7 @@ from pctrain.errors import UserError
 SECTIONS = tuple(Config.model_fields)
 # What a run folder's config.yaml holds beside the config; such a file may be given as --config to start the next run.
 RUN_FOLDER_KEYS = {"kind", "fingerprints"}
+BASE = "base"  # a file's key for the files that it goes over
 
 
 def load(path: Path | None, overrides: list[str], *, sections: Collection[str] = SECTIONS) -> Config:
@@ -105,7 +106,10 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _file_settings(path: Path) -> Iterator[_Setting]:
+def _file_settings(path: Path, above: tuple[Path, ...] = ()) -> Iterator[_Setting]:
+    """Those of the files that its `base` names come first, so that its own go over them. `above`: the files that led here."""
+    if path.resolve() in above:
+        raise UserError(f"config file {path}: `base` comes back to it by {' -> '.join(str(file) for file in above)}")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -116,6 +120,8 @@ def _file_settings(path: Path) -> Iterator[_Setting]:
     try:
         root = loader.get_single_node()
         if root is not None:
+            for base in _bases(loader, root, path):
+                yield from _file_settings(base, (*above, path.resolve()))
             yield from _node_settings(loader, root, (), path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -124,6 +130,23 @@ def _file_settings(path: Path) -> Iterator[_Setting]:
         raise UserError(f"{path}: not valid YAML: {error}") from None
     finally:
         loader.dispose()
+
+
+def _bases(loader: _Loader, root: yaml.Node, path: Path) -> list[Path]:
+    """The files that `base: FILE` or `base: [FILE, ...]` names, from the folder of this one; the key is taken out of the tree."""
+    pairs = [pair for pair in (root.value if isinstance(root, yaml.MappingNode) else []) if pair[0].value == BASE]
+    if len(pairs) > 1:
+        first, second = (name.start_mark.line + 1 for name, _ in pairs[:2])
+        raise UserError(f"{path}:{second}: {BASE} is given twice (first on line {first})")
+    if not pairs:
+        return []
+    root.value.remove(pairs[0])
+    named = loader.construct_object(pairs[0][1], deep=True)
+    names = named if isinstance(named, list) else [named]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        line = pairs[0][0].start_mark.line + 1
+        raise UserError(f"{path}:{line}: {BASE}: expected a config file, or a list of them, from the folder of this one; got {named!r}")
+    return [path.parent / name for name in names]
 
 
 def _node_settings(loader: _Loader, node: yaml.Node, key: tuple[str, ...], path: Path) -> Iterator[_Setting]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from scipy import stats
 
-from pctrain.ceiling.figures import flops_text
+from pctrain.ceiling.looks import flops_text
 from pctrain.config import Config, SourceConfig
 from pctrain.core import parallel
 from pctrain.data.sets.candidates import TAKEN
@@ -49,15 +49,15 @@ def main(request: Request[RankOptions], candidates: dict[str, Path]) -> None:
     config = request.config.model_copy(deep=True)
     config.run.dir = root
     _refuse_foreign(root)
-    config = begin(config)
-    parallel.from_rank_zero(lambda: _write_manifest(request, config, candidates))
-    config.data.cache = config.data.cache or root / "tokens"  # a candidate is tokenised once for all its seeds
-    with Scorer(config) as scorer, progress("probes", len(candidates) * len(options.seeds), unit="probe", rank=parallel.rank()) as bar:
-        for seed in options.seeds:
-            for name, path in candidates.items():
-                sft.train(probe_config(config, root, name, path, seed), scorer)
-                bar.advance()
-    parallel.from_rank_zero(lambda: _report(options.seeds, root, candidates))
+    with begin(config) as config, Scorer(config) as scorer:
+        parallel.from_rank_zero(lambda: _write_manifest(request, config, candidates))
+        config.data.cache = config.data.cache or root / "tokens"  # a candidate is tokenised once for all its seeds
+        with progress("probes", len(candidates) * len(options.seeds), unit="probe", rank=parallel.rank()) as bar:
+            for seed in options.seeds:
+                for name, path in candidates.items():
+                    sft.train(probe_config(config, root, name, path, seed), scorer)
+                    bar.advance()
+        parallel.from_rank_zero(lambda: _report(options.seeds, root, candidates))
 
 
 def _refuse_foreign(root: Path) -> None:

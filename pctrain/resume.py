@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
-from pctrain import checkpoints
+from pctrain import checkpoints, health
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
@@ -16,18 +20,29 @@ from pctrain.core.layers import choose_spec
 from pctrain.data.chat_template import ChatTemplate
 from pctrain.data.prepare import prepare
 from pctrain.durable import write_beside
-from pctrain.errors import UserError
-from pctrain.runfolder import HF_FOLDER, Kind, RunFolder
+from pctrain.errors import ToBeContinued, UserError
+from pctrain.runfolder import HF_FOLDER, TO_BE_CONTINUED, Kind, RunFolder
 
 
-def begin(config: Config) -> Config:
-    """Collective: joins the ranks, and makes in `run.dir` what the config leaves to be made: problems, tokenizer, initial weights.
+@contextmanager
+def begin(config: Config) -> Iterator[Config]:
+    """Collective, around all that a command does: joins the ranks, watches over them, and makes in `run.dir` what the config leaves to be
+    made (problems, tokenizer, initial weights): the config that is yielded names it.
 
     Where the model's layers cannot run here, it says so before anything is written.
     """
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
-    return parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+    # With the process: several jobs of a study share run.dir.
+    started = parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
+    mark = Path(config.run.dir) / TO_BE_CONTINUED
+    with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), started):
+        try:
+            parallel.from_rank_zero(lambda: mark.unlink(missing_ok=True))
+            yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
+        except ToBeContinued:
+            parallel.from_rank_zero(mark.touch)
+            raise
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:
@@ -53,6 +68,7 @@ def finished(run: RunFolder) -> bool:
     return done
 
 
+@health.phase("resume")
 def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
     """(step, state) of the newest checkpoint, loaded into `core`; (0, {}) where there is none. What lies beyond it is cut.
 
@@ -82,6 +98,7 @@ def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
         raise parallel.from_rank_zero(lambda: error(path, fault))
 
 
+@health.phase("checkpoint")
 def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
     """Collective. `state`: plain JSON values. Everything of this step has been recorded before.
 
@@ -100,6 +117,18 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
     core.save(temporary, done=lambda: parallel.from_rank_zero(commit))
 
 
+def asked_to_stop() -> bool:
+    """Collective: whether a rank got SIGTERM or SIGUSR1. The step that is under way is saved then, and the run leaves (`leave`)."""
+    return parallel.any_rank(health.asked_to_stop())
+
+
+def leave(run: RunFolder, step: int) -> NoReturn:
+    """On every rank, after the checkpoint of `step`. Raises ToBeContinued."""
+    run.log(f"step {step} asked to stop: saved")
+    raise ToBeContinued(f"to be continued: {run.path} was asked to stop and is saved at step {step}; the same command goes on from there")
+
+
+@health.phase("export")
 def export(run: RunFolder, core: Core, template: ChatTemplate | None) -> None:
     """Collective. The final weights as a Hugging Face directory, with the chat template that the run was trained under."""
     core.export(run.path / HF_FOLDER)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from pctrain import checkpoints, tracking
+from pctrain import checkpoints, health, tracking
 from pctrain.config import Config
 from pctrain.config_load import dump
 from pctrain.data.sources import content_hash
@@ -44,7 +44,8 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "r
                   "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
                   "model.checkpoint"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
-_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp"}
+TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
+_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
 HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
 

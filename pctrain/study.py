@@ -40,16 +40,15 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
     if dry_run:
         print_plan(config, crew, disk, counts=True)
         return
-    config = begin(_with_all_sets(config))
-    parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
-    with Scorer(config) as scorer:
+    with begin(_with_all_sets(config)) as config, Scorer(config) as scorer:
+        parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
         while (stage := _take(crew)) is not None:
             try:
                 _run(config, root, stage, scorer)
             finally:
                 if parallel.rank() == 0:
                     crew.done()
-    parallel.from_rank_zero(lambda: _conclude(root, crew))
+        parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 
 def _run(config: Config, root: Path, stage: Stage, scorer: Scorer) -> None:

@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain.ceiling import flops
-from pctrain.ceiling.figures import flops_text
 from pctrain.ceiling.flops import EFLOP, ModelShape
 from pctrain.ceiling.ledger import PHASES
+from pctrain.ceiling.looks import flops_text
 from pctrain.config import Config
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable

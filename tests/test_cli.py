@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pctrain import cli, config_help
+from pctrain.ceiling.fit_options import FitOptions
 from pctrain.config import Config
 from pctrain.errors import UserError
 
@@ -93,7 +94,7 @@ def test_defaults_in_help_are_those_of_their_place():
     (["sft", "--config=a.yaml", "--config", "b.yaml"], "--config is given more than once"),
     (["sft", "--config", "nope.yaml"], "nope.yaml does not exist"),
     (["fit"], "usage: pctrain fit CURVES"),
-    (["fit", "a", "--oot", "b"], "unknown option '--oot'"),
+    (["fit", "a", "--oot", "b"], "unknown option --oot; did you mean --out?"),
     (["report", "a", "b"], "usage: pctrain report SOURCE"),
 ])
 def test_bad_input_is_one_message_and_status_2(capsys, arguments, message):
@@ -122,10 +123,12 @@ def test_training_commands_get_the_resolved_config(stub, command, module):
 
 def test_fit_and_report_get_paths(stub):
     fit, report = stub("pctrain.ceiling.fit_command"), stub("pctrain.ceiling.report")
-    assert cli.main(["fit", "curves.json", "--out", "f.json"]) == 0
+    assert cli.main(["fit", "curves.json", "--out", "f.json", "--reach=75,80", "--budget", "500"]) == 0
     assert cli.main(["fit", "curves.json"]) == 0
     assert cli.main(["report", "runs/a"]) == 0
-    assert fit == [(Path("curves.json"), Path("f.json")), (Path("curves.json"), Path("fits.json"))] and report == [(Path("runs/a"), None)]
+    given = FitOptions(out=Path("f.json"), reach=[75.0, 80.0], budget=[500.0])
+    assert fit == [(Path("curves.json"), given), (Path("curves.json"), FitOptions())]
+    assert fit[1][1].out == Path("fits.json") and report == [(Path("runs/a"), None)]
 
 
 def test_errors_of_a_command(stub, capsys):

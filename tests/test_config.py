@@ -154,6 +154,30 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path):
     assert "cannot be read" in refusal(tmp_path / "latin.yaml")
 
 
+def test_a_file_goes_over_its_bases(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common" / "optimizer.yaml").write_text("sft: {optimizer: {lr: 1e-3, warmup: 5}, steps: 7}\n")
+    (tmp_path / "common" / "sft.yaml").write_text("base: optimizer.yaml\nsft: {steps: 70, batch_size: 3}\n")
+    (tmp_path / "seed.yaml").write_text("run: {seed: 5}\nsft: {batch_size: 4}\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: [common/sft.yaml, seed.yaml]\nsft: {val_every: 9}\n")
+    config = load(mine, ["--sft.val_every=8"])
+    assert (config.sft.optimizer.lr, config.sft.optimizer.warmup, config.sft.steps) == (1e-3, 5, 70)  # the nearer file wins
+    assert (config.sft.batch_size, config.run.seed, config.sft.val_every) == (4, 5, 8)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("base: absent.yaml\n", "absent.yaml does not exist"), ("base: 3\n", "config.yaml:1: base: expected a config file"),
+    ("base: []\n", "expected a config file"), ("base: config.yaml\n", "`base` comes back to it"),
+    ("base: other.yaml\n", "`base` comes back to it"), ("run: {}\nbase: a\nbase: b\n", "config.yaml:3: base is given twice (first on line 2)"),
+    ("sft: {base: a}\n", "unknown key sft.base"), ("base: bad.yaml\n", "bad.yaml:2); did you mean sft.steps?"),
+])
+def test_a_base_that_cannot_be(write, tmp_path, text, message):
+    (tmp_path / "other.yaml").write_text("base: config.yaml\n")
+    (tmp_path / "bad.yaml").write_text("sft:\n  step: 3\n")
+    assert message in refusal(write(text))
+
+
 @pytest.mark.parametrize("tokens, message", [
     (["sft.steps=3"], "unexpected argument 'sft.steps=3'"),
     (["--sft.steps"], "--sft.steps needs a value"),

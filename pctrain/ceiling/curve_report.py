@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pctrain.ceiling import curves, flops, regimes
+from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.fit import fit_ceiling
 from pctrain.ceiling.study_data import Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study
 from pctrain.config import CeilingConfig
@@ -21,8 +22,10 @@ from pctrain.progress import track
 
 def read(file: Path) -> Study:
     """UserError names the place in the file that is missing or malformed."""
-    found = curves.read_exchange_file(file)
-    document = json.loads(file.read_text(encoding="utf-8"))
+    found = curves.read_curves(file)
+    document = {} if file.suffix.lower() == ".csv" else json.loads(file.read_text(encoding="utf-8"))
+    if "meta" not in document:  # curves alone, without benchmarks or SFT
+        return Study(file.stem, file.parent, [], [_plain(file, curve) for curve in track(found, "fits", total=len(found), unit="curve")])
     problems = document["meta"]["benchmarks"]
     model = document["meta"].get("model")
     shape = flops.QWEN2_5_7B if model is None else flops.ModelShape.from_hf_config(model, f"{file}: meta.model")
@@ -36,6 +39,16 @@ def read(file: Path) -> Study:
             pure.add(curve.scores.tobytes())
         rl.append(_rl(file, curve, document["datasets"][curve.dataset]["rl"][str(curve.start_step)], named[curve.dataset], problems))
     return Study(file.stem, file.parent, sft, rl)
+
+
+def _plain(file: Path, curve: Curve) -> RLRun:
+    """Where the file states no standard error, the noise that the fit found stands for it."""
+    fit = fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se, max_score=curve.max_score)
+    joint_se, score_se = curve.p_sft_se or fit.sigma, curve.score_se or fit.sigma
+    points = [RLPoint(0, 0.0, curve.p_sft, joint_se)]
+    points += [RLPoint(i, float(x), float(y), score_se) for i, (x, y) in enumerate(zip(curve.eflops, curve.scores, strict=True), 1)]
+    return RLRun(curve.dataset, file, {}, "", {}, set=curve.dataset, varies=frozenset({"set"}), algorithm="RL", points=points,
+                 p_sft=Estimate(curve.p_sft, joint_se), fit=fit)
 
 
 def _sft(file: Path, name: str, data: dict[str, Any], shape: flops.ModelShape, problems: dict[str, float]) -> SFTRun:
@@ -65,7 +78,7 @@ def _steps(data: dict[str, Any], shape: flops.ModelShape) -> list[int]:
     return [round(other if abs(other - step) <= 0.02 * step else step) for step, other in zip(steps, near, strict=True)]
 
 
-def _rl(file: Path, curve: curves.Curve, entries: list[dict[str, Any]], sft: SFTRun, problems: dict[str, float]) -> RLRun:
+def _rl(file: Path, curve: Curve, entries: list[dict[str, Any]], sft: SFTRun, problems: dict[str, float]) -> RLRun:
     joint = min(sft.points, key=lambda p: abs(p.eflops_sft - curve.eflops_sft))
     points = [RLPoint(0, 0.0, curve.p_sft, joint.score_se, joint.benchmarks)]
     points += [RLPoint(i, entry["eflops"], *_score(entry["scores"], problems), _benchmarks(entry["scores"], problems))

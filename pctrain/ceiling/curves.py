@@ -1,8 +1,9 @@
-"""Score-against-compute curves of RL runs: the exchange format (JSON), and the run folders of pctrain.
+"""Score-against-compute curves of RL runs: the run folders of pctrain, plain files (plain_curves.py), and the exchange format (JSON).
 
 The exchange format, one file for many curves:
 
-    {"meta": {"benchmarks": {name: number of problems}, "model": {fields of a Hugging Face config.json; optional}},
+    {"meta": {"benchmarks": {name: number of problems}, "model": {fields of a Hugging Face config.json; optional},
+              "max_score": the highest overall score there can be, percent; optional},
      "datasets": {name: {"sft": [{"eflops": E, "scores": {benchmark: percent}}, ...],      # along SFT
                          "rl": {step: [{"eflops": E, "scores": {...}}, ...], ...},        # from the checkpoint at `step`; E from there
                          "checkpoint_steps": [...], "batch_size": n, "mean_seq_len": tokens}}}
@@ -14,52 +15,49 @@ checkpoint's EFLOPs are the paper's SFT FLOPs of its step (`meta.model`, or Qwen
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from pctrain.ceiling import flops
+from pctrain.ceiling import checks, flops, layout, plain_curves
+from pctrain.ceiling.curve import Curve
 from pctrain.errors import UserError
 
 # A checkpoint without an `sft` entry within this share of its EFLOPs has no P_sft; files round EFLOPs to two decimals.
 NEAREST_SHARE, NEAREST_EFLOPS = 0.10, 0.005
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One RL run: scores in percent against EFLOPs from the SFT/RL joint, both float64 [n], the joint itself excluded."""
-
-    dataset: str
-    start_step: int
-    eflops_sft: float
-    p_sft: float
-    eflops: np.ndarray
-    scores: np.ndarray
-    p_sft_se: float | None = None  # standard error of p_sft, points; None: not stated
-    score_se: float | None = None  # typical standard error of one score, points; None: not stated
-
-    @property
-    def name(self) -> str:
-        return f"{self.dataset}, step {self.start_step}"
+MAX_DIGITS = 12  # of a step
+MAX_PROBLEMS = 1e12  # of a benchmark
 
 
 def read_curves(path: Path | str) -> list[Curve]:
-    """Curves of an exchange file, of one RL run folder, or of all RL run folders of a study (`rl-step-N/` in it), by data set and step."""
+    """Curves of a file, of one RL run folder, or of all RL runs of a study (layout.py), by seed, set and step."""
     path = Path(path)
     if path.is_file():
-        return read_exchange_file(path)
+        return _read_file(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; give a curves file (JSON) or a run folder")
+        raise UserError(f"{path}: no such file or folder; give a curves file (JSON or CSV) or a run folder")
     if (path / "metrics.jsonl").is_file():
         return [read_run_folder(path)]
-    folders = [folder for folder in path.glob("rl-step-*") if (folder / "metrics.jsonl").is_file()]
-    if not folders:
+    places = [place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()]
+    if not places:
         raise UserError(f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl)")
-    return sorted((read_run_folder(folder) for folder in folders), key=lambda curve: curve.start_step)
+    return [replace(read_run_folder(place.folder), dataset=_name(path, place)) for place in places]
+
+
+def _name(study: Path, place: layout.Place) -> str:
+    """What tells the runs of a study apart beside the step: seed, set and algorithm; of the plain one the study's name."""
+    told = [part for part in place.folder.relative_to(study).parts[:-1] if part != layout.SETS]
+    told += [place.algorithm] if place.algorithm else []
+    return "/".join(told) or study.resolve().name
+
+
+def _read_file(file: Path) -> list[Curve]:
+    if file.suffix.lower() == ".csv":
+        return plain_curves.read_csv(file)
+    document = checks.mapping(checks.json_of(file), str(file))
+    return plain_curves.read_json(document, file) if "curves" in document else _exchange_curves(document, file)
 
 
 # ---- run folders
@@ -68,8 +66,9 @@ def read_curves(path: Path | str) -> list[Curve]:
 def read_run_folder(folder: Path) -> Curve:
     """Curve from the `kind` = eval lines of an RL run's metrics.jsonl; its line at eflops_rl 0 is the score at the joint, P_sft."""
     file = folder / "metrics.jsonl"
-    lines = [line for line in _json_lines(file) if line[1].get("kind") == "eval"]
-    points = [(_number(line, "eflops_rl", where), _percent(line, "score", where), _standard_error(line, where)) for where, line in lines]
+    lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
+    points = [(checks.number(line, "eflops_rl", where), checks.percent(line, "score", where), _standard_error(line, where))
+              for where, line in lines]
     joint = next((p for p in points if p[0] == 0), None)
     after = [p for p in points if p[0] > 0]
     if joint is None or not after:
@@ -80,9 +79,9 @@ def read_run_folder(folder: Path) -> Curve:
     return Curve(
         dataset=folder.resolve().parent.name if folder.resolve().name.startswith("rl-step-") else folder.resolve().name,
         start_step=start["start_step"],
-        eflops_sft=_number(lines[0][1], "eflops_sft", lines[0][0]),
+        eflops_sft=checks.number(lines[0][1], "eflops_sft", lines[0][0]),
         p_sft=joint[1],
-        eflops=_increasing([p[0] for p in after], f"{file}: eflops_rl of the eval lines"),
+        eflops=checks.increasing([p[0] for p in after], f"{file}: eflops_rl of the eval lines"),
         scores=np.array([p[1] for p in after]),
         p_sft_se=joint[2],
         score_se=float(np.median(errors)) if errors else None,
@@ -93,59 +92,48 @@ def _start(folder: Path) -> dict:
     file = folder / "start.json"
     if not file.is_file():
         raise UserError(f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)")
-    start = _object(_json(file), str(file))
+    start = checks.mapping(checks.json_of(file), str(file))
     if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
         raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
     return start
 
 
-def _json_lines(file: Path) -> list[tuple[str, dict]]:
-    records = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        where = f"{file}, line {number}"
-        try:
-            records.append((where, _object(json.loads(line), where)))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{where}: not JSON ({error}); a line is one object") from None
-    return records
-
-
 def _standard_error(record: Mapping, where: str) -> float | None:
     """`score_se` in points. 0 (all or no problems solved) says nothing about the noise elsewhere, so it counts as not stated."""
-    return (_number(record, "score_se", where) or None) if record.get("score_se") is not None else None
+    return (checks.number(record, "score_se", where) or None) if record.get("score_se") is not None else None
 
 
 # ---- the exchange format
 
 
-def read_exchange_file(file: Path) -> list[Curve]:
-    document = _object(_json(file), str(file))
-    meta = _object(_need(document, "meta", str(file)), f"{file}: meta")
-    benchmarks = _object(_need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")
-    counts = {name: _number(benchmarks, name, f"{file}: meta.benchmarks") for name in benchmarks}
-    if not counts or min(counts.values()) <= 0:
-        raise UserError(f"{file}: meta.benchmarks must give a number of problems above 0 for each of one or more benchmarks")
+def _exchange_curves(document: dict, file: Path) -> list[Curve]:
+    meta = checks.mapping(checks.need(document, "meta", str(file)), f"{file}: meta")
+    benchmarks = checks.mapping(checks.need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")
+    counts = {name: checks.number(benchmarks, name, f"{file}: meta.benchmarks") for name in benchmarks}
+    if not counts or min(counts.values()) <= 0 or max(counts.values()) > MAX_PROBLEMS:
+        raise UserError(f"{file}: meta.benchmarks must give a number of problems above 0 (at most 1e12) for each of one or more benchmarks")
+    top = checks.maximum(meta.get("max_score", checks.MAX_SCORE), f"{file}: meta.max_score")
     shape = flops.QWEN2_5_7B
     if meta.get("model") is not None:
         where = f"{file}: meta.model"
-        shape = flops.ModelShape.from_hf_config(_object(meta["model"], where), where)
-    datasets = _object(_need(document, "datasets", str(file)), f"{file}: datasets")
-    curves = [c for name, data in datasets.items() for c in _dataset_curves(name, data, counts, shape, f"{file}: datasets.{name}")]
+        shape = flops.ModelShape.from_hf_config(checks.mapping(meta["model"], where), where)
+    datasets = checks.mapping(checks.need(document, "datasets", str(file)), f"{file}: datasets")
+    curves = [c for name, data in datasets.items() for c in _dataset_curves(name, data, counts, top, shape, f"{file}: datasets.{name}")]
     if not curves:
         raise UserError(f"{file}: no RL curve below datasets.*.rl")
     return curves
 
 
-def _dataset_curves(name: str, data: object, counts: dict[str, float], shape: flops.ModelShape, where: str) -> list[Curve]:
-    data = _object(data, where)
-    sft_x, sft_scores = _points(_need(data, "sft", where), counts, f"{where}.sft")
+def _dataset_curves(name: str, data: object, counts: dict[str, float], top: float, shape: flops.ModelShape, where: str) -> list[Curve]:
+    data = checks.mapping(data, where)
+    sft_x, sft_scores = _points(checks.need(data, "sft", where), counts, top, f"{where}.sft")
     curves = []
-    for key, points in _object(_need(data, "rl", where), f"{where}.rl").items():
-        if not key.isdecimal():
+    for key, points in checks.mapping(checks.need(data, "rl", where), f"{where}.rl").items():
+        if not key.isdecimal() or len(key) > MAX_DIGITS:
             raise UserError(f"{where}.rl: the key {key!r} must be the step of an SFT checkpoint, a whole number")
-        x, scores = _points(points, counts, f"{where}.rl.{key}")
+        x, scores = _points(points, counts, top, f"{where}.rl.{key}")
         entry = _sft_entry(int(key), data, sft_x, shape, where)
-        curves.append(Curve(name, int(key), float(sft_x[entry]), float(sft_scores[entry]), x, scores))
+        curves.append(Curve(name, int(key), float(sft_x[entry]), float(sft_scores[entry]), x, scores, max_score=top))
     return sorted(curves, key=lambda curve: curve.start_step)
 
 
@@ -156,7 +144,7 @@ def _sft_entry(step: int, data: Mapping, sft_x: np.ndarray, shape: flops.ModelSh
         return steps.index(step)
     x = 0.0
     if step > 0:
-        batch, length = _number(data, "batch_size", where), _number(data, "mean_seq_len", where)
+        batch, length = checks.number(data, "batch_size", where), checks.number(data, "mean_seq_len", where)
         x = flops.paper_sft(shape, steps=step, batch=batch, mean_length=length) / flops.EFLOP
     nearest = int(np.argmin(np.abs(sft_x - x)))
     if abs(sft_x[nearest] - x) > NEAREST_SHARE * x + NEAREST_EFLOPS:
@@ -167,66 +155,16 @@ def _sft_entry(step: int, data: Mapping, sft_x: np.ndarray, shape: flops.ModelSh
     return nearest
 
 
-def _points(points: object, counts: dict[str, float], where: str) -> tuple[np.ndarray, np.ndarray]:
+def _points(points: object, counts: dict[str, float], top: float, where: str) -> tuple[np.ndarray, np.ndarray]:
     """EFLOPs [n], increasing, and overall scores [n] of a list of measured points."""
     if not isinstance(points, list) or not points:
         raise UserError(f"{where}: must be a list of one or more points {{eflops, scores}}, found {type(points).__name__}")
     x, scores = [], []
     for i, point in enumerate(points):
         here = f"{where}[{i}]"
-        point = _object(point, here)
-        x.append(_number(point, "eflops", here))
-        by_name = _object(_need(point, "scores", here), f"{here}.scores")
-        scores.append(sum(n * _percent(by_name, name, f"{here}.scores") for name, n in counts.items()) / sum(counts.values()))
-    return _increasing(x, f"{where}: eflops"), np.array(scores)
-
-
-# ---- checked reading
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read as text ({error})") from None
-
-
-def _json(file: Path) -> object:
-    try:
-        return json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-
-
-def _object(value: object, where: str) -> dict:
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: must be a JSON object, found {type(value).__name__}")
-    return value
-
-
-def _need(mapping: Mapping, key: str, where: str) -> object:
-    if key not in mapping:
-        raise UserError(f"{where}: the key `{key}` is missing; keys found: {', '.join(map(str, mapping)) or 'none'}")
-    return mapping[key]
-
-
-def _number(mapping: Mapping, key: str, where: str) -> float:
-    value = _need(mapping, key, where)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        raise UserError(f"{where}: `{key}` must be a finite number, 0 or more, found {value!r}")
-    return float(value)
-
-
-def _percent(mapping: Mapping, key: str, where: str) -> float:
-    value = _number(mapping, key, where)
-    if value > 100:
-        raise UserError(f"{where}: `{key}` must be a score in percent, at most 100, found {value!r}")
-    return value
-
-
-def _increasing(values: list[float], where: str) -> np.ndarray:
-    x = np.array(values, dtype=np.float64)
-    falls = np.flatnonzero(np.diff(x) <= 0)
-    if len(falls):
-        raise UserError(f"{where} must increase from point to point: {x[falls[0] + 1]:g} follows {x[falls[0]]:g}")
-    return x
+        point = checks.mapping(point, here)
+        x.append(checks.number(point, "eflops", here))
+        by_name = checks.mapping(checks.need(point, "scores", here), f"{here}.scores")
+        overall = sum(n * checks.percent(by_name, name, f"{here}.scores") for name, n in counts.items()) / sum(counts.values())
+        scores.append(checks.at_most(overall, top, f"{here}: the overall score"))
+    return checks.increasing(x, f"{where}: eflops"), np.array(scores)

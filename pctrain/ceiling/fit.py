@@ -2,7 +2,7 @@
 
 Model (arXiv 2512.11470, section on the framework; sigmoid law of arXiv 2510.13786), scores in percent against EFLOPs x from the joint:
 
-    y_i = L + D s(x_i) + n_i,   s(x) = 1 / (1 + (x / C)^-B),   L = P_sft + eps,   A = L + D <= 100,
+    y_i = L + D s(x_i) + n_i,   s(x) = 1 / (1 + (x / C)^-B),   L = P_sft + eps,   A = L + D <= the highest score there can be,
 
 where n is AR(1) along the points with sd sigma and coefficient rho, and the given P_sft is itself a noisy reading. The posterior is summed
 exactly on a grid (posterior.py). No optimiser runs, so there are no local optima, and every call gives the same digits.
@@ -11,22 +11,42 @@ Collapses and isolated outliers are cut before (collapse.py).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from pctrain.ceiling import collapse
-from pctrain.ceiling.posterior import CEILING, Draws, Priors, draw, rise
-from pctrain.errors import UserError
+from pctrain.ceiling import checks, collapse
+from pctrain.ceiling.posterior import Draws, Priors, draw, rise
 
 VERDICTS = ("identified", "lower_bound", "flat", "too_short", "collapsed")
 MIN_POINTS = 12  # fewer used points: too_short
 FLAT_GAIN, FLAT_GAIN_HIGH = 1.0, 2.0  # points; noise sd and twice that where larger: median and 95 % quantile of the gain seen so far
-IDENTIFIED_WIDTH, IDENTIFIED_SHARE = 4.0, 0.6  # widest 90 % interval, points; least share of the rise D seen (its 5 % quantile)
-NOISE_FLOOR = 0.25  # points: the least sd that outliers and collapses are judged by, where score_se is not given
-CALM_POINTS = 7  # the noise of a possible collapse is judged by the first half of the curve, by no fewer points than this
+# Identified: the ceiling is this SURE to lie this NEAR to a_post (points), and at least this SHARE of the rise D is seen (5 % quantile).
+IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.89, 0.35
 LOW, MEDIAN, HIGH = QUANTILES = (0.05, 0.5, 0.95)
+# For the shift of the estimate where the priors say little: B, C and D over orders of magnitude.
+WIDE = Priors(b_log_sd=1.0, c_log_sd=2.0, d_scales=(30.0,), d_weights=(1.0,))
+
+
+@dataclass(frozen=True)
+class Points:
+    """What a fit is made from, checked: the points of one RL curve, and what is known of their errors (points; None: not given)."""
+
+    x: np.ndarray
+    y: np.ndarray
+    p_sft: float
+    score_se: float | None
+    p_sft_se: float | None
+    max_score: float
+
+    def draws(self, used: np.ndarray, priors: Priors) -> Draws:
+        return draw(self.x[used], self.y[used], self.p_sft, self.seen(used), self.max_score, self.score_se, self.p_sft_se, priors)
+
+    def seen(self, used: np.ndarray) -> float:
+        """The largest x used; where none is, of all."""
+        return float(self.x[used].max(initial=0.0)) or float(self.x.max())
 
 
 @dataclass(frozen=True)
@@ -49,38 +69,67 @@ class Fit:
     sigma: float  # noise sd of a score, points
     used: np.ndarray = field(repr=False)  # bool [n_points]: the points that the fit saw
     draws: Draws = field(repr=False)
+    points: Points = field(repr=False)
+
+    @functools.cached_property
+    def prior_shift(self) -> float:
+        """Points that a_post moves by when the priors of B, C and D are made wide: what of the estimate is theirs, not the data's."""
+        draws = self.points.draws(self.used, WIDE)
+        return float(draws.quantiles(draws.l + draws.d, (MEDIAN,))[0]) - self.a_post
 
     def curve(self, x: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Median, 5 % and 95 % quantiles, each [n], of the noiseless score at `x` [n] EFLOPs, 0 or more; at 0 that is L."""
-        scores = self.draws.scores(np.asarray(x, dtype=np.float64))
+        return self._quantiles(self.draws.scores(np.asarray(x, dtype=np.float64)))
+
+    def predict(self, x: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """As `curve`, of a score that is measured at `x`, once, with its noise: within 0 and the highest score.
+
+        Beyond the last point used the noise still remembers that point's: with rho to the power of the distance in (median) steps.
+        """
+        x = np.asarray(x, dtype=np.float64)
+        seen, scores = self.points.x[self.used], self.points.y[self.used]
+        noise = self.draws.sigma * self.draws.noise
+        if len(seen) > 1:
+            steps = (x[:, None] - seen[-1]) / np.median(np.diff(seen))
+            memory = np.where(steps > 0, self.draws.rho ** np.maximum(steps, 0.0), 0.0)
+            last = scores[-1] - self.draws.scores(seen[-1:])[0]
+            noise = memory * last + np.sqrt(1 - memory**2) * noise
+        return self._quantiles(np.clip(self.draws.scores(x) + noise, 0.0, self.points.max_score))
+
+    def _quantiles(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, median, high = np.array([self.draws.quantiles(row, QUANTILES) for row in scores]).reshape(-1, 3).T
         return median, low, high
 
-    def as_row(self, dataset: str, start_step: int) -> dict:
+    def as_row(self, dataset: str, start_step: int | None) -> dict:
         """The row of fits.json: plain JSON values, the keys of docs/contracts.md."""
         keys = ("p_sft", "a_post", "a_post_low", "a_post_high", "pl_rl", "c_mid", "b", "eps", "verdict", "n_points", "n_used",
-                "collapsed_at")
+                "collapsed_at", "prior_shift")
         return {"dataset": dataset, "start_step": start_step} | {key: getattr(self, key) for key in keys}
 
 
 def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, *, score_se: float | None = None,
-                p_sft_se: float | None = None, priors: Priors = Priors()) -> Fit:
+                p_sft_se: float | None = None, max_score: float = checks.MAX_SCORE, priors: Priors = Priors()) -> Fit:
     """Fit one RL curve: `eflops` [n] from the joint, increasing, and `scores` [n] in percent; `p_sft` is the score at the joint.
 
-    `score_se`, `p_sft_se`: standard errors of one score and of P_sft in points, where known. Any number of points from one on is fitted;
+    `score_se`, `p_sft_se`: standard errors of one score and of P_sft in points, where known; `max_score`: the highest score there can be,
+    where wrong labels or a verifier's limits keep it below 100. Any number of points from one on is fitted;
     what they do not tell shows in the interval and in `verdict`: `collapsed` (fitted to the points before it) > `too_short` (fewer than
     12 points used) > `flat` (no gain seen, which may mean that RL has not begun to work: not a ceiling) > `identified` > `lower_bound`
     (only the lower end of the interval means anything). A curve that collapses at once leaves no point to fit (`n_used` 0): its
     numbers are the prior's.
     """
-    x, y, p_sft = _checked(eflops, scores, p_sft, score_se, p_sft_se)
-    used, onset = _used_points(y, p_sft, NOISE_FLOOR if score_se is None else score_se)
-    x_seen = float(x[used].max(initial=0.0)) or float(x.max())
-    draws = draw(x[used], y[used], p_sft, x_seen, score_se, p_sft_se, priors)
+    x, y, p_sft = checks.curve(eflops, scores, p_sft, max_score)
+    checks.standard_error(score_se, "ceiling fit: score_se")
+    checks.standard_error(p_sft_se, "ceiling fit: p_sft_se")
+    points = Points(x, y, p_sft, score_se, p_sft_se, max_score)
+    used, onset = collapse.used_points(y, p_sft, collapse.NOISE_FLOOR if score_se is None else score_se)
+    draws = points.draws(used, priors)
 
-    a_low, a_post, a_high = draws.quantiles(draws.l + draws.d, QUANTILES)
+    a = draws.l + draws.d
+    a_low, a_post, a_high = draws.quantiles(a, QUANTILES)
+    sure = float(draws.weight @ (np.abs(a - a_post) <= IDENTIFIED_NEAR))
     c_mid, b, sigma = (draws.quantiles(values, (MEDIAN,))[0] for values in (draws.c, draws.b, draws.sigma))
-    share = rise(np.array(x_seen), draws.b, draws.c)
+    share = rise(np.array(points.seen(used)), draws.b, draws.c)
     share_low = draws.quantiles(share, (LOW,))[0]
     gain, gain_high = draws.quantiles(draws.l + draws.d * share - p_sft, (MEDIAN, HIGH))
 
@@ -90,43 +139,12 @@ def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, 
         verdict = "too_short"
     elif gain < max(FLAT_GAIN, sigma) and gain_high < max(FLAT_GAIN_HIGH, 2 * sigma):
         verdict = "flat"
-    elif a_high - a_low <= IDENTIFIED_WIDTH and share_low >= IDENTIFIED_SHARE:
+    elif sure >= IDENTIFIED_SURE and share_low >= IDENTIFIED_SHARE:
         verdict = "identified"
     else:
         verdict = "lower_bound"
     return Fit(
         a_post=float(a_post), a_post_low=float(a_low), a_post_high=float(a_high), pl_rl=float(a_post - p_sft), c_mid=float(c_mid),
         b=float(b), eps=float(draws.weight @ draws.eps), p_sft=p_sft, verdict=verdict, n_points=len(x), n_used=int(used.sum()),
-        collapsed_at=None if onset is None else float(x[onset]), share_seen=float(share_low), sigma=float(sigma), used=used, draws=draws)
-
-
-def _used_points(y: np.ndarray, p_sft: float, floor: float) -> tuple[np.ndarray, int | None]:
-    """Mask [n] of the points to fit, and the index of the first point of a collapse (None: there is none)."""
-    sd = collapse.noise_sd(y, floor)
-    kept = np.flatnonzero(~collapse.isolated(y, sd))
-    # After a collapse the scores are wild; judged by the whole curve's noise it could hide itself.
-    calm = min(sd, collapse.noise_sd(y[:max(CALM_POINTS, len(y) // 2)], floor))
-    onset = collapse.onset(y[kept], p_sft, calm)
-    used = np.zeros(len(y), dtype=bool)
-    used[kept[:onset]] = True
-    return used, None if onset is None else int(kept[onset])
-
-
-def _checked(eflops: Sequence[float], scores: Sequence[float], p_sft: float, score_se: float | None,
-             p_sft_se: float | None) -> tuple[np.ndarray, np.ndarray, float]:
-    try:
-        x, y, p_sft = np.asarray(eflops, dtype=np.float64), np.asarray(scores, dtype=np.float64), float(p_sft)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"ceiling fit: eflops, scores and p_sft must be numbers ({error})") from None
-    if x.ndim != 1 or x.shape != y.shape or not len(x):
-        raise UserError(f"ceiling fit: need as many scores as eflops, one or more; found {y.shape} and {x.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(p_sft)):
-        raise UserError("ceiling fit: eflops, scores and p_sft must be finite; leave out the points that were not measured")
-    if (x < 0).any() or (np.diff(x) <= 0).any() or x[-1] == 0:
-        raise UserError("ceiling fit: eflops must be 0 or more, increase from point to point and end above 0")
-    if (y < 0).any() or (y > CEILING).any() or not 0 <= p_sft <= CEILING:
-        raise UserError("ceiling fit: scores and p_sft must be in percent, 0 to 100")
-    for name, value in (("score_se", score_se), ("p_sft_se", p_sft_se)):
-        if value is not None and not (np.isfinite(value) and value > 0):
-            raise UserError(f"ceiling fit: {name} must be a standard error above 0 in points, or None where unknown; found {value!r}")
-    return x, y, p_sft
+        collapsed_at=None if onset is None else float(x[onset]), share_seen=float(share_low), sigma=float(sigma), used=used, draws=draws,
+        points=points)

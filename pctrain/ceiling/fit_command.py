@@ -1,75 +1,137 @@
-"""`pctrain fit CURVES --out fits.json`: the ceiling of every RL curve in a file, a run folder or a study folder."""
+"""`pctrain fit CURVES`: the ceiling of every RL curve in a file, a run folder or a study, and what it says of compute not yet spent."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich import box
+import numpy as np
 from rich.console import Console
-from rich.table import Table
 
-from pctrain.ceiling.curves import Curve, read_curves
+from pctrain.ceiling import collapse, fit_tables
+from pctrain.ceiling.curve import Curve
+from pctrain.ceiling.curves import read_curves
 from pctrain.ceiling.fit import VERDICTS, Fit, fit_ceiling
+from pctrain.ceiling.fit_options import PAPER_SHARE, FitOptions
+from pctrain.ceiling.forecast import AtBudget, HeldOut, Reach, at_budgets, held_out, reach
+from pctrain.ceiling.paper_fit import MIN_POINTS, PaperFit, paper_fit
 from pctrain.durable import write_beside
 from pctrain.errors import UserError
 from pctrain.progress import make_console, progress
 
-MIN_CURVE_POINTS = 2  # one reading after the joint is no curve
-
-LEGEND = (
-    "A_post: median and 90 % interval of the posterior, percent. C_mid and collapse: EFLOPs from the joint. points: used/all where some "
-    "were left out. lower_bound: only the lower end of the interval means anything; flat: no gain yet, not a ceiling; too_short: the prior "
-    "speaks; collapsed: fitted to the points before the collapse.")
+MIN_CURVE_POINTS = {"bayes": 2, "paper": MIN_POINTS}  # to fit; one reading after the joint is no curve
 
 
-def main(path: Path | str, out: Path | str, console: Console | None = None) -> list[dict]:
-    """Fit all curves below `path`, write the rows of docs/contracts.md as a JSON list to `out`, print a table; returns the rows."""
-    path, out = Path(path), Path(out)
-    _check_out(path, out)
+@dataclass(frozen=True)
+class Result:
+    """All that was asked about one curve."""
+
+    curve: Curve
+    fit: Fit | PaperFit
+    held_out: HeldOut | None
+    reach: list[Reach]
+    budget: list[AtBudget]
+
+    def row(self) -> dict:
+        """The row of fits.json: plain JSON values, the keys of docs/contracts.md."""
+        row = self.fit.as_row(self.curve.dataset, self.curve.start_step)
+        if self.held_out is not None:
+            row["held_out"] = dataclasses.asdict(self.held_out)
+        for name in ("reach", "budget"):
+            if getattr(self, name):
+                row[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
+        return row
+
+
+def main(path: Path | str, options: FitOptions, console: Console | None = None) -> list[dict]:
+    """Fit all curves below `path`, write the rows of docs/contracts.md as a JSON list to `options.out`, print tables; returns the rows."""
+    path = Path(path)
+    _check_options(options)
+    _check_out(path, options.out)
+    share = options.points or {"bayes": 1.0, "paper": PAPER_SHARE}[options.method]
     curves = read_curves(path)
-    long_enough = [curve for curve in curves if len(curve.eflops) >= MIN_CURVE_POINTS]
-    skipped = [curve for curve in curves if len(curve.eflops) < MIN_CURVE_POINTS]
-    if not long_enough:
-        raise UserError(f"{path}: no curve has {MIN_CURVE_POINTS} points after the joint; score the RL run more often (rl.eval_every)")
+    _check_scores(options.reach, curves)
+    fitted = [curve for curve in curves if _first(curve, share) >= MIN_CURVE_POINTS[options.method]]
+    skipped = [curve for curve in curves if _first(curve, share) < MIN_CURVE_POINTS[options.method]]
+    if not fitted:
+        more = f", or fit a larger share than --points={share:g}" if share < 1 else ""
+        raise UserError(f"{path}: no curve has {MIN_CURVE_POINTS[options.method]} points to fit after the joint; score the RL run more "
+                        f"often (rl.eval_every){more}")
 
-    fits = []
-    with progress("fits", total=len(long_enough), unit="curve") as bar:
-        for curve in long_enough:
-            fits.append(fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se))
+    results = []
+    with progress("fits", total=len(fitted), unit="curve") as bar:
+        for curve in fitted:
+            results.append(_result(curve, share, options))
             bar.advance()
-    rows = [fit.as_row(curve.dataset, curve.start_step) for curve, fit in zip(long_enough, fits, strict=True)]
+    rows = [result.row() for result in results]
     try:
-        write_beside(out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        write_beside(options.out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error})") from None
-
-    console = console or make_console()
-    console.print(_table(long_enough, fits))
-    console.print(LEGEND, style="dim", highlight=False)
-    for curve in skipped:
-        console.print(f"not fitted: {curve.name} has {len(curve.eflops)} point after the joint", highlight=False)
-    count = Counter(fit.verdict for fit in fits)
-    verdicts = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict])
-    console.print(f"{len(fits)} curves fitted ({verdicts}), {len(skipped)} skipped -> {out}", highlight=False, soft_wrap=True)
+        raise UserError(f"{options.out}: cannot be written ({error})") from None
+    _print(results, skipped, share, options, console or make_console())
     return rows
 
 
-def _table(curves: list[Curve], fits: list[Fit]) -> Table:
-    """Fits 80 columns; B and eps are in the file."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    table.add_column("data set", overflow="fold", min_width=9)
-    for name in ("step", "P_sft", "A_post", "5 - 95 %", "PL_rl", "C_mid", "points"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    for curve, fit in zip(curves, fits, strict=True):
-        verdict = fit.verdict if fit.collapsed_at is None else f"{fit.verdict}, {fit.collapsed_at:.3g}"
-        interval = f"{fit.a_post_low:.1f}-{fit.a_post_high:.1f}"
-        points = str(fit.n_points) if fit.n_used == fit.n_points else f"{fit.n_used}/{fit.n_points}"
-        table.add_row(curve.dataset, str(curve.start_step), f"{fit.p_sft:.1f}", f"{fit.a_post:.1f}", interval,
-                      f"{fit.pl_rl:.1f}", f"{fit.c_mid:.3g}", points, verdict)
-    return table
+def _result(curve: Curve, share: float, options: FitOptions) -> Result:
+    n = _first(curve, share)
+    x, y = curve.eflops[:n], curve.scores[:n]
+    if options.method == "bayes":
+        fit = fit_ceiling(x, y, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se, max_score=curve.max_score)
+    else:
+        given = {name: getattr(options, name) for name in ("tau", "alpha", "eps") if getattr(options, name) is not None}
+        fit = paper_fit(x, y, curve.p_sft, max_score=curve.max_score, **given)
+    rest = None
+    if n < len(curve.eflops):
+        end = _collapse_of(curve)
+        rest = held_out(fit, curve.eflops[n:end], curve.scores[n:end])
+    return Result(curve, fit, rest, [reach(fit, score) for score in options.reach], at_budgets(fit, options.budget))
+
+
+def _first(curve: Curve, share: float) -> int:
+    """Points of the first share, by index; the whole where the share is 1 (0.07 * 100 is 7.000000000000001)."""
+    return int(math.floor(share * len(curve.eflops) + 1e-9))
+
+
+def _collapse_of(curve: Curve) -> int | None:
+    """Index of the first point of a collapse of the whole curve: no method is asked to foresee it."""
+    floor = collapse.NOISE_FLOOR if curve.score_se is None else curve.score_se
+    return collapse.used_points(curve.scores, curve.p_sft, floor)[1]
+
+
+def _print(results: list[Result], skipped: list[Curve], share: float, options: FitOptions, console: Console) -> None:
+    fit_tables.show(results, options.method, console)
+    for curve in skipped:
+        n = len(curve.eflops)
+        of = f", {_first(curve, share)} of them in the first {share:.0%}" if share < 1 else ""
+        console.print(f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the joint{of}; "
+                      f"{MIN_CURVE_POINTS[options.method]} are needed", highlight=False, markup=False)
+    said = ""
+    if options.method == "bayes":
+        count = Counter(result.fit.verdict for result in results)
+        said = f" ({', '.join(f'{count[verdict]} {verdict}' for verdict in VERDICTS if count[verdict])})"
+    console.print(f"{len(results)} curves fitted{said}, {len(skipped)} skipped -> {options.out}", highlight=False, markup=False,
+                  soft_wrap=True)
+
+
+def _check_options(options: FitOptions) -> None:
+    given = [name for name in ("tau", "alpha", "eps") if getattr(options, name) is not None]
+    if given and options.method != "paper":
+        raise UserError(f"pctrain fit: --{given[0]} belongs to --method=paper; the Bayesian fit has no settings, the same for every curve")
+    for name in ("reach", "budget"):
+        for value in getattr(options, name):
+            if not np.isfinite(value) or value < 0:
+                raise UserError(f"pctrain fit: --{name}: expected a finite number, 0 or more, got {value}")
+
+
+def _check_scores(scores: list[float], curves: list[Curve]) -> None:
+    top = max(curve.max_score for curve in curves)
+    for score in scores:
+        if score > top:
+            raise UserError(f"pctrain fit: --reach={score:g}: scores are in percent and end at {top:g}")
 
 
 def _check_out(path: Path, out: Path) -> None:

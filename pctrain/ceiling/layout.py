@@ -27,6 +27,7 @@ class Place:
     kind: Literal["sft", "rl"]
     set: str
     step: int
+    algorithm: str = ""  # where it is not the study's rl.algorithm
 
 
 def holder(root: Path, set_name: str = "", seed: int | None = None) -> Path:
@@ -57,7 +58,7 @@ def _of_seed(base: Path) -> list[Place]:
 
 def _of_set(folder: Path, name: str) -> list[Place]:
     sft = [Place(folder / SFT, "sft", name, 0)] if (folder / SFT).is_dir() else []
-    rl = [Place(path, "rl", name, int(match[2])) for path, match in _matching(folder, _RL)]
+    rl = [Place(path, "rl", name, int(match[2]), match[1] or "") for path, match in _matching(folder, _RL)]
     return sft + sorted(rl, key=lambda place: (place.step, place.folder.name))
 
 

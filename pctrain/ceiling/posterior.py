@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import log_ndtr, ndtri_exp
+from scipy.special import log_ndtr, ndtri, ndtri_exp
 from scipy.stats import qmc
 
-CEILING = 100.0  # percent
 DRAWS = 4096  # a power of two, as Sobol points want; a quantile of A then moves by less than 0.02 sd
+Z = 3.0  # prior standard deviations that the grid reaches to
+RHO_MAX = 0.8
+COARSE, FINE = (13, 19, 4, 7), (17, 25, 5, 9)  # points of the grid along B, C, rho, sigma
+NEGLIGIBLE = 1e-4  # share of the posterior that the fine grid may leave out at an end of an axis
 
 
 @dataclass(frozen=True)
@@ -19,19 +23,20 @@ class Priors:
     b_median: float = 1.5
     b_log_sd: float = 0.7
     c_share: float = 0.25  # median of C as a share of the largest x used
-    c_log_sd: float = 1.0
+    c_log_sd: float = 1.05
     # D is half-normal, its scale one of these (points): most RL gains are a few points, a weak start can gain tens.
     d_scales: tuple[float, ...] = (6.0, 20.0)
     d_weights: tuple[float, ...] = (0.85, 0.15)
     eps_zero: float = 0.85  # probability of no jump at the joint
-    eps_scale: float = 2.0  # half-normal otherwise, points
+    eps_mean: float = 1.6  # otherwise normal, points
+    eps_sd: float = 1.2
     noise: float = 0.5  # median of sigma where the scores' standard error is not given, points
     noise_log_sd: float = 0.5
     # Where it is given it is binomial: an upper bound, as the same problems are asked each time and only the sampling differs.
     noise_given_log_sd: float = 0.4
     p_sft_se: float = 0.5  # where not given, points
-    rho_mean: float = 0.2
-    rho_sd: float = 0.2
+    rho_mean: float = 0.3
+    rho_sd: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Draws:
     c: np.ndarray
     eps: np.ndarray
     sigma: np.ndarray
+    rho: np.ndarray
+    noise: np.ndarray  # standard normals, independent of the rest: times sigma, the noise of a score that is measured
     weight: np.ndarray
 
     def quantiles(self, values: np.ndarray, quantiles: tuple[float, ...]) -> np.ndarray:
@@ -64,62 +71,121 @@ def rise(x: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(np.minimum(exponent, 700.0)))  # exp(710) overflows
 
 
-def draw(x: np.ndarray, y: np.ndarray, p_sft: float, x_scale: float, score_se: float | None, p_sft_se: float | None,
-         priors: Priors) -> Draws:
+@dataclass(frozen=True)
+class _Grid:
+    """Axes B, C, rho, sigma, jump (0: eps = 0, 1: eps > 0), scale of D: values and log prior weights of each."""
+
+    values: tuple[np.ndarray, ...]
+    log_prior: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Of each cell of a grid (its shape, or one that broadcasts to it): log posterior weight, and the normal of (u, D) before the cuts."""
+
+    log_weight: np.ndarray
+    log_inside: np.ndarray
+    mean_u: np.ndarray
+    mean_d: np.ndarray
+    var_u: np.ndarray
+    var_d: np.ndarray
+    cov: np.ndarray
+
+
+def draw(x: np.ndarray, y: np.ndarray, p_sft: float, x_scale: float, max_score: float, score_se: float | None,
+         p_sft_se: float | None, priors: Priors) -> Draws:
     """Draws given the points used, `x` and `y` [n], n >= 0 (none: the prior around P_sft); `x_scale` > 0 sets the prior of C.
 
-    For each cell of the grid over B, C, rho, sigma, eps and the scale of D the posterior of (u, D), u = L - P_sft, is a bivariate normal
-    in closed form, cut to D > 0 and u + D <= 100 - P_sft.
+    For each cell of the grid over B, C, rho, sigma, whether there is a jump, and the scale of D the posterior of (u, D), u = L - P_sft, is
+    a bivariate normal in closed form, cut to D > 0 and u + D <= `max_score` - P_sft. A coarse grid over all that the prior allows says
+    where the posterior lies; a fine one over that part alone is what is drawn from.
     """
-    grid_b, log_b = _log_normal_grid(priors.b_median, priors.b_log_sd, 19)
-    grid_c, log_c = _log_normal_grid(priors.c_share * x_scale, priors.c_log_sd, 31)
-    grid_rho = np.array([0.0, 0.15, 0.3, 0.45, 0.6])
-    noise, noise_log_sd = (priors.noise, priors.noise_log_sd) if score_se is None else (score_se, priors.noise_given_log_sd)
-    grid_sigma, log_sigma = _log_normal_grid(noise, noise_log_sd, 12)
-    grid_eps, log_eps = _eps_grid(priors)
-    log_rho = -0.5 * ((grid_rho - priors.rho_mean) / priors.rho_sd) ** 2
-    # Axes of all that follows: B, C, rho, sigma, eps, scale of D.
-    b, c, rho, sigma, eps, scale = np.ix_(grid_b, grid_c, grid_rho, grid_sigma, grid_eps, np.array(priors.d_scales))
-    log_prior = sum(np.ix_(log_b, log_c, log_rho, log_sigma, log_eps, np.log(priors.d_weights)))
+    bounds = ((-Z, Z), (-Z, Z), (0.0, RHO_MAX), (-Z, Z))
+    p_sft_se, top = p_sft_se or priors.p_sft_se, max_score - p_sft
+    for sizes in (COARSE, FINE):
+        grid = _grid(bounds, sizes, x_scale, score_se, priors)
+        cells = _posterior(grid, x, y - p_sft, top, p_sft_se, priors)
+        bounds = _where_it_lies(cells.log_weight, bounds)
+    return _draw_from(grid, cells, p_sft, top, p_sft_se, priors)
 
+
+def _posterior(grid: _Grid, x: np.ndarray, residual: np.ndarray, top: float, p_sft_se: float, priors: Priors) -> _Cells:
+    grid_b, grid_c, grid_rho = grid.values[:3]
+    _, _, _, sigma, jump, scale = np.ix_(*grid.values)
     shapes = rise(x, grid_b[:, None, None], grid_c[:, None])  # [B, C, n]
-    ss, s1, sr, one1, one_r, rr, log_det = _whitened_products(shapes, y - p_sft, grid_rho)
+    ss, s1, sr, one1, one_r, rr, log_det = _whitened_products(shapes, residual, grid_rho)
 
     # u ~ N(eps, p_sft_se^2): P_sft is a reading, not the truth. D ~ N(0, scale^2), its positive half.
-    prior_u, prior_d = 1 / (p_sft_se or priors.p_sft_se) ** 2, 1 / scale**2
+    eps, prior_u, prior_d = jump * priors.eps_mean, 1 / (p_sft_se**2 + jump * priors.eps_sd**2), 1 / scale**2
     variance = sigma**2
     precision_u, precision_ud, precision_d = one1 / variance + prior_u, s1 / variance, ss / variance + prior_d
     linear_u, linear_d = one_r / variance + eps * prior_u, sr / variance
     determinant = precision_u * precision_d - precision_ud**2
-    mean_u = (precision_d * linear_u - precision_ud * linear_d) / determinant
-    mean_d = (precision_u * linear_d - precision_ud * linear_u) / determinant
     var_u, var_d, cov = precision_d / determinant, precision_u / determinant, -precision_ud / determinant
+    mean_u, mean_d = var_u * linear_u + cov * linear_d, var_d * linear_d + cov * linear_u
 
     quadratic = linear_u * mean_u + linear_d * mean_d - rr / variance - eps**2 * prior_u
-    log_evidence = 0.5 * (quadratic + log_det - np.log(determinant) + np.log(prior_d)) - len(x) * np.log(sigma)
-    top = CEILING - p_sft
+    log_evidence = 0.5 * (quadratic + (log_det - np.log(determinant) + np.log(prior_u) + np.log(prior_d))) - len(x) * np.log(sigma)
     log_inside = log_ndtr(mean_d / np.sqrt(var_d)) + log_ndtr((top - mean_u - mean_d) / np.sqrt(var_u + var_d + 2 * cov))
-    log_weight = log_evidence + log_inside + log_prior
+    log_weight = log_evidence + log_inside + sum(np.ix_(*grid.log_prior))
+    return _Cells(log_weight, log_inside, mean_u, mean_d, var_u, var_d, cov)
 
-    # A point of the unit cube is a cell, then D, then u given D by their inverse distribution functions, each cut at its bound. The
-    # cell's weight took the two cuts as independent; the draw's weight puts right what that left out.
-    cube = qmc.Sobol(d=3, scramble=True, rng=0).random(DRAWS)
-    cumulative = np.cumsum(np.exp(log_weight - log_weight.max()))
+
+def _draw_from(grid: _Grid, cells: _Cells, p_sft: float, top: float, p_sft_se: float, priors: Priors) -> Draws:
+    """A point of the unit cube is a cell, then D, then u given D by their inverse distribution functions, each cut at its bound; and noise.
+    The cell's weight took the two cuts as independent; the draw's weight puts right what that left out."""
+    cube = _cube()
+    shape = cells.log_weight.shape
+    cumulative = np.cumsum(np.exp(cells.log_weight - cells.log_weight.max()))
     cell = np.searchsorted(cumulative, cube[:, 0] * cumulative[-1], side="right").clip(max=len(cumulative) - 1)
-    cell = np.unravel_index(cell, log_weight.shape)
+    cell = np.unravel_index(cell, shape)
 
     def at(values: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(values, log_weight.shape)[cell]
+        return np.broadcast_to(values, shape)[cell]
 
-    sd_d = np.sqrt(at(var_d))
-    d = at(mean_d) - sd_d * _normal_below(at(mean_d) / sd_d, cube[:, 1])  # D > 0
-    u_mean = at(mean_u) + at(cov) / at(var_d) * (d - at(mean_d))
-    u_sd = np.sqrt(np.maximum(at(var_u) - at(cov) ** 2 / at(var_d), 1e-12))
+    mean_d, var_d, cov = at(cells.mean_d), at(cells.var_d), at(cells.cov)
+    sd_d = np.sqrt(var_d)
+    d = mean_d - sd_d * _normal_below(mean_d / sd_d, cube[:, 1])  # D > 0
+    u_mean = at(cells.mean_u) + cov / var_d * (d - mean_d)
+    u_sd = np.sqrt(np.maximum(at(cells.var_u) - cov**2 / var_d, 1e-12))
     limit = (top - d - u_mean) / u_sd
     u = u_mean + u_sd * _normal_below(limit, cube[:, 2])  # u + D <= top
-    log_draw = log_ndtr(at(mean_d) / sd_d) + log_ndtr(limit) - at(log_inside)
+    log_draw = log_ndtr(mean_d / sd_d) + log_ndtr(limit) - at(cells.log_inside)
     weight = np.exp(log_draw - log_draw.max())
-    return Draws(l=p_sft + u, d=d, b=at(b), c=at(c), eps=at(eps), sigma=at(sigma), weight=weight / weight.sum())
+    b, c, rho, sigma, jump, _ = (values[index] for values, index in zip(grid.values, cell, strict=True))
+    # What of u is eps and what a misread P_sft: the mean, given u.
+    eps = jump * np.maximum(priors.eps_mean + (u - priors.eps_mean) * priors.eps_sd**2 / (priors.eps_sd**2 + p_sft_se**2), 0.0)
+    return Draws(l=p_sft + u, d=d, b=b, c=c, eps=eps, sigma=sigma, rho=rho, noise=ndtri(np.maximum(cube[:, 3], 1e-12)),
+                 weight=weight / weight.sum())
+
+
+@functools.cache
+def _cube() -> np.ndarray:
+    return qmc.Sobol(d=4, scramble=True, rng=0).random(DRAWS)
+
+
+def _grid(bounds: tuple[tuple[float, float], ...], sizes: tuple[int, ...], x_scale: float, score_se: float | None, priors: Priors) -> _Grid:
+    """Evenly spaced: B, C and sigma in log (`bounds` in prior standard deviations), rho as it is. Jump and scale of D are always whole."""
+    z_b, z_c, rho, z_sigma = (np.linspace(low, high, n) for (low, high), n in zip(bounds, sizes, strict=True))
+    noise, noise_log_sd = (priors.noise, priors.noise_log_sd) if score_se is None else (score_se, priors.noise_given_log_sd)
+    return _Grid(
+        (priors.b_median * np.exp(priors.b_log_sd * z_b), priors.c_share * x_scale * np.exp(priors.c_log_sd * z_c), rho,
+         noise * np.exp(noise_log_sd * z_sigma), np.array([0.0, 1.0]), np.array(priors.d_scales)),
+        (-0.5 * z_b**2, -0.5 * z_c**2, -0.5 * ((rho - priors.rho_mean) / priors.rho_sd) ** 2, -0.5 * z_sigma**2,
+         np.log([priors.eps_zero, 1 - priors.eps_zero]), np.log(priors.d_weights)))
+
+
+def _where_it_lies(log_weight: np.ndarray, bounds: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:
+    """Of the first axes of a grid: the bounds of the values that have any weight to speak of, and one step more at each end."""
+    weight = np.exp(log_weight - log_weight.max())
+    total = weight.sum()
+    found = []
+    for axis, (low, high) in enumerate(bounds):
+        marginal = weight.sum(tuple(other for other in range(weight.ndim) if other != axis)) / total
+        has = np.flatnonzero(marginal > NEGLIGIBLE)
+        grid = np.linspace(low, high, len(marginal))
+        found.append((float(grid[max(has[0] - 1, 0)]), float(grid[min(has[-1] + 1, len(grid) - 1)])))
+    return tuple(found)
 
 
 def _whitened_products(shapes: np.ndarray, residual: np.ndarray, grid_rho: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -139,20 +205,6 @@ def _whitened_products(shapes: np.ndarray, residual: np.ndarray, grid_rho: np.nd
         products = ((s * s).sum(-1), s @ one, s @ r, one @ one, one @ r, r @ r, log_det)
         per_rho.append([np.broadcast_to(product, shapes.shape[:2]) for product in products])
     return tuple(np.stack(values, axis=-1)[..., None, None, None] for values in zip(*per_rho))
-
-
-def _log_normal_grid(median: float, log_sd: float, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values [n] evenly spaced in log over +-3 sd, and their log prior weights."""
-    z = np.linspace(-3, 3, n)
-    return median * np.exp(log_sd * z), -0.5 * z**2
-
-
-def _eps_grid(priors: Priors) -> tuple[np.ndarray, np.ndarray]:
-    """0 with its own probability, then a half-normal, and their log prior weights."""
-    z = np.array([0.25, 0.75, 1.25, 1.75, 2.5])
-    tail = np.exp(-0.5 * z**2)
-    weights = np.concatenate([[priors.eps_zero], (1 - priors.eps_zero) * tail / tail.sum()])
-    return np.concatenate([[0.0], priors.eps_scale * z]), np.log(weights)
 
 
 def _normal_below(limit: np.ndarray, quantile: np.ndarray) -> np.ndarray:

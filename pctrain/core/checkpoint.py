@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -22,6 +23,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
+from pctrain import health
 from pctrain.checkpoints import note_digests
 from pctrain.core import optimizer as optim
 from pctrain.errors import UserError
@@ -57,7 +59,11 @@ class Saver:
 
     def poll(self, *, wait: bool) -> None:
         """Calls `done` of the save whose writing has ended on all ranks; `wait`: waits for that. No save under way: nothing, no message."""
-        self._queue.maybe_finalize_async_calls(blocking=wait)
+        self._queue.maybe_finalize_async_calls(blocking=False)
+        while wait and self._queue.get_num_unfinalized_calls():  # the ranks agree on what is done: all go round as often
+            health.beat()  # a slow disk is no fault; its writer process has no deadline
+            time.sleep(0.02)
+            self._queue.maybe_finalize_async_calls(blocking=False)
 
 
 def _serve_results() -> None:

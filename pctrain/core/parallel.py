@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pctrain import health
 from pctrain.config import ParallelConfig
 from pctrain.core import cpu_compat
 from pctrain.device import device, on_gpu
@@ -88,6 +89,7 @@ def data_parallel() -> tuple[int, int]:
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
+    health.beat()
 
 
 def from_rank_zero(compute: Callable):
@@ -101,6 +103,7 @@ def from_rank_zero(compute: Callable):
         except Exception as error:  # re-raised below, on all ranks together: nobody is left waiting
             box[1] = error
     dist.broadcast_object_list(box, src=0)
+    health.beat()
     if box[1] is not None:
         raise box[1]
     return box[0]
@@ -134,10 +137,20 @@ def map_over_ranks(fn: Callable[[list], list], items: list) -> list:
         return fn(items)
     shares: list = [None] * n
     dist.all_gather_object(shares, fn(items[rank() :: n]))
+    health.beat()
     results: list = [None] * len(items)
     for r, share in enumerate(shares):
         results[r::n] = share
     return results
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is so on one rank or more; the same on all of them."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor([flag], dtype=torch.int32, device=device())
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found.item())
 
 
 def agree(act: Callable):
@@ -150,6 +163,7 @@ def agree(act: Callable):
     if world_size() > 1:
         errors: list = [None] * world_size()
         dist.all_gather_object(errors, error)
+        health.beat()
         error = error or next((e for e in errors if e is not None), None)
     if error is not None:
         raise error

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pctrain import health
 from pctrain.core import weights
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.weights import Unit
@@ -119,6 +120,7 @@ def _unpack(bucket: Bucket, parts: torch.Tensor, work: dist.Work | None, hf: HFC
         shards = parts[:, placed.start : placed.end].unflatten(1, placed.shape)
         tensors = placed.unit.whole(shards[:1] if placed.unit.replicated else shards)
         for name, full in zip(placed.unit.hf, tensors, strict=True):
+            health.beat()
             yield name, full
             if hf.tied and name == "model.embed_tokens.weight":
                 yield weights.LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from pctrain import health
 from pctrain.core import hf_files
 from pctrain.core.hf_config import HFConfig
 from pctrain.device import on_gpu
@@ -183,6 +184,7 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
             for group, source in ways:
                 if unit.name in source:
                     dist.broadcast(full, src=source[unit.name], group=group)
+            health.beat()
             yield name, full
             if tied_head and hf.tied and name == "model.embed_tokens.weight":
                 yield LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head

@@ -15,15 +15,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,11 +33,11 @@ from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
 from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_numbered
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
+from pctrain.data.workers import HEARTBEAT, in_processes
 from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
 from pctrain.errors import UserError
 from pctrain.lock import lock_folder
 
-HEARTBEAT = 0.5  # seconds: the longest time between two values of `build`, but for one shard written in this process
 # A file changed within this time of being hashed may change again without a new time stamp: its hash is not remembered.
 SETTLED_SECONDS = 2.0
 
@@ -148,64 +146,21 @@ def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[Size | 
         encoder = Encoder(job.hf_dir, job.data, job.limit) if missing else None
         yield from (there.get(number) or _write_shard(encoder, job.data, folder, number, part) for number, part in enumerate(parts))
         return
-    yield from _in_processes(job, folder, there, parts, workers)
+    todo = [(number, part) for number, part in enumerate(parts) if number not in there]
+    written = in_processes(partial(_writer, job, folder), todo, workers)
+    for number in range(len(parts)):
+        if number in there:
+            yield there[number]
+            continue
+        while (size := next(written)) is None:
+            yield None
+        yield size[0]
 
 
-def _in_processes(job: TokenJob, folder: Path, there: dict[int, Size], parts: list[Chunk], workers: int) -> Iterator[Size | None]:
-    """Sizes in the order of the parts, so that of several bad records the first one is reported, whichever process is the faster.
-
-    Plain processes and pipes: the threads and locks of a ProcessPoolExecutor can hang on Ctrl-C, and its workers outlive a killed parent.
-    """
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch and tokenizers hold
-    processes: list[multiprocessing.process.BaseProcess] = []
-    idle: list[Connection] = []
-    busy: dict[Connection, int] = {}
-    finished: dict[int, Size | Exception] = dict(there)
-    todo = iter([number for number in range(len(parts)) if number not in there])
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            processes.append(context.Process(target=_work, args=(theirs, job, folder), daemon=True))
-            processes[-1].start()
-            theirs.close()
-            idle.append(ours)
-        for due in range(len(parts)):
-            while due not in finished:
-                while idle and (number := next(todo, None)) is not None:
-                    busy[idle[-1]] = number
-                    idle.pop().send((number, parts[number]))
-                for connection in wait(list(busy), HEARTBEAT):
-                    finished[busy.pop(connection)] = connection.recv()
-                    idle.append(connection)
-                yield None
-            if isinstance(finished[due], Exception):
-                raise finished[due]
-            yield finished.pop(due)
-    except (EOFError, ConnectionError):
-        raise UserError(f"{folder}: a process that tokenises has died (killed by the system for its memory?); "
-                        "what it had finished is kept; start again, with fewer data.workers") from None
-    finally:
-        for process in processes:
-            process.kill()
-        for process in processes:
-            process.join()
-
-
-def _work(connection: Connection, job: TokenJob, folder: Path) -> None:
-    """A worker process: takes (number, part), sends the size of the shard or the error that it ended in."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills this process
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for every core already
+def _writer(job: TokenJob, folder: Path) -> Callable[[tuple[int, Chunk]], Size]:
+    """What a worker process does with (number, part)."""
     encoder = Encoder(job.hf_dir, job.data, job.limit)
-    while True:
-        try:
-            number, part = connection.recv()
-        except EOFError:  # the parent is gone
-            return
-        try:
-            result = _write_shard(encoder, job.data, folder, number, part)
-        except (UserError, OSError) as error:
-            result = error
-        connection.send(result)
+    return lambda item: _write_shard(encoder, job.data, folder, *item)
 
 
 def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, part: Chunk) -> Size:

@@ -1,22 +1,23 @@
-"""A function over a stream of items in worker processes, its results in the order of the items."""
+"""A function over a stream of items in worker processes, its results in the order of the items.
+
+Plain processes and pipes: the threads and locks of a ProcessPoolExecutor can hang on Ctrl-C, and its workers outlive a killed parent.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import chain, islice
-from multiprocessing import connection
+from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 from pctrain.errors import UserError
 
-AHEAD = 2  # items in hand for each worker: bounded, as an item may hold its data
+AHEAD = 2  # items in hand for each worker: bounded, as an item and its result may hold data
+HEARTBEAT = 0.5  # seconds
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -36,27 +37,76 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
     if workers == 1 or len(first) < 2:
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start)
+    for result in in_processes(partial(_itself, function), items, workers):
+        if result is not None:
+            yield result[0]
+
+
+def in_processes(prepare: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[tuple[Result] | None]:
+    """(function(item),) of every item, in order, by `workers` processes; None at least every HEARTBEAT seconds that nothing is ready.
+
+    `prepare()` makes the function, once in each process. Of several items that fail the first one's exception is raised, whichever
+    process is the faster.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch and tokenizers hold
+    processes: list[multiprocessing.process.BaseProcess] = []
+    idle: list[Connection] = []
+    busy: dict[Connection, int] = {}
+    finished: dict[int, tuple[Result] | Exception] = {}
+    todo, due, taken, more = iter(items), 0, 0, True
     try:
-        waiting: deque[Future[Result]] = deque()
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == workers * AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker process was killed, most likely for want of memory; start again, with fewer data.workers") from None
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            processes.append(context.Process(target=_work, args=(theirs, prepare), daemon=True))
+            processes[-1].start()
+            theirs.close()
+            idle.append(ours)
+        while more or due < taken:
+            while more and idle and taken - due < workers * AHEAD:
+                try:
+                    item = next(todo)
+                except StopIteration:
+                    more = False
+                    break
+                busy[idle[-1]] = taken
+                idle.pop().send(item)
+                taken += 1
+            if due in finished:
+                result = finished.pop(due)
+                if isinstance(result, Exception):
+                    raise result
+                due += 1
+                yield result
+                continue
+            for connection in wait(list(busy), HEARTBEAT) if busy else []:
+                finished[busy.pop(connection)] = connection.recv()
+                idle.append(connection)
+            yield None
+    except (EOFError, ConnectionError):
+        raise UserError("a worker process has died (killed by the system, for its memory?): start again, with fewer data.workers") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
 
 
-def _start() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops this process
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _work(connection: Connection, prepare: Callable[[], Callable[[Item], Result]]) -> None:
+    """A worker process: takes items, sends (result,) or the exception that one ended in, until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which kills this process
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a worker for every core already
+    function = prepare()
+    while True:
+        try:
+            item = connection.recv()
+        except EOFError:
+            return
+        try:
+            result = (function(item),)
+        except Exception as error:
+            result = error
+        connection.send(result)
 
 
-def _die_with_parent() -> None:
-    """A killed parent cannot stop its workers, and the pool's queue, which they hold open themselves, would let them wait for ever."""
-    connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+def _itself(function: Callable) -> Callable:
+    return function

@@ -58,8 +58,8 @@ def evaluate(engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer
         Request(p.prompt_ids, sampling_seed(config.run.seed, "eval", 0, p.index, sample)) for p in problems for sample in range(samples)
     ]
     completions = engine.generate(
-        requests, temperature=config.eval.temperature, max_response=config.eval.max_response or config.rollout.max_response
-    )
+        requests, temperature=config.eval.temperature, top_p=config.eval.top_p,
+        max_response=config.eval.max_response or config.rollout.max_response)
     answers = [p.answer for p in problems for _ in range(samples)]
     verdicts = parallel.map_over_ranks(
         verifier.score, [(tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]

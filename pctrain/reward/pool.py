@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pctrain import health
 from pctrain.errors import UserError
 from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
 from pctrain.reward.verdict import Cause, Verdict
@@ -104,6 +105,7 @@ class VerifierPool:
 
     def _exchange(self, verdicts: dict[tuple[str, str], Verdict]) -> None:
         """Waits for the next message, death or deadline of any worker, and acts on all there are."""
+        health.beat()
         with selectors.PollSelector() as selector:  # poll: select() ends at file 1024, and an engine has many open
             for worker in self._workers:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)

@@ -6,6 +6,7 @@ import json
 import time
 from pathlib import Path
 
+from pctrain import health
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config, RLConfig
@@ -15,7 +16,7 @@ from pctrain.data.problems import Problem
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import begin, due, export, finished, open_run, record_ledger, resume, save
+from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, replay
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.journal import Journal, shortage
@@ -28,8 +29,7 @@ from pctrain.runfolder import HF_FOLDER, RunFolder, best_step, read_values
 
 def main(config: Config, rollout_only: bool = False) -> None:
     """`pctrain rl`."""
-    config = begin(config)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
         train(config, scorer, rollout_only=rollout_only)
 
 
@@ -56,6 +56,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         last = start if start and journal.ceiling_found() else rl.steps  # killed after the checkpoint that it had stopped at
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, last + 1):
+                health.at_step(step)
                 sampled, swap = _rollouts(config, run, core, scorer, algorithm, prompts, step)
                 if rollout_only:
                     _say_rollouts(run, sampled, step)
@@ -70,11 +71,14 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                     journal.score(step, core)
                     found = journal.ceiling_found()
                 record_ledger(run, journal.ledger)
-                if found or due(step, rl.checkpoint_every, rl.steps):
+                leaving = asked_to_stop()
+                if found or leaving or due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
                     parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
-                core.poll_save()
+                core.poll_save(wait=leaving)
                 bar.advance(reward=values["reward"])
+                if leaving:
+                    leave(run, step)
                 if found:
                     run.say(f"step {step} the ceiling is identified within {rl.stop_within} points (rl.stop_within): stopped")
                     last = step
@@ -123,8 +127,7 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
 
 def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
-    config = begin(config)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
         algorithm, problems, core = _learner(config, scorer)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         ledger = Ledger(scorer.hf.shape)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from pctrain import health
 from pctrain.config import Config
 from pctrain.core import parallel
 from pctrain.data.problems import Problem
@@ -95,6 +96,7 @@ class GroupSampler:
     def __init__(self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm):
         self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = config, engine, verifier, tokenizer, algorithm
 
+    @health.phase("rollout")
     def sample(self, prompts: PromptStream, step: int) -> Sampled:
         """`rl.prompts` groups; under dynamic sampling such as the window keeps, in at most `rl.max_rounds` rounds of `rl.round_prompts`.
 
@@ -155,6 +157,7 @@ class GroupSampler:
             groups.append(Group(problem, completions[part], verdicts[part], of_problem))
         return groups
 
+    @health.phase("reward")
     def _verdicts(self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]) -> list[Verdict]:
         """Of each completion behind its prefix; a response that was cut is wrong, unless `rl.truncated` is masked."""
         owners = [(problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from pctrain import health
 from pctrain.ceiling.ledger import Ledger
 from pctrain.config import Config
 from pctrain.core import Core, Update
@@ -25,6 +26,7 @@ class Updates:
     advantages: dict[int, list[float]]  # id() of a group -> of each of its rollouts
 
 
+@health.phase("update")
 def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> Updates:
     """The optimizer updates of one step, and the ledger's entries for all of its compute. Nothing kept: no update. Collective."""
     rl, temperature, groups = config.rl, config.rollout.temperature, sampled.kept

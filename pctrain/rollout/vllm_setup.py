@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from pctrain import health
 from pctrain.config import RolloutConfig
 from pctrain.device import on_gpu
 from pctrain.errors import UserError
@@ -56,6 +57,13 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
             raise UserError(f"vLLM refuses {hf_dir} with context {context} (model or data), rollout.kv_cache_mb={rollout.kv_cache_mb}, "
                             f"rollout.max_sequences={rollout.max_sequences}, rollout.gpu_memory={rollout.gpu_memory}: {error}") from error
     _running += 1
+    step = llm.llm_engine.step
+
+    def living_step():
+        health.beat()
+        return step()
+
+    llm.llm_engine.step = living_step
     return llm
 
 

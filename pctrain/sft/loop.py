@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 
+from pctrain import health
 from pctrain.ceiling.monitor import SURE, Reading
 from pctrain.config import Config
 from pctrain.config_check import schedule_problems
@@ -15,7 +16,7 @@ from pctrain.data.sampler import ShuffledSampler
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import begin, due, export, finished, open_run, resume, save
+from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, resume, save
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
@@ -24,8 +25,7 @@ from pctrain.sft.open_data import open_trajectories, prepare_sources
 
 def main(config: Config) -> None:
     """`pctrain sft`."""
-    config = begin(config)
-    with Scorer(config) as scorer:
+    with begin(config) as config, Scorer(config) as scorer:
         train(config, scorer)
 
 
@@ -58,14 +58,18 @@ def train(config: Config, scorer: Scorer) -> None:
         with progress("SFT", total=steps, start=start, rank=parallel.rank()) as bar:
             for step, (chosen, batch), waited in prefetch(make, ahead):
                 began = time.perf_counter()
-                update = core.step(batch, token_loss, want_entropy=False)
+                health.at_step(step)
+                with health.phase("update"):
+                    update = core.step(batch, token_loss, want_entropy=False)
                 journal.record(step, data, chosen, batch, update, time.perf_counter() - began + waited, waited)
                 journal.measure(step)
-                stop, last = journal.should_stop(), step
-                if stop or due(step, sft.checkpoint_every, steps):
+                stop, leaving, last = journal.should_stop(), asked_to_stop(), step
+                if stop or leaving or due(step, sft.checkpoint_every, steps):
                     save(run, step, core, journal.state(step))
-                core.poll_save()
+                core.poll_save(wait=leaving)
                 bar.advance(loss=update.loss)
+                if leaving:
+                    leave(run, step)
                 if stop:
                     run.say(f"step {step} the validation loss has left the regime {sft.stop_after!r} (sft.stop_after): stopped")
                     break

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pctrain import health
 from pctrain.core import Core, parallel
 from pctrain.data.trajectories import Trajectories
 
@@ -45,6 +46,7 @@ class ValidationLoss:
         return found
 
 
+@health.phase("validation")
 def validation_loss(core: Core, trajectories: Trajectories, token_budget: int) -> ValidationLoss:
     """Collective. Every trajectory counts once, whatever its source's weight."""
     sums, counts = np.empty(len(trajectories)), trajectories.loss_tokens.astype(np.float64)

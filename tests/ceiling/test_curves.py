@@ -12,6 +12,7 @@ from rich.console import Console
 
 from pctrain.ceiling import fit_command
 from pctrain.ceiling.curves import read_curves
+from pctrain.ceiling.fit_options import FitOptions
 from pctrain.ceiling.flops import EFLOP, QWEN2_5_7B, paper_sft
 from pctrain.errors import UserError
 
@@ -108,7 +109,7 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
 def test_a_malformed_file_names_the_place_and_writes_nothing(tmp_path, document, says):
     file = written(tmp_path, document)
     with pytest.raises(UserError, match=says):
-        fit_command.main(file, tmp_path / "fits.json")
+        fit_command.main(file, FitOptions(out=tmp_path / "fits.json"))
     assert [p.name for p in tmp_path.iterdir()] == ["curves.json"]
 
 
@@ -139,6 +140,13 @@ def test_a_run_folder_and_a_study_of_them(tmp_path):
     assert [c.start_step for c in read_curves(study)] == [540, 1440]
 
 
+def test_a_study_of_sets_seeds_and_algorithms(tmp_path):
+    for place in ("sets/hard/rl-step-20", "sets/easy/rl-step-20", "rl-luffy-step-0", "seed-1/sets/hard/rl-grpo-step-40"):
+        run_folder(tmp_path / place, EVALS, int(place.rpartition("-")[2]))
+    assert [curve.name for curve in read_curves(tmp_path)] == [
+        "luffy, step 0", "easy, step 20", "hard, step 20", "seed-1/hard/grpo, step 40"]
+
+
 def test_errors_of_run_folders(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         read_curves(tmp_path / "nothing")
@@ -166,7 +174,7 @@ def test_errors_of_run_folders(tmp_path):
 
 def test_fit_writes_one_row_a_curve_and_says_what_it_skipped(tmp_path):
     out, console = tmp_path / "fits.json", Console(width=80, record=True, file=open("/dev/null", "w"))
-    rows = fit_command.main(written(tmp_path, DOCUMENT), out, console)
+    rows = fit_command.main(written(tmp_path, DOCUMENT), FitOptions(out=out), console)
     assert json.loads(out.read_text()) == rows
     assert [(r["dataset"], r["start_step"], r["verdict"], r["n_points"]) for r in rows] == [("A", 62, "too_short", 2), ("A", 124, "too_short", 2)]
     text = console.export_text()
@@ -176,8 +184,8 @@ def test_fit_writes_one_row_a_curve_and_says_what_it_skipped(tmp_path):
 
 
 def test_fit_of_a_run_folder_uses_its_standard_errors(tmp_path):
-    wide = fit_command.main(run_folder(tmp_path / "a", EVALS), tmp_path / "a.json")[0]
-    exact = fit_command.main(run_folder(tmp_path / "b", [(x, y, 0.2) for x, y, _ in EVALS]), tmp_path / "b.json")[0]
+    wide = fit_command.main(run_folder(tmp_path / "a", EVALS), FitOptions(out=tmp_path / "a.json"))[0]
+    exact = fit_command.main(run_folder(tmp_path / "b", [(x, y, 0.2) for x, y, _ in EVALS]), FitOptions(out=tmp_path / "b.json"))[0]
     assert wide["a_post_low"] < exact["a_post_low"] and wide["start_step"] == 540
 
 
@@ -185,7 +193,7 @@ def test_fit_refuses_an_output_that_cannot_be_or_must_not_be_written(tmp_path):
     file = written(tmp_path, DOCUMENT)
     for out in (tmp_path, tmp_path / "missing" / "fits.json", file):
         with pytest.raises(UserError, match="--out FILE|another --out"):
-            fit_command.main(file, out)
+            fit_command.main(file, FitOptions(out=out))
     assert json.loads(file.read_text()) == DOCUMENT
 
 
@@ -197,7 +205,8 @@ class Refuse:
             raise ImportError(name + " was imported")
 sys.meta_path.insert(0, Refuse())
 from pctrain.ceiling import fit_command, ledger, regimes
-fit_command.main(sys.argv[1], sys.argv[2])
+from pctrain.ceiling.fit_options import FitOptions
+fit_command.main(sys.argv[1], FitOptions(out=sys.argv[2]))
 """
 
 

@@ -47,6 +47,17 @@ def make_file(path: Path, losses: bool = True) -> Path:
     return path
 
 
+def test_plain_curves_of_any_trainer(tmp_path):
+    """A CSV without standard errors: the noise that the fit finds stands for them."""
+    csv_file = tmp_path / "mine.csv"
+    scores = rising(50.0, 70.0, 30)
+    csv_file.write_text("curve,eflops,score\n" + "".join(f"a,{i},{y}\nb,{i},{y - 10}\n" for i, y in enumerate(scores)))
+    charts_by_name = drawn(csv_file)
+    points = rows(charts_by_name["score_vs_compute"])
+    assert {row["set"] for row in points} == {"a", "b"} and len(points) == 60 and all(0 < float(row["score_se"]) < 2 for row in points)
+    assert {row["verdict"] for row in rows(charts_by_name["ceilings"])} <= {"identified", "lower_bound"}
+
+
 @pytest.fixture(scope="module")
 def two_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, charts.Chart]:
     return drawn(make_file(tmp_path_factory.mktemp("curves") / "two.json"))

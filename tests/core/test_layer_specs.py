@@ -157,7 +157,8 @@ def _begin(folder):
     from pctrain.config import Config, RunConfig
     from pctrain.resume import begin
 
-    begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te")))
+    with begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te"))):
+        pass
 
 
 def test_a_run_that_cannot_start_writes_nothing(ranks, tmp_path):

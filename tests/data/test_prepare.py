@@ -18,7 +18,7 @@ def counted(*arguments):
     print("made", flush=True)
     return real(*arguments)
 arithmetic.write_sets = counted
-config = make(load(None, ["--data.problems.train=300", "--data.problems.rl=300", "--data.problems.test=64"]), Path(sys.argv[1]))
+config = make(load(None, ["--data.problems.train=80", "--data.problems.rl=20", "--data.problems.test=20"]), Path(sys.argv[1]))
 assert config.data.rl.exists() and (config.model.path / "config.json").exists()
 """
 
@@ -29,9 +29,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_jobs_that_begin_at_once_make_everything_once(tmp_path):
     command, pipes = [sys.executable, "-c", SCRIPT], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    jobs = [subprocess.Popen([*command, str(tmp_path / "many")], **pipes) for _ in range(3)]
+    jobs = [subprocess.Popen([*command, str(tmp_path / "many")], **pipes) for _ in range(2)]
     told = [job.communicate(timeout=120) for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0, 0], told
+    assert [job.returncode for job in jobs] == [0, 0], told
     assert "".join(out for out, _ in told) == "made\n"
     assert ".prepare.lock" not in digests(tmp_path / "many")
     (tmp_path / "one").mkdir()

@@ -325,7 +325,7 @@ def test_a_dead_worker_is_told(hf_dir, tmp_path, monkeypatch, many):
         pass
     (worker, *_) = [pid for pid in children() if pid not in others and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(UserError, match="a process that tokenises has died .*fewer data.workers"):
+    with pytest.raises(UserError, match="a worker process has died .*fewer data.workers"):
         list(steps)
     assert len(TokenStore(made(tmp_path / "cache", job)[0].folder)) == 1000  # what it had finished was kept; it goes on
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,8 +37,19 @@ class Forked:
         self._server.stdin.close()  # the server kills what still runs
         self._server.wait()
 
-    def start(self, arguments: list[str], log: Path) -> Run:
-        return Run(self, self.ask({"start": arguments, "log": str(log)}), log)
+    def start(self, arguments: list[str], log: Path, hook: str = "", **environment: str) -> Run:
+        """`hook`: a function of hooks.py, called before the command."""
+        return Run(self, self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment}), log)
+
+    def start_ranks(self, arguments: list[str], folder: Path, world: int, hook: str = "") -> list[Run]:
+        """One process a rank, as torchrun would start them; rank r's output goes to `folder`/rank-r.log."""
+        folder.mkdir(exist_ok=True)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world),
+                     "LOCAL_WORLD_SIZE": str(world)}
+        return [self.start(arguments, folder / f"rank-{rank}.log", hook, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+                for rank in range(world)]
 
     def orphans(self) -> list[int]:
         """Processes of killed runs that live on: forks of the server whose parent is gone."""
@@ -101,6 +113,11 @@ def _serve() -> None:
                     os.dup2(log, stream)
                 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
                 sys.argv[1:] = question["start"]
+                os.environ.update(question["environment"])
+                if question["hook"]:
+                    import hooks
+
+                    getattr(hooks, question["hook"])()
                 sys.exit(main(question["start"]))
             running.add(pid)
             print(pid, flush=True)

@@ -114,10 +114,10 @@ def _train_with_each(commands):
     from pctrain.resume import begin
     from pctrain.rl import loop
 
-    configs = [begin(load(None, list(map(str, command)))) for command in commands]
-    with Scorer(configs[0]) as scorer:
-        for config in configs:
-            loop.train(config, scorer)
+    with begin(load(None, list(map(str, commands[0])))) as first, Scorer(first) as scorer:
+        for command in commands:
+            with begin(load(None, list(map(str, command)))) as config:
+                loop.train(config, scorer)
 
 
 def test_every_algorithm_trains(ranks, sft_run, tmp_path):

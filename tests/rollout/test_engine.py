@@ -134,19 +134,6 @@ def test_bad_streams_are_refused_by_name(tied):
     assert tied.difference() < CLOSE
 
 
-def test_sampling_is_counted_from_swap_to_swap(tied):
-    tied.swap(1)
-    assert tied.engine.sampling.tokens == 0 == tied.engine.sampling.tokens_per_second
-    completions = [tied.engine.generate(requests(n), temperature=1.0, max_response=9) for n in (3, 5)]
-    found = tied.engine.sampling
-    assert found.tokens == sum(len(c.token_ids) for batch in completions for c in batch)
-    assert found.tokens_per_second == found.tokens / found.seconds > 0
-    assert tied.difference() < CLOSE
-    assert tied.engine.sampling.tokens == found.tokens  # a verification is none of it
-    tied.swap(1)
-    assert tied.engine.sampling.tokens == 0
-
-
 def test_samples_depend_on_the_seed_alone(rig):
     """Not on the batch, its order, or on log-probs being asked for: resumed runs rely on it bit for bit."""
     batch = requests(48)
@@ -184,6 +171,14 @@ def test_greedy_is_the_oracles_argmax(rig):
         with torch.no_grad():
             assert rig.model(torch.tensor([row])).logits[0, -1].argmax().item() == token
         row.append(token)
+
+
+def test_top_p_is_for_evaluation_alone(tied):
+    greedy = tokens(tied.engine.generate(requests(8), temperature=0.0, max_response=8))
+    assert tokens(tied.engine.generate(requests(8), temperature=1.0, top_p=1e-6, max_response=8)) == greedy
+    assert tokens(tied.engine.generate(requests(8), temperature=1.0, max_response=8)) != greedy
+    with pytest.raises(ValueError, match="whole policy"):
+        tied.engine.generate(requests(1), temperature=1.0, top_p=0.9, max_response=8, logprobs=True)
 
 
 def test_more_prompts_than_one_pass_takes(tied):

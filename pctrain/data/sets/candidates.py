@@ -7,11 +7,12 @@ from pathlib import Path
 
 import yaml
 
+from pctrain import health
 from pctrain.data.sets.options import RankOptions
 from pctrain.errors import UserError
 
 NAME = re.compile(r"[\w-][\w.-]*")
-TAKEN = ("data", "model", "tokens")  # folders of other things beside the candidates' own
+TAKEN = ("data", "model", "tokens", health.FOLDER)  # folders of other things beside the candidates' own
 
 
 def read_candidates(options: RankOptions) -> dict[str, Path]:

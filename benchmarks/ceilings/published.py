@@ -1,0 +1,153 @@
+"""The published curves: agreement with the published ceilings, and what needs no published value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.ceilings.checks import Check, share, width
+from pctrain.ceiling import collapse
+from pctrain.ceiling.curve import Curve
+from pctrain.ceiling.curves import read_curves
+from pctrain.ceiling.fit import Fit, fit_ceiling
+from pctrain.ceiling.paper_fit import least_squares_fit, paper_fit
+from pctrain.ceiling.posterior import rise
+
+FILE = Path(__file__).parents[2] / "tests" / "ceiling" / "published_curves.json"
+SEEN = 0.71  # of the points, by index
+# Table of fitted ceilings, arXiv 2512.11470v2 (Qwen2.5-7B).
+PUBLISHED = {
+    ("S1K", 62): 77.0, ("S1K", 124): 76.9, ("S1K", 186): 76.5, ("S1K", 248): 76.4, ("S1K", 310): 75.9,
+    ("Easy102K", 360): 76.7, ("Easy102K", 720): 78.5, ("Easy102K", 1080): 78.8, ("Easy102K", 1440): 76.8, ("Easy102K", 1800): 77.8,
+    ("SFT889K", 360): 82.5, ("SFT889K", 720): 80.7, ("SFT889K", 1440): 80.3, ("SFT889K", 3600): 83.1, ("SFT889K", 7200): 84.0,
+    ("SFT889K", 14080): 84.0,
+}
+NORMAL_90 = 1.645
+
+
+@dataclass(frozen=True)
+class Case:
+    """One curve, its fits, and what is held out of it: the last 29 % of the points, without those after a collapse of the whole curve."""
+
+    curve: Curve
+    published: float
+    early: Fit  # of the first 71 %
+    full: Fit
+    n: int
+    collapse: int | None
+
+    @property
+    def seen(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.curve.eflops[:self.n], self.curve.scores[:self.n]
+
+    @property
+    def rest(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.curve.eflops[self.n:self.collapse], self.curve.scores[self.n:self.collapse]
+
+
+def case_of(curve: Curve) -> Case:
+    """Of a curve that has a published ceiling."""
+    n = int(SEEN * len(curve.eflops))
+    early = fit_ceiling(curve.eflops[:n], curve.scores[:n], curve.p_sft)
+    full = fit_ceiling(curve.eflops, curve.scores, curve.p_sft)
+    onset = collapse.used_points(curve.scores, curve.p_sft, collapse.NOISE_FLOOR)[1]
+    return Case(curve, PUBLISHED[curve.dataset, curve.start_step], early, full, n, onset)
+
+
+def read(file: Path) -> list[Curve]:
+    """The curves that have a published ceiling."""
+    return [curve for curve in read_curves(file) if (curve.dataset, curve.start_step) in PUBLISHED]
+
+
+def agreement(all_cases: Sequence[Case]) -> list[Check]:
+    checks = []
+    for name, limits in (("early", (0.7, 1.0, 0.40)), ("full", (1.0, None, 0.50))):
+        fits = [getattr(case, name) for case in all_cases]
+        error = np.array([abs(fit.a_post - case.published) for fit, case in zip(fits, all_cases, strict=True)])
+        inside = np.array([fit.a_post_low <= case.published <= fit.a_post_high for fit, case in zip(fits, all_cases, strict=True)])
+        known = np.array([fit.verdict == "identified" for fit in fits])
+        widths = np.array([fit.a_post_high - fit.a_post_low for fit in fits])
+        of = "first 71 %" if name == "early" else "all points"
+        checks += [
+            Check(f"{of}: median distance to published", float(np.median(error)), high=limits[0]),
+            Check(f"{of}: mean distance to published", float(error.mean()), high=limits[1], beside=f"largest {error.max():.1f}"),
+            Check(f"{of}: identified", share(known), low=limits[2], beside=f"{known.sum()} of {len(known)}"),
+            Check(f"{of}: worst identified", float(error[known].max(initial=0.0)), high=2.0),
+            Check(f"{of}: identified, published inside", share(inside[known]), low=0.85, beside=width(widths[known])),
+            Check(f"{of}: all, published inside", share(inside), beside=width(widths)),
+        ]
+    return checks
+
+
+def without_published(all_cases: Sequence[Case]) -> list[Check]:
+    errors, inside, widths = _predictions(all_cases)
+    ours = errors["pctrain"]
+    rmse = "held-out RMSE, mean over curves"
+    checks = [Check(f"{rmse}: pctrain", float(ours.mean()), form=".3f", beside=f"median {np.median(ours):.2f}")]
+    for name in errors:
+        if name != "pctrain":
+            wins = int((ours < errors[name]).sum())
+            beside = f"median {np.median(errors[name]):.2f}; pctrain is better on {wins} of {len(ours)} curves"
+            above = float(np.nextafter(ours.mean(), np.inf))
+            checks.append(Check(f"{rmse}: {name}", float(errors[name].mean()), low=above, form=".3f", beside=beside))
+    checks += [Check(f"held-out points in the predictive 90 %: {name}", share(inside[name]), low=0.80 if name == "pctrain" else None,
+                     form=".3f", beside=width(widths[name])) for name in inside]
+    within = [case.early.a_post_low <= case.full.a_post <= case.early.a_post_high for case in all_cases]
+    alarms = [early_alarms(case) for case in all_cases]
+    checks += [
+        Check("A from all points inside the 71 % interval", share(within), low=0.85,
+              beside=width([case.early.a_post_high - case.early.a_post_low for case in all_cases])),
+        Check("collapse alarms before a collapse, points one by one", float(sum(alarms)), high=0, form=".0f",
+              beside=f"{sum(case.collapse is not None for case in all_cases)} of {len(all_cases)} curves collapse"),
+    ]
+    return checks
+
+
+def early_alarms(case: Case) -> int:
+    """Prefixes of the curve that end before its collapse, or before its end, and are called collapsed."""
+    scores = case.curve.scores[:case.collapse]
+    return sum(collapse.used_points(scores[:n], case.curve.p_sft, collapse.NOISE_FLOOR)[1] is not None for n in range(1, len(scores) + 1))
+
+
+def _predictions(all_cases: Sequence[Case]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """By method: RMSE of each curve; of all held-out points whether they are inside the 90 % interval, and its width."""
+    errors: dict[str, list[float]] = {}
+    inside: dict[str, list[np.ndarray]] = {}
+    widths: dict[str, list[np.ndarray]] = {}
+    for case in all_cases:
+        x, y = case.rest
+        for name, (predicted, low, high) in _methods(case, x):
+            errors.setdefault(name, []).append(float(np.sqrt(np.mean((predicted - y) ** 2))))
+            if low is not None:
+                inside.setdefault(name, []).append((low <= y) & (y <= high))
+                widths.setdefault(name, []).append(high - low)
+    return ({name: np.array(values) for name, values in errors.items()}, {name: np.concatenate(values) for name, values in inside.items()},
+            {name: np.concatenate(values) for name, values in widths.items()})
+
+
+Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # each [n]; the bounds are None where a method has none
+
+
+def _methods(case: Case, at: np.ndarray) -> Iterable[tuple[str, Prediction]]:
+    x, y = case.seen
+    yield "pctrain", case.early.predict(at)
+    a, b, c = least_squares_fit(x, y, case.curve.p_sft)
+
+    def sigmoid(x: np.ndarray) -> np.ndarray:
+        return case.curve.p_sft + (a - case.curve.p_sft) * rise(x, np.float64(b), np.float64(c))
+
+    yield "plain least squares", _with_residuals(sigmoid(at), y - sigmoid(x), 3)
+    fit = paper_fit(x, y, case.curve.p_sft)
+    yield "method paper", _with_residuals(fit.curve(at), y - fit.curve(x), 3)
+    yield "mean of the last fifth seen", (np.full(len(at), y[-max(1, len(y) // 5):].mean()), None, None)
+    slope, level = np.polyfit(np.log(x), y, 1)
+    yield "log-linear extrapolation", (level + slope * np.log(at), None, None)
+
+
+def _with_residuals(predicted: np.ndarray, residual: np.ndarray, parameters: int) -> Prediction:
+    """The interval that residuals of the seen points give where they are taken for all the uncertainty there is."""
+    half = NORMAL_90 * float(np.sqrt((residual**2).sum() / (len(residual) - parameters)))
+    return predicted, predicted - half, predicted + half

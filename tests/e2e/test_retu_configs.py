@@ -1,0 +1,105 @@
+"""The paper's runs as configs: every number of the README's table is in its file, each file resolves for its GPUs, and runs scaled down."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from e2e import tiny
+from pctrain.cli import main
+from pctrain.config_load import load, read
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
+SHARED = {"sft.yaml", "rl.yaml", "qwen2.5-7b.yaml", "llama-3.2-3b.yaml", "rl-compare.yaml"}
+RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED)
+ROWS = re.findall(r"^\| (.+?) \| `(\S+) = (\S+)` \| (\S+\.yaml) \| (paper|code) \|$", (FOLDER / "README.md").read_text(), re.M)
+MODELS = {  # what the checks of a layout read of a config.json
+    "models/Qwen2.5-7B": {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
+                          "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "vocab_size": 152064},
+    "models/Llama-3.2-3B": {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192,
+                            "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 128256},
+}
+GPUS = 8
+
+
+def test_the_table_is_read_whole():
+    lines = [line for line in (FOLDER / "README.md").read_text().splitlines() if line.startswith("| ") and "`" in line]
+    assert len(ROWS) == len(lines) > 40 and len(RUNS) == 19
+
+
+@pytest.mark.parametrize(("number", "key", "value", "file", "source"), ROWS, ids=[f"{row[3]}:{row[1]}" for row in ROWS])
+def test_every_number_stands_where_the_readme_says(number, key, value, file, source):
+    found = read(FOLDER / file, [])
+    for name in key.split("."):
+        found = getattr(found, name)
+    assert found == yaml.safe_load(value)
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_every_run_resolves_for_its_gpus(file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(GPUS))
+    monkeypatch.chdir(tmp_path)
+    for folder, config in MODELS.items():
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    kind = file[:2] if file.startswith("rl") else "sft"
+    config = load(FOLDER / file, [], sections=("run", "model", "parallel", "data", "rollout", "reward", "eval", kind))
+    assert str(config.model.path) == ("models/Llama-3.2-3B" if "llama" in file else "models/Qwen2.5-7B")
+    assert str(config.run.dir) == f"runs/retu/{file.removesuffix('.yaml')}"
+
+
+# ---- scaled down: the same keys, fewer of everything -------------------------------------------------------------------------
+
+SMALL = ["--model.dtype=float32", "--parallel.tensor=1", "--parallel.sequence_parallel=false", "--run.tensorboard=false",
+         "--data.overlong=error", "--rollout.max_response=24"]
+SMALL_SFT = ["--sft.steps=2", "--sft.batch_size=8", "--sft.token_budget=256", "--sft.val_every=1", "--sft.checkpoint_every=2",
+             "--sft.optimizer.warmup=1"]
+SMALL_RL = ["--rl.steps=2", "--rl.prompts=4", "--rl.round_prompts=4", "--rl.max_rounds=2", "--rl.token_budget=1024", "--rl.eval_every=2",
+            "--rl.checkpoint_every=2", "--rollout.tensor=1", "--rollout.kv_cache_mb=64", "--reward.workers=1"]
+
+
+def _families(sft_run, folder):
+    """{family: model directory} of the size of the test's model, with its tokenizer."""
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    qwen = folder / "qwen2"
+    shape = json.loads((sft_run / "hf" / "config.json").read_text())
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "max_position_embeddings", "eos_token_id")
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{name: shape[name] for name in sizes})).save_pretrained(qwen)
+    for file in (sft_run / "hf").glob("tokenizer*"):
+        shutil.copy(file, qwen / file.name)
+    return {"qwen": qwen, "llama": sft_run / "hf"}
+
+
+def _run(sft_run, folder, files):
+    models = _families(sft_run, folder)
+    data = [f"--data.{name}={sft_run}/data/{'train' if name == 'rl' else name}.jsonl" for name in ("train", "validation", "test", "rl")]
+    statuses = {}
+    for file in files:
+        model = models["llama" if "llama" in file else "qwen"]
+        command, small = ("rl", SMALL_RL) if file.startswith("rl") else ("sft", SMALL_SFT)
+        options = [*SMALL, *small, *data, f"--model.path={model}", f"--run.dir={folder / file}"]
+        statuses[file] = main([command, "--config", str(FOLDER / file), *options])
+    return statuses
+
+
+def _check(folder, files):
+    for file in files:
+        train = tiny.metrics(folder / file, "train")
+        assert [line["step"] for line in train] == [1, 2] and (folder / file / "hf" / "model.safetensors").exists(), file
+
+
+@pytest.mark.parametrize("files", [
+    pytest.param(["sft-s1k.yaml", "rl-luffy.yaml"], id="two"),
+    pytest.param([file for file in RUNS if file not in ("sft-s1k.yaml", "rl-luffy.yaml")], id="the others", marks=pytest.mark.full)])
+@pytest.mark.timeout(900)
+def test_runs_scaled_down(ranks, sft_run, tmp_path, files):
+    [statuses] = ranks.run(_run, sft_run, tmp_path, files, world=1, deadline=800)
+    assert set(statuses.values()) == {0}, statuses
+    _check(tmp_path, files)

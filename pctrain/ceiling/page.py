@@ -74,13 +74,11 @@ def page_data(charts: list[Chart], live: dict[str, Any] | None) -> dict[str, Any
 def _variables(study: Study, values: dict[str, Any], charts: list[Chart], *, headline: str, held: dict[str, HeldOut | None],
                live: dict[str, Any] | None = None) -> dict[str, Any]:
     phases = [phase for phase in PHASES if phase in values["ledger"]]
-    shifts = {run.name: getattr(run.fit, "prior_shift", None) for run in study.rl}
     return {"study": study, "values": values, "charts": charts, "headline": headline, "held": held, "live": live,
             "cards": study.rl if len(study.rl) <= MOST_CARDS else [], "looks": run_looks(study),
             "samples": any(run.samples for run in study.rl),
             "phases": phases, "phase_names": PHASE_NAMES, "measuring": [phase for phase in phases if PHASES[phase].axis is None],
-            "exact_flops": sum(row["exact_flops"] for row in values["ledger"].values()), "ceiling_text": ceiling_text,
-            "prior_shifts": shifts if any(shift is not None for shift in shifts.values()) else {}}
+            "exact_flops": sum(row["exact_flops"] for row in values["ledger"].values()), "ceiling_text": ceiling_text}
 
 
 @functools.cache

@@ -69,9 +69,8 @@ def main(source: Path | str, out: Path | None = None) -> Path:
 
 def make(source: Path) -> Report:
     """UserError names what is missing or malformed in `source`."""
-    from_curves = source.is_file()
-    study = curve_report.read(source) if from_curves else read_study(source)
-    held = {run.name: held_out.predict(run, score_se_known=not from_curves) for run in study.rl}
+    study = curve_report.read(source) if source.is_file() else read_study(source)
+    held = {run.name: held_out.predict(run) for run in study.rl}
     values = contents(study)
     return Report(study, values, charts.build(study, held), {"headline": findings.headline(study), "held": held})
 
@@ -109,6 +108,7 @@ def _print_summary(report: Report, out: Path, n_figures: int) -> None:
         console.print(table)
         console.print("* score of the SFT run at the same total training compute", style="dim")
     console.print(report.words["headline"], highlight=False, markup=False)
-    console.print(f"{len(report.values['not_shown'])} things this run does not show are listed in the report.", highlight=False)
+    missing = len(report.values["not_shown"])
+    console.print(f"What this does not show: {missing} {'point' if missing == 1 else 'points'} in the report.", highlight=False)
     console.print(f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in {out / 'figures'}.",
                   highlight=False, markup=False, soft_wrap=True)

@@ -26,7 +26,7 @@ class UPT(Algorithm):
     def members(self, groups: Sequence[Group]) -> list[Member]:
         found = []
         for i, group in enumerate(groups):
-            learns_by_rl = sum(reward > 0 for reward in group.rewards) > self.rl.upt_gamma
+            learns_by_rl = group.right > self.rl.upt_gamma
             found += [Member(i, k) for k in range(len(group.completions))] if learns_by_rl else [Member(i, None)]
         return found
 

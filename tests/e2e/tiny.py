@@ -32,7 +32,8 @@ def metrics(folder: Path, kind: str | None = None) -> list[dict]:
 
 
 def ledger(folder: Path) -> list[dict]:
-    return [{k: v for k, v in json.loads(line).items() if k not in ("seconds", "device_seconds")} for line in (Path(folder) / "ledger.jsonl").read_text().splitlines()]
+    lines = (Path(folder) / "ledger.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.endswith("seconds")} for line in lines]
 
 
 def cli(*arguments: str) -> tuple[int, str]:

@@ -16,11 +16,11 @@ from pctrain.config import SYNCHRONISED, Config
 from pctrain.core import parallel
 from pctrain.data.records import Fault
 from pctrain.data.sources import files_of, iter_records
-from pctrain.errors import UserError
+from pctrain.errors import ToBeContinued, UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.lock import try_lock
 from pctrain.progress import make_console
-from pctrain.resume import begin
+from pctrain.resume import asked_to_stop, begin
 from pctrain.rl import loop as rl
 from pctrain.sft import loop as sft
 from pctrain.study_cost import print_plan
@@ -48,6 +48,8 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
             finally:
                 if parallel.rank() == 0:
                     crew.done()
+        if asked_to_stop():
+            raise ToBeContinued(f"to be continued: {root} was asked to stop; the same command goes on")
         parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pctrain import health
 from pctrain.lock import holder, try_lock
 from pctrain.study_plan import Stage, State
 
@@ -61,7 +62,7 @@ class Crew:
         Afterwards `claim` is the stage, or None: nothing is left for this job.
         """
         self.claim = None
-        while (claim := self._next()) is None and self._worth_waiting():
+        while (claim := self._next()) is None and self._worth_waiting() and not health.asked_to_stop():
             yield
             time.sleep(POLL)
         self.claim = claim or self._next()  # what was waited for may have ended between the two looks

@@ -190,3 +190,12 @@ def test_what_a_watched_process_starts_survives_the_signal(tmp_path):
         finally:
             child.kill()
             child.communicate()
+
+
+def test_one_process_that_waits_for_its_own_work_beats():
+    """As a job of a study does that waits for another, and a tokenisation of hours."""
+    from pctrain.core import parallel
+
+    before = health._beat
+    parallel.follow_rank_zero(lambda: iter(range(3)))
+    assert health._beat > before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from pctrain import health
 from pctrain.config import Config, SourceConfig
 from pctrain.data import arithmetic, hf_dir
 from pctrain.lock import try_lock
@@ -27,6 +28,7 @@ def prepare(config: Config, root: Path) -> Config:
         root.mkdir(parents=True, exist_ok=True)
         release = try_lock(root / LOCK)
         if release is None:
+            health.beat()
             time.sleep(WAIT)
     try:
         _make(config, root, paths)

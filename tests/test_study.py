@@ -25,7 +25,7 @@ class Pretended:
         monkeypatch.setattr(study.sft, "train", self.sft)
         monkeypatch.setattr(study.rl, "train", self.rl)
         monkeypatch.setattr(study.report, "main", lambda folder: (folder / "report").mkdir(exist_ok=True))
-        monkeypatch.setattr(study, "begin", lambda config: config)
+        monkeypatch.setattr(study, "begin", contextlib.nullcontext)
         monkeypatch.setattr(study, "Scorer", lambda config: contextlib.nullcontext())
 
     def sft(self, config, scorer):

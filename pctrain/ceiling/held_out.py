@@ -14,8 +14,8 @@ SHARE = 0.71  # of the points, by index: the mean split of arXiv 2512.11470, app
 
 @dataclass(frozen=True)
 class HeldOut:
-    """`seen`: index in `run.points` of the first held-out one. `curve`: {eflops_rl, median, low, high} over the whole run, of a score that
-    is measured there, its noise included."""
+    """`seen`: index in `run.points` of the first held-out one. `curve`: {eflops_rl, median, low, high} over the whole run, the
+    interval that of a score measured there, its noise included."""
 
     seen: int
     curve: dict[str, list[float]]
@@ -35,7 +35,7 @@ def predict(run: RLRun) -> HeldOut | None:
         return None
     fit = fit_ceiling(x[:kept], y[:kept], given.p_sft, score_se=given.score_se, p_sft_se=given.p_sft_se, max_score=given.max_score)
     grid = np.linspace(0.0, x[-1], CURVE_POINTS)
-    median, low, high = fit.predict(grid)
+    median, (_, low, high) = fit.curve(grid)[0], fit.predict(grid)
     predicted, below, above = fit.predict(x[kept:])
     end = len(x) if run.fit.collapsed_at is None else int(np.searchsorted(x, run.fit.collapsed_at))
     before = slice(0, max(0, end - kept))

@@ -173,6 +173,7 @@ def _doctor(command: Command, arguments: list[str]) -> None:
 
         print(explain())
         return
+    set_environment()
     from pctrain import doctor
 
     if doctor.main(options.folder):

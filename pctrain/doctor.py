@@ -21,7 +21,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pctrain.cli_arguments import set_environment
 from pctrain.progress import make_console
 
 IMPORT_SECONDS = 180
@@ -67,7 +66,6 @@ class Finding:
 
 def main(folder: Path, console: Console | None = None) -> int:
     """Prints what was found; the exit status. `folder`: where runs will go. Collective, where torchrun started several ranks."""
-    set_environment()
     from pctrain.config import ParallelConfig
     from pctrain.core import parallel
     from pctrain.device import on_gpu

@@ -28,6 +28,21 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
     return lines[1:]
 
 
+def reference() -> str:
+    """docs/config.md: every option in a table a section. `python -m pctrain.config_help > docs/config.md` writes it anew."""
+    parts = ["# Options", "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file "
+             "names one, or several, that it goes over. Made from `pctrain/config.py` by `python -m pctrain.config_help > docs/config.md`."]
+    for name in Config.model_fields:
+        section = getattr(Config(), name)
+        rows = ["| key | type | default | |", "|---|---|---|---|"]
+        for key, field, value in _options(section, name):
+            limits = _limits(field)
+            cells = key, describe_type(field.annotation), _show(value), f"{field.description}{f' ({limits})' if limits else ''}"
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{cells[0]}`", *cells[1:])) + " |")
+        parts += [f"## {name}", *filter(None, [_summary(type(section))]), "\n".join(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
 def own_option_lines(kind: type[Section]) -> list[str]:
     """The options that one command has beside the config tree: the fields of `kind`."""
     lines = []
@@ -91,3 +106,7 @@ def _show(value: Any) -> str:
     if isinstance(value, list):
         return f"[{', '.join(str(v) for v in value)}]"
     return str(value)
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -154,6 +154,13 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path):
     assert "cannot be read" in refusal(tmp_path / "latin.yaml")
 
 
+def test_the_reference_is_that_of_the_types():
+    from pctrain.config_help import reference
+
+    page = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+    assert page.read_text() == reference(), "write it anew: python -m pctrain.config_help > docs/config.md"
+
+
 def test_a_file_goes_over_its_bases(tmp_path):
     (tmp_path / "common").mkdir()
     (tmp_path / "common" / "optimizer.yaml").write_text("sft: {optimizer: {lr: 1e-3, warmup: 5}, steps: 7}\n")

@@ -9,6 +9,7 @@ Nothing here imports torch, and nothing is sent over the network: a network that
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -182,7 +183,7 @@ class _Watcher(threading.Thread):
         beat()
         frames = traceback.extract_tb(error.__traceback__)
         stack = "".join(traceback.format_exception(error))
-        cause = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", [])])
+        cause = "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", []), *_advice(error)])
         lost = _is_waiting(frames) or any(word in cause for word in _LOST)
         self._write(Report(self.rank, "raised", _failed_in or _now(), _step, 0.0, lost, _where(frames), cause), stack)
         return self._conclusion()
@@ -244,6 +245,18 @@ def conclude(reports: dict[int, Report], world: int) -> str:
             f"rank {r.rank} in {r.place}" + (f" ({r.cause})" if r.cause else "") for r in answers)
     places = sorted({r.place for r in waited})
     return text + (f". Rank {_listed([r.rank for r in waited])} waited for it in {' and '.join(places)}" if waited else "")
+
+
+def _advice(error: Exception) -> Iterator[str]:
+    """What to do, where the machine ran out of something."""
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        yield "the disk is full: make room, or keep fewer checkpoints (run.keep_last), and start again"
+    elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        yield "the run folder cannot be written: mend that, or move it to where it can be (run.dir), and start again"
+    elif isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
+        yield ("out of memory: lower sft.token_budget or rl.token_budget, recompute activations (parallel.recompute), shard more "
+               "(parallel.tensor, parallel.pipeline), or give the engine less (rollout.gpu_memory, rollout.kv_cache_mb)")
 
 
 def _listed(ranks: list[int]) -> str:

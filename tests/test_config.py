@@ -176,7 +176,8 @@ def test_a_file_goes_over_its_bases(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("base: absent.yaml\n", "absent.yaml does not exist"), ("base: 3\n", "config.yaml:1: base: expected a config file"),
     ("base: []\n", "expected a config file"), ("base: config.yaml\n", "`base` comes back to it"),
-    ("base: other.yaml\n", "`base` comes back to it"), ("run: {}\nbase: a\nbase: b\n", "config.yaml:3: base is given twice (first on line 2)"),
+    ("base: other.yaml\n", "`base` comes back to it"),
+    ("run: {}\nbase: a\nbase: b\n", "config.yaml:3: base is given twice (first on line 2)"),
     ("sft: {base: a}\n", "unknown key sft.base"), ("base: bad.yaml\n", "bad.yaml:2); did you mean sft.steps?"),
 ])
 def test_a_base_that_cannot_be(write, tmp_path, text, message):

@@ -1,5 +1,6 @@
 """Ranks that raise, hang, are stopped or die: all ranks end in time, and one of them says which it was, where and why."""
 
+import errno
 import json
 import os
 import re
@@ -153,6 +154,20 @@ def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     header = json.loads((tmp_path / "faults/now/rank-0.txt").read_text().partition("\n")[0])
     assert header["phase"] == "reward" and header["where"].endswith("test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault")
+
+
+@pytest.mark.parametrize(("error", "advice"), [
+    (OSError(errno.ENOSPC, "No space left on device"), "keep fewer checkpoints (run.keep_last)"),
+    (PermissionError(errno.EACCES, "Permission denied"), "move it to where it can be (run.dir)"),
+    (OSError(errno.EROFS, "Read-only file system"), "move it to where it can be (run.dir)"),
+    (MemoryError(), "lower sft.token_budget"),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "parallel.recompute"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "rollout.kv_cache_mb"),
+])
+def test_what_ran_out_comes_with_advice(tmp_path, error, advice):
+    with pytest.raises(RunFault) as caught, health.watch(tmp_path, 60, 0, 1, "now"), health.phase("checkpoint"):
+        raise error
+    assert "rank 0 failed in phase checkpoint" in str(caught.value) and advice in str(caught.value)
 
 
 def test_a_mended_failure_is_not_blamed(tmp_path):

@@ -1,6 +1,10 @@
 """What all tests share: an environment set before torch is imported, and ranks that stay alive (`ranks`)."""
 
 import os
+import signal
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set before anything imports torch. CUDA_VISIBLE_DEVICES="" hides GPUs: set it yourself to run the tests with one.
 for _name, _value in {

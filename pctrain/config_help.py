@@ -31,8 +31,8 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
 def reference() -> str:
     """docs/config.md: every option in a table a section. `python -m pctrain.config_help > docs/config.md` writes it anew."""
     parts = ["# Options",
-             "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file names "
-             "one, or several, that it goes over. Made from `pctrain/config.py` by `python -m pctrain.config_help > docs/config.md`."]
+             "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file "
+             "names one, or several, that it goes over. Made from `pctrain/config.py` by `python -m pctrain.config_help > docs/config.md`."]
     for name in Config.model_fields:
         section = getattr(Config(), name)
         rows = ["| key | type | default | |", "|---|---|---|---|"]

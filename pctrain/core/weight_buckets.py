@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -75,19 +76,26 @@ def stream_hf(
 
 
 def _buckets(table: list[Unit], tp: int, routes: list, limit: int) -> Iterator[Bucket]:
-    """The table in order, cut where `limit` elements of a row are full (a larger parameter is alone) and where the senders change."""
+    """The table in order, cut where `limit` elements of a row are full (a larger parameter is alone) and where the senders change.
+
+    Collective: the same cuts on every rank. Where the senders change for the ranks of one stage (from a matrix of all to one of an expert
+    parallel rank), they may not for those of another, who get both from the same neighbour; cut apart, they would wait for one another.
+    """
+    came_to = {unit.name: tuple((group, source[unit.name]) for group, source in routes if unit.name in source) for unit in table}
+    cuts = {after.name for before, after in pairwise(table) if came_to[before.name] != came_to[after.name]}
+    for group, _ in routes:
+        by_rank: list = [None] * group.size()
+        dist.all_gather_object(by_rank, cuts, group=group)
+        cuts = set().union(*by_rank)
     placed: list[Placed] = []
-    came: tuple = ()
     for unit in table:
         # The layout of a part, from the one table: no rank need hold it to know its shape.
         shape = unit.shard([torch.empty(shape, device="meta") for shape in unit.hf.values()], 0, tp).shape
-        sources = tuple((group, source[unit.name]) for group, source in routes if unit.name in source)
-        if placed and (sources != came or placed[-1].end + math.prod(shape) > limit):
-            yield Bucket(placed, came)
+        if placed and (unit.name in cuts or placed[-1].end + math.prod(shape) > limit):
+            yield Bucket(placed, came_to[placed[0].unit.name])
             placed = []
         placed.append(Placed(unit, shape, placed[-1].end if placed else 0))
-        came = sources
-    yield Bucket(placed, came)
+    yield Bucket(placed, came_to[placed[0].unit.name])
 
 
 def _send(bucket: Bucket, mine: dict, tp_group, sample: torch.Tensor) -> tuple[torch.Tensor, dist.Work | None]:

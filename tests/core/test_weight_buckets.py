@@ -44,10 +44,12 @@ def test_buckets_bring_what_single_parameters_bring(ranks, hf_dirs, layout, tied
         assert all_of_a_stage <= 4  # two stages, of each a broadcast and a gather
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "expert": 2, "sequence_parallel": True}], ids=["EP2", "TP2 x EP2"])
+@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "expert": 2, "sequence_parallel": True}, {"pipeline": 2, "expert": 2}],
+                         ids=["EP2", "TP2 x EP2", "EP2 x PP2"])
 def test_experts(ranks, tmp_path, layout):
+    """At EP2 x PP2 the senders change at other parameters for the ranks of one stage than for those of the other."""
     directory = families.make("qwen3-moe", tmp_path / "moe")
-    for one, _, few, _ in ranks.run(_compare, directory, layout, world=2 * layout.get("tensor", 1)):
+    for one, _, few, _ in ranks.run(_compare, directory, layout, world=2 * layout.get("tensor", 1) * layout.get("pipeline", 1)):
         assert few < one
 
 

@@ -11,7 +11,6 @@ A row is a rollout, prompt + prefix + completion, or the expert's trajectory. It
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -141,9 +140,10 @@ class Algorithm:
             entropy_coef=self.entropy_coef, is_cap=rl.is_cap if rl.is_correction == "token" else None, shaping=shaping)  # fmt: skip
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Of `Update.metrics` those of a ratio or a weight as means over what was sampled alone (NaN where nothing was)."""
+        """Of `Update.metrics` those of a ratio or a weight as means over what was sampled alone; left out where nothing was."""
         own = 1 - metrics.get("expert", 0.0)
-        return {name: (value / own if own > 0 else math.nan) if name in policy.OF_SAMPLED else value for name, value in metrics.items()}
+        return {name: value / own if name in policy.OF_SAMPLED else value
+                for name, value in metrics.items() if own > 0 or name not in policy.OF_SAMPLED}
 
     @property
     def corrects(self) -> bool:

@@ -70,14 +70,17 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
 
 
 def means(updates: Sequence[Update]) -> dict[str, float]:
-    """Over the updates of a step that were made, and how many were skipped; empty where there was none. Maxima stay maxima."""
+    """Over the updates of a step that were made, and how many were skipped; empty where there was none. Maxima stay maxima.
+
+    What no update has is left out: a mean over what was sampled, where only experts were learnt from; all but the learning rate, where
+    every update was skipped.
+    """
     if not updates:
         return {}
     made = [u for u in updates if not u.skipped]
     names = {"loss": [u.loss for u in made], "grad_norm": [u.grad_norm for u in made], "lr": [u.lr for u in updates]}
-    names |= {key: [u.metrics[key] for u in made] for key in updates[0].metrics}
-    found = {name: float((np.max if name.startswith("max/") else np.mean)(values)) if values else float("nan")
-             for name, values in names.items()}
+    names |= {key: [u.metrics[key] for u in made if key in u.metrics] for key in dict.fromkeys(key for u in made for key in u.metrics)}
+    found = {name: float((np.max if name.startswith("max/") else np.mean)(values)) for name, values in names.items() if values}
     return {**found, "skipped_updates": sum(u.skipped for u in updates)}
 
 

@@ -73,3 +73,20 @@ def test_advantages_with_k1_leave_the_experts_rows_alone():
     tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 0)
     finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
     assert [row.streams["advantage"][-1] for row, m in zip(finished, algorithm.members(groups)) if m.index is None] == [0]
+
+
+def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
+    """From a base model no rollout is right: every update is SFT, and a mean over what was sampled does not exist."""
+    from pctrain.core import Update
+    from pctrain.rl.update import means
+
+    algorithm = rl_cases.algorithm("upt")
+    of_experts = algorithm.report({"expert": 1.0, "entropy": 2.0, "ratio": 0.0, "clip_share": 0.0, "mismatch/mean": 0.0})
+    assert of_experts == {"expert": 1.0, "entropy": 2.0}
+    of_both = algorithm.report({"expert": 0.5, "entropy": 1.0, "ratio": 0.5, "clip_share": 0.0, "mismatch/mean": 0.1})
+    updates = [Update(1.0, metrics, 0.3, 1e-3, False) for metrics in (of_experts, of_both)]
+    assert means(updates) == pytest.approx({"loss": 1.0, "grad_norm": 0.3, "lr": 1e-3, "expert": 0.75, "entropy": 1.5, "ratio": 1.0,
+                                            "clip_share": 0.0, "mismatch/mean": 0.2, "skipped_updates": 0})
+    assert set(means(updates[:1])) == {"loss", "grad_norm", "lr", "expert", "entropy", "skipped_updates"}
+    skipped = Update(float("nan"), of_both, float("nan"), 1e-3, True)
+    assert means([skipped]) == {"lr": 1e-3, "skipped_updates": 1}

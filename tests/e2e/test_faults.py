@@ -64,6 +64,7 @@ def test_an_engine_that_hangs(forked, sft_run, tmp_path):
     assert "engine.py" in told
 
 
+@pytest.mark.full  # the fast tier has it without torch, in test_health.py
 def test_a_rank_that_stops_answering(forked, tmp_path):
     folder = tmp_path / "run"
     runs = forked.start_ranks(sft(folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 2)

@@ -45,8 +45,8 @@ def test_several_updates_a_step(ranks, sft_run, tmp_path):
 
 @pytest.mark.parametrize("layout", [
     pytest.param(["--parallel.tensor=2", "--rollout.tensor=2"], id="TP2, one engine over both ranks"),
-    pytest.param(["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2, an engine a rank"),
-    pytest.param([], id="DP2"),
+    pytest.param(["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2, an engine a rank", marks=pytest.mark.full),
+    pytest.param([], id="DP2", marks=pytest.mark.full),
     pytest.param(["--parallel.pipeline=2"], id="PP2"),
 ])
 def test_layouts_agree(ranks, sft_run, single, tmp_path, layout):

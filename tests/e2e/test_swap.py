@@ -31,8 +31,10 @@ def _difference(directory, layout):
         engine.close()
 
 
-@pytest.mark.parametrize("layout", [{"tensor": 2}, {"pipeline": 2}], ids=["TP2", "PP2"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("layout", "tied"), [
+    pytest.param({"tensor": 2}, True, id="TP2-tied"), pytest.param({"pipeline": 2}, False, id="PP2-untied"),
+    pytest.param({"tensor": 2}, False, id="TP2-untied", marks=pytest.mark.full),
+    pytest.param({"pipeline": 2}, True, id="PP2-tied", marks=pytest.mark.full)])
 def test_after_a_swap_the_engine_is_the_learner(ranks, tmp_path, layout, tied):
     architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=tied)
     directory = make_hf_dir(tmp_path / "model", architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)

@@ -44,7 +44,7 @@ def test_samples_are_averaged_by_problem_and_drawn_as_the_config_says():
     engine = Engine()
     score = evaluate(engine, Verifier(), Words(), PROBLEMS, config)
     assert score.score == pytest.approx(50) and score.se == pytest.approx(100 * math.sqrt((0.25 + 0 + 0.25) / 3 / 3))
-    assert (score.problems, score.sequences, score.truncated_share) == (3, 12, pytest.approx(1 / 12))
+    assert (score.problems, score.lengths, score.truncated_share) == (3, [3] * 12, pytest.approx(1 / 12))
     [(requests, how)] = engine.asked
     assert how == {"temperature": 0.6, "top_p": 0.95, "max_response": 9}
     assert [list(request.prompt_ids) for request in requests[::4]] == [[5], [6], [7]] and len({r.seed for r in requests}) == 12

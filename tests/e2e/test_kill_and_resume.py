@@ -44,6 +44,7 @@ def recorded(folder, pattern, step):
     return bool(files) and f'{{"step": {step}, "kind": "train"' in files[0].read_text()
 
 
+@pytest.mark.full  # in the fast tier: a killed SFT run, a killed RL run, a killed study of pretended stages
 @pytest.mark.timeout(900)
 def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

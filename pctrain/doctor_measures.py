@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from pctrain.core.peak import peak_flops
+from pctrain.core.peak import fastest, peak_flops
 from pctrain.device import device, on_gpu
 
 COPY_BYTES = 256 << 20
 REDUCE_BYTES = 64 << 20
-TURNS = 5
 
 
 def matrix_products() -> dict[str, float]:
@@ -27,31 +25,14 @@ def copy_bandwidth() -> float:
     """Bytes/s read and written by a copy within this device's memory."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device())
     target = torch.empty_like(source)
-    return 2 * COPY_BYTES / _fastest(lambda: target.copy_(source))
+    return 2 * COPY_BYTES / fastest(lambda: target.copy_(source))
 
 
 def all_reduce_bandwidth() -> float:
     """Bus bandwidth, bytes/s, of an all-reduce over all ranks: 2 (n - 1) / n times its bytes a second (as nccl-tests count it)."""
     n = dist.get_world_size()
     values = torch.ones(REDUCE_BYTES // 4, device=device())
-    return 2 * (n - 1) / n * REDUCE_BYTES / _fastest(lambda: dist.all_reduce(values))
-
-
-def _fastest(act) -> float:
-    act()
-    fastest = float("inf")
-    for _ in range(TURNS):
-        _wait()
-        began = time.perf_counter()
-        act()
-        _wait()
-        fastest = min(fastest, time.perf_counter() - began)
-    return fastest
-
-
-def _wait() -> None:
-    if on_gpu():
-        torch.cuda.synchronize()
+    return 2 * (n - 1) / n * REDUCE_BYTES / fastest(lambda: dist.all_reduce(values))
 
 
 def gpus() -> list[dict]:
@@ -68,12 +49,13 @@ def memory_left() -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         left = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            left = min(left, int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, StopIteration, ValueError):
-        return None if "left" not in locals() else left
-    return left
+        return None
+    try:
+        limit, taken = (Path(f"/sys/fs/cgroup/memory.{name}").read_text().strip() for name in ("max", "current"))
+    except OSError:  # no control group of version 2
+        return left
+    return left if limit == "max" else min(left, int(limit) - int(taken))
 
 
 def shared_memory_left() -> int | None:

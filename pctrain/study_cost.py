@@ -23,7 +23,7 @@ from pctrain.ceiling import flops
 from pctrain.ceiling.flops import EFLOP, ModelShape
 from pctrain.ceiling.ledger import PHASES
 from pctrain.ceiling.looks import flops_text
-from pctrain.config import Config
+from pctrain.config import Config, SourceConfig
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
@@ -89,17 +89,20 @@ class Costs:
         return Lengths(whole, prompt)
 
     def _records(self, name: str) -> Iterable[Record]:
-        data, sets = self.config.data, self.config.study.sets
-        sources = sets[name] if name else next(iter(sets.values()), data.train)
+        data, sources = self.config.data, self._sources(name)
         if sources is None:
             return arithmetic.generate(data.problems, self.config.run.seed)["train"]
         found = (record for source in sources for record in iter_records(source.path, data.fields, ("response",)))
         return (record for record in found if isinstance(record, Record))
 
+    def _sources(self, name: str) -> list[SourceConfig] | None:
+        """Of a set; of the only one, or for RL without SFT the first. None: problems are generated."""
+        sets = self.config.study.sets
+        return sets[name] if name else next(iter(sets.values()), self.config.data.train)
+
     def _samples(self, name: str) -> float:
         """Of one epoch."""
-        data, sets = self.config.data, self.config.study.sets
-        sources = sets[name] if name else next(iter(sets.values()), data.train)
+        data, sources = self.config.data, self._sources(name)
         if sources is None:
             return data.problems.train
         return sum(source.weight * sum(1 for _ in iter_records(source.path, data.fields, ("response",))) for source in sources)

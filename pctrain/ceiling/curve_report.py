@@ -13,7 +13,7 @@ from typing import Any
 
 from pctrain.ceiling import curves, flops, regimes
 from pctrain.ceiling.curve import Curve
-from pctrain.ceiling.fit import fit_ceiling
+from pctrain.ceiling.fit import fit_curve
 from pctrain.ceiling.study_data import Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study
 from pctrain.config import CeilingConfig
 from pctrain.errors import UserError
@@ -43,7 +43,7 @@ def read(file: Path) -> Study:
 
 def _plain(file: Path, curve: Curve) -> RLRun:
     """Where the file states no standard error, the noise that the fit found stands for it."""
-    fit = fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se, max_score=curve.max_score)
+    fit = fit_curve(curve)
     joint_se, score_se = curve.p_sft_se or fit.sigma, curve.score_se or fit.sigma
     points = [RLPoint(0, 0.0, curve.p_sft, joint_se)]
     points += [RLPoint(i, float(x), float(y), score_se) for i, (x, y) in enumerate(zip(curve.eflops, curve.scores, strict=True), 1)]
@@ -87,7 +87,7 @@ def _rl(file: Path, curve: Curve, entries: list[dict[str, Any]], sft: SFTRun, pr
     return RLRun(f"{curve.dataset}/rl-step-{curve.start_step}", file, {}, "", {}, set=curve.dataset if curve.start_step else "",
                  varies=frozenset({"set"}), start_step=curve.start_step, algorithm="RL", eflops_sft=curve.eflops_sft, points=points,
                  start_regime=joint.regime if curve.start_step else None, p_sft=Estimate(curve.p_sft, joint.score_se),
-                 fit=fit_ceiling(curve.eflops, curve.scores, curve.p_sft), sft_equal=sft.score_at(total))
+                 fit=fit_curve(curve), sft_equal=sft.score_at(total))
 
 
 def _score(scores: dict[str, float], problems: dict[str, float]) -> tuple[float, float]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pctrain.ceiling import checks, collapse
+from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.posterior import Draws, Priors, draw, rise
 
 VERDICTS = ("identified", "lower_bound", "flat", "too_short", "collapsed")
@@ -148,3 +149,9 @@ def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, 
         b=float(b), eps=float(draws.weight @ draws.eps), p_sft=p_sft, verdict=verdict, n_points=len(x), n_used=int(used.sum()),
         collapsed_at=None if onset is None else float(x[onset]), share_seen=float(share_low), sigma=float(sigma), used=used, draws=draws,
         points=points)
+
+
+def fit_curve(curve: Curve, points: int | None = None) -> Fit:
+    """`fit_ceiling` of a curve with all that it states of itself; of its first `points` points, where given."""
+    return fit_ceiling(curve.eflops[:points], curve.scores[:points], curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se,
+                       max_score=curve.max_score)

@@ -15,7 +15,7 @@ from rich.console import Console
 from pctrain.ceiling import collapse, fit_tables
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.curves import read_curves
-from pctrain.ceiling.fit import VERDICTS, Fit, fit_ceiling
+from pctrain.ceiling.fit import VERDICTS, Fit, fit_curve
 from pctrain.ceiling.fit_options import PAPER_SHARE, FitOptions
 from pctrain.ceiling.forecast import AtBudget, HeldOut, Reach, at_budgets, held_out, reach
 from pctrain.ceiling.paper_fit import MIN_POINTS, PaperFit, paper_fit
@@ -78,12 +78,11 @@ def main(path: Path | str, options: FitOptions, console: Console | None = None) 
 
 def _result(curve: Curve, share: float, options: FitOptions) -> Result:
     n = _first(curve, share)
-    x, y = curve.eflops[:n], curve.scores[:n]
     if options.method == "bayes":
-        fit = fit_ceiling(x, y, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se, max_score=curve.max_score)
+        fit = fit_curve(curve, n)
     else:
         given = {name: getattr(options, name) for name in ("tau", "alpha", "eps") if getattr(options, name) is not None}
-        fit = paper_fit(x, y, curve.p_sft, max_score=curve.max_score, **given)
+        fit = paper_fit(curve.eflops[:n], curve.scores[:n], curve.p_sft, max_score=curve.max_score, **given)
     rest = None
     if n < len(curve.eflops):
         end = _collapse_of(curve)

@@ -14,7 +14,7 @@ import numpy as np
 import yaml
 
 from pctrain.ceiling import curves, regimes
-from pctrain.ceiling.fit import Fit, fit_ceiling
+from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
 from pctrain.ceiling.layout import find_runs
 from pctrain.ceiling.ledger import PHASES
 from pctrain.ceiling.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers, typical_se
@@ -142,8 +142,7 @@ def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
 
 def fit_run(folder: Path) -> Fit:
     """Of an RL run that was scored at its start and later, so far."""
-    curve = curves.read_run_folder(folder)
-    return fit_ceiling(curve.eflops, curve.scores, curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se)
+    return fit_curve(curves.read_run_folder(folder))
 
 
 def _regime_at(sft: SFTRun | None, step: int) -> str | None:

@@ -118,8 +118,8 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
 
 
 def asked_to_stop() -> bool:
-    """Collective: whether a rank got SIGTERM or SIGUSR1. The step that is under way is saved then, and the run leaves (`leave`)."""
-    return parallel.any_rank(health.asked_to_stop())
+    """Collective: whether a rank got SIGTERM or SIGUSR1. Within a run `RankTimes.end_step` asks."""
+    return any(parallel.gather(health.asked_to_stop()))
 
 
 def leave(run: RunFolder, step: int) -> NoReturn:

@@ -78,8 +78,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint: what the run that saved it goes on from.
+def read_state(path: Path, *needed: str) -> dict[str, Any]:
+    """state.json of a checkpoint: what the run that saved it goes on from. `needed`: keys beside the ledger that must be there.
 
     Raises:
         UserError: it is missing, or not as a run writes it.
@@ -91,7 +91,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"{file} not found; name a checkpoint of a run, RUN/checkpoints/step-N") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); take the checkpoint from its source again") from None
-    fault = _state_fault(state)
+    fault = _state_fault(state) or next((f"`{key}` is missing" for key in needed if key not in state), None)
     if fault is not None:
         raise UserError(f"{file}: {fault}; it is not as a run wrote it: take the checkpoint from its source again")
     return state

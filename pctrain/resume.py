@@ -84,7 +84,7 @@ def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
         return 0, {}
     core.load(newest)
     run.log(f"resumed from {newest.name}")
-    return step, checkpoints.read_state(newest)
+    return step, checkpoints.read_state(newest, *(["prompts"] if run.kind == "rl" else []))
 
 
 def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:

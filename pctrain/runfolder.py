@@ -48,7 +48,7 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "r
 TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
 _BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
 HF_FOLDER = "hf"  # the final weights
-_LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
+_LOG_STEP = re.compile(r"^\S+ step\s+(\d{1,18})\b")
 
 
 class RunFolder:

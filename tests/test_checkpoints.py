@@ -218,6 +218,10 @@ def test_a_state_that_no_run_wrote_is_named(tmp_path):
         file.write_text(json.dumps(state | changed))
         with pytest.raises(UserError, match=f"{file}: .*{words}"):
             checkpoints.read_state(tmp_path)
+    file.write_text(json.dumps({"ledger": state["ledger"]}))
+    assert checkpoints.read_state(tmp_path).keys() == {"ledger"}
+    with pytest.raises(UserError, match="`prompts` is missing"):
+        checkpoints.read_state(tmp_path, "prompts")
     file.write_text("[" * 100_000)
     with pytest.raises(UserError, match=f"{file} cannot be read"):
         checkpoints.read_state(tmp_path)

@@ -12,6 +12,7 @@ import numpy as np
 from pctrain.errors import UserError
 
 MAX_SCORE = 100.0  # percent
+LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits
 
 
 def curve(eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_score: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -39,8 +40,9 @@ def maximum(value: object, where: str) -> float:
 
 
 def standard_error(value: float | None, where: str) -> None:
-    if value is not None and not (np.isfinite(value) and value > 0):
-        raise UserError(f"{where} must be a standard error above 0 in points, or None where unknown; found {value!r}")
+    if value is not None and not LEAST_SE <= value <= MAX_SCORE:  # NaN is neither
+        raise UserError(f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}, or left out where unknown; "
+                        f"found {value!r}")
 
 
 # ---- files
@@ -121,6 +123,13 @@ def as_number(value: object, where: str) -> float:
         return float(value)
     except (OverflowError, ValueError):  # a whole number above 1e308; one of more digits than Python prints
         raise UserError(f"{where} must be a finite number, found one too large") from None
+
+
+def spread(values: Mapping, key: str, where: str) -> float | None:
+    """A standard error in points; None where it is not stated, or 0 (all or no problems solved), which says nothing."""
+    value = number(values, key, where) or None if values.get(key) is not None else None
+    standard_error(value, f"{where}: `{key}`")
+    return value
 
 
 def percent(values: Mapping, key: str, where: str, max_score: float = MAX_SCORE) -> float:

@@ -132,7 +132,10 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points.sort(key=lambda p: p.step)
     step, role, eflops_sft = int(start["start_step"]), str(start["role"]), float(start["eflops_sft"])
     joint = next((Estimate(p.score, p.score_se) for p in points if p.eflops_rl == 0), Estimate(None, reason=NO_JOINT))
-    fit, reason = _fit(points)
+    try:
+        fit, reason = _fit(points)
+    except UserError as error:
+        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"

@@ -76,19 +76,20 @@ def model_shape(config: Config) -> Shape:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"model.path: {path}: expected a JSON object")
 
-    architecture = (data.get("architectures") or ["?"])[0]
+    named = data.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "?"
     if architecture not in ARCHITECTURES:
-        raise UserError(f"model.path: {path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model.path: {path}: architecture {str(architecture):.60} is not supported; supported: {', '.join(ARCHITECTURES)}")
 
     def number(name: str, default: str | None = None) -> int:
         value = data.get(name, data.get(default) if default else None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
+            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r:.80}")
         return value
 
     experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0

@@ -55,7 +55,7 @@ def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Ma
     inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
     if model.checkpoint is not None:
         verify(model.checkpoint, checkpoints.damaged_start)
-        inputs += [model.checkpoint / "manifest.json", model.checkpoint / "state.json"]
+        inputs += [model.checkpoint / checkpoints.MANIFEST, model.checkpoint / checkpoints.STATE]
     return parallel.agree(lambda: RunFolder.open(config, kind, inputs, digests, rank=parallel.rank()))
 
 
@@ -84,7 +84,7 @@ def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
         return 0, {}
     core.load(newest)
     run.log(f"resumed from {newest.name}")
-    return step, json.loads((newest / "state.json").read_text())
+    return step, checkpoints.read_state(newest, *(["prompts"] if run.kind == "rl" else []))
 
 
 def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
@@ -111,7 +111,7 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
     text = json.dumps(state)
 
     def commit() -> None:
-        (temporary / "state.json").write_text(text)
+        (temporary / checkpoints.STATE).write_text(text)
         run.commit_checkpoint(temporary, step, about)
 
     core.save(temporary, done=lambda: parallel.from_rank_zero(commit))

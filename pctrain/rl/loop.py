@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from pctrain import health
 from pctrain.ceiling.ledger import Ledger
-from pctrain.checkpoints import checkpoint_step
+from pctrain.checkpoints import checkpoint_step, read_state
 from pctrain.config import Config, RLConfig
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.data.problems import Problem
-from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
@@ -154,10 +152,7 @@ def _joint(config: Config, role: str) -> dict:
     if checkpoint is None:
         return {"start_step": 0, "role": role, "sft_run": None, "eflops_sft": 0.0}
     path = Path(checkpoint)
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"model.checkpoint {path}: state.json not found; name a checkpoint of a run, RUN/checkpoints/step-N") from None
+    state = read_state(path)
     ledger = Ledger(HFConfig.read(config.model.path).shape)
     ledger.load_state_dict(state["ledger"])
     return {"start_step": checkpoint_step(path), "role": role, "sft_run": str(path.parent.parent), "eflops_sft": ledger.eflops_sft}

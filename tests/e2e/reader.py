@@ -52,7 +52,7 @@ def lay_out(folder: Path, sft_run: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         pyarrow.parquet.write_table(table, folder / name)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*train, *train[:3]]), folder / "raw.parquet")
-    for name in ("own.jsonl.gz", "easy.jsonl", "hard-1.jsonl", "hard-2.jsonl", "hard.jsonl"):
+    for name in ("own.jsonl.gz", "easy.jsonl", "hard-1.jsonl", "hard-2.jsonl"):
         lines(folder / name, train[:40])
     lines(folder / "heldout.jsonl", read["validation"][:16])
     for name in ("test.jsonl", "math500.jsonl", "aime.jsonl"):

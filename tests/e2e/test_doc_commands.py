@@ -77,6 +77,7 @@ ELSEWHERE = {
     "bash launch/test.sh": "tests/launch/test_setup.py::test_the_test_command_runs_the_fast_tier_and_full_runs_all",
     "pctrain run --config configs/quickstart.yaml":
         "tests/e2e/test_quickstart.py::test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes",
+    "python launch/dependencies.py '>' docs/dependencies.md": "tests/launch/test_dependencies.py::test_the_page_was_made_by_it",
     "python -m benchmarks.ceilings": "tests/ceiling/test_ceiling_benchmark.py::test_",
     "python -m pctrain.config_help '>' docs/config.md": "tests/test_config.py::test_",
     "PCTRAIN_DEVICE=gpu bash launch/setup.sh": "tests/launch/test_setup.py::test_gpu_packages",
@@ -152,14 +153,20 @@ def check(results, table):
     assert len(results) == len(table)
 
 
-def test_commands_on_sets_and_curves(folder, monkeypatch):
+@pytest.fixture(scope="module")
+def sets(folder):
+    """What the commands without a model printed; the sets that they made lie in the folder."""
     rated = [{"prompt": f"{i}+1=", "response": f"\\boxed{{{i + 1}}}", "win_rate": i % 5 / 4, "attempts": 4} for i in range(60)]
     reader.lines(folder / "rated.jsonl", rated)
-    (folder / "hard.jsonl").unlink()
-    check(reader.run(folder, [words_of(command, more, folder) for command, more in WITHOUT_MODEL.items()]), WITHOUT_MODEL)
+    results = reader.run(folder, [words_of(command, more, folder) for command, more in WITHOUT_MODEL.items()])
+    (folder / "rated.jsonl").unlink()  # `data winrate` makes the real one
+    return results
+
+
+def test_commands_on_sets_and_curves(folder, sets):
+    check(sets, WITHOUT_MODEL)
     assert len((folder / "hard.jsonl").read_text().splitlines()) == 20
     assert json.loads((folder / "fits.json").read_text()) and (folder / "sets" / "validation.jsonl").exists()
-    (folder / "rated.jsonl").rename(folder / "rated-before.jsonl")
 
 
 @pytest.mark.timeout(600)
@@ -174,8 +181,7 @@ def test_commands_on_models(ranks, folder):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_the_long_commands_on_models(ranks, folder):
-    assert (folder / "sets/train.jsonl").exists(), "made by test_commands_on_sets_and_curves"
+def test_the_long_commands_on_models(ranks, folder, sets):
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL_LONG.items()]
     [results] = ranks.run(reader.run, folder, commands, world=1, deadline=1000)
     check(results, WITH_MODEL_LONG)

@@ -163,8 +163,8 @@ def page(packages: list[Package], found: Audit) -> str:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     concerns = [package for package in packages if package.concern]
     lines = ["# Dependencies", "",
-             f"Made by `python launch/dependencies.py > docs/dependencies.md` on {date.today()} ({system}): what pctrain needs, directly or "
-             "not, as it was installed there.", "",
+             f"Made by `python launch/dependencies.py > docs/dependencies.md` on {date.today()} ({system}): what pctrain needs, directly "
+             "or not, as it was installed there.", "",
              "## Vulnerabilities", "", f"{verdict(len(packages), found)}.", ""]
     if found.known:
         lines += ["| package | advisory | mended in |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in found.known), ""]

@@ -87,9 +87,10 @@ ELSEWHERE = {
     "python kernels/benchmarks/compile_report.py": "tests/kernels/test_compile_gate.py::test_",
 }
 # Parsed, and their configs resolved, by the tests below: what needs GPUs, nodes, Slurm or Docker.
-LAUNCHED = re.compile(r"([A-Z_]+=\S+ )*(launch/torchrun\.sh|sbatch .*launch/slurm\.sbatch) ")
+LAUNCHED = re.compile(r"([A-Z_]+=\S+ )*(launch/torchrun\.sh|sbatch .*launch/slurm\.sbatch|torchrun .*-m pctrain) ")
 SHOWN = [shown for page in GUIDES for shown in commands(page)]
-LAUNCHES = list({shown.text: shown for shown in SHOWN if LAUNCHED.match(f"{shown.text} ") and not shown.is_form}.values())
+LAUNCHES = list({shown.text: shown for shown in SHOWN if LAUNCHED.match(f"{shown.text} ") and not shown.is_form
+                 and shown.text not in RUN}.values())
 FORMS = list({shown.text: shown for shown in SHOWN if shown.is_form}.values())
 
 
@@ -226,17 +227,16 @@ def test_what_is_started_on_nodes_resolves(shown, folder, monkeypatch):
              "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 131072}))
     monkeypatch.chdir(folder)
     monkeypatch.setenv("WORLD_SIZE", str(nodes * GPUS))
-    of_small_model = ["--rollout.max_response=16"] if arguments[2] in ("sft.yaml", "rl.yaml") else []
     sections = next(command for command in COMMANDS if command.name == arguments[0]).options
-    config = config_load.load(Path(arguments[2]), [*arguments[3:], *of_small_model], sections={s.split(".")[0] for s in sections})
-    assert config.run.dir != Path("runs/default")
+    keys = [argument for argument in arguments if re.match(r"--\w+\.\w", argument)]
+    config_load.load(Path(arguments[arguments.index("--config") + 1]), keys, sections={s.split(".")[0] for s in sections})
 
 
 def _after_launcher(shown: Shown) -> tuple[list[str], int]:
-    """(arguments of pctrain, nodes) of launch/torchrun.sh and sbatch ... launch/slurm.sbatch."""
+    """(arguments of pctrain, nodes) of launch/torchrun.sh, sbatch ... launch/slurm.sbatch and torchrun ... -m pctrain."""
     words = list(shown.words)
-    at = next(i for i, word in enumerate(words) if word.startswith("launch/"))
-    given = dict(pair.split("=", 1) for pair in [*shown.environment, *(word.removeprefix("--") for word in words[1:at])])
+    at = next(i for i, word in enumerate(words) if word.startswith("launch/") or word == "pctrain")
+    given = dict(pair.removeprefix("--").split("=", 1) for pair in [*shown.environment, *words[1:at]] if "=" in pair)
     return words[at + 1:], int(given.get("NNODES") or given.get("nodes") or 1)
 
 

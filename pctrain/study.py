@@ -12,7 +12,7 @@ from pathlib import Path
 from pctrain.ceiling import report
 from pctrain.ceiling.answers import answers
 from pctrain.ceiling.reading import read_study
-from pctrain.config import SYNCHRONISED, Config
+from pctrain.config import Config
 from pctrain.core import parallel
 from pctrain.data.records import Fault
 from pctrain.data.sources import files_of, iter_records
@@ -22,6 +22,7 @@ from pctrain.lock import try_lock
 from pctrain.progress import make_console
 from pctrain.resume import asked_to_stop, begin
 from pctrain.rl import loop as rl
+from pctrain.rl.algorithms import find
 from pctrain.sft import loop as sft
 from pctrain.study_cost import print_plan
 from pctrain.study_jobs import Crew, lock_file
@@ -73,7 +74,7 @@ def _take(crew: Crew) -> Stage | None:
 
 
 def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
-    """Every file is there, and problems have trajectories where an algorithm needs them. UserError names what is missing."""
+    """Every file is there, every algorithm too, and problems have trajectories where one needs them. UserError names what is missing."""
     data = config.data
     for sources in (data.train, data.validation, *config.study.sets.values()):
         for source in sources or []:
@@ -81,7 +82,7 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     for path in (data.rl, data.test):
         if path is not None:
             files_of(path)
-    experts = sorted({stage.algorithm for stage in stages} & set(SYNCHRONISED))
+    experts = sorted(name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert)
     if experts and data.rl is not None:
         for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
             if isinstance(record, Fault):

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from pctrain.ceiling import layout, regimes
 from pctrain.checkpoints import checkpoint_step, list_checkpoints
-from pctrain.config import SYNCHRONISED, AlgorithmName, Config
+from pctrain.config import SYNCHRONISED, BuiltIn, Config
 from pctrain.errors import UserError
 from pctrain.runfolder import read_values
 
@@ -73,7 +73,7 @@ def stages_of(config: Config) -> list[Stage]:
             found |= {sft.name: sft} if trained else {}
             for algorithm, start in runs:
                 of_set, needs = (name, (sft.name,)) if start != BASE else ("", ())
-                algorithm_folder = None if algorithm == config.rl.algorithm else algorithm
+                algorithm_folder = None if algorithm == config.rl.algorithm else algorithm.replace(":", ".")
                 rl = Stage(f"{prefix}{of_set + '/' if of_set else ''}{algorithm_folder or 'rl'}-{start}", "rl", of_set, seed, needs,
                            start, algorithm, seed_folder, algorithm_folder)
                 found.setdefault(rl.name, rl)  # RL without SFT is the same for every set
@@ -82,7 +82,7 @@ def stages_of(config: Config) -> list[Stage]:
 
 def _rl_runs(config: Config) -> list[tuple[str, str]]:
     """(algorithm, start) of the RL runs of one set and seed."""
-    study, every = config.study, list(get_args(AlgorithmName))
+    study, every = config.study, list(get_args(BuiltIn))
     if study.policy == "compare":
         algorithms = study.algorithms or every
         pure = [(config.rl.algorithm, BASE)]

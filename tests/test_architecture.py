@@ -60,8 +60,22 @@ def test_no_circle_within_a_layer():
         assert not left, f"these import one another in a circle: {left}"
 
 
+ARROWS = re.findall(r"^  (\w+) --> (\w+)$", PAGE, re.M)
+BOXES = {name: set(IMPORTS.get(name, ())) for name in {box for arrow in ARROWS for box in arrow}}
+BOXES["cli"] = set().union(*(IMPORTS[name] for name in IMPORTS if name.startswith("cli")))
+
+
 def test_the_arrows_of_the_diagram_are_imports():
-    arrows = re.findall(r"^  (\w+) --> (\w+)$", PAGE, re.M)
-    of_package = {name: set(IMPORTS[name]) for name in IMPORTS}
-    of_package["cli"] = set().union(*(IMPORTS[name] for name in IMPORTS if name.startswith("cli")))
-    assert len(arrows) > 10 and all(other in of_package[one] for one, other in arrows)
+    assert len(ARROWS) > 10 and all(other in BOXES[one] for one, other in ARROWS)
+
+
+@pytest.mark.parametrize("box", sorted(BOXES))
+def test_no_import_between_its_boxes_is_missing(box):
+    """Each is an arrow, or a way over several."""
+    reached, todo = set(), [box]
+    while todo:
+        here = todo.pop()
+        further = {other for one, other in ARROWS if one == here} - reached
+        reached |= further
+        todo += further
+    assert BOXES[box] & set(BOXES) <= reached | {box}

@@ -26,8 +26,21 @@ def test_versions_are_held_against_the_known_good_ones(monkeypatch):
     assert seen["numpy"].mend == "known good is 0.0.1 (arrays): pip install 'numpy==0.0.1'"
 
 
+def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
+    monkeypatch.setattr(doctor, "PACKAGES", (
+        Package("numpy", "arrays", on_gpu="0.0.1"), Package("torch", "tensors", least="99", on_gpu="99.1"), Package("scipy", "x", "gpu")))
+    on_gpu, on_cpu = found(doctor.packages("gpu")), found(doctor.packages("cpu"))
+    assert on_gpu["numpy"].state == "note" and on_gpu["numpy"].mend.endswith("pip install 'numpy==0.0.1'")
+    assert on_gpu["torch"].state == on_cpu["torch"].state == "wrong" and on_gpu["scipy"].state == "ok" == on_cpu["numpy"].state
+
+
 def test_setup_installs_what_is_known_good():
-    setup = (ROOT / "setup.py").read_text()
+    setup, script = (ROOT / "setup.py").read_text(), (ROOT / "launch" / "setup.sh").read_text()
+    pins = dict(re.findall(r'"([a-z-]+)(?:\[[^]]+\])?==([^"]+)"', setup))
+    for package in doctor.PACKAGES:
+        if package.on_gpu and package.name != "triton":  # torch asks for it
+            assert pins[package.name] == package.on_gpu
+    assert f"\ngpu_torch={pins['torch']}\ngpu_vllm={pins['vllm']}\n" in script
     for package in doctor.PACKAGES:
         if package.exactly:
             assert f'"{package.name}=={package.exactly}"' in setup
@@ -64,6 +77,15 @@ def test_ranks_that_differ_are_named():
     assert combined([[same], [same]]) == [same]
     assert combined([[same], [slow], [same]]) == [Finding("a", "0.5 GB/s to 1 GB/s over the ranks")]
     assert combined([[Finding("b", "1.0")], [bad], [bad]])[1] == Finding("b", "missing (rank 1, 2)", "wrong", "install")
+
+
+def test_the_table_of_the_gpu_page_is_the_known_good_one():
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w .-]+) \| ([\w. ]+)(?: or later)?(?:;[^|]*)? \|", page.split("## Installing")[0], re.M))
+    for package in doctor.PACKAGES:
+        if package.on_gpu or package.name == "megatron-core":
+            assert rows[package.name] == (package.exactly or package.on_gpu)
+    assert rows["CUDA toolkit"] == doctor.CUDA
 
 
 def _doctor(folder):

@@ -1,7 +1,7 @@
 """Where the runs of a study lie, below its folder. `pctrain run` writes there, reports and fits read there.
 
     sft/, rl-step-N/                         one set without a name, rl.algorithm, run.seed
-    rl-ALGORITHM-step-N/                     another algorithm
+    rl-ALGORITHM-step-N/                     another algorithm (MODULE.CLASS for module:Class)
     sets/NAME/sft/, sets/NAME/rl-step-N/     sets with names; RL from step 0 has no SFT before it and lies outside of them
     seed-S/...                               another seed: all of the above once more
 """
@@ -16,7 +16,7 @@ from typing import Literal
 SETS = "sets"
 SFT = "sft"
 RANKS_FILE = "ranks.json"  # of a run on several ranks: how long each worked at each phase
-_RL = re.compile(r"rl-(?:([a-z0-9_]+)-)?step-(\d+)")
+_RL = re.compile(r"rl-(?:([\w.]+)-)?step-(\d+)")
 _SEED = re.compile(r"seed-(\d+)")
 
 

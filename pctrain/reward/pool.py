@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pctrain import health
+from pctrain import health, own_code
 from pctrain.errors import UserError
 from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
 from pctrain.reward.verdict import Cause, Verdict
-from pctrain.reward.verifiers import check_name, find, is_users
+from pctrain.reward.verifiers import check_name, find
 
 if TYPE_CHECKING:
     from pctrain.config import RewardConfig
@@ -38,7 +38,7 @@ class VerifierPool:
     def __init__(self, config: RewardConfig, *, command: Sequence[str] = WORKER):
         check_name(config)
         self._config = config
-        self._users = is_users(config.verifier)
+        self._users = own_code.is_own(config.verifier)
         options = {"function": config.verifier if self._users else None, "timeout": config.timeout, "memory_mb": config.memory_mb}
         self._command = (*command, json.dumps(options))
         self._workers: list[VerifierProcess] = []

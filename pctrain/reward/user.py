@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+from pctrain import own_code
+from pctrain.own_code import LoadError
 from pctrain.reward.verdict import RIGHT, WRONG, Verdict
-
-
-class LoadError(Exception):
-    """Why there is no such function; the parent shows the message to the user."""
 
 
 def load(name: str) -> Callable[[str, str], Any]:
     """The function, from the current directory or PYTHONPATH. LoadError with the module's own error where there is none."""
-    module_name, _, function_name = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:
-        own = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if own.filename.startswith("<frozen") else f" ({own.filename}, line {own.lineno})"
-        raise LoadError(f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} and "
-                        "PYTHONPATH") from None
-    function = getattr(module, function_name, None)
-    if function is None:
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
-        raise LoadError(f"{module.__file__} has no {function_name}; its functions: {', '.join(functions) or 'none'}")
+    function = own_code.load(name, "functions", inspect.isfunction)
     if not callable(function):
-        raise LoadError(f"{module.__file__}: {function_name} is no function but {function!r:.80}")
+        raise LoadError(f"{name} is no function but {function!r:.80}")
     return function
 
 

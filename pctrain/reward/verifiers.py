@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pctrain import own_code
 from pctrain.errors import UserError
 from pctrain.reward import choice, exact, lenient, strict
 from pctrain.reward.verdict import Verdict
@@ -39,17 +40,11 @@ VERIFIERS: dict[str, Verifier] = {
 }
 
 
-def is_users(name: str) -> bool:
-    """Whether `reward.verifier` names a function of the user's, module:function."""
-    return ":" in name
-
-
 def check_name(config: RewardConfig) -> None:
     """UserError where `reward.verifier` is neither a name of the table nor of the form module:function, or an option does not fit it."""
     name = config.verifier
-    module, _, function = name.partition(":")
-    if is_users(name):
-        if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    if own_code.is_own(name):
+        if not own_code.NAME.fullmatch(name):
             raise UserError(f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
                             "of my_rewards.py in the current directory")
     elif name not in VERIFIERS:

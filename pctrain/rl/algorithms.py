@@ -1,8 +1,13 @@
-"""The algorithms by their names in the config."""
+"""The algorithms by their names in the config: those of this package, and a user's own as module:Class."""
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+
+from pctrain import own_code
 from pctrain.config import RLConfig
+from pctrain.errors import UserError
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.dapo_d import DAPOd
 from pctrain.rl.dapo_dc import DAPOdc
@@ -15,6 +20,28 @@ from pctrain.rl.upt import UPT
 ALGORITHMS = {"grpo": GRPO, "dapo_d": DAPOd, "dapo_dc": DAPOdc, "luffy": LUFFY, "srft": SRFT, "upt": UPT, "prefix_rft": PrefixRFT}
 
 
+def find(name: str) -> type[Algorithm]:
+    """The class that `rl.algorithm` names. UserError where a user's own cannot be imported, or is none."""
+    if not own_code.is_own(name):
+        return ALGORITHMS[name]
+    try:
+        found = own_code.load(name, "algorithms", _is_algorithm)
+    except own_code.LoadError as error:
+        raise UserError(f"rl.algorithm = {name!r}: {error}") from None
+    if not _is_algorithm(found):
+        raise UserError(f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithm.Algorithm, found {found!r:.80}")
+    return found
+
+
+def source_files(name: str) -> list[Path]:
+    """The file of a user's own algorithm: a run goes on only with the one that it began with. [] for those of this package."""
+    return [Path(inspect.getfile(find(name)))] if own_code.is_own(name) else []
+
+
 def build(rl: RLConfig, max_response: int) -> Algorithm:
     """`max_response`: `rollout.max_response`, tokens."""
-    return ALGORITHMS[rl.algorithm](rl, max_response)
+    return find(rl.algorithm)(rl, max_response)
+
+
+def _is_algorithm(found: object) -> bool:
+    return isinstance(found, type) and issubclass(found, Algorithm)

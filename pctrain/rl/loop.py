@@ -28,6 +28,7 @@ from pctrain.stragglers import RankTimes
 
 def main(config: Config, rollout_only: bool = False) -> None:
     """`pctrain rl`."""
+    algorithms.find(config.rl.algorithm)  # before anything is written
     with begin(config) as config, Scorer(config) as scorer:
         train(config, scorer, rollout_only=rollout_only)
 
@@ -39,7 +40,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
     """
     rl = config.rl
     joint = parallel.from_rank_zero(lambda: _joint(config, role))
-    with open_run(config, "rl", [config.data.rl, config.data.test]) as run:
+    with open_run(config, "rl", [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]) as run:
         if finished(run):
             return
         run.write_start(joint)
@@ -127,6 +128,7 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
 
 def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
+    algorithms.find(config.rl.algorithm)
     with begin(config) as config, Scorer(config) as scorer:
         algorithm, problems, core = _learner(config, scorer)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))

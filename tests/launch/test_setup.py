@@ -98,7 +98,9 @@ def test_a_second_call_installs_nothing_until_something_changes(setup):
 
 def test_gpu_packages(setup):
     status, output, calls = setup(PCTRAIN_DEVICE="gpu")
-    assert (status, calls) == (0, [f"install -e {setup.checkout}[gpu,test]"]), output
+    assert (status, calls) == (0, ["install torch==2.11.0 vllm==0.25.1 setuptools wheel packaging ninja cmake pybind11 psutil",
+                                   f"install --no-build-isolation -e {setup.checkout}[gpu,test]"]), output
+    assert "no driver here" in output and "imports are" not in output
 
 
 def test_torchs_own_index_is_added_where_pip_has_no_cpu_wheel(setup):

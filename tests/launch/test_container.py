@@ -1,0 +1,144 @@
+"""launch/Dockerfile without Docker: its words, its pins, the files that it copies, the shell of its steps; and the commands of the page."""
+
+import fnmatch
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from e2e.doc_pages import commands
+
+from pctrain import doctor
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = ROOT / "launch" / "Dockerfile"
+WORDS = ("ARG", "FROM", "RUN", "USER", "WORKDIR", "ENV", "COPY", "CMD")  # no ADD: it may fetch from the net
+
+
+def parse() -> list[tuple[str, str]]:
+    """(instruction, arguments), comments left out, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", FILE.read_text(), flags=re.M)
+    lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line.strip()]
+    return [(line.split(" ", 1)[0], line.split(" ", 1)[1].strip()) for line in lines]
+
+
+STEPS = parse()
+RUNS = [arguments for word, arguments in STEPS if word == "RUN"]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    found: dict[str, list[tuple[str, str]]] = {}
+    for word, arguments in STEPS:
+        if word == "FROM":
+            found[arguments.split(" AS ")[1]] = []
+        if found:
+            found[list(found)[-1]].append((word, arguments))
+    return found
+
+
+def ignored(path: str) -> bool:
+    """By .dockerignore: the last pattern that fits decides, `!` takes back."""
+    state = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.strip().lstrip("!")
+        if not pattern or line.startswith("#"):
+            continue
+        parts = [part for part in [path, *map(str, Path(path).parents)] if part != "."]
+        if pattern.startswith("**/"):
+            parts, pattern = [Path(part).name for part in parts], pattern[3:]
+        if any(fnmatch.fnmatch(part, pattern) for part in parts):
+            state = not line.startswith("!")
+    return state
+
+
+def test_every_line_is_an_instruction_that_is_known():
+    assert {word for word, _ in STEPS} <= set(WORDS) and len(RUNS) >= 7
+    assert list(stages()) == ["python", "cpu", "gpu"]
+
+
+def test_bases_are_pinned_as_the_doctor_knows_them():
+    arguments = dict(pair.split("=") for word, pair in STEPS if word == "ARG")
+    assert arguments["CUDA"] == doctor.CUDA and re.fullmatch(r"3\.11\.\d+", arguments["PYTHON"])
+    bases = [text.split(" AS ")[0] for word, text in STEPS if word == "FROM"]
+    assert bases == ["python:${PYTHON}-slim-bookworm", "python", "nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04"]
+    assert not re.search(r"==\d", FILE.read_text())  # of packages the versions stand in setup.py and setup.sh alone
+
+
+@pytest.mark.parametrize("step", RUNS, ids=range(len(RUNS)))
+def test_the_shell_of_every_step_parses(step):
+    subprocess.run(["bash", "-n", "-c", step], check=True)
+    assert not re.search(r"\b(curl|wget)\b|git clone|http", step)
+    for program in re.findall(r'python[\d.]* -c "(.+)"', step):
+        compile(program, "RUN", "exec")
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_a_target_installs_as_anywhere_else_and_runs_as_a_user(target):
+    steps = stages()[target]
+    names = [word for word, _ in steps]
+    user = names.index("USER")
+    assert steps[user][1] == "pctrain" and "useradd" in " ".join(text for word, text in steps[:user] if word == "RUN")
+    later = [text for word, text in steps[user:] if word == "RUN"]
+    assert later[0] == "bash launch/setup.sh" and f"packages('{target}')" in later[1]
+    environment = " ".join(text for word, text in steps if word == "ENV")
+    assert f"PCTRAIN_DEVICE={target}" in environment and "/opt/pctrain/.venv/bin:$PATH" in environment
+    assert json.loads(dict(steps)["CMD"]) == ["pctrain", "doctor"]
+
+
+def test_what_is_copied_exists_and_reaches_the_builder():
+    copied = [text.split() for word, text in STEPS if word == "COPY"]
+    sources = {source for words in copied if not any(w.startswith("--from") for w in words)
+               for source in [w for w in words if not w.startswith("--")][:-1]}
+    assert {"setup.py", "launch/setup.sh", "."} <= sources
+    for source in sources - {"."}:
+        assert (ROOT / source).exists() and not ignored(source)
+    for path in ("pctrain/cli.py", "configs/quickstart.yaml", "launch/torchrun.sh", "kernels/pctrain_kernels/backend.py", "README.md"):
+        assert (ROOT / path).exists() and not ignored(path)
+    assert all(ignored(path) for path in (".venv/bin/python", "runs/quickstart/sft", ".git/config", "pctrain/__pycache__/a.pyc"))
+
+
+def test_the_environments_files_are_copied_before_the_code():
+    """What setup.sh and setup.py read at that point is there: packaging works with no more than these files."""
+    steps = stages()["cpu"]
+    install = steps.index(("RUN", "bash launch/setup.sh"))
+    early = [text for word, text in steps[:install] if word == "COPY"]
+    assert ("COPY", "--chown=pctrain . .") in steps[install:]
+    assert early == [text for word, text in stages()["gpu"] if word == "COPY" and "--chown" in text][:-1]
+
+
+@pytest.mark.full
+def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
+    for words in (text.split() for word, text in stages()["cpu"] if word == "COPY" and text != "--chown=pctrain . ."):
+        *sources, target = [word for word in words if not word.startswith("--")]
+        for source in sources:
+            to = tmp_path / "checkout" / (source if target == "./" else target)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, to)
+    offline = ["--no-deps", "--no-index", "--no-build-isolation"]
+    install = [sys.executable, "-m", "pip", "install", *offline, "--target", str(tmp_path / "there"), "-e", str(tmp_path / "checkout")]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    shutil.copy(ROOT / "pctrain" / "errors.py", tmp_path / "checkout" / "pctrain")  # the code comes later
+    program = (f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.errors as e; import importlib.util as u; "
+               "print(e.__file__, u.find_spec('pctrain_kernels').origin)")
+    seen = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=100,
+                          env={"PATH": "/usr/bin"})
+    assert seen.stdout.count(str(tmp_path / "checkout")) == 2, seen.stderr
+
+
+def test_the_commands_of_the_page():
+    shown = [shown for shown in commands(ROOT / "docs" / "gpu.md") if shown.words[0] == "docker"]
+    tags = {}
+    for command in shown:
+        words = list(command.words)
+        if words[1] == "build":
+            assert (ROOT / words[words.index("--file") + 1]) == FILE and words[words.index("--target") + 1] in stages()
+            tags[words[words.index("--tag") + 1]] = words[words.index("--target") + 1]
+        else:
+            at = next(i for i, word in enumerate(words) if word in tags)
+            inside = [word for word in words[at + 1:] if word != "bash"]
+            assert not inside or (ROOT / inside[0]).exists()
+    assert set(tags.values()) == {"cpu", "gpu"} and len(shown) == 5

@@ -1,0 +1,76 @@
+"""An algorithm of the user's own: what a wrong name says before anything is written, and that a run is bound to its file."""
+
+import sys
+
+import pytest
+import rl_cases
+
+from pctrain.cli import main
+from pctrain.config_load import load
+from pctrain.errors import UserError
+from pctrain.rl import algorithms
+from pctrain.rl.grpo import GRPO
+from pctrain.study_plan import stages_of
+
+MODULE = """
+from pctrain.rl.algorithm import Algorithm
+class Halved(Algorithm):
+    needs_expert = True
+    def advantages(self, groups, penalties):
+        return [advantage / 2 for advantage in super().advantages(groups, penalties)]
+number = 5
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "own_algorithms.py").write_text(MODULE)
+    (tmp_path / "broken_algorithms.py").write_text("import no_such_package\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    for name in ("own_algorithms", "broken_algorithms"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_it_overrides_what_is_its_own():
+    groups = [rl_cases.group(0, [1, 0], [[10, 20], [11]])]
+    plain, own = (rl_cases.algorithm(name, std_normalise=False).advantages(groups, [0.0]) for name in ("grpo", "own_algorithms:Halved"))
+    assert plain[0].tolist() == [0.5, -0.5] and own[0].tolist() == [0.25, -0.25]
+
+
+@pytest.mark.parametrize(("name", "told"), [
+    ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
+    ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithm.Algorithm, found 5"]),
+    ("broken_algorithms:Any", ["No module named 'no_such_package'", "broken_algorithms.py, line 1"]),
+    ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
+])
+def test_what_is_wrong_is_told_before_anything_is_written(folder, capsys, name, told):
+    before = sorted(folder.rglob("*"))
+    assert main(["rl", f"--rl.algorithm={name}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: rl.algorithm = '{name}': ") and all(part in said for part in told)
+    assert [path for path in sorted(folder.rglob("*")) if path not in before and "__pycache__" not in str(path)] == []
+
+
+@pytest.mark.parametrize("name", ["ppo", "a:b:c", "a b:C", ":C", "a:"])
+def test_a_name_of_another_form_is_refused_with_what_there_is(name):
+    with pytest.raises(UserError, match="rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"):
+        load(None, [f"--rl.algorithm={name}"])
+
+
+def test_a_run_is_bound_to_the_file_of_its_algorithm(folder):
+    assert algorithms.source_files("own_algorithms:Halved") == [folder / "own_algorithms.py"]
+    assert algorithms.source_files("grpo") == [] and algorithms.find("grpo") is GRPO
+
+
+def test_a_study_takes_it_and_its_folder_can_be_found_again(tmp_path):
+    from pctrain.ceiling import layout
+
+    config = load(None, [f"--run.dir={tmp_path}/study", "--study.algorithms=[grpo, 'own_algorithms:Halved']", "--study.checkpoints=[100]"])
+    stages = {stage.name: stage for stage in stages_of(config)}
+    own = stages["own_algorithms.Halved-step-100"]
+    assert own.algorithm == "own_algorithms:Halved"
+    own.folder(tmp_path, 100).mkdir(parents=True)
+    [place] = layout.find_runs(tmp_path)
+    assert place.folder == own.folder(tmp_path, 100) and (place.algorithm, place.step) == ("own_algorithms.Halved", 100)

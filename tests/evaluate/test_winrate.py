@@ -94,7 +94,7 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     lines = progress.read_text().splitlines(keepends=True)
     progress.write_text("".join(lines[:14]) + '{"place": 13, "win_')
     assert "unfinished `pctrain data winrate`" in cli.refused("select", records, f"--out={again}", "--size=3")
-    message = "other attempts"
+    message = "other attempts (4 there, 2 now)"
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
     assert status == 2 and message in errors
     [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)

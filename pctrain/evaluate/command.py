@@ -110,8 +110,11 @@ def _take(out: Path) -> Callable[[], None]:
 
 def _start_functions(benchmarks: Sequence[Benchmark], verifiers: Verifiers, config: Config) -> None:
     """A function that cannot be imported is told of now, not after hours of sampling."""
-    names = [*(benchmark.verifier for benchmark in benchmarks), *([config.eval.judge] if config.eval.judge else [])]
-    parallel.agree(lambda: [verifiers.pool(name) for name in names])
+    for benchmark in benchmarks:
+        key = f"eval.benchmarks.{benchmark.name}.verifier" if config.eval.benchmarks[benchmark.name].verifier else "reward.verifier"
+        parallel.agree(lambda key=key, name=benchmark.verifier: verifiers.start(key, name))
+    if config.eval.judge is not None:
+        parallel.agree(lambda: verifiers.start("eval.judge", config.eval.judge))
 
 
 # ---- the samples -----------------------------------------------------------------------------------------------------------

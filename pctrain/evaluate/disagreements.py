@@ -20,7 +20,7 @@ def write_disagreements(folder: Path, verifiers: Verifiers, judge: str | None) -
     if not parallel.from_rank_zero(lambda: _is_done(folder / DISAGREEMENTS, judge)):
         found = parallel.from_rank_zero(lambda: [line for line in read(folder / SAMPLES) if differs(line)])
         with health.phase("reward"):
-            asked = [(line["response"], line["answer"]) for line in found]
+            asked = [(line["response"], line["answer"], line["prompt"]) for line in found]
             verdicts = verifiers.score(judge, asked) if judge is not None else [None] * len(found)
         lines = [{**{key: line[key] for key in ("id", "index", "sample", "prompt")}, "response_tail": line["response"][-TAIL:],
                   **{key: line[key] for key in ("answer", "strict", "lenient")},

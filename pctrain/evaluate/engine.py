@@ -10,12 +10,12 @@ import torch
 
 from pctrain import checkpoints, health, resume
 from pctrain.config import Config
-from pctrain.core import Core, checkpoint
+from pctrain.core import Core, checkpoint, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.hf_files import HFReader
 from pctrain.core.model import DTYPES
 from pctrain.core.weights import LM_HEAD
-from pctrain.errors import UserError
+from pctrain.errors import ToBeContinued, UserError
 from pctrain.evaluate.targets import Target
 from pctrain.rollout import RolloutEngine
 
@@ -74,8 +74,14 @@ class Engine:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if self._engine is not None and error is None:
-            self._engine.close()  # collective: after a fault of one rank the others are elsewhere
+        if self._engine is not None and may_close(error):
+            self._engine.close()
+
+
+def may_close(error: BaseException | None) -> bool:
+    """Whether an engine may be closed, which is collective: after a fault of one rank the others are elsewhere."""
+    alone = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
+    return not alone or parallel.world_size() == 1
 
 
 def hf_weights(hf_dir: Path, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:

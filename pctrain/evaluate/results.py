@@ -144,7 +144,7 @@ def _table(results: Results) -> Table:
             table.add_row(Text(model), Text(name), f"{scores.problems:,} x {scores.samples}",
                           shown(scores.average()), *(f"{100 * scores.average(verdict).value:.1f}" for verdict in others),
                           f"{100 * best.value:.1f}" if scores.samples > 1 else "", f"{counts['disagreements']:,}",
-                          *(f"{100 * counts[key]:.1f} %" for key in ("truncated_share", "no_box_share")),
+                          *(f"{100 * counts[key]:.0f} %" for key in ("truncated_share", "no_box_share")),
                           f"{counts['verifier_faults'] + counts.get('judge_faults', 0):,}")
         for key, name in MEANS.items():
             found = {verdict: means(list(by_benchmark.values()), verdict)[key] for verdict in results.verdicts}

@@ -63,15 +63,21 @@ class Verifiers:
         self._config = config
         self._pools: dict[str, VerifierPool] = {}
 
+    def start(self, key: str, verifier: str) -> None:
+        """UserError that names the key, where it is a function of the user's that cannot be imported."""
+        try:
+            self.pool(verifier)
+        except UserError as error:
+            raise UserError(str(error).replace("reward.verifier", key, 1)) from None
+
     def pool(self, verifier: str) -> VerifierPool:
-        """UserError where it is a function of the user's that cannot be imported."""
         if verifier not in self._pools:
             levenshtein = self._config.levenshtein and verifier == self._config.verifier
             self._pools[verifier] = VerifierPool(self._config.model_copy(update={"verifier": verifier, "levenshtein": levenshtein}))
         return self._pools[verifier]
 
-    def score(self, verifier: str, pairs: list[tuple[str, str]]) -> list[Verdict]:
-        """Collective. A verdict for each (response, answer); the ranks share them out."""
+    def score(self, verifier: str, pairs: list[tuple[str, ...]]) -> list[Verdict]:
+        """Collective. A verdict for each (response, answer), or for a judge (response, answer, prompt); the ranks share them out."""
         return parallel.map_over_ranks(self.pool(verifier).score, pairs)
 
     def __enter__(self) -> Verifiers:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pctrain import cli_data
+from pctrain import cli_data, cli_eval
 from pctrain.ceiling.fit_options import FitOptions
 from pctrain.cli_arguments import Command, resolve_config, set_environment
 from pctrain.cli_options import parse
@@ -226,6 +226,7 @@ COMMANDS = (
         notes=("  SOURCE         folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file of curves",
                *own_option_lines(ReportOptions),
                "  Written are report.html (opens from the disk, loads nothing), study.json, figures/*.png and figures/*.csv.")),
+    *cli_eval.COMMANDS,
     *cli_data.COMMANDS,
     Command(
         "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",

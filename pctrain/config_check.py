@@ -58,6 +58,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _data_problems(config, sections)
     if "reward" in sections:
         problems += _reward_problems(config)
+    if "eval" in sections:
+        problems += _benchmark_problems(config)
     if "study" in sections:
         problems += _study_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
@@ -293,6 +295,23 @@ def _pair_problems(pair: dict[str, object]) -> Iterator[str]:
     if len(given) == 1:
         [missing] = set(pair) - set(given)
         yield f"{given[0]} is given without {missing}: give both, or neither for generated problems"
+
+
+def _benchmark_problems(config: Config) -> Iterator[str]:
+    named = {"eval.judge": config.eval.judge}
+    for name, benchmark in config.eval.benchmarks.items():
+        if not SET_NAME.fullmatch(name):
+            yield f"eval.benchmarks: {name!r} becomes the name of a folder: use letters, digits, ., _ and -, a letter or a digit first"
+        named[f"eval.benchmarks.{name}.verifier"] = benchmark.verifier
+    for key, verifier in named.items():
+        if verifier is None:
+            continue
+        try:
+            check_name(config.reward.model_copy(update={"verifier": verifier, "levenshtein": False}))
+        except UserError as error:
+            yield str(error).replace("reward.verifier", key, 1)
+    if config.eval.judge is not None and ":" not in config.eval.judge:
+        yield f"eval.judge = {config.eval.judge!r}: expected module:function, a function of your own"
 
 
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a folder's

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pctrain.config import Config, Section, SourceConfig, Sources
+from pctrain.config import BenchmarkConfig, Config, Section, SourceConfig, Sources
 from pctrain.config_check import check_combinations
 from pctrain.errors import UserError
 from pctrain.yaml_text import Loader, composed, construct, parse
@@ -332,12 +332,14 @@ def _type_errors(error: ValidationError, origins: dict[tuple[str, ...], str]) ->
     for item in error.errors(include_url=False):
         loc = item["loc"]
         depth = next(n for n in range(len(loc), 0, -1) if all(isinstance(part, str) for part in loc[:n]) and _field(loc[:n]) is not None)
-        # Below the option: an item of a list and its key. (pydantic also appends the member of a union that failed.)
-        inner = [str(part) for part in loc[depth:]] if any(isinstance(part, int) for part in loc[depth:]) else []
+        # Below the option: an item of a list or a mapping, and its key. (pydantic also appends the member of a union that failed.)
+        mapping = get_origin(_field(loc[:depth]).annotation) is dict
+        inner = [str(part) for part in loc[depth:]] if mapping or any(isinstance(part, int) for part in loc[depth:]) else []
         name, origin = ".".join([*loc[:depth], *inner]), origins.get(loc[:depth], "default")
         if item["type"] in ("extra_forbidden", "missing"):
             what = "unknown key" if item["type"] == "extra_forbidden" else "missing"
-            line = f"{name} ({origin}): {what}; an item takes {', '.join(SourceConfig.model_fields)}"
+            item_fields = BenchmarkConfig.model_fields if loc[:depth] == ("eval", "benchmarks") else SourceConfig.model_fields
+            line = f"{name} ({origin}): {what}; an item takes {', '.join(item_fields)}"
         else:
             expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")
             line = f"{name} ({origin}): expected {expected}, got {_cut(json.dumps(item['input'], ensure_ascii=False))}"

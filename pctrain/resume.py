@@ -33,16 +33,19 @@ def begin(config: Config) -> Iterator[Config]:
     """
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
-    # With the process: several jobs of a study share run.dir.
-    started = parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
     mark = Path(config.run.dir) / TO_BE_CONTINUED
-    with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), started):
+    with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), this_start()):
         try:
             parallel.from_rank_zero(lambda: mark.unlink(missing_ok=True))
             yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
         except ToBeContinued:
             parallel.from_rank_zero(mark.touch)
             raise
+
+
+def this_start() -> str:
+    """Collective. What the folder of a failed start is called: with the process, for several jobs of a study share run.dir."""
+    return parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:

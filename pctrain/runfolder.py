@@ -43,7 +43,7 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "r
                   "reward.workers", "reward.timeout", "reward.memory_mb",
                   "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory", "rollout.verify_every",
                   "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
-                  "model.checkpoint"}
+                  "model.checkpoint", "eval.benchmarks", "eval.instruction", "eval.judge"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
 _BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
@@ -402,8 +402,9 @@ def config_hash(config: Config) -> str:
 
 
 def _is_free(key: str) -> bool:
-    """Whether a dotted key may differ between the starts of one run; numbers in it stand for any item of a list."""
-    return bool({re.sub(r"\.\d+\b", "", key), key.split(".")[0]} & FREE_ON_RESUME)
+    """Whether a dotted key, or a section above it, may differ between the starts of one run; numbers stand for any item of a list."""
+    parts = re.sub(r"\.\d+\b", "", key).split(".")
+    return any(".".join(parts[:length]) in FREE_ON_RESUME for length in range(1, len(parts) + 1))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

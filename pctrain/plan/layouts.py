@@ -35,7 +35,10 @@ def problem(config: Config, gpus: int, kind: Kind) -> str | None:
 
 
 def candidates(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool) -> Iterator[Config]:
-    """Configs that pass the checks, each with another layout. `pinned`: keys (`parallel.tensor`) that stay as they are."""
+    """Configs that pass the checks, each with another layout; recomputation, which no check asks for, is as given.
+
+    `pinned`: keys (`parallel.tensor`) that stay as they are.
+    """
     for one in _thought_of(config, hf, gpus, kind, pinned, cpu):
         if problem(one, gpus, kind) is None:
             yield one
@@ -54,13 +57,12 @@ def _thought_of(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Col
             for context in choose("parallel.context", divisors(left) if te else [1]):
                 for expert in choose("parallel.expert", divisors(gcd(left, hf.experts.count)) if hf.experts else [1]):
                     for stages in _stages(hf, pipeline, choose, config):
-                        for recompute in choose("parallel.recompute", ["none", "selective", "full"]):
-                            parallel = config.parallel.model_copy(update={
-                                "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert, "recompute": recompute,
-                                "sequence_parallel": choose("parallel.sequence_parallel", [tensor > 1])[0],
-                                "overlap_grad_reduce": choose("parallel.overlap_grad_reduce", [not cpu and left > 1])[0], **stages})
-                            for engine in choose("rollout.tensor", divisors(tensor)) if kind == "rl" else [1]:
-                                yield with_layout(config, parallel, engine)
+                        parallel = config.parallel.model_copy(update={
+                            "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert,
+                            "sequence_parallel": choose("parallel.sequence_parallel", [tensor > 1])[0],
+                            "overlap_grad_reduce": choose("parallel.overlap_grad_reduce", [not cpu and left > 1])[0], **stages})
+                        for engine in choose("rollout.tensor", divisors(tensor)) if kind == "rl" else [1]:
+                            yield with_layout(config, parallel, engine)
 
 
 def _stages(hf: HFConfig, pipeline: int, choose, config: Config) -> Iterator[dict]:

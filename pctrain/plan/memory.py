@@ -61,7 +61,8 @@ def memory(
     """`tokens`: positions of a micro-batch; `micro_batches` of one update on one data parallel rank; `reserve`: bytes; `engine`: of RL."""
     activations = Activations(hf, config, layout, gpu, tokens, entropy=engine is not None)
     moments = []
-    for stage in range(layout.parallel.pipeline):
+    last = layout.parallel.pipeline - 1
+    for stage in sorted({0, min(1, last), last}):  # of those between, the first holds most
         held = held_always(hf, config, layout, gpu, stage, reserve)
         parameters = sum(chunk.parameters for chunk in chunks(hf, layout, stage)) * DTYPE_BYTES[config.model.dtype]
         kept = {"reference": float(parameters)} if reference else {}

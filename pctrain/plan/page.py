@@ -12,7 +12,7 @@ from pctrain.core.hf_config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.memory import gib
 from pctrain.plan.planner import Plan, Planner
-from pctrain.plan.rollouts import BANDWIDTH, LAUNCH
+from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
 from pctrain.plan.shapes import all_parameters
 from pctrain.plan.traffic import LINK_SHARE
 from pctrain.plan.work import DYNAMIC, KEPT
@@ -61,8 +61,10 @@ def _title(planner: Planner) -> str:
 
 def _layouts(console: Console, plans: Sequence[Plan], configured: Plan | str) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("layout", "recompute", "GiB", "of GPU", "fullest", "s/step", "compute", "bubble", "wires", "rollout", "other", "tokens/s/GPU"):
-        table.add_column(name, justify="left" if name in ("layout", "recompute", "fullest") else "right", no_wrap=True)
+    sampling = ["rollout"] if plans[0].engine is not None else []
+    words, numbers = ("layout", "recompute", "fullest"), ("s/step", "compute", "bubble", "wires", *sampling, "other", "tok/s/GPU")
+    for name in (*words[:2], "GiB", "of GPU", words[2], *numbers):
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     for plan in plans:
         table.add_row(*_row(plan, plan.name))
     if isinstance(configured, Plan):
@@ -75,9 +77,9 @@ def _row(plan: Plan, name: str) -> list[str]:
     parts, speed = plan.speed.parts, plan.speed
     other = sum(parts.get(key, 0.0) for key in OTHER)
     share = f"{plan.share:.0%}" + ("" if plan.share <= 1 else " !")
-    sampling = _seconds(parts["rollout"]) if "rollout" in parts else "-"
+    sampling = [_seconds(parts["rollout"])] if "rollout" in parts else []
     return [name, plan.layout.parallel.recompute, gib(plan.memory.peak.total), share, plan.memory.peak.phase, _seconds(speed.seconds),
-            _seconds(parts["compute"]), f"{speed.bubble:.0%}", _seconds(parts["wires"]), sampling, _seconds(other),
+            _seconds(parts["compute"]), f"{speed.bubble:.0%}", _seconds(parts["wires"]), *sampling, _seconds(other),
             f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}"]
 
 
@@ -91,15 +93,16 @@ def nothing_fits(planner: Planner, best: Plan) -> str:
 
 
 def _too_small_a_cache(hf: HFConfig, plan: Plan) -> str:
-    return (f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one sequence "
-            f"of the whole context, {hf.context} tokens")
+    return (f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
+            f"sequence of the whole context, {hf.context} tokens")
 
 
 def _memory(console: Console, plan: Plan) -> None:
     phases = list(dict.fromkeys(moment.phase for moment in plan.memory.moments))
     moments = [plan.memory.of(phase) for phase in phases]
     names = list(dict.fromkeys(name for moment in moments for name in moment.parts))
-    table = Table(box=box.SIMPLE_HEAD, title=f"{plan.name}: GiB of the fullest GPU, by phase", title_justify="left", title_style="bold")
+    _say(console, f"{plan.name}: GiB of the fullest GPU, by phase", style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part")
     for moment in moments:
         where = f" (stage {moment.stage + 1})" if plan.layout.parallel.pipeline > 1 else ""
@@ -114,7 +117,8 @@ def _memory(console: Console, plan: Plan) -> None:
 def _wires(console: Console, plan: Plan) -> None:
     if not plan.speed.traffic:
         return
-    table = Table(box=box.SIMPLE_HEAD, title=f"{plan.name}: what a GPU sends in a step", title_justify="left", title_style="bold")
+    _say(console, f"{plan.name}: what a GPU sends in a step", style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
     for name in ("group", "ranks", "GB", "wire", "seconds", "waited for"):
         table.add_column(name, justify="left" if name in ("group", "wire") else "right")
     for one in plan.speed.traffic:
@@ -135,7 +139,7 @@ def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
 def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     """What a user would want to know before the run tells."""
     par, rollout = plan.layout.parallel, plan.config.rollout
-    if plan.engine is not None and plan.share <= 1 and not plan.starts and plan.fits is False:
+    if not plan.starts and plan.share <= 1:
         yield f"warning: {_too_small_a_cache(planner.hf, plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
     if plan.engine is not None and plan.starts:
         wanted = min(rollout.max_sequences, -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines))
@@ -163,7 +167,7 @@ def assumptions(planner: Planner) -> Iterator[str]:
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
         rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""
-        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth and {LAUNCH * 1e6:.0f} us a layer and token; "
+        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside; "
                f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}")
     yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts take no time here"
 

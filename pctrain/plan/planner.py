@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,10 +102,22 @@ class Planner:
         UserError: the checks let none through; it says what each key may be.
         """
         gpus = gpus or self.options.gpus
-        found = [self.plan(one, gpus) for one in candidates(self.config, self.hf, gpus, self.kind, self.pinned, self.gpu.is_cpu)]
+        found: list[Plan] = []
+        for one in candidates(self.config, self.hf, gpus, self.kind, self.pinned, self.gpu.is_cpu):
+            found += self._with_recomputation(one, gpus)
         if not found:
             raise UserError(self._no_layout(gpus))
         return sorted(found, key=lambda plan: (not plan.fits, plan.speed.seconds if plan.fits else plan.share, plan.share, len(plan.name)))
+
+    def _with_recomputation(self, config: Config, gpus: int) -> Iterator[Plan]:
+        """As little as fits: the less is computed again, the faster. Where nothing fits, all of it."""
+        pinned = "parallel.recompute" in self.pinned
+        for recompute in (config.parallel.recompute,) if pinned else ("none", "selective", "full"):
+            parallel = config.parallel.model_copy(update={"recompute": recompute})
+            plan = self.plan(config.model_copy(update={"parallel": parallel}), gpus)
+            yield plan
+            if plan.fits:
+                return
 
     def as_configured(self) -> Plan | str:
         """The config's own layout on these GPUs; or why it does not run on them."""

@@ -15,6 +15,7 @@ PREFILL = 8192  # tokens of one pass that vLLM sets room aside for (max_num_batc
 CPU_ENGINE = 85e6  # on a CPU: code that is imported at its start, buffers
 BANDWIDTH = 0.6  # share of a memory's bandwidth that decoding reaches
 LAUNCH = 15e-6  # seconds a layer and token that decoding takes beside reading: launches, all-reduces of a few rows
+SCHEDULING = 2e-3  # seconds a token that vLLM's scheduler and sampler take
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def rollouts(
 
     def token(count: float) -> float:
         touched = of.weights if hf.experts is None else _touched(hf, of.weights, count)
-        return (touched + count * (prompt + response / 2) * of.token_bytes) / speed + hf.layers * LAUNCH
+        return (touched + count * (prompt + response / 2) * of.token_bytes) / speed + hf.layers * LAUNCH + SCHEDULING
 
     decode = each * response / at_once * token(at_once) + max(0.0, rollout.max_response - response) * token(1)
     prefill = each * forward_flops / (gpu.flops(config.model.dtype) * mfu * rollout.tensor)

@@ -6,7 +6,8 @@ Held against real shards on the meta device by tests/plan/test_plan_shards.py.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, lcm
+from functools import lru_cache
+from math import lcm
 
 from pctrain.config import Config, ParallelConfig
 from pctrain.core.hf_config import HFConfig
@@ -58,7 +59,7 @@ class Layout:
         return [own[s] if s in own else (layers - sum(own.values())) // others for s in range(par.pipeline)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as the object that it is: `_chunk` makes each but once
 class Chunk:
     """One module of a rank (a virtual pipeline stage, or all of a stage): elements of each parameter, in the order of the module."""
 
@@ -79,18 +80,18 @@ def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[Chunk]:
     for part in range(v):
         first = stage == 0 and part == 0
         last = stage == par.pipeline - 1 and part == v - 1
-        found.append(_chunk(hf, par, layers // v, first=first, last=last))
+        found.append(_chunk(hf, par.tensor, par.expert, layers // v, first, last, hf.tied and par.pipeline > 1))
     return found
 
 
-def _chunk(hf: HFConfig, par: ParallelConfig, layers: int, *, first: bool, last: bool) -> Chunk:
-    embedding = hf.padded_vocab(par.tensor) // par.tensor * hf.hidden
-    tied_over_stages = hf.tied and par.pipeline > 1
+@lru_cache  # a search asks for the same again and again
+def _chunk(hf: HFConfig, tensor: int, ranks_of_experts: int, layers: int, first: bool, last: bool, tied_over_stages: bool) -> Chunk:
+    embedding = hf.padded_vocab(tensor) // tensor * hf.hidden
     dense, expert = [embedding] if first else [], []
     own = 0 if first and tied_over_stages else None
     for _ in range(layers):
-        dense += _dense_of_layer(hf, par.tensor)
-        expert += _experts_of_layer(hf, par)
+        dense += _dense_of_layer(hf, tensor)
+        expert += _experts_of_layer(hf, tensor, ranks_of_experts)
     if last:
         dense.append(hf.hidden)
         if not hf.tied or not first:  # tied in one stage: the head reads the embedding
@@ -113,11 +114,11 @@ def _dense_of_layer(hf: HFConfig, tensor: int) -> list[int]:
     return [*attention, hf.hidden, 2 * hf.ffn // tensor * hf.hidden, hf.hidden * (hf.ffn // tensor)]
 
 
-def _experts_of_layer(hf: HFConfig, par: ParallelConfig) -> list[int]:
+def _experts_of_layer(hf: HFConfig, tensor: int, ranks_of_experts: int) -> list[int]:
     if hf.experts is None:
         return []
-    width = hf.experts.ffn // par.tensor
-    return [2 * width * hf.hidden, hf.hidden * width] * (hf.experts.count // par.expert)
+    width = hf.experts.ffn // tensor
+    return [2 * width * hf.hidden, hf.hidden * width] * (hf.experts.count // ranks_of_experts)
 
 
 @dataclass(frozen=True)
@@ -139,14 +140,16 @@ def buffers(hf: HFConfig, layout: Layout, stage: int) -> Buffers:
     for index, chunk in enumerate(chunks(hf, layout, stage)):
         overlapped = layout.parallel.overlap_grad_reduce and stage == 0 and index == 0
         bucket = max(BUCKET, 1_000_000 * layout.data) if overlapped else None
-        dense += _padded(chunk.dense, layout.copies, bucket, chunk.own_bucket)
-        expert += _padded(chunk.expert, layout.expert_copies, bucket, None)
+        dense += _padded(chunk, False, layout.copies, bucket)
+        expert += _padded(chunk, True, layout.expert_copies, bucket)
     return Buffers(dense, expert, dense // layout.copies + expert // layout.expert_copies)
 
 
-def _padded(sizes: tuple[int, ...], ranks: int, bucket: int | None, own: int | None) -> int:
-    """Elements of one buffer: from the last parameter to the first, each begins at a multiple of 64, each bucket ends at one of `ranks`
+@lru_cache
+def _padded(chunk: Chunk, of_experts: bool, ranks: int, bucket: int | None) -> int:
+    """Elements of one of its buffers: from the last parameter to the first, each begins at a multiple of 64, each bucket ends at one of `ranks`
     and of 128 (megatron-core 0.16.1, distributed/param_and_grad_buffer.py)."""
+    sizes, own = (chunk.expert, None) if of_experts else (chunk.dense, chunk.own_bucket)
     multiple = lcm(ranks, BUCKET_END)
     begin = end = 0  # of the bucket; of what lies in it
     for index in reversed(range(len(sizes))):
@@ -160,14 +163,10 @@ def _padded(sizes: tuple[int, ...], ranks: int, bucket: int | None, own: int | N
 
 
 def _up(number: int, multiple: int) -> int:
-    return ceil(number / multiple) * multiple
+    return -(-number // multiple) * multiple
 
 
-def layer_parameters(hf: HFConfig, par: ParallelConfig) -> int:
-    """Elements of one layer on one rank."""
-    return sum(_dense_of_layer(hf, par.tensor)) + sum(_experts_of_layer(hf, par))
-
-
+@lru_cache
 def all_parameters(hf: HFConfig) -> int:
     """Elements of the whole model; a tied matrix counts once."""
     one = Layout(ParallelConfig(), 1)
@@ -176,4 +175,4 @@ def all_parameters(hf: HFConfig) -> int:
 
 def largest_matrix(hf: HFConfig, par: ParallelConfig) -> int:
     """Elements of the largest matrix of a layer on one rank."""
-    return max(_dense_of_layer(hf, par.tensor) + _experts_of_layer(hf, par))
+    return max(_dense_of_layer(hf, par.tensor) + _experts_of_layer(hf, par.tensor, par.expert))

@@ -42,7 +42,7 @@ def speed(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, work: Work, en
     slowest = layout.gpus * _slowest_stage(hf, layout)
     computing = training / slowest / rate
     bubble = bubble_share(layout, count)
-    held = max((buffers(hf, layout, stage) for stage in range(par.pipeline)), key=lambda b: b.elements)
+    held = max((buffers(hf, layout, stage) for stage in {0, par.pipeline // 2, par.pipeline - 1}), key=lambda b: b.elements)
     sent = traffic(hf, config, layout, gpu, work, held, per_node=per_node, computing=computing, micro_batches=count)
     parts = {"compute": computing, "bubble": computing * bubble / (1 - bubble), "wires": sum(one.waited for one in sent),
              # The shard of masters and moments read and written, gradients read, weights written.

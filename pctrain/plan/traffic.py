@@ -1,7 +1,8 @@
 """Bytes that one rank sends in a step, by group, and over which wire.
 
 A ring moves (n - 1) / n of a tensor for an all-gather or a reduce-scatter, and twice that for an all-reduce (as nccl-tests count the bus).
-megatron-core orders its ranks tensor, context, data, pipeline: a group lies within a node where its ranks span no more than one.
+megatron-core orders its ranks tensor, context, data, pipeline (of experts tensor, expert, data): a group lies within a node where its
+ranks span no more than one.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def traffic(
     if par.expert > 1:
         routed = stream / par.tensor * hf.experts.per_token * (par.expert - 1) / par.expert
         times = 4 + 2 * (par.recompute == "full")  # there and back, forwards and backwards
-        found.append(over("expert", par.expert, par.tensor * par.context * par.expert, layers * routed * times))
+        found.append(over("expert", par.expert, par.tensor * par.expert, layers * routed * times))
     if par.pipeline > 1:
         stride = layout.gpus // par.pipeline
         cut = par.tensor if par.sequence_parallel else 1

@@ -167,7 +167,8 @@ def assumptions(planner: Planner) -> Iterator[str]:
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
         rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""
-        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside; "
+        beside = f"{LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside"
+        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "
                f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}")
     yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts take no time here"
 

@@ -147,8 +147,8 @@ def buffers(hf: HFConfig, layout: Layout, stage: int) -> Buffers:
 
 @lru_cache
 def _padded(chunk: Chunk, of_experts: bool, ranks: int, bucket: int | None) -> int:
-    """Elements of one of its buffers: from the last parameter to the first, each begins at a multiple of 64, each bucket ends at one of `ranks`
-    and of 128 (megatron-core 0.16.1, distributed/param_and_grad_buffer.py)."""
+    """Elements of one of its buffers: from the last parameter to the first, each begins at a multiple of 64, each bucket ends at one of
+    `ranks` and of 128 (megatron-core 0.16.1, distributed/param_and_grad_buffer.py)."""
     sizes, own = (chunk.expert, None) if of_experts else (chunk.dense, chunk.own_bucket)
     multiple = lcm(ranks, BUCKET_END)
     begin = end = 0  # of the bucket; of what lies in it

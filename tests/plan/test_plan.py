@@ -132,7 +132,8 @@ def test_the_engines_cache(models):
     assert 0 < left < 3 * GIB and of_one.sequences(8448) == int(of_one.cache / 57_344) // 8448
 
 
-@pytest.mark.parametrize(("layers", "pipeline", "ends"), [(28, 4, (None, None)), (28, 8, (2, 2)), (61, 16, (3, 2)), (48, 5, (9, 9)), (3, 2, (2, 1))])
+@pytest.mark.parametrize(("layers", "pipeline", "ends"), [
+    (28, 4, (None, None)), (28, 8, (2, 2)), (61, 16, (3, 2)), (48, 5, (9, 9)), (3, 2, (2, 1))])
 def test_uneven_ends(layers, pipeline, ends):
     assert even_ends(layers, pipeline) == ends
 
@@ -151,8 +152,9 @@ def test_passes_are_those_of_the_algorithms():
 # ---- at every layout -----------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=12)
-@given(name=st.sampled_from(sorted(MODELS)), gpus=st.sampled_from([1, 6, 8, 24, 64, 128]), gpu=st.sampled_from(sorted(GPUS)), batch=st.sampled_from([96, 512]))
+@settings(max_examples=8)
+@given(name=st.sampled_from(sorted(MODELS)), gpus=st.sampled_from([1, 6, 8, 24, 64, 128]), gpu=st.sampled_from(sorted(GPUS)),
+       batch=st.sampled_from([96, 512]))
 def test_what_is_listed_passes_the_checks(models, name, gpus, gpu, batch):
     planner = _planner([f"--model.path={models[name]}", *LARGE, f"--sft.batch_size={batch}"], gpus, gpu)
     plans = planner.plans()
@@ -170,8 +172,8 @@ def test_what_is_listed_passes_the_checks(models, name, gpus, gpu, batch):
 
 
 @settings(max_examples=20)
-@given(name=st.sampled_from(sorted(MODELS)), tensor=st.sampled_from([1, 2, 4]), pipeline=st.sampled_from([1, 2, 4]), data=st.sampled_from([1, 2, 4, 16]),
-       recompute=st.sampled_from(["none", "selective", "full"]))
+@given(name=st.sampled_from(sorted(MODELS)), tensor=st.sampled_from([1, 2, 4]), pipeline=st.sampled_from([1, 2, 4]),
+       data=st.sampled_from([1, 2, 4, 16]), recompute=st.sampled_from(["none", "selective", "full"]))
 def test_more_data_parallel_ranks_never_need_more(models, name, tensor, pipeline, data, recompute):
     options = [f"--model.path={models[name]}", *LARGE, f"--parallel.tensor={tensor}", f"--parallel.pipeline={pipeline}",
                f"--parallel.recompute={recompute}", f"--parallel.sequence_parallel={str(tensor > 1).lower()}"]
@@ -204,7 +206,8 @@ def test_it_plans_the_papers_run_without_torch(paper, tmp_path):
     assert "TP2 DP4 (as configured)" in done.stdout and "Start it:" in done.stdout and "(--mfu)" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     best = plan["layouts"][0]
-    assert best["fits"] and max(sum(parts.values()) for parts in best["memory"].values()) == pytest.approx(best["share"] * plan["gpu"]["memory"])
+    fullest = max(sum(parts.values()) for parts in best["memory"].values())
+    assert best["fits"] and fullest == pytest.approx(best["share"] * plan["gpu"]["memory"])
     # The line that it prints is one that the trainer takes, on so many ranks.
     words = shlex.split(plan["launch"])
     assert words[:3] == ["NPROC=8", "launch/torchrun.sh", "rl"]
@@ -259,8 +262,9 @@ def test_a_figure_and_a_model_from_scratch(tmp_path, capsys):
     (["--gpu=h100"], ["needs --gpus"]),
     (["--gpus=8", "--gpu=h100", "foo"], ["unexpected argument 'foo'"]),
     (["--gpus=8", "--gpu=h100", "--model.path=nowhere"], ["nowhere/config.json: not found"]),
-    (["--gpus=8", "--gpu=h100", "--parallel.tensor=3"], ["no layout of 8 GPUs passes the checks with parallel.tensor as given",
-                                                         "parallel.tensor = 3 does not divide the attention heads", "parallel.tensor: 1, 2, 4"]),
+    (["--gpus=8", "--gpu=h100", "--parallel.tensor=3"],
+     ["no layout of 8 GPUs passes the checks with parallel.tensor as given", "parallel.tensor = 3 does not divide the attention heads",
+      "parallel.tensor: 1, 2, 4"]),
     (["--gpus=7", "--gpu=h100", "--sft.batch_size=32", "--parallel.pipeline=1"],
      ["sft.batch_size = 32 is not divisible by the data parallel size 7", "data parallel size: 1 (sft.batch_size = 32)"]),
     (["--gpus=8", "--gpu=h100", "--model.fp8=blockwise"], ["model.fp8 = blockwise needs model.dtype = bfloat16"]),

@@ -16,7 +16,7 @@ from pctrain.config import SYNCHRONISED, Config, OptimizerConfig, RLConfig
 from pctrain.errors import UserError
 from pctrain.reward.verifiers import check_name
 
-# The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
+# The keys of core.hf_config.FAMILIES, which cannot be imported here: the core stands above this module (docs/architecture.md).
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 

@@ -183,7 +183,7 @@ def not_shown(study: Study) -> list[str]:
 
 
 def _missing_parts(study: Study) -> list[str]:
-    said = []
+    said = [f"{name} has only just begun and is not shown." for name in study.just_begun]
     if not study.sft:
         said.append("There is no SFT run in this folder: regimes, and pure SFT at equal compute, are not shown.")
     if study.sft and not any(sft.losses for sft in study.sft):

@@ -31,16 +31,26 @@ def read_study(folder: Path) -> Study:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give a study folder (with sft/ and rl-step-N/) or a single run folder.")
     name = folder.resolve().name
-    if places := find_runs(folder):
+    if found := find_runs(folder):
+        places = [place for place in found if _has_recorded(place.folder)]
+        if not places:
+            raise UserError(f"{folder}: its runs have only just begun and have recorded nothing yet; ask again in a moment")
+        begun = tuple(place.folder.relative_to(folder).as_posix() for place in found if place not in places)
         sft = [read_sft(place.folder, place.set) for place in places if place.kind == "sft"]
         rl = [read_rl(place.folder, sft, place.set) for place in places if place.kind == "rl"]
-        return _told_apart(Study(name, folder, sft, rl))
+        return _told_apart(Study(name, folder, sft, rl, begun))
     if (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists():
         if read_config(folder)[0]["kind"] == "rl":
             return Study(name, folder, [], [read_rl(folder, [])])
         return Study(name, folder, [read_sft(folder)], [])
     raise UserError(f"{folder}: no runs here. Expected sft/ or rl-step-N/ below it (a study), or metrics.jsonl (a run). "
                     f"`pctrain run` writes a study, `pctrain sft` and `pctrain rl` write a run.")
+
+
+def _has_recorded(run: Path) -> bool:
+    """Whether it has made a step; of one that has, what is missing was lost."""
+    metrics = run / "metrics.jsonl"
+    return (run / "ledger.jsonl").exists() or metrics.exists() and any(row["step"] > 0 for row, _ in _metrics(run))
 
 
 def _told_apart(study: Study) -> Study:

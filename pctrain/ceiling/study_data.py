@@ -181,6 +181,7 @@ class Study:
     folder: Path
     sft: list[SFTRun]  # one for each set and seed
     rl: list[RLRun]
+    just_begun: tuple[str, ...] = ()  # runs that have recorded nothing yet, and are not among these
 
     @property
     def runs(self) -> list[Run]:

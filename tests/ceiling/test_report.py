@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -262,7 +263,7 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
 
 @pytest.mark.parametrize("file, text, expected", [
     ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not JSON"),
-    ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: expected a JSON object"),
+    ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: must be a JSON object"),
     ("sft/metrics.jsonl", '{"step": 1, "kind": "test", "eflops_sft": 0, "eflops_rl": 0}', "metrics.jsonl:2: `kind` must be"),
     ("sft/metrics.jsonl", '{"step": 1, "kind": "val", "eflops_sft": 1e-9, "eflops_rl": 0, "val_loss": "low", "val_loss_se": 0}',
      "metrics.jsonl:2: `val_loss`"),
@@ -277,6 +278,25 @@ def test_a_malformed_line_is_named_and_nothing_is_written(study_folder: Path, fi
     with pytest.raises(UserError, match=re.escape(expected)):
         report.main(study_folder)
     assert not (study_folder / "report").exists()
+
+
+def test_a_run_that_has_only_just_begun_is_left_out_and_said_so(tmp_path: Path) -> None:
+    root = make_study(tmp_path / "study")
+    begun = root / "rl-step-999"
+    begun.mkdir()
+    for name in ("config.yaml", "start.json"):
+        (begun / name).write_text((root / "rl-step-60" / name).read_text())
+    first = (root / "rl-step-60" / "metrics.jsonl").read_text().splitlines()[0]
+    for metrics in (None, first + "\n"):  # before and after the score at its start
+        if metrics is not None:
+            (begun / "metrics.jsonl").write_text(metrics)
+        report.main(root, None)
+        study = json.loads((root / "report" / "study.json").read_text())
+        assert "rl-step-999 has only just begun and is not shown." in study["not_shown"] and len(study["rl"]) == 3
+    for name in ("sft", "rl-step-60", "rl-step-150", "rl-step-270"):
+        shutil.rmtree(root / name)
+    with pytest.raises(UserError, match="have recorded nothing yet"):
+        read_study(root)
 
 
 @pytest.mark.parametrize("missing", ["sft/config.yaml", "sft/metrics.jsonl", "rl-step-60/start.json", "rl-step-60/ledger.jsonl"])

@@ -33,7 +33,7 @@ from fuzz.case import Case
 from pctrain.errors import RunFault, UserError
 
 CPU_SECONDS = 20  # of one example, in CPU time: a busy machine misses no deadline
-STANDSTILL = 150  # seconds without the end of an example: the process waits for something
+STANDSTILL = 300  # seconds without the end of an example: the process waits for something
 MEMORY = 4 << 30  # bytes of address space beyond what the target's imports mapped
 LONGEST_MESSAGE = 20_000  # characters
 ROUND = 400  # examples of a process

@@ -89,10 +89,10 @@ def campaign(target: Target, findings: Path, *, seed: int = 0, examples: int | N
     findings.mkdir(parents=True, exist_ok=True)
     for earlier in findings.glob(f"{target.NAME}-*"):
         earlier.unlink()
-    outcome, began = Outcome(target.NAME), time.monotonic()
+    outcome = Outcome(target.NAME)
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{target.NAME}-") as scratch:
         bases = target.prepare(Path(scratch))
-        began = time.monotonic() if examples else began
+        began = time.monotonic()  # making the folders takes minutes on a busy machine, and is no fuzzing
         end = began + 60 * minutes if minutes is not None else None
         for number in itertools.count(seed):
             left = ROUND if examples is None else min(ROUND, examples - outcome.examples)

@@ -251,7 +251,8 @@ class RunFolder:
                                                             if _step_of_line(line, file, number) <= last])
         rewrite_lines(self.path / "train.log", lambda lines, _: _log_until(lines, last))
         for rollouts in self.path.glob("rollouts/step-*.jsonl"):
-            if int(rollouts.stem.removeprefix("step-")) > last:
+            step = rollouts.stem.removeprefix("step-")
+            if step.isdecimal() and int(step) > last:  # what has another name is not the run's
                 rollouts.unlink()
         self._purge_step = last + 1
 

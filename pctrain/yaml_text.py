@@ -54,6 +54,8 @@ def composed(text: str) -> Iterator[tuple[Loader, yaml.Node | None]]:
 
 def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
     """How many values a tree stands for once its aliases are written out, and how many levels. `known`: the same of nodes, by id."""
+    if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
+        raise yaml.YAMLError(f"line {node.start_mark.line + 1}: text with half of a surrogate pair, which is no UTF-8")
     if id(node) not in known and depth <= MOST_DEPTH:
         parts = node.value if isinstance(node, yaml.SequenceNode) else []
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else parts

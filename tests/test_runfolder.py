@@ -316,7 +316,8 @@ def test_hostile_files_of_a_run_are_named(config, data):
     whole = file.read_text()
     for text, words in (("kind: sft\nfingerprints: 3\n", "`fingerprints` must give"),
                         ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
-                        ("kind: !!int x\n", "not valid YAML"), ("kind: &a [*a]\n", "an alias names what it stands in")):
+                        ("kind: !!int x\n", "not valid YAML"), ('kind: "\\ud800"\n', "half of a surrogate pair"),
+                        ("kind: &a [*a]\n", "an alias names what it stands in")):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             RunFolder.open(config, "sft", [data])
@@ -328,6 +329,12 @@ def test_hostile_files_of_a_run_are_named(config, data):
         (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 1e999}\n')
         with pytest.raises(UserError, match="metrics.jsonl, line 2: expected a JSON object with `step`"):
             run.rewind(1)
+        (run.path / "metrics.jsonl").write_text("")
+        (run.path / "rollouts").mkdir()
+        (run.path / "rollouts" / "step-x.jsonl").touch()  # not the run's, and left alone
+        (run.path / "train.log").write_text(f"t step {'9' * 5000} loss\n")
+        run.rewind(1)
+        assert (run.path / "rollouts" / "step-x.jsonl").exists()
         (run.path / "metrics.jsonl").write_bytes(b"\xff\n")
         with pytest.raises(UserError, match="metrics.jsonl: not UTF-8 at byte 1"):
             run.rewind(1)

@@ -174,7 +174,7 @@ def _rope_scaling(rope: dict, path: Path) -> Llama3Rope | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"{path}: rope_type {_shown(kind)} is not supported; supported: default, llama3")
+        raise UserError(f"{path}: rope_type {kind!r:.60} is not supported; supported: default, llama3")
     factors = {key: _number(rope, key, path) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if factors["high_freq_factor"] <= factors["low_freq_factor"]:
         raise UserError(f"{path}: high_freq_factor = {factors['high_freq_factor']} must be above low_freq_factor = "

@@ -109,5 +109,6 @@ def forget(run: Path, checkpoint: Path | None) -> None:
     """Deletes what the newest complete checkpoint covers: it is not needed any more. (On a GPU that is not yet the one just begun.)"""
     last = checkpoint_step(checkpoint) if checkpoint else 0
     for path in (run / "rollouts").glob("step-*.replay.npz"):
-        if int(path.name.removeprefix("step-").removesuffix(".replay.npz")) <= last:
+        step = path.name.removeprefix("step-").removesuffix(".replay.npz")
+        if step.isdecimal() and int(step) <= last:
             path.unlink()

@@ -74,8 +74,8 @@ class PromptStream:
     def load_state_dict(self, state: dict) -> None:
         """UserError where it is of another, larger set of problems."""
         if max(state["carried"], default=0) >= len(self.problems):
-            raise UserError(f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of another "
-                            "set: name that one")
+            raise UserError(f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of "
+                            "another set: name that one")
         self.position, self.carried = state["position"], list(state["carried"])
 
 

@@ -36,7 +36,7 @@ def main() -> int:
     for name, path in outcome.findings.items():
         print(f"found: {name}\n  replay: python -m fuzz {options.target} --replay {path}")
     print(outcome.line(), flush=True)
-    return 1 if outcome.findings else 0
+    return 1 if outcome.findings or not outcome.examples else 0
 
 
 def replay(target, file: Path) -> int:

@@ -33,7 +33,7 @@ from fuzz.case import Case
 from pctrain.errors import RunFault, UserError
 
 CPU_SECONDS = 20  # of one example, in CPU time: a busy machine misses no deadline
-STANDSTILL = 150  # seconds without the end of an example: the process waits for something
+STANDSTILL = 300  # seconds without the end of an example: the process waits for something
 MEMORY = 4 << 30  # bytes of address space beyond what the target's imports mapped
 LONGEST_MESSAGE = 20_000  # characters
 ROUND = 400  # examples of a process
@@ -89,10 +89,10 @@ def campaign(target: Target, findings: Path, *, seed: int = 0, examples: int | N
     findings.mkdir(parents=True, exist_ok=True)
     for earlier in findings.glob(f"{target.NAME}-*"):
         earlier.unlink()
-    outcome, began = Outcome(target.NAME), time.monotonic()
+    outcome = Outcome(target.NAME)
     with tempfile.TemporaryDirectory(prefix=f"fuzz-{target.NAME}-") as scratch:
         bases = target.prepare(Path(scratch))
-        began = time.monotonic() if examples else began
+        began = time.monotonic()  # making the folders takes minutes on a busy machine, and is no fuzzing
         end = began + 60 * minutes if minutes is not None else None
         for number in itertools.count(seed):
             left = ROUND if examples is None else min(ROUND, examples - outcome.examples)

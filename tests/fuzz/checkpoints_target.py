@@ -122,6 +122,15 @@ def checkpoint_cases(draw: st.DrawFn) -> Case:
 
 
 @st.composite
+def code_cases(draw: st.DrawFn) -> Case:
+    """A checkpoint, whole by its manifest, a part of which would run code."""
+    name = draw(st.sampled_from([".metadata", ".metadata", *PARTS]))
+    data, code = BYTES[f"{STEP}/{name}"], draw(st.sampled_from(CODE[:4]))
+    packed = zipfile.is_zipfile(io.BytesIO(data)) and draw(st.booleans())
+    return Case("load", {f"{STEP}/{name}": _with_pickle(data, code) if packed else code}, ("whole", ""), "run")
+
+
+@st.composite
 def state_cases(draw: st.DrawFn) -> Case:
     return Case("state", {f"{STEP}/state.json": draw(json_files(STATE))}, (), "run")
 
@@ -265,7 +274,8 @@ def safetensors(draw: st.DrawFn) -> bytes:
     return draw(edited_bytes(data, least=1))
 
 
-CASES = st.one_of(checkpoint_cases(), checkpoint_cases(), state_cases(), folder_cases(), folder_cases(), replay_cases(), store_cases(),
+CASES = st.one_of(checkpoint_cases(), checkpoint_cases(), code_cases(), state_cases(), folder_cases(), folder_cases(), replay_cases(),
+                  store_cases(),
                   model_cases(), model_cases())
 
 

@@ -25,7 +25,8 @@ from typing import Any
 from pctrain.durable import fsync, write_beside
 from pctrain.errors import UserError
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
+LEDGER_SUMS = {"sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device_seconds"}  # of each phase, in `state.json`
 _NAME = re.compile(r"^step-(\d+)$")
 _DIGESTS = ".sha256.json"  # beside the files while a checkpoint is being written: what its writers have hashed already
 _THREADS = 8  # hashing releases Python's lock; more threads than this outrun the disk
@@ -72,9 +73,59 @@ def read_manifest(path: Path) -> dict[str, Any]:
             entry["bytes"], entry["sha256"]
     except FileNotFoundError:
         raise ValueError(f"{file} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file} is not a manifest") from None
     return manifest
+
+
+def read_state(path: Path, *needed: str) -> dict[str, Any]:
+    """state.json of a checkpoint: what the run that saved it goes on from. `needed`: keys beside the ledger that must be there.
+
+    Raises:
+        UserError: it is missing, or not as a run writes it.
+    """
+    file = Path(path) / STATE
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} not found; name a checkpoint of a run, RUN/checkpoints/step-N") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read ({error}); take the checkpoint from its source again") from None
+    fault = _state_fault(state) or next((f"`{key}` is missing" for key in needed if key not in state), None)
+    if fault is not None:
+        raise UserError(f"{file}: {fault}; it is not as a run wrote it: take the checkpoint from its source again")
+    return state
+
+
+def _state_fault(state: Any) -> str | None:
+    """What of a state is not there, or of another kind, in words."""
+    if not isinstance(state, dict) or not isinstance(state.get("ledger"), dict) or not isinstance(state["ledger"].get("totals"), dict):
+        return "`ledger.totals` is missing"
+    totals = state["ledger"]["totals"]
+    if not all(isinstance(total, dict) and total.keys() >= LEDGER_SUMS for total in totals.values()):
+        return f"`ledger.totals` must have {', '.join(sorted(LEDGER_SUMS))} of each phase"
+    prompts = state.get("prompts", {"position": 0, "carried": []})
+    if not isinstance(prompts, dict) or not isinstance(prompts.get("carried"), list):
+        return "`prompts` must have `position` and `carried`"
+    validations, losses = state.get("validations", []), state.get("recent_losses", [])
+    if not isinstance(validations, list) or not all(isinstance(entry, list) and len(entry) == 5 for entry in validations):
+        return "`validations` must be a list of lists of 5"
+    if not isinstance(losses, list):
+        return "`recent_losses` must be a list"
+    numbers = [state["ledger"].get("joint"), *losses, *(value for total in totals.values() for value in total.values()),
+               *(value for entry in validations for value in entry[:4])]
+    if not all(_is_number(value) for value in numbers):
+        return "one of its numbers is missing, negative, not finite or none"
+    counts = [state.get("skipped_in_a_row", 0), prompts.get("position"), *prompts["carried"], *(entry[0] for entry in validations)]
+    flags = [entry[4] for entry in validations]
+    if not all(isinstance(value, int) and _is_number(value) for value in counts) or not all(isinstance(flag, bool) for flag in flags):
+        return "one of its counts is no whole number"
+    return None
+
+
+def _is_number(value: Any) -> bool:
+    """Finite, 0 or more, and not above what a float holds."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and 0 <= value < 1e300
 
 
 def size_fault(path: Path) -> str | None:

@@ -7,13 +7,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from pctrain import cli_data
+from pctrain import cli_data, cli_eval, config_load
 from pctrain.ceiling.fit_options import FitOptions
-from pctrain.cli_arguments import Command, resolve_config, set_environment
+from pctrain.cli_arguments import Command, resolve_config, set_environment, take
 from pctrain.cli_options import parse
 from pctrain.config import Config, Section
 from pctrain.config_help import own_option_lines
 from pctrain.errors import UserError
+from pctrain.plan.options import PlanOptions
 
 TRAINING = ("run", "model", "parallel", "data")
 SAMPLING = ("rollout", "reward", "eval")
@@ -180,6 +181,22 @@ def _doctor(command: Command, arguments: list[str]) -> None:
         raise SystemExit(1)
 
 
+def _plan(command: Command, arguments: list[str]) -> None:
+    operands, options, rest = parse(command, arguments, PlanOptions)
+    if operands:
+        raise UserError(f"pctrain plan: unexpected argument {operands[0]!r}: options have the form --name=value")
+    path, typed = take(rest, "--config")
+    file = Path(path) if path is not None else None
+    config = config_load.read(file, typed)  # its layout is not looked at yet: it may be for another number of GPUs
+    set_environment()
+    from pctrain.plan.command import main as run
+    from pctrain.plan.launching import LAYOUT_KEYS
+
+    pinned = {key: text for text in typed if (key := text[2:].partition("=")[0]) in (*LAYOUT_KEYS, "rollout.tensor")}
+    others = [text for text in typed if text not in pinned.values()]
+    run(config, config_load.read(file, others), options, pinned, [*(["--config", path] if path else []), *others])
+
+
 COMMANDS = (
     Command(
         "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
@@ -226,6 +243,7 @@ COMMANDS = (
         notes=("  SOURCE         folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file of curves",
                *own_option_lines(ReportOptions),
                "  Written are report.html (opens from the disk, loads nothing), study.json, figures/*.png and figures/*.csv.")),
+    *cli_eval.COMMANDS,
     *cli_data.COMMANDS,
     Command(
         "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",
@@ -243,6 +261,21 @@ COMMANDS = (
         _CONVERT_OPTIONS,
         ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
          "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
+    Command(
+        "plan", "what a config needs of memory, time and wires on so many GPUs, which layouts fit, and how to start the fastest",
+        "pctrain plan --gpus N --gpu KIND [--config FILE] [--kind sft|rl] [--out FILE] [--figure FILE] [--section.key=value ...]", _plan,
+        ("pctrain plan --config configs/retu/rl-pipeline.yaml --gpus 8 --gpu h100",
+         "pctrain plan --gpus 128 --gpu h200 --model.path=Qwen2.5-7B --model.dtype=bfloat16 --sft.batch_size=512 --sft.token_budget=16384",
+         "pctrain plan --config sft.yaml --gpus 64 --gpu a100-80 --parallel.tensor=4        # tensor stays, the rest is searched",
+         "pctrain plan --config configs/quickstart.yaml --gpus 2 --gpu cpu --kind rl"),
+        ("model", "parallel", "sft.batch_size", "sft.token_budget", "rl.algorithm", "rl.prompts", "rl.group", "rl.updates",
+         "rl.round_prompts", "rl.token_budget", "rl.kl_coef", "rl.reference_offload", "rollout.tensor", "rollout.max_response",
+         "rollout.max_sequences", "rollout.gpu_memory", "rollout.kv_cache_mb"),
+        (*own_option_lines(PlanOptions),
+         "",
+         "Neither a GPU nor weights nor data are needed: of model.path only config.json is read. Layouts are all that divide and pass the",
+         "checks of `pctrain sft` and `rl`; keys of the layout given on the command line stay as they are. What each number rests on is",
+         "printed with it, and told in docs/plan.md.")),
     Command(
         "doctor", "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
         "pctrain doctor [--folder DIR] [--explain gpu]", _doctor,

@@ -265,11 +265,38 @@ class RewardConfig(Section):
         2048, ge=64, description="address space a worker may take beyond what its imports mapped, MB; more is counted as memory (Linux)")
 
 
+class BenchmarkConfig(Section):
+    """One benchmark of `pctrain eval`."""
+
+    path: Path = Field(description="file, glob or folder of a Hugging Face data set; published layouts are known by their columns")
+    samples: int | None = Field(None, ge=1, description="samples per problem; default eval.samples")
+    verifier: str | None = Field(
+        None, min_length=1, description="verifier of its score; default reward.verifier, of multiple choice `choice`")
+    instruction: str | None = Field(None, description="text after each problem; default eval.instruction, of multiple choice its own")
+    fields: FieldsConfig = Field(default_factory=FieldsConfig, description="columns of a layout that is not known")
+
+
+def _as_benchmark(value: Any) -> Any:
+    """`math500.jsonl` means `{path: math500.jsonl}`."""
+    return {"path": value} if isinstance(value, (str, Path)) else value
+
+
+Benchmark = Annotated[BenchmarkConfig, BeforeValidator(_as_benchmark)]
+
+
 class EvalConfig(Section):
     temperature: float = Field(0.7, ge=0, description="sampling temperature of evaluation; 0 is greedy")
     top_p: float = Field(1.0, gt=0, le=1, description="evaluation samples from the likeliest tokens of this mass alone; 1: from all")
     samples: int = Field(1, ge=1, description="samples per problem; the score is their mean")
-    max_response: int | None = Field(None, ge=1, description="longest response, tokens; default rollout.max_response")
+    max_response: int | None = Field(
+        None, ge=1, description="longest response, tokens; default rollout.max_response, of `pctrain eval` 8192 or what the context leaves")
+    benchmarks: dict[str, Benchmark] = Field(
+        {}, description="`pctrain eval` alone: benchmarks by name, each a path or a mapping, {path: aime24.parquet, samples: 16}")
+    instruction: str | None = Field(
+        None, description="`pctrain eval` alone: text after each problem, such as: Put your final answer in \\boxed{}.")
+    judge: str | None = Field(
+        None, min_length=1, description="`pctrain eval` alone: a function of your own, module:function, as for reward.verifier, "
+        "that is asked where the two verifiers disagree")
 
 
 class CeilingConfig(Section):

@@ -16,7 +16,7 @@ from pctrain.config import SYNCHRONISED, Config, OptimizerConfig, RLConfig
 from pctrain.errors import UserError
 from pctrain.reward.verifiers import check_name
 
-# The keys of core.hf_config.FAMILIES, which cannot be imported here: torch comes with it.
+# The keys of core.hf_config.FAMILIES, which cannot be imported here: the core stands above this module (docs/architecture.md).
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
 
@@ -58,6 +58,8 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
         problems += _data_problems(config, sections)
     if "reward" in sections:
         problems += _reward_problems(config)
+    if "eval" in sections:
+        problems += _benchmark_problems(config)
     if "study" in sections:
         problems += _study_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
@@ -76,19 +78,20 @@ def model_shape(config: Config) -> Shape:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"model.path: {path}: expected a JSON object")
 
-    architecture = (data.get("architectures") or ["?"])[0]
+    named = data.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "?"
     if architecture not in ARCHITECTURES:
-        raise UserError(f"model.path: {path}: architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise UserError(f"model.path: {path}: architecture {str(architecture):.60} is not supported; supported: {', '.join(ARCHITECTURES)}")
 
     def number(name: str, default: str | None = None) -> int:
         value = data.get(name, data.get(default) if default else None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
+            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r:.80}")
         return value
 
     experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0
@@ -292,6 +295,23 @@ def _pair_problems(pair: dict[str, object]) -> Iterator[str]:
     if len(given) == 1:
         [missing] = set(pair) - set(given)
         yield f"{given[0]} is given without {missing}: give both, or neither for generated problems"
+
+
+def _benchmark_problems(config: Config) -> Iterator[str]:
+    named = {"eval.judge": config.eval.judge}
+    for name, benchmark in config.eval.benchmarks.items():
+        if not SET_NAME.fullmatch(name):
+            yield f"eval.benchmarks: {name!r} becomes the name of a folder: use letters, digits, ., _ and -, a letter or a digit first"
+        named[f"eval.benchmarks.{name}.verifier"] = benchmark.verifier
+    for key, verifier in named.items():
+        if verifier is None:
+            continue
+        try:
+            check_name(config.reward.model_copy(update={"verifier": verifier, "levenshtein": False}))
+        except UserError as error:
+            yield str(error).replace("reward.verifier", key, 1)
+    if config.eval.judge is not None and ":" not in config.eval.judge:
+        yield f"eval.judge = {config.eval.judge!r}: expected module:function, a function of your own"
 
 
 SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # it becomes a folder's

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from pctrain.config import Config, Section, Sources
+from pctrain.config import Benchmark, Config, Section, Sources
 
 
 def option_lines(prefixes: Sequence[str]) -> list[str]:
@@ -65,6 +65,8 @@ def describe_type(annotation: Any) -> str:
     """INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
     if annotation is Sources:
         return "PATH or [{path, weight, name}, ...]"
+    if annotation is Benchmark:
+        return "PATH or {path, samples, verifier, instruction, fields}"
     if get_origin(annotation) is Annotated:
         return describe_type(get_args(annotation)[0])
     if get_origin(annotation) is dict:

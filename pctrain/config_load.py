@@ -12,7 +12,6 @@ import difflib
 import json
 import math
 import os
-import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,17 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pctrain.config import Config, Section, SourceConfig, Sources
+from pctrain.config import BenchmarkConfig, Config, Section, SourceConfig, Sources
 from pctrain.config_check import check_combinations
 from pctrain.errors import UserError
+from pctrain.yaml_text import Loader, composed, construct, parse
 
 SECTIONS = tuple(Config.model_fields)
 # What a run folder's config.yaml holds beside the config; such a file may be given as --config to start the next run.
 RUN_FOLDER_KEYS = {"kind", "fingerprints"}
 BASE = "base"  # a file's key for the files that it goes over
+MOST_FILES = 100  # of one config: a few that name files twice would stand for millions
+SHOWN, MOST_LINES = 200, 30  # characters of a value in a message, and lines of it
 
 
 def load(path: Path | None, overrides: list[str], *, sections: Collection[str] = SECTIONS) -> Config:
@@ -52,11 +54,11 @@ def read(path: Path | None, overrides: list[str]) -> Config:
     """As `load`, without looking for impossible combinations."""
     settings = list(_file_settings(path)) if path is not None else []
     settings += _command_line_settings(overrides)
+    _refuse_unfit(settings)
     _refuse_unknown(settings)
     data = _defaults()
     for setting in settings:
         _put(data, setting)
-    _refuse_not_finite(settings)
     try:
         # JSON mode with strict types: a path may be a string and 1 may be a float, but true is no number and "3" no integer.
         return Config.model_validate_json(json.dumps(data, default=str), strict=True)
@@ -91,48 +93,37 @@ class _Setting:
         return ".".join(self.key)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML, with `1e-5` a number (PyYAML asks for `1.0e-5`) and without dates, which no option takes."""
+def _file_settings(path: Path, above: tuple[Path, ...] = (), opened: list[Path] | None = None) -> Iterator[_Setting]:
+    """Those of the files that its `base` names come first, so that its own go over them.
 
-
-_Loader.yaml_implicit_resolvers = {
-    letter: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
-    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
-    list("-+0123456789."),
-)
-
-
-def _file_settings(path: Path, above: tuple[Path, ...] = ()) -> Iterator[_Setting]:
-    """Those of the files that its `base` names come first, so that its own go over them. `above`: the files that led here."""
+    `above`: the files that led here; `opened`: all that were read so far.
+    """
     if path.resolve() in above:
         raise UserError(f"config file {path}: `base` comes back to it by {' -> '.join(str(file) for file in above)}")
+    opened = [] if opened is None else opened
+    opened.append(path)
+    if len(opened) > MOST_FILES:
+        raise UserError(f"config file {path}: more than {MOST_FILES} files are read for one config; name fewer under `base`")
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"config file {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {error}") from None
-    loader = _Loader(text)
     try:
-        root = loader.get_single_node()
-        if root is not None:
-            for base in _bases(loader, root, path):
-                yield from _file_settings(base, (*above, path.resolve()))
-            yield from _node_settings(loader, root, (), path)
+        with composed(text) as (loader, root):
+            if root is not None:
+                for base in _bases(loader, root, path):
+                    yield from _file_settings(base, (*above, path.resolve()), opened)
+                yield from _node_settings(loader, root, (), path)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise UserError(f"{path}:{mark.line + 1 if mark else '?'}: not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
 
 
-def _bases(loader: _Loader, root: yaml.Node, path: Path) -> list[Path]:
+def _bases(loader: Loader, root: yaml.Node, path: Path) -> list[Path]:
     """The files that `base: FILE` or `base: [FILE, ...]` names, from the folder of this one; the key is taken out of the tree."""
     pairs = [pair for pair in (root.value if isinstance(root, yaml.MappingNode) else []) if pair[0].value == BASE]
     if len(pairs) > 1:
@@ -141,22 +132,26 @@ def _bases(loader: _Loader, root: yaml.Node, path: Path) -> list[Path]:
     if not pairs:
         return []
     root.value.remove(pairs[0])
-    named = loader.construct_object(pairs[0][1], deep=True)
+    named = construct(loader, pairs[0][1])
     names = named if isinstance(named, list) else [named]
-    if not names or not all(isinstance(name, str) and name for name in names):
+    if not names or not all(isinstance(name, str) and name and _is_text(name) for name in names):
         line = pairs[0][0].start_mark.line + 1
-        raise UserError(f"{path}:{line}: {BASE}: expected a config file, or a list of them, from the folder of this one; got {named!r}")
+        raise UserError(f"{path}:{line}: {BASE}: expected a config file, or a list of them, from the folder of this one; "
+                        f"got {_shown(named)}")
     return [path.parent / name for name in names]
 
 
-def _node_settings(loader: _Loader, node: yaml.Node, key: tuple[str, ...], path: Path) -> Iterator[_Setting]:
+def _node_settings(loader: Loader, node: yaml.Node, key: tuple[str, ...], path: Path) -> Iterator[_Setting]:
     """One setting for each leaf; a mapping is walked as long as the key names a section."""
     origin = f"{path}:{node.start_mark.line + 1}"
     if _section(key) is None or not isinstance(node, yaml.MappingNode):
         empty = isinstance(node, yaml.ScalarNode) and node.value == ""  # `sft:` with all its keys commented out
         if _section(key) is None or not empty:
-            yield _Setting(key, loader.construct_object(node, deep=True), origin)
+            yield _Setting(key, construct(loader, node), origin)
         return
+    for name_node, _ in node.value:
+        if not isinstance(name_node, yaml.ScalarNode):
+            raise UserError(f"{path}:{name_node.start_mark.line + 1}: expected the name of a key, found a list or a mapping in its place")
     names = {str(name_node.value) for name_node, _ in node.value}
     passed_over = RUN_FOLDER_KEYS if not key and RUN_FOLDER_KEYS <= names else set()
     seen: dict[str, int] = {}
@@ -193,10 +188,10 @@ def _command_line_settings(tokens: list[str]) -> list[_Setting]:
 
 def _text_settings(key: tuple[str, ...], text: str) -> Iterator[_Setting]:
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = parse(text)
     except yaml.YAMLError as error:
         problem = getattr(error, "problem", None) or error
-        raise UserError(f"--{'.'.join(key)}: {text!r} is not valid YAML: {problem}") from None
+        raise UserError(f"--{'.'.join(key)}: {_shown(text)} is not valid YAML: {problem}") from None
     field = _field(key)
     if field is not None and value is not None and _takes_text(field.annotation, several=isinstance(value, (list, dict))):
         value = text  # --run.dir=2024 is a path: a shell has no quotes left to say so
@@ -254,7 +249,7 @@ def _defaults() -> dict[str, Any]:
 def _put(data: dict[str, Any], setting: _Setting) -> None:
     if _section(setting.key) is not None:
         name = f"{setting.dotted} ({setting.origin})" if setting.key else setting.origin
-        raise UserError(f"{name}: expected {'a section' if setting.key else 'sections'} (key: value pairs), got {setting.value!r}")
+        raise UserError(f"{name}: expected {'a section' if setting.key else 'sections'} (key: value pairs), got {_shown(setting.value)}")
     for name in setting.key[:-1]:
         data = data[name]
     data[setting.key[-1]] = setting.value
@@ -292,10 +287,44 @@ def nearest_keys(dotted: str) -> list[str]:
     return here or same_name or difflib.get_close_matches(dotted, leaves, n=1, cutoff=0.6)
 
 
-def _refuse_not_finite(settings: list[_Setting]) -> None:
+def _refuse_unfit(settings: list[_Setting]) -> None:
+    """Values that YAML can say and no option takes; what comes after may write all others down, as JSON and as names of files."""
     for s in settings:
-        if isinstance(s.value, float) and not math.isfinite(s.value):
-            raise UserError(f"{s.dotted} ({s.origin}): expected a finite number, got {s.value}")
+        if expected := _what_fits(s.value):
+            raise UserError(f"{s.dotted or 'the file'} ({s.origin}): expected {expected}")
+
+
+def _what_fits(value: Any) -> str | None:
+    """What was expected in place of a value, or of one inside of it; None: it fits."""
+    if isinstance(value, dict):
+        inside = [*value, *value.values()]
+        if any(isinstance(name, (list, dict, tuple)) for name in value):
+            return "names as keys, got a list in the place of one"
+        return next(filter(None, map(_what_fits, inside)), None)
+    if isinstance(value, list):
+        return next(filter(None, map(_what_fits, value)), None)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"a finite number, got {value}"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "a number of at most 64 bits, got a larger one"
+    if isinstance(value, str) and not _is_text(value):
+        return f"text, got {_shown(value)}: a zero byte, or bytes that are no UTF-8"
+    if value is not None and not isinstance(value, (bool, int, float, str)):
+        return f"a number, text, a list or key: value pairs, got a value of the kind {type(value).__name__}; leave out its tag"
+    return None
+
+
+def _is_text(value: str) -> bool:
+    """No NUL, which no path may hold, and no half of a surrogate pair, which no file in UTF-8 may."""
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
+def _shown(value: Any) -> str:
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _type_errors(error: ValidationError, origins: dict[tuple[str, ...], str]) -> str:
@@ -303,18 +332,21 @@ def _type_errors(error: ValidationError, origins: dict[tuple[str, ...], str]) ->
     for item in error.errors(include_url=False):
         loc = item["loc"]
         depth = next(n for n in range(len(loc), 0, -1) if all(isinstance(part, str) for part in loc[:n]) and _field(loc[:n]) is not None)
-        # Below the option: an item of a list and its key. (pydantic also appends the member of a union that failed.)
-        inner = [str(part) for part in loc[depth:]] if any(isinstance(part, int) for part in loc[depth:]) else []
+        # Below the option: an item of a list or a mapping, and its key. (pydantic also appends the member of a union that failed.)
+        mapping = get_origin(_field(loc[:depth]).annotation) is dict
+        inner = [str(part) for part in loc[depth:]] if mapping or any(isinstance(part, int) for part in loc[depth:]) else []
         name, origin = ".".join([*loc[:depth], *inner]), origins.get(loc[:depth], "default")
         if item["type"] in ("extra_forbidden", "missing"):
             what = "unknown key" if item["type"] == "extra_forbidden" else "missing"
-            line = f"{name} ({origin}): {what}; an item takes {', '.join(SourceConfig.model_fields)}"
+            item_fields = BenchmarkConfig.model_fields if loc[:depth] == ("eval", "benchmarks") else SourceConfig.model_fields
+            line = f"{name} ({origin}): {what}; an item takes {', '.join(item_fields)}"
         else:
             expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")
-            line = f"{name} ({origin}): expected {expected}, got {json.dumps(item['input'], ensure_ascii=False)}"
+            line = f"{name} ({origin}): expected {expected}, got {_cut(json.dumps(item['input'], ensure_ascii=False))}"
         if line not in lines:
             lines.append(line)
-    return "\n".join(lines)
+    more = [f"and {len(lines) - MOST_LINES} more of this kind"] if len(lines) > MOST_LINES else []
+    return "\n".join([*lines[:MOST_LINES], *more])
 
 
 _EXPECTED = {

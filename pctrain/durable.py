@@ -45,7 +45,10 @@ def fingerprint(file: Path) -> str:
 def cut_torn_line(file: Path) -> None:
     """Truncate a file to its last newline: what follows was being written when the process died."""
     if file.exists():
-        data = file.read_bytes()
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir") from None
         if not data.endswith(b"\n"):
             os.truncate(file, data.rfind(b"\n") + 1)
 
@@ -53,8 +56,11 @@ def cut_torn_line(file: Path) -> None:
 def rewrite_lines(file: Path, keep: Callable[[list[str], Path], list[str]]) -> None:
     """Replace a file, where it exists, by `keep(its lines with their newlines, file)`, whole or not at all."""
     if file.exists():
-        with open(file, encoding="utf-8", newline="\n") as stream:  # str.splitlines would cut at U+2028 too, which JSON strings may hold
-            lines = list(stream)
+        try:
+            with open(file, encoding="utf-8", newline="\n") as stream:  # str.splitlines would cut at U+2028, which JSON strings may hold
+                lines = list(stream)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; mend it, or set another run.dir") from None
         kept = keep(lines, file)
         if kept != lines:
             write_beside(file, "".join(kept))

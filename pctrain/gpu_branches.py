@@ -41,6 +41,8 @@ BRANCHES = (
            "docs.nvidia.com/megatron-core/developer-guide/latest/", "the same path on the CPU"),
     Branch("the reference model's weights in pinned host memory", ("core/reference.py",), "torch.Tensor.pin_memory",
            "docs.pytorch.org/docs/stable/generated/torch.Tensor.pin_memory.html", "without pinning"),
+    Branch("what a rank waits in collectives, by events on its stream", ("core/waits.py",), "torch.cuda.Event(enable_timing=True)",
+           "docs.pytorch.org/docs/stable/generated/torch.cuda.Event.html", "the host's clock on the CPU; the events with a stand-in"),
     Branch("the fastest matrix product, what MFU is a share of", ("core/peak.py",), "torch.cuda.synchronize",
            "docs.pytorch.org/docs/stable/notes/cuda.html", "on the CPU, a smaller one"),
     Branch("vLLM: CUDA graphs, sleep level 2, tagged wake-up, swap of weights in place, memory share rollout.gpu_memory",

@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pctrain import phase_clock
 from pctrain.errors import RunFault, ToBeContinued, UserError
 
 FOLDER = "faults"
@@ -33,7 +34,6 @@ _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer"
 
 _STOP = {signal.SIGTERM, signal.SIGUSR1}
 
-_phases: list[str] = []
 _step: int | None = None
 _failed_in: str | None = None  # the innermost phase that an exception went through
 _beat = time.monotonic()
@@ -61,7 +61,7 @@ def phase(name: str) -> Iterator[None]:
     """What this rank does from now on; phases may lie in one another. Also a decorator."""
     global _failed_in
     _failed_in = None  # what failed before this was mended
-    _phases.append(name)
+    phase_clock.enter(name)
     beat()
     try:
         yield
@@ -69,7 +69,7 @@ def phase(name: str) -> Iterator[None]:
         _failed_in = _failed_in or name
         raise
     finally:
-        _phases.pop()
+        phase_clock.leave()
         beat()
 
 
@@ -264,7 +264,7 @@ def _listed(ranks: list[int]) -> str:
 
 
 def _now() -> str:
-    return _phases[-1] if _phases else "start"
+    return phase_clock.current() or "start"
 
 
 def _is_waiting(frames: traceback.StackSummary) -> bool:

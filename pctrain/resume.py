@@ -33,16 +33,19 @@ def begin(config: Config) -> Iterator[Config]:
     """
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
-    # With the process: several jobs of a study share run.dir.
-    started = parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
     mark = Path(config.run.dir) / TO_BE_CONTINUED
-    with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), started):
+    with health.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), this_start()):
         try:
             parallel.from_rank_zero(lambda: mark.unlink(missing_ok=True))
             yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
         except ToBeContinued:
             parallel.from_rank_zero(mark.touch)
             raise
+
+
+def this_start() -> str:
+    """Collective. What the folder of a failed start is called: with the process, for several jobs of a study share run.dir."""
+    return parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
 
 
 def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:
@@ -55,7 +58,7 @@ def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Ma
     inputs = [*data_files, model.path / "config.json", model.path / "tokenizer.json"]
     if model.checkpoint is not None:
         verify(model.checkpoint, checkpoints.damaged_start)
-        inputs += [model.checkpoint / "manifest.json", model.checkpoint / "state.json"]
+        inputs += [model.checkpoint / checkpoints.MANIFEST, model.checkpoint / checkpoints.STATE]
     return parallel.agree(lambda: RunFolder.open(config, kind, inputs, digests, rank=parallel.rank()))
 
 
@@ -84,7 +87,7 @@ def resume(run: RunFolder, core: Core) -> tuple[int, dict]:
         return 0, {}
     core.load(newest)
     run.log(f"resumed from {newest.name}")
-    return step, json.loads((newest / "state.json").read_text())
+    return step, checkpoints.read_state(newest, *(["prompts"] if run.kind == "rl" else []))
 
 
 def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
@@ -111,15 +114,15 @@ def save(run: RunFolder, step: int, core: Core, state: dict) -> None:
     text = json.dumps(state)
 
     def commit() -> None:
-        (temporary / "state.json").write_text(text)
+        (temporary / checkpoints.STATE).write_text(text)
         run.commit_checkpoint(temporary, step, about)
 
     core.save(temporary, done=lambda: parallel.from_rank_zero(commit))
 
 
 def asked_to_stop() -> bool:
-    """Collective: whether a rank got SIGTERM or SIGUSR1. The step that is under way is saved then, and the run leaves (`leave`)."""
-    return parallel.any_rank(health.asked_to_stop())
+    """Collective: whether a rank got SIGTERM or SIGUSR1. Within a run `RankTimes.end_step` asks."""
+    return any(parallel.gather(health.asked_to_stop()))
 
 
 def leave(run: RunFolder, step: int) -> NoReturn:

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
-from pctrain import checkpoints, health, tracking
+from pctrain import checkpoints, health, tracking, yaml_text
 from pctrain.config import Config
 from pctrain.config_load import dump
 from pctrain.data.sources import content_hash
@@ -42,12 +43,12 @@ FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "r
                   "reward.workers", "reward.timeout", "reward.memory_mb",
                   "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory", "rollout.verify_every",
                   "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
-                  "model.checkpoint"}
+                  "model.checkpoint", "eval.benchmarks", "eval.instruction", "eval.judge"}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
 TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
 _BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", health.FOLDER, TO_BE_CONTINUED}
 HF_FOLDER = "hf"  # the final weights
-_LOG_STEP = re.compile(r"^\S+ step\s+(\d+)\b")
+_LOG_STEP = re.compile(r"^\S+ step\s+(\d{1,18})\b")
 
 
 class RunFolder:
@@ -118,7 +119,7 @@ class RunFolder:
         old = _read_config_file(file)
         if old.get("kind") != self.kind:
             raise UserError(f"{self.path} holds a run of kind {old.get('kind')}, not {self.kind}; set another run.dir")
-        _refuse_changed_data(file, old.get("fingerprints") or {}, fingerprints)
+        _refuse_changed_data(file, old["fingerprints"], fingerprints)
         before = _flatten({key: value for key, value in old.items() if key not in ("kind", "fingerprints")})
         now = _flatten(self.config.model_dump(mode="json"))
         changed = {key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
@@ -277,7 +278,7 @@ class RunFolder:
     def say_finished(self) -> None:
         """Print the closing summary of a run that had ended before this start."""
         if self.writes:
-            values = json.loads((self.path / "summary.json").read_text())
+            values = _read_summary(self.path / "summary.json")
             title = f"{self.kind} run had finished before; nothing was changed"
             _print_summary(title, self.path, values["summary"], values["next_command"])
 
@@ -287,9 +288,14 @@ class RunFolder:
 
 def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
     """(config, kind, sha256 by data file) of a run folder. UserError where it is none."""
-    old = _read_config_file(Path(folder) / "config.yaml")
-    kind, fingerprints = old.pop("kind", None), old.pop("fingerprints", None) or {}
-    return Config.model_validate(old), kind, fingerprints
+    file = Path(folder) / "config.yaml"
+    old = _read_config_file(file)
+    kind, fingerprints = old.pop("kind"), old.pop("fingerprints")
+    try:
+        return Config.model_validate(old), kind, fingerprints
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the config of a run is written whole") from None
 
 
 def best_step(folder: Path, kind: Kind) -> int | None:
@@ -305,8 +311,28 @@ def best_step(folder: Path, kind: Kind) -> int | None:
 def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:
     """{step: value} of one metric of a run folder."""
     file = Path(folder) / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return {line["step"]: line[key] for line in lines if line["kind"] == kind and line.get(key) is not None}
+    lines = _read_lines(file) if file.exists() else []
+    found = {line["step"]: line[key] for line in lines if line.get("kind") == kind and line.get(key) is not None}
+    for value in [*found, *found.values()]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise UserError(f"{file}: `step` and `{key}` must be numbers, found {value!r:.60}; mend or delete the line")
+    return found
+
+
+def _read_lines(file: Path) -> list[dict[str, Any]]:
+    lines = []
+    try:
+        text = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir") from None
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            lines.append(json.loads(line))
+            lines[-1]["step"].__hash__()
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{file}, line {number}: expected a JSON object with `step`; "
+                            f"mend or delete the line, or set another run.dir") from None
+    return lines
 
 
 # ---- checks ------------------------------------------------------------------------------------------------------------
@@ -338,15 +364,28 @@ def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]
 
 def _read_config_file(file: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = yaml_text.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing: {file.parent} is no run folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); "
                         f"this folder cannot be resumed: set another run.dir") from None
     if not isinstance(tree, dict) or "kind" not in tree:
         raise UserError(f"{file} is not the config of a run (no `kind`); set another run.dir")
-    return tree
+    before = tree.get("fingerprints") or {}
+    if not isinstance(before, dict) or not all(isinstance(text, str) for text in [*before, *before.values()]):
+        raise UserError(f"{file}: `fingerprints` must give the sha256 of each input file by its path; set another run.dir")
+    return {**tree, "fingerprints": before}
+
+
+def _read_summary(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        json.dumps(values, ensure_ascii=False).encode()
+        values["summary"].items(), values["next_command"].strip()
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{file} is not the summary of a run as it was written; delete it, and the same command writes it anew") from None
+    return values
 
 
 # ---- text -------------------------------------------------------------------------------------------------------------
@@ -363,8 +402,9 @@ def config_hash(config: Config) -> str:
 
 
 def _is_free(key: str) -> bool:
-    """Whether a dotted key may differ between the starts of one run; numbers in it stand for any item of a list."""
-    return bool({re.sub(r"\.\d+\b", "", key), key.split(".")[0]} & FREE_ON_RESUME)
+    """Whether a dotted key, or a section above it, may differ between the starts of one run; numbers stand for any item of a list."""
+    parts = re.sub(r"\.\d+\b", "", key).split(".")
+    return any(".".join(parts[:length]) in FREE_ON_RESUME for length in range(1, len(parts) + 1))
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -379,7 +419,7 @@ def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
 def _step_of_line(line: str, file: Path, number: int) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise UserError(f"{file}, line {number}: expected a JSON object with `step`; "
                         f"mend or delete the line, or set another run.dir") from None
 

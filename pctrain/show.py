@@ -6,6 +6,7 @@ import json
 import re
 from itertools import groupby
 from pathlib import Path
+from types import NoneType
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,11 @@ from rich.text import Text
 
 from pctrain.errors import UserError
 from pctrain.progress import make_console
+
+_NUMBER = (int, float)
+# What a line must have to be shown; `advantage` and `prefix` may be missing.
+_KINDS = {"group": int, "id": str, "prompt": str, "response": str, "answer": str, "reward": _NUMBER, "cause": str, "tokens": int,
+          "finish": str, "kept": bool, "why": str, "advantage": (*_NUMBER, NoneType), "prefix": (str, NoneType)}
 
 
 def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
@@ -54,10 +60,14 @@ def _read(file: Path) -> list[dict]:
         if line:
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+                json.dumps(rows[-1], ensure_ascii=False).encode()  # halves of surrogate pairs: no terminal takes them
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
-    if not rows or "group" not in rows[0]:
-        raise UserError(f"{file} holds no rollouts that can be shown; it was written by an older version")
+            if not isinstance(rows[-1], dict) or not all(isinstance(rows[-1].get(key), kind) for key, kind in _KINDS.items()):
+                raise UserError(f"{file}:{number}: no rollout that can be shown; expected {', '.join(_KINDS)}. It was written by an older "
+                                "version, or changed")
+    if not rows:
+        raise UserError(f"{file} is empty: the step has no rollouts")
     return rows
 
 
@@ -73,7 +83,7 @@ def _show(console: Console, rows: list[dict]) -> None:
     table.add_column("response", ratio=1, overflow="fold")
     for row in rows:
         colour = "green" if row["reward"] > 0.5 else "red"
-        advantage = "" if row["advantage"] is None else f"{row['advantage']:+.3f}"
+        advantage = "" if row.get("advantage") is None else f"{row['advantage']:+.3f}"
         text = Text(row["response"])  # what a model wrote is no markup
         if row.get("prefix"):
             text = Text(row["prefix"], style="dim italic") + text

@@ -200,3 +200,30 @@ def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, second
     metrics = config.run.dir / "metrics.jsonl"
     steps = [line["step"] for line in (map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else [])]
     assert steps == list(range(1, last + 1))
+
+
+def test_a_state_that_no_run_wrote_is_named(tmp_path):
+    sums = dict.fromkeys(sorted(checkpoints.LEDGER_SUMS), 1.0)
+    state = {"ledger": {"joint": 0.0, "totals": {"sft_update": sums}}, "validations": [[1, 0.1, 2.0, 0.1, True]], "recent_losses": [2.0],
+             "prompts": {"position": 3, "carried": [1]}}
+    file = tmp_path / "state.json"
+    file.write_text(json.dumps(state))
+    assert checkpoints.read_state(tmp_path) == state
+    for changed, words in (({"ledger": 3}, "`ledger.totals` is missing"), ({"ledger": {"joint": None, "totals": {}}}, "one of its numbers"),
+                           ({"ledger": {"joint": 0, "totals": {"a": {}}}}, "`ledger.totals` must have"),
+                           ({"prompts": []}, "`prompts` must have"),
+                           ({"prompts": {"position": 1.5, "carried": []}}, "no whole number"),
+                           ({"validations": [[1]]}, "list of lists of 5"),
+                           ({"recent_losses": [float("nan")]}, "one of its numbers"), ({"skipped_in_a_row": "x"}, "no whole number")):
+        file.write_text(json.dumps(state | changed))
+        with pytest.raises(UserError, match=f"{file}: .*{words}"):
+            checkpoints.read_state(tmp_path)
+    file.write_text(json.dumps({"ledger": state["ledger"]}))
+    assert checkpoints.read_state(tmp_path).keys() == {"ledger"}
+    with pytest.raises(UserError, match="`prompts` is missing"):
+        checkpoints.read_state(tmp_path, "prompts")
+    file.write_text("[" * 100_000)
+    with pytest.raises(UserError, match=f"{file} cannot be read"):
+        checkpoints.read_state(tmp_path)
+    (tmp_path / "manifest.json").write_text("[" * 100_000)
+    assert checkpoint_fault(tmp_path) == f"{tmp_path / 'manifest.json'} is not a manifest"

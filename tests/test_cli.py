@@ -85,7 +85,7 @@ def test_defaults_in_help_are_those_of_their_place():
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "unknown command 'trian'; did you mean `pctrain "),
     (["rpeort", "x"], "did you mean `pctrain report`?"),
-    (["xyzzy"], "commands are: sft, rl, show, run, fit, report, data generate"),
+    (["xyzzy"], "commands are: sft, rl, show, run, fit, report, eval, data generate"),
     (["data"], "pctrain data needs one more word"),
     (["data", "genrate"], "did you mean `pctrain data generate`?"),
     (["data", "generate"], "needs --out DIR"),

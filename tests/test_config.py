@@ -71,7 +71,8 @@ def test_the_config_of_a_run_folder_starts_the_next_run(write):
     assert load(path, []).sft.steps == 77
 
 
-@given(st.integers(1, 10**9), st.floats(1e-12, 1e3), st.sampled_from(["float32", "bfloat16"]), st.text(min_size=1))
+@given(st.integers(1, 10**9), st.floats(1e-12, 1e3), st.sampled_from(["float32", "bfloat16"]),
+       st.text(st.characters(exclude_characters="\0"), min_size=1))
 def test_dump_and_read_give_the_same_config(tmp_path_factory, steps, lr, dtype, name):
     config = Config()
     config.sft.steps, config.sft.optimizer.lr, config.model.dtype, config.data.fields.prompt = steps, lr, dtype, name
@@ -298,3 +299,39 @@ def test_nothing_heavy_is_imported():
     code = ("import sys; from pctrain.config_load import load; load(None, []); "
             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=60)
+
+
+LAUGHS = "[&a0 [x, x, x, x, x, x, x, x, x, x], " + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)) + "]"
+
+
+@pytest.mark.parametrize("value, words", [
+    ("!!int x", "x cannot be read as int"), ("!!bool maybe", "maybe cannot be read as bool"),
+    ("!!timestamp x", "cannot be read as timestamp"),
+    ("0b_", "0b_ cannot be read as int"), ("9" * 5000, "cannot be read as int"), ("9" * 400, "at most 64 bits"),
+    ("0x" + "f" * 5000, "at most 64 bits"),
+    ('"\\U00110000"', "not valid YAML"), ('"a\\0b"', "a zero byte"), ('"\\ud800"', "no UTF-8"),
+    ("!!binary aGk=", "kind bytes; leave out its tag"),
+    ("{? !!timestamp 2001-01-01 : a}", "leave out its tag"), ("&a [*a]", "an alias names what it stands in"),
+    ("[" * 60 + "]" * 60, "nested deeper than 50"),
+    ("[" * 3000 + "]" * 3000, "nested deeper than 50"), (LAUGHS, "more than 100000 values"), ("[.nan]", "a finite number, got nan"),
+    ("[" + "1, " * 500 + "1]", "and 471 more of this kind"), ("[3, " + "x" * 5000 + "]", "expected")])
+def test_what_yaml_can_say_and_no_option_takes(write, value, words):
+    """Found by fuzzing: each ended in a traceback, in gigabytes or in a message of pages."""
+    path = write(f"data:\n  train: {value}\n")
+    for arguments in ((path, []), (None, [f"--study.sets={value}"])):
+        with pytest.raises(UserError) as error:
+            load(*arguments)
+        assert words in str(error.value) or arguments[0] is None, error.value
+        assert len(str(error.value)) < 5000
+
+
+def test_hostile_keys_and_bases(write, tmp_path):
+    for text, words in (("? [a]\n: b\n", "expected the name of a key, found a list"), ('base: "a\\0b"\n', "base: expected a config file"),
+                        ("run: {dir: a\x00b}\n", "not valid YAML"), ("base: &a [*a]\n", "an alias names what it stands in")):
+        with pytest.raises(UserError, match=words):
+            load(write(text), [])
+    for number in range(12):  # each names the next one twice: 4096 files at the end of it
+        (tmp_path / f"{number}.yaml").write_text(f"base: [{number + 1}.yaml, {number + 1}.yaml]\n")
+    (tmp_path / "12.yaml").write_text("")
+    with pytest.raises(UserError, match="more than 100 files are read for one config"):
+        load(tmp_path / "0.yaml", [])

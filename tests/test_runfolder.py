@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pctrain import runfolder
 from pctrain.config import Config
 from pctrain.errors import UserError
 from pctrain.runfolder import RunFolder, read_config
@@ -304,3 +305,35 @@ def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys)
 def test_neither_torch_nor_megatron_is_imported():
     program = "import sys, pctrain.runfolder, pctrain.progress; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode == 0
+
+
+# ---- found by fuzzing -----------------------------------------------------------------------------------------------------
+
+
+def test_hostile_files_of_a_run_are_named(config, data):
+    RunFolder.open(config, "sft", [data]).close()
+    file = config.run.dir / "config.yaml"
+    whole = file.read_text()
+    for text, words in (("kind: sft\nfingerprints: 3\n", "`fingerprints` must give"),
+                        ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
+                        ("kind: !!int x\n", "not valid YAML"), ("kind: &a [*a]\n", "an alias names what it stands in")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=words):
+            RunFolder.open(config, "sft", [data])
+    file.write_text(whole.replace("seed: 0", "seed: x"))
+    with pytest.raises(UserError, match="config.yaml: run.seed: "):
+        runfolder.read_config(config.run.dir)
+    file.write_text(whole)
+    with RunFolder.open(config, "sft", [data]) as run:
+        (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 1e999}\n')
+        with pytest.raises(UserError, match="metrics.jsonl, line 2: expected a JSON object with `step`"):
+            run.rewind(1)
+        (run.path / "metrics.jsonl").write_bytes(b"\xff\n")
+        with pytest.raises(UserError, match="metrics.jsonl: not UTF-8 at byte 1"):
+            run.rewind(1)
+        (run.path / "metrics.jsonl").write_text('{"step": 1, "kind": "val", "val_loss": "low"}\n')
+        with pytest.raises(UserError, match="`val_loss` must be numbers, found 'low'"):
+            runfolder.best_step(run.path, "sft")
+        (run.path / "summary.json").write_text('{"summary": []}')
+        with pytest.raises(UserError, match="summary.json is not the summary of a run"):
+            run.say_finished()

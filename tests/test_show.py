@@ -8,7 +8,8 @@ from pctrain import cli
 
 
 def row(group, k, **more):
-    return {"id": f"p{group}", "group": group, "prompt": f"{group}+1=", "response": f"text {k} [red]\\boxed{{{k}}}", "answer": str(group + 1),
+    return {"id": f"p{group}", "group": group, "prompt": f"{group}+1=", "response": f"text {k} [red]\\boxed{{{k}}}",
+            "answer": str(group + 1),
             "reward": float(k == 0), "cause": "right" if k == 0 else "wrong", "advantage": 1.5 - k, "tokens": 7, "finish": "stop",
             "kept": True, "why": "", **more}  # fmt: skip
 
@@ -47,7 +48,8 @@ def test_a_step_its_dropped_prompts_and_fewer_of_them(capsys, run):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]), (["--step", "x"], ["--step", "'x'"]), (["--stepp=3"], ["did you mean --step"]),
+    (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]), (["--step", "x"], ["--step", "'x'"]),
+    (["--stepp=3"], ["did you mean --step"]),
 ])  # fmt: skip
 def test_what_is_not_there(capsys, run, arguments, words):
     status, text = show(capsys, run, *arguments)
@@ -61,3 +63,12 @@ def test_a_folder_without_rollouts_and_a_broken_file(capsys, run, tmp_path):
         file.write("{\n")
     status, text = show(capsys, run)
     assert status == 2 and "step-12.jsonl:9: not valid JSON" in text
+
+
+@pytest.mark.parametrize("line", ["3", "null", "{}", '{"group": 0}', json.dumps(row(0, 0, reward="1")),
+                                  json.dumps(row(0, 0, response=None)),
+                                  json.dumps(row(0, 0, prompt="\ud800")), "[" * 100_000])
+def test_lines_that_are_no_rollouts(capsys, run, line):
+    (run / "rollouts" / "step-12.jsonl").write_text(json.dumps(row(0, 0)) + "\n" + line + "\n")
+    status, text = show(capsys, run)
+    assert status == 2 and "step-12.jsonl:2: " in text

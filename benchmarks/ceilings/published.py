@@ -13,11 +13,11 @@ from pctrain.ceiling import collapse
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.curves import read_curves
 from pctrain.ceiling.fit import Fit, fit_ceiling
+from pctrain.ceiling.fit_options import PAPER_SHARE
 from pctrain.ceiling.paper_fit import least_squares_fit, paper_fit
 from pctrain.ceiling.posterior import rise
 
 FILE = Path(__file__).parents[2] / "tests" / "ceiling" / "published_curves.json"
-SEEN = 0.71  # of the points, by index
 # Table of fitted ceilings, arXiv 2512.11470v2 (Qwen2.5-7B).
 PUBLISHED = {
     ("S1K", 62): 77.0, ("S1K", 124): 76.9, ("S1K", 186): 76.5, ("S1K", 248): 76.4, ("S1K", 310): 75.9,
@@ -50,10 +50,10 @@ class Case:
 
 def case_of(curve: Curve) -> Case:
     """Of a curve that has a published ceiling."""
-    n = int(SEEN * len(curve.eflops))
+    n = curve.first(PAPER_SHARE)
     early = fit_ceiling(curve.eflops[:n], curve.scores[:n], curve.p_sft)
     full = fit_ceiling(curve.eflops, curve.scores, curve.p_sft)
-    onset = collapse.used_points(curve.scores, curve.p_sft, collapse.NOISE_FLOOR)[1]
+    onset = collapse.used_points(curve.scores, curve.p_sft, None)[1]
     return Case(curve, PUBLISHED[curve.dataset, curve.start_step], early, full, n, onset)
 
 
@@ -109,7 +109,7 @@ def without_published(all_cases: Sequence[Case]) -> list[Check]:
 def early_alarms(case: Case) -> int:
     """Prefixes of the curve that end before its collapse, or before its end, and are called collapsed."""
     scores = case.curve.scores[:case.collapse]
-    return sum(collapse.used_points(scores[:n], case.curve.p_sft, collapse.NOISE_FLOOR)[1] is not None for n in range(1, len(scores) + 1))
+    return sum(collapse.used_points(scores[:n], case.curve.p_sft, None)[1] is not None for n in range(1, len(scores) + 1))
 
 
 def _predictions(all_cases: Sequence[Case]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:

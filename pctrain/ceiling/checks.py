@@ -12,6 +12,7 @@ import numpy as np
 from pctrain.errors import UserError
 
 MAX_SCORE = 100.0  # percent
+LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits
 
 
 def curve(eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_score: float) -> tuple[np.ndarray, np.ndarray, float]:
@@ -39,8 +40,9 @@ def maximum(value: object, where: str) -> float:
 
 
 def standard_error(value: float | None, where: str) -> None:
-    if value is not None and not (np.isfinite(value) and value > 0):
-        raise UserError(f"{where} must be a standard error above 0 in points, or None where unknown; found {value!r}")
+    if value is not None and not LEAST_SE <= value <= MAX_SCORE:  # NaN is neither
+        raise UserError(f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}, or left out where unknown; "
+                        f"found {value!r}")
 
 
 # ---- files
@@ -69,7 +71,7 @@ def json_of(file: Path) -> object:
 
 def parsed(content: str, where: str) -> object:
     try:
-        return json.loads(content)
+        return refuse_surrogates(json.loads(content), content, where)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
     except (RecursionError, ValueError) as error:  # lists in lists without end; numbers of more digits than Python converts
@@ -82,10 +84,20 @@ def json_lines(file: Path) -> list[tuple[str, dict]]:
     for at, line in enumerate(text(file).splitlines(), start=1):
         where = f"{file}, line {at}"
         try:
-            records.append((where, mapping(json.loads(line), where)))
+            records.append((where, mapping(refuse_surrogates(json.loads(line), line, where), where)))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({error}); a line is one object") from None
     return records
+
+
+def refuse_surrogates(value: object, content: str, where: str) -> object:
+    """`value`, read from `content`. Half of a surrogate pair can stand in JSON as an escape; no terminal and no file would take it."""
+    if "\\ud" in content.lower():  # halves that belong together make a character
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write it anew") from None
+    return value
 
 
 def mapping(value: object, where: str) -> dict:
@@ -111,6 +123,13 @@ def as_number(value: object, where: str) -> float:
         return float(value)
     except (OverflowError, ValueError):  # a whole number above 1e308; one of more digits than Python prints
         raise UserError(f"{where} must be a finite number, found one too large") from None
+
+
+def spread(values: Mapping, key: str, where: str) -> float | None:
+    """A standard error in points; None where it is not stated, or 0 (all or no problems solved), which says nothing."""
+    value = number(values, key, where) or None if values.get(key) is not None else None
+    standard_error(value, f"{where}: `{key}`")
+    return value
 
 
 def percent(values: Mapping, key: str, where: str, max_score: float = MAX_SCORE) -> float:

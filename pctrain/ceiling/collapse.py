@@ -57,8 +57,12 @@ def onset(scores: np.ndarray, p_sft: float, sd: float) -> int | None:
     return int(found[0]) if len(found) else None
 
 
-def used_points(scores: np.ndarray, p_sft: float, floor: float) -> tuple[np.ndarray, int | None]:
-    """Mask [n] of the points to fit, and the index of the first point of a collapse (None: there is none)."""
+def used_points(scores: np.ndarray, p_sft: float, score_se: float | None) -> tuple[np.ndarray, int | None]:
+    """Mask [n] of the points to fit, and the index of the first point of a collapse (None: there is none).
+
+    `score_se`: standard error of a score, points, where it is given.
+    """
+    floor = NOISE_FLOOR if score_se is None else score_se
     sd = noise_sd(scores, floor)
     kept = np.flatnonzero(~isolated(scores, sd))
     # After a collapse the scores are wild; judged by the whole curve's noise it could hide itself.

@@ -26,3 +26,12 @@ class Curve:
     @property
     def name(self) -> str:
         return self.dataset if self.start_step is None else f"{self.dataset}, step {self.start_step}"
+
+    def first(self, share: float) -> int:
+        """Points of the first share of this curve."""
+        return first_points(len(self.eflops), share)
+
+
+def first_points(n: int, share: float) -> int:
+    """Of n points, by index; all of them where the share is 1 (0.07 * 100 is 7.000000000000001)."""
+    return int(share * n + 1e-9)

@@ -67,7 +67,7 @@ def read_run_folder(folder: Path) -> Curve:
     """Curve from the `kind` = eval lines of an RL run's metrics.jsonl; its line at eflops_rl 0 is the score at the joint, P_sft."""
     file = folder / "metrics.jsonl"
     lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
-    points = [(checks.number(line, "eflops_rl", where), checks.percent(line, "score", where), _standard_error(line, where))
+    points = [(checks.number(line, "eflops_rl", where), checks.percent(line, "score", where), checks.spread(line, "score_se", where))
               for where, line in lines]
     joint = next((p for p in points if p[0] == 0), None)
     after = [p for p in points if p[0] > 0]
@@ -96,11 +96,6 @@ def _start(folder: Path) -> dict:
     if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
         raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
     return start
-
-
-def _standard_error(record: Mapping, where: str) -> float | None:
-    """`score_se` in points. 0 (all or no problems solved) says nothing about the noise elsewhere, so it counts as not stated."""
-    return (checks.number(record, "score_se", where) or None) if record.get("score_se") is not None else None
 
 
 # ---- the exchange format

@@ -123,7 +123,7 @@ def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, 
     checks.standard_error(score_se, "ceiling fit: score_se")
     checks.standard_error(p_sft_se, "ceiling fit: p_sft_se")
     points = Points(x, y, p_sft, score_se, p_sft_se, max_score)
-    used, onset = collapse.used_points(y, p_sft, collapse.NOISE_FLOOR if score_se is None else score_se)
+    used, onset = collapse.used_points(y, p_sft, score_se)
     draws = points.draws(used, priors)
 
     a = draws.l + draws.d

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,8 +54,8 @@ def main(path: Path | str, options: FitOptions, console: Console | None = None) 
     share = options.points or {"bayes": 1.0, "paper": PAPER_SHARE}[options.method]
     curves = read_curves(path)
     _check_scores(options.reach, curves)
-    fitted = [curve for curve in curves if _first(curve, share) >= MIN_CURVE_POINTS[options.method]]
-    skipped = [curve for curve in curves if _first(curve, share) < MIN_CURVE_POINTS[options.method]]
+    fitted = [curve for curve in curves if curve.first(share) >= MIN_CURVE_POINTS[options.method]]
+    skipped = [curve for curve in curves if curve.first(share) < MIN_CURVE_POINTS[options.method]]
     if not fitted:
         more = f", or fit a larger share than --points={share:g}" if share < 1 else ""
         raise UserError(f"{path}: no curve has {MIN_CURVE_POINTS[options.method]} points to fit after the joint; score the RL run more "
@@ -77,7 +76,7 @@ def main(path: Path | str, options: FitOptions, console: Console | None = None) 
 
 
 def _result(curve: Curve, share: float, options: FitOptions) -> Result:
-    n = _first(curve, share)
+    n = curve.first(share)
     if options.method == "bayes":
         fit = fit_curve(curve, n)
     else:
@@ -90,22 +89,16 @@ def _result(curve: Curve, share: float, options: FitOptions) -> Result:
     return Result(curve, fit, rest, [reach(fit, score) for score in options.reach], at_budgets(fit, options.budget))
 
 
-def _first(curve: Curve, share: float) -> int:
-    """Points of the first share, by index; the whole where the share is 1 (0.07 * 100 is 7.000000000000001)."""
-    return int(math.floor(share * len(curve.eflops) + 1e-9))
-
-
 def _collapse_of(curve: Curve) -> int | None:
     """Index of the first point of a collapse of the whole curve: no method is asked to foresee it."""
-    floor = collapse.NOISE_FLOOR if curve.score_se is None else curve.score_se
-    return collapse.used_points(curve.scores, curve.p_sft, floor)[1]
+    return collapse.used_points(curve.scores, curve.p_sft, curve.score_se)[1]
 
 
 def _print(results: list[Result], skipped: list[Curve], share: float, options: FitOptions, console: Console) -> None:
     fit_tables.show(results, options.method, console)
     for curve in skipped:
         n = len(curve.eflops)
-        of = f", {_first(curve, share)} of them in the first {share:.0%}" if share < 1 else ""
+        of = f", {curve.first(share)} of them in the first {share:.0%}" if share < 1 else ""
         console.print(f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the joint{of}; "
                       f"{MIN_CURVE_POINTS[options.method]} are needed", highlight=False, markup=False)
     said = ""

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from pctrain.config import Section
 
-PAPER_SHARE = 0.71  # of the points by index: what the paper fits on average
+PAPER_SHARE = 0.71  # of the points by index: the mean split of arXiv 2512.11470, appendix F
 
 
 class FitOptions(Section):

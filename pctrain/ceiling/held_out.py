@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pctrain.ceiling.curve import first_points
 from pctrain.ceiling.fit import MIN_POINTS, fit_ceiling
+from pctrain.ceiling.fit_options import PAPER_SHARE
 from pctrain.ceiling.study_data import CURVE_POINTS, RLRun
-
-SHARE = 0.71  # of the points, by index: the mean split of arXiv 2512.11470, appendix F
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def predict(run: RLRun) -> HeldOut | None:
         return None
     given = run.fit.points
     x, y = given.x, given.y
-    kept = round(SHARE * len(x))
+    kept = first_points(len(x), PAPER_SHARE)
     if kept < MIN_POINTS or kept == len(x):
         return None
     fit = fit_ceiling(x[:kept], y[:kept], given.p_sft, score_se=given.score_se, p_sft_se=given.p_sft_se, max_score=given.max_score)

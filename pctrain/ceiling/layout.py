@@ -15,6 +15,7 @@ from typing import Literal
 
 SETS = "sets"
 SFT = "sft"
+RANKS_FILE = "ranks.json"  # of a run on several ranks: how long each worked at each phase
 _RL = re.compile(r"rl-(?:([\w.]+)-)?step-(\d+)")
 _SEED = re.compile(r"seed-(\d+)")
 

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 
 from pctrain.ceiling import flops
+from pctrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class Ledger:
     def load_state_dict(self, state: dict) -> None:
         unknown = set(state["totals"]) - set(PHASES)
         if unknown:
-            raise ValueError(f"ledger: unknown phases {sorted(unknown)} in the saved state")
+            raise UserError(f"ledger: unknown phases {', '.join(sorted(unknown))[:200]} in the saved state; it is another version's: go on "
+                            "with that, or begin anew")
         self.joint = float(state["joint"])
         self._totals = {phase: dict(total) for phase, total in state["totals"].items()}
         self.entries = []

@@ -9,15 +9,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pctrain.ceiling import checks
+from pctrain.ceiling.layout import RANKS_FILE
 from pctrain.ceiling.ledger import PHASES
 from pctrain.ceiling.looks import PHASE_NAMES, flops_text
 from pctrain.ceiling.reading import read_study
-from pctrain.ceiling.study_data import LEDGER_KEYS, sum_ledgers
+from pctrain.ceiling.study_data import LEDGER_KEYS, Study, sum_ledgers
 from pctrain.errors import UserError
 from pctrain.progress import make_console
 
 LEGEND = ("paper: by the paper's formulas, the x of all curves; exact: with causal attention and every pass that was made. shares: of the "
           "exact FLOPs and of the device seconds (wall seconds x ranks) of all runs. * measuring, never in x.")
+RANKS_LEGEND = ("s a step: the rank's own work at a phase, without what it waited for other ranks there; others: the median of the other "
+                "ranks; since the run was last started.")
 
 
 def main(source: Path, console: Console | None = None) -> None:
@@ -42,6 +46,37 @@ def main(source: Path, console: Console | None = None) -> None:
     console = console or make_console()
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
+    if any((run.folder / RANKS_FILE).exists() for run in study.runs):
+        console.print()
+        console.print(_ranks(study))
+        console.print(RANKS_LEGEND, style="dim", highlight=False)
+
+
+def _ranks(study: Study) -> Table:
+    """The slowest rank of each run and phase, of the runs on several ranks."""
+    table = Table(title=Text("the slowest rank"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
+                  show_edge=False)
+    for name in ("run", "phase", "rank"):
+        table.add_column(name, overflow="fold")
+    for name in ("s a step", "others", "times"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for run in study.runs:
+        file = run.folder / RANKS_FILE
+        for i, row in enumerate(_slowest(file) if file.exists() else []):
+            times = f"{row['seconds'] / row['others']:.2f}" if row["others"] else "-"
+            table.add_row(Text(run.name if i == 0 else ""), Text(row["phase"]), Text(f"{row['rank']} ({row['place']})"),
+                          f"{row['seconds']:.3g}", f"{row['others']:.3g}", times)
+    return table
+
+
+def _slowest(file: Path) -> list[dict]:
+    where = f"{file}: slowest"
+    rows = checks.need(checks.mapping(checks.json_of(file), str(file)), "slowest", str(file))
+    if not isinstance(rows, list):
+        raise UserError(f"{where} must be a list, found {type(rows).__name__}")
+    rows = [checks.mapping(row, where) for row in rows]
+    return [{**{key: str(checks.need(row, key, where)) for key in ("phase", "rank", "place")},
+             **{key: checks.number(row, key, where) for key in ("seconds", "others")}} for row in rows]
 
 
 def _rows(table: Table, name: str, ledger: dict[str, dict[str, float]], totals: dict[str, float]) -> None:

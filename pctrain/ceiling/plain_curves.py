@@ -63,6 +63,8 @@ def _csv_curve(name: str, lines: list[tuple[str, dict[str, str]]], where: str) -
         what = "no row at 0 EFLOPs, the score at the joint (P_sft)" if x[0] != 0 else "no row after the joint"
         raise UserError(f"{where}: {what}")
     errors = [_csv_number(values, "score_se", place) if values.get("score_se", "").strip() else 0.0 for place, values in lines]
+    for error, (place, _) in zip(errors, lines, strict=True):
+        checks.standard_error(error or None, f"{place}: `score_se`")
     stated = [error for error in errors[1:] if error > 0]
     return Curve(name, None, None, scores[0], x[1:], np.array(scores[1:]), errors[0] or None, float(np.median(stated)) if stated else None)
 
@@ -100,7 +102,7 @@ def _json_curve(entry: object, where: str) -> Curve:
         raise UserError(f"{where}: `eflops` must begin above 0; the score at the joint is `p_sft`")
     for at, score in enumerate(y):
         checks.at_most(score, top, f"{where}: scores[{at}]")
-    errors = [checks.number(entry, key, where) or None if entry.get(key) is not None else None for key in ("p_sft_se", "score_se")]
+    errors = [checks.spread(entry, key, where) for key in ("p_sft_se", "score_se")]
     return Curve(name, None, None, checks.percent(entry, "p_sft", where, top), checks.increasing(x, f"{where}: eflops"), np.array(y),
                  *errors, max_score=top)
 

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pctrain.ceiling import curves, regimes
+from pctrain import yaml_text
+from pctrain.ceiling import checks, curves, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
 from pctrain.ceiling.layout import find_runs
 from pctrain.ceiling.ledger import PHASES
@@ -54,7 +55,7 @@ def _told_apart(study: Study) -> Study:
 
 def read_sft(folder: Path, set_name: str = "") -> SFTRun:
     config, text = read_config(folder)
-    delta, delta2 = (_setting(folder, config, "ceiling", key) for key in ("delta", "delta2"))
+    delta, delta2 = (_number_setting(folder, config, "ceiling", key) for key in ("delta", "delta2"))
     points: dict[int, dict[str, Any]] = {}
     not_finite = 0
     for row, where in _metrics(folder):
@@ -78,28 +79,46 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
             raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
         for point, label in zip(valid, labels, strict=True):
             point["regime"] = str(label)
-    return SFTRun(folder.name, folder, config, text, read_ledger(folder), set=set_name, seed=int(_setting(folder, config, "run", "seed")),
+    seed = int(_number_setting(folder, config, "run", "seed"))
+    return SFTRun(folder.name, folder, config, text, read_ledger(folder), set=set_name, seed=seed,
                   points=[SFTPoint(**p) for p in ordered], delta=delta, delta2=delta2, not_finite=not_finite,
-                  size=_trajectories(folder), difficulty=_difficulty(config))
+                  size=_trajectories(folder), difficulty=_difficulty(folder, config))
 
 
 def _trajectories(folder: Path) -> int | None:
     """Of the training set, by the summary of a finished run."""
     path = folder / "summary.json"
-    return json.loads(path.read_text(encoding="utf-8"))["summary"].get("trajectories") if path.exists() else None
+    if not path.exists():
+        return None
+    summary = checks.mapping(checks.need(checks.mapping(checks.json_of(path), str(path)), "summary", str(path)), f"{path}: summary")
+    trajectories = summary.get("trajectories")
+    if trajectories is not None and (isinstance(trajectories, bool) or not isinstance(trajectories, int)):
+        raise UserError(f"{path}: `trajectories` must be a whole number, found {trajectories!r:.60}")
+    return trajectories
 
 
-def _difficulty(config: dict[str, Any]) -> str | None:
+def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
     """What `pctrain data select --take` wrote beside the files of the set, where all of them have the same."""
-    manifests = [Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []]
-    taken = {json.loads(path.read_text(encoding="utf-8"))["options"].get("take") if path.is_file() else None for path in manifests}
+    try:
+        manifests = [Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []]
+    except (TypeError, KeyError, AttributeError):
+        raise UserError(f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`") from None
+    taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
+
+
+def _taken(manifest: Path) -> str | None:
+    options = checks.mapping(checks.mapping(checks.json_of(manifest), str(manifest)).get("options") or {}, f"{manifest}: options")
+    take = options.get("take")
+    if take is not None and not isinstance(take, str):
+        raise UserError(f"{manifest}: `take` must be a word, found {take!r:.60}")
+    return take
 
 
 def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLRun:
     """`sft_runs`: of the study; the one of its set and seed is what it is compared with."""
     config, text = read_config(folder)
-    seed = int(_setting(folder, config, "run", "seed"))
+    seed = int(_number_setting(folder, config, "run", "seed"))
     sft = sft_of(sft_runs, set_name, seed)
     start = _read_start(folder)
     points, train, last_eval = [], [], {}
@@ -113,7 +132,10 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points.sort(key=lambda p: p.step)
     step, role, eflops_sft = int(start["start_step"]), str(start["role"]), float(start["eflops_sft"])
     joint = next((Estimate(p.score, p.score_se) for p in points if p.eflops_rl == 0), Estimate(None, reason=NO_JOINT))
-    fit, reason = _fit(points)
+    try:
+        fit, reason = _fit(points)
+    except UserError as error:
+        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
@@ -176,22 +198,22 @@ def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
-    with path.open(encoding="utf-8", errors="strict") as lines:
-        try:
+    try:
+        with path.open(encoding="utf-8", errors="strict") as lines:
             for number, line in enumerate(lines, 1):
                 where = f"{path}:{number}"
                 try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
+                    row = checks.refuse_surrogates(json.loads(line), line, where)
+                except (ValueError, RecursionError) as error:
                     if not line.endswith("\n"):
                         return
-                    raise UserError(f"{where}: not JSON ({error.msg}). Expected one object a line; a run that was killed here mends its "
+                    raise UserError(f"{where}: not JSON ({error}). Expected one object a line; a run that was killed here mends its "
                                     f"files when the same command is started again.") from None
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}.")
-                yield row, where
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+                yield checks.mapping(row, where), where
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
 
 
 def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
@@ -212,9 +234,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / "config.yaml"
     if not path.exists():
         raise UserError(f"{path}: missing. Every run folder has the resolved config of its run; is {folder} a run folder?")
-    text = path.read_text(encoding="utf-8")
+    text = checks.text(path)
     try:
-        config = yaml.safe_load(text)
+        config = yaml_text.parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not YAML ({error}).") from None
     if not isinstance(config, dict) or config.get("kind") not in ("sft", "rl"):
@@ -228,6 +250,11 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
     except (KeyError, TypeError):
         raise UserError(f"{folder / 'config.yaml'}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
                         f"key.") from None
+
+
+def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:
+    _setting(folder, config, section, key)
+    return _number(config[section], key, f"{folder / 'config.yaml'}: {section}")
 
 
 def read_ledger(folder: Path) -> dict[str, dict[str, float]]:
@@ -247,12 +274,7 @@ def _read_start(folder: Path) -> dict[str, Any]:
     path = folder / "start.json"
     if not path.exists():
         raise UserError(f"{path}: missing. An RL run folder says there which checkpoint it started from.")
-    try:
-        start = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}).") from None
-    if not isinstance(start, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(start).__name__}.")
+    start = checks.mapping(checks.json_of(path), str(path))
     if start.get("role") not in ROLES:
         raise UserError(f"{path}: `role` must be one of {', '.join(ROLES)}, found {start.get('role')!r}.")
     for key in ("start_step", "eflops_sft"):
@@ -262,6 +284,9 @@ def _read_start(folder: Path) -> dict[str, Any]:
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{where}: `{key}` must be a finite number, found {value!r}.")
-    return float(value)
+    try:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise UserError(f"{where}: `{key}` must be a finite number, found {value!r:.60}.")
+        return float(value)
+    except OverflowError:  # a whole number above 1e308
+        raise UserError(f"{where}: `{key}` must be a finite number, found one too large.") from None

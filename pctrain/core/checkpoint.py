@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import signal
+import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory, apply_factories
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from pctrain import health
 from pctrain.checkpoints import note_digests
@@ -120,9 +124,14 @@ def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
     """Collective. Without an optimizer: the weights alone (the start of another run)."""
     if not Path(directory).is_dir():
         raise UserError(f"{directory}: not found; expected a checkpoint folder such as RUN/checkpoints/step-100")
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(directory)):
+    try:
+        is_one = dist_checkpointing.check_is_distributed_checkpoint(str(directory))
+    except _UNREADABLE as error:
+        raise _unreadable(Path(directory) / "metadata.json", error) from None
+    if not is_one:
         raise UserError(f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N")
     _refuse_foreign_objects(Path(directory) / ".metadata")
+    _refuse_other_values(Path(directory) / "common.pt")
     state = _sharded_state(chunks, optimizer, is_loading=True)
     for i in range(len(chunks)):
         _read_in_place(state[_key(i)])
@@ -131,6 +140,8 @@ def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
             loaded = dist_checkpointing.load(state, str(directory))
     except pickle.UnpicklingError as error:
         raise _foreign(Path(directory), str(error)) from None
+    except (CheckpointException, CheckpointingException, *_UNREADABLE) as error:
+        raise _unreadable(Path(directory), error) from None
     for i, chunk in enumerate(chunks):
         chunk.module.load_state_dict(loaded[_key(i)])
     if optimizer is not None:
@@ -217,11 +228,43 @@ def _refuse_foreign_objects(metadata: Path) -> None:
     """torch reads `.metadata` by plain pickle, which runs whatever it names. Read it once with an allow-list before."""
     try:
         with open(metadata, "rb") as stream:
-            _MetadataUnpickler(stream).load()
+            found = _MetadataUnpickler(stream).load()
     except FileNotFoundError:
         raise UserError(f"{metadata} is missing: this is no whole checkpoint; name another one") from None
     except pickle.UnpicklingError as error:
         raise _foreign(metadata, str(error)) from None
+    except _UNREADABLE as error:
+        raise _unreadable(metadata, error) from None
+    if type(found) is not Metadata or not isinstance(vars(found).get("state_dict_metadata"), dict):
+        raise _foreign(metadata, type(found).__name__)
+
+
+def _refuse_other_values(common: Path) -> None:
+    """What is no tensor: a dict of plain values. megatron-core reads it again, where an error of one rank would leave others waiting."""
+    try:
+        found = torch.load(common, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{common} is missing: this is no whole checkpoint; name another one") from None
+    except pickle.UnpicklingError as error:
+        raise _foreign(common, _first_line(error)) from None
+    except (RuntimeError, *_UNREADABLE) as error:
+        raise _unreadable(common, error) from None
+    if not isinstance(found, dict):
+        raise _foreign(common, type(found).__name__)
+
+
+# How pickle, torch and megatron-core meet bytes that none of them wrote: there is no one error for it.
+_UNREADABLE = (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError, ArithmeticError, AssertionError,
+               MemoryError, RecursionError, NotImplementedError, struct.error)
+
+
+def _unreadable(path: Path, error: BaseException) -> UserError:
+    return UserError(f"{path} cannot be read as a part of this model's checkpoint ({type(error).__name__}: {_first_line(error)}): it was "
+                     "altered, or is of another model or version; take it from its source again, or name another checkpoint")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
 
 
 def _foreign(path: Path, what: str) -> UserError:

@@ -13,6 +13,8 @@ from pathlib import Path
 from pctrain.ceiling.flops import ModelShape
 from pctrain.errors import UserError
 
+LARGEST = 2**40  # of a size
+
 
 @dataclass(frozen=True)
 class Family:
@@ -85,24 +87,28 @@ class HFConfig:
         """Raises UserError: no config.json, an architecture or a setting that is not built, a missing key or one of the wrong type."""
         path = Path(directory) / "config.json"
         raw = _read_json(path)
-        name = (raw.get("architectures") or ["?"])[0]
+        named = raw.get("architectures")
+        name = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else "?"
         family = FAMILIES.get(name)
         if family is None:
-            raise UserError(f"{path}: architecture {name} is not supported; supported: {', '.join(FAMILIES)}")
+            raise UserError(f"{path}: architecture {name:.60} is not supported; supported: {', '.join(FAMILIES)}")
         raw = {**family.defaults, **raw}
         _refuse_what_is_not_built(raw, family, path)
-        rope = {"rope_theta": raw.get("rope_theta"), **(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope = {"rope_theta": raw.get("rope_theta"), **_object(raw, "rope_scaling", path), **_object(raw, "rope_parameters", path)}
         heads, hidden = _count(raw, "num_attention_heads", path), _count(raw, "hidden_size", path)
         if "eos_token_id" not in raw:
             raise UserError(f"{path}: key 'eos_token_id' is missing")
         eos = raw["eos_token_id"]
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        if type(eos) is not int or eos < 0:
+            raise UserError(f"{path}: expected the number of a token under 'eos_token_id', or a list of them, found {_shown(eos)}")
         return cls(
             architecture=name,
             layers=_count(raw, "num_hidden_layers", path),
             hidden=hidden,
             heads=heads,
             kv_heads=_count(raw, "num_key_value_heads", path, heads),
-            head_dim=_count(raw, "head_dim", path, hidden // heads),
+            head_dim=_count(raw, "head_dim", path, hidden // heads or None),
             ffn=_count(raw, "intermediate_size", path),
             vocab=_count(raw, "vocab_size", path),
             context=_count(raw, "max_position_embeddings", path),
@@ -110,7 +116,7 @@ class HFConfig:
             norm_eps=_number(raw, "rms_norm_eps", path),
             tied=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family.qkv_bias,
-            eos_id=eos[0] if isinstance(eos, list) else eos,
+            eos_id=eos,
             qk_norm=family.qk_norm,
             rope_scaling=_rope_scaling(rope, path),
             experts=_experts(raw, path) if family.experts else None,
@@ -134,7 +140,7 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: not found; model.path must be a Hugging Face directory with config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested without end
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -145,26 +151,30 @@ def _refuse_what_is_not_built(raw: dict, family: Family, path: Path) -> None:
     for key, built in {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, **family.only}.items():
         value = raw.get(key)
         if value is not None and value != built:
-            raise UserError(f"{path}: {key} = {json.dumps(value)} is not supported; expected {json.dumps(built)}")
+            raise UserError(f"{path}: {key} = {_shown(value)} is not supported; expected {json.dumps(built)}")
     if raw.get("quantization_config"):
         raise UserError(f"{path}: quantization_config: quantised weights cannot be trained; give the directory of the unquantised model")
     window, context = raw.get("sliding_window"), raw.get("max_position_embeddings") or 0
+    if type(context) is not int or type(window) not in (int, type(None)):
+        raise UserError(f"{path}: expected whole numbers under 'max_position_embeddings' and 'sliding_window' (or null there), found "
+                        f"{_shown(context)} and {_shown(window)}")
     # The Qwen families switch their window by use_sliding_window, refused above; Mistral's applies wherever it is set.
     if "use_sliding_window" not in family.only and window is not None and window < context:
         raise UserError(f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window is not "
                         f"supported: set max_position_embeddings to {window}, up to which the window changes nothing")
-    if "sliding_attention" in (raw.get("layer_types") or []) and "use_sliding_window" in family.only:
+    kinds = raw.get("layer_types") or []
+    if isinstance(kinds, list) and "sliding_attention" in kinds and "use_sliding_window" in family.only:
         raise UserError(f"{path}: layer_types names sliding_attention; attention within a window is not supported")
 
 
 def _rope_scaling(rope: dict, path: Path) -> Llama3Rope | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UserError(f"{path}: partial_rotary_factor = {rope['partial_rotary_factor']} is not supported; expected 1.0")
+        raise UserError(f"{path}: partial_rotary_factor = {_shown(rope['partial_rotary_factor'])} is not supported; expected 1.0")
     if kind == "default":
         return None
     if kind != "llama3":
-        raise UserError(f"{path}: rope_type {kind!r} is not supported; supported: default, llama3")
+        raise UserError(f"{path}: rope_type {_shown(kind)} is not supported; supported: default, llama3")
     factors = {key: _number(rope, key, path) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if factors["high_freq_factor"] <= factors["low_freq_factor"]:
         raise UserError(f"{path}: high_freq_factor = {factors['high_freq_factor']} must be above low_freq_factor = "
@@ -191,7 +201,9 @@ def _count(raw: dict, key: str, path: Path, default: int | None = None) -> int:
     if value is None:
         raise UserError(f"{path}: key {key!r} is missing")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: expected a whole number above 0 under {key!r}, found {value!r}")
+        raise UserError(f"{path}: expected a whole number above 0 under {key!r}, found {_shown(value)}")
+    if value > LARGEST:
+        raise UserError(f"{path}: the number under {key!r} is above {LARGEST}, which no model has")
     return value
 
 
@@ -200,6 +212,17 @@ def _number(raw: dict, key: str, path: Path, default: float | None = None) -> fl
     value = default if value is None else value
     if value is None:
         raise UserError(f"{path}: key {key!r} is missing")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-        raise UserError(f"{path}: expected a number above 0 under {key!r}, found {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
+        raise UserError(f"{path}: expected a finite number above 0 under {key!r}, found {_shown(value)}")
     return float(value)
+
+
+def _object(raw: dict, key: str, path: Path) -> dict:
+    value = raw.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected an object under {key!r}, found {_shown(value)}")
+    return value
+
+
+def _shown(value: object) -> str:
+    return f"{json.dumps(value):.80}"

@@ -8,6 +8,7 @@ once; `write` is given their shapes beforehand and then takes one at a time.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,6 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Pages of a mapped file count as this process's memory until it is closed: it is closed and opened anew after so many bytes of it.
 _MAPPED_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9  # of one file
+_FILE = re.compile(r"(?!\.+$)[^/\0\ud800-\udfff]{1,255}")  # a name in the same folder: an index does not lead elsewhere
 
 
 class HFReader:
@@ -67,7 +69,7 @@ class HFReader:
         shape, dtype = self.slice(name).get_shape(), self.dtype(name)
         first, end, _ = rows.indices(shape[0])
         row_bytes = prod(shape[1:]) * dtype.itemsize  # columns lie in the same pages as the rest of their row
-        step = max(1, _MAPPED_BYTES // row_bytes)
+        step = max(1, _MAPPED_BYTES // max(1, row_bytes))
         values = torch.empty((end - first, *(len(range(n)[c]) for n, c in zip(shape[1:], columns or [slice(None)]))), dtype=dtype)
         for begin in range(first, end, step):
             piece = slice(begin, min(begin + step, end))
@@ -180,10 +182,10 @@ def _write_file(path: Path, shard: list[Entry], stream) -> None:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        if not isinstance(files, dict) or not all(isinstance(file, str) and _FILE.fullmatch(file) for file in files.values()):
             raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{index}: expected JSON with "weight_map": {{tensor: file}}; download it again') from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f'{index}: expected JSON with "weight_map": {{tensor: file beside it}}; download it again') from None
     return files
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from pctrain import health
 from pctrain.config import ParallelConfig
-from pctrain.core import cpu_compat
+from pctrain.core import cpu_compat, waits
 from pctrain.device import device, on_gpu
 
 SIGN_OF_LIFE = 2.0  # seconds between two words of rank 0 to those that wait for it
@@ -32,6 +32,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
         # A process that torchrun did not start is alone, and needs no rendezvous: no port, no address.
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
         dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=datetime.timedelta(seconds=parallel.timeout), **alone)
+    if world_size() > 1:
+        waits.measure()
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
@@ -86,6 +88,18 @@ def data_parallel() -> tuple[int, int]:
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
 
+def coordinates() -> dict[str, int]:
+    """Where this rank stands in the layout: its rank in each group of several."""
+    from megatron.core import parallel_state as state
+
+    groups = {"tensor": (state.get_tensor_model_parallel_rank, state.get_tensor_model_parallel_world_size),
+              "pipeline": (state.get_pipeline_model_parallel_rank, state.get_pipeline_model_parallel_world_size),
+              "context": (state.get_context_parallel_rank, state.get_context_parallel_world_size),
+              "expert": (state.get_expert_model_parallel_rank, state.get_expert_model_parallel_world_size),
+              "data": (state.get_data_parallel_rank, state.get_data_parallel_world_size)}
+    return {name: rank() for name, (rank, size) in groups.items() if size() > 1}
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -137,22 +151,32 @@ def map_over_ranks(fn: Callable[[list], list], items: list) -> list:
     n = world_size()
     if n == 1:
         return fn(items)
-    shares: list = [None] * n
-    dist.all_gather_object(shares, fn(items[rank() :: n]))
-    health.beat()
+    shares = gather(fn(items[rank() :: n]))
     results: list = [None] * len(items)
     for r, share in enumerate(shares):
         results[r::n] = share
     return results
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether it is so on one rank or more; the same on all of them."""
+def gather(value) -> list:
+    """Every rank's `value`, by rank."""
+    values: list = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+        health.beat()
+    return values
+
+
+def gather_row(values: list[float]) -> np.ndarray:
+    """float64 [world, len(values)]: every rank's numbers, in one collective."""
+    row = torch.tensor(values, dtype=torch.float64, device=device())
     if world_size() == 1:
-        return flag
-    found = torch.tensor([flag], dtype=torch.int32, device=device())
-    dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return bool(found.item())
+        return row.numpy(force=True)[None]
+    rows = torch.empty((world_size(), len(values)), dtype=torch.float64, device=device())
+    dist.all_gather_into_tensor(rows.view(-1), row)
+    health.beat()
+    return rows.numpy(force=True)
 
 
 def agree(act: Callable):
@@ -162,11 +186,7 @@ def agree(act: Callable):
         result = act()
     except Exception as caught:
         error = caught
-    if world_size() > 1:
-        errors: list = [None] * world_size()
-        dist.all_gather_object(errors, error)
-        health.beat()
-        error = error or next((e for e in errors if e is not None), None)
+    error = error or next((e for e in gather(error) if e is not None), None)
     if error is not None:
         raise error
     return result

@@ -42,6 +42,9 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise UserError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
                             "mend it, or give another by data.template") from None
+        except (RecursionError, SyntaxError) as error:  # a template becomes a Python program, which has bounds of its own
+            raise UserError(f"{where}: the chat template cannot be compiled, most likely for what is nested in it ({error}); "
+                            "simplify it, or give another by data.template") from None
 
     @cached_property
     def digest(self) -> str:
@@ -99,7 +102,7 @@ def load(hf_dir: Path, setting: str) -> ChatTemplate | None:
 
 def _of_config(entry: Any, config: Path) -> str | None:
     if isinstance(entry, list):
-        named = {item.get("name"): item.get("template") for item in entry if isinstance(item, dict)}
+        named = {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
         if "default" not in named:
             raise UserError(f"{config}: chat_template lists {', '.join(map(str, named)) or 'no templates'}, but none is named 'default'; "
                             "write the one to use into a file, and name that by data.template")

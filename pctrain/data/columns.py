@@ -84,7 +84,7 @@ def look_up(value: dict[str, Any], path: str) -> Any:
     for depth, step in enumerate(steps):
         if isinstance(here, dict) and step in here:
             here = here[step]
-        elif isinstance(here, list) and step.isdecimal() and int(step) < len(here):
+        elif isinstance(here, list) and step.isdecimal() and len(step) < 10 and int(step) < len(here):
             here = here[int(step)]
         else:
             raise Missing(f"the record has no field {path!r} ({_what_is_there(here, '.'.join(steps[:depth]))})")

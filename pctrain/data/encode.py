@@ -146,7 +146,7 @@ class Encoder:
             last = turn == turns[-1]
             spans.append((len(ids), self._end(whole, len(ids)) if last else self._earlier_end(messages[: turn + 1], text, whole, len(ids))))
         tokens = whole[: spans[-1][1]]
-        if tokens[-1] != self.tokenizer.eos_id:
+        if tokens[-1:] != [self.tokenizer.eos_id]:
             tokens.append(self.tokenizer.eos_id)
             spans[-1] = (spans[-1][0], len(tokens))
         return tokens, [(start, end) for start, end in spans if start < end]  # an earlier turn may be empty

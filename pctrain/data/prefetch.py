@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from pctrain import health
+
 Batch = TypeVar("Batch")
 
 
@@ -19,7 +21,8 @@ def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, 
         ahead = pool.submit(make, steps[0]) if steps else None
         for i, step in enumerate(steps, start=1):
             began = time.perf_counter()
-            batch = ahead.result()
+            with health.phase("data"):
+                batch = ahead.result()
             waited = time.perf_counter() - began
             if i < len(steps):
                 ahead = pool.submit(make, steps[i])

@@ -71,7 +71,8 @@ class Unreadable(ValueError):
     """Why a record cannot be made; `cause` as in Fault."""
 
     def __init__(self, cause: str, message: str):
-        super().__init__(message)
+        # Names of columns may hold halves of surrogate pairs, which neither a terminal nor a file takes.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.cause = cause
 
 
@@ -90,6 +91,7 @@ def make_record(value: dict[str, Any], identity: str, columns: Columns, need: Co
     own = value.get("id")
     if isinstance(own, (str, int)) and not isinstance(own, bool) and own != "":
         identity = str(own)
+        _refuse_surrogates(identity, "field 'id'")
     answer = _text(value, "answer", columns.answer, needed="answer" in need)
     if columns.messages is not None:
         return Record(identity, answer=answer, messages=_chat(value, columns.messages, need))

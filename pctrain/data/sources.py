@@ -53,7 +53,11 @@ def files_of(path: Path | str) -> list[Path]:
         UserError: there is none, or one of a format that is not read.
     """
     path = Path(path)
-    if path.exists():  # a name with brackets that is there is a name, not a pattern
+    try:
+        there = path.exists()
+    except OSError as error:
+        raise UserError(f"data file {str(path)[:200]} cannot be read: {error.strerror}") from None
+    if there:  # a name with brackets that is there is a name, not a pattern
         found = [path]
     elif not glob.has_magic(str(path)):
         raise UserError(f"data file {path} does not exist")

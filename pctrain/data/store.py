@@ -24,6 +24,7 @@ from typing import IO
 
 import numpy as np
 
+from pctrain import npz
 from pctrain.data.rows import Row
 from pctrain.errors import UserError
 
@@ -60,11 +61,8 @@ class TokenStore:
         self.counts: dict[str, int] = self.manifest["counts"]
         self.tokens: int = self.manifest["tokens"]
         self._dtype = np.dtype(self.manifest["dtype"])
-        with np.load(self.folder / "index.npz") as index:
-            self.lengths = index["lengths"]
-            self._spans = index["spans"]
-            self._first_span = _starts(index["span_counts"])
-            self._first_record = _starts(index["shards"])
+        self.lengths, self._spans, span_counts, shards = _read_index(self.folder)
+        self._first_span, self._first_record = _starts(span_counts), _starts(shards)
         self._first_token = _starts(self.lengths)
         trained = np.concatenate([[0], np.cumsum(self._spans[:, 1] - self._spans[:, 0], dtype=np.int64)])
         self.loss_tokens = np.diff(trained[self._first_span]).astype(np.int32)
@@ -93,8 +91,11 @@ class TokenStore:
 
     def id(self, index: int) -> str:
         """The record's id: "<file name>:<line or row>", or its own. For messages: it reads a file."""
-        with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
-            return json.loads(next(islice(lines, index, None)))
+        try:
+            with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
+                return str(json.loads(next(islice(lines, index, None))))
+        except (OSError, ValueError, RecursionError, StopIteration):
+            raise UserError(f"{self.folder / 'ids.jsonl'} is damaged; delete {self.folder}, and it is made again") from None
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first_record, index, side="right")) - 1
@@ -117,11 +118,37 @@ def _read_manifest(folder: Path) -> dict:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished set of tokens ({MANIFEST} is missing)") from None
-    except ValueError:
+    except (OSError, ValueError, RecursionError):
         raise UserError(f"{folder / MANIFEST} is not valid JSON; delete {folder}, and it is made again") from None
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder}: tokens of format {manifest.get('format')}, expected {FORMAT}; delete it, and it is made again")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = str(manifest.get("format"))[:40] if isinstance(manifest, dict) else None
+        raise UserError(f"{folder}: tokens of format {found}, expected {FORMAT}; delete it, and it is made again")
+    counts, tokens = manifest.get("counts"), manifest.get("tokens")
+    whole = isinstance(counts, dict) and all(type(count) is int for count in (tokens, *counts.values()))
+    if not whole or manifest.get("dtype") not in ("uint16", "int32"):
+        raise UserError(f"{folder / MANIFEST} is not as it was written (counts, tokens, dtype); delete {folder}, and it is made again")
     return manifest
+
+
+def _read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """lengths, spans, span_counts, shards. UserError where they do not fit each other: rows would be read from the wrong place."""
+    file = folder / "index.npz"
+    try:
+        lengths, spans, span_counts, shards = npz.read(file, ("lengths", "spans", "span_counts", "shards"))
+        npz.check("lengths", lengths, "i", (None,))
+        npz.check("span_counts", span_counts, "i", (len(lengths),))
+        npz.check("shards", shards, "i", (None,))
+        if min(lengths.min(initial=1), span_counts.min(initial=1)) < 1 or shards.min(initial=0) < 0 or shards.sum() != len(lengths):
+            raise ValueError("its counts are not those of its records")
+        npz.check("spans", spans, "i", (int(span_counts.sum(dtype=np.int64)), 2))
+        ends = np.repeat(lengths, span_counts)
+        if (spans[:, 0] < 1).any() or (spans[:, 1] <= spans[:, 0]).any() or (spans[:, 1] > ends).any():
+            raise ValueError("its spans are not within the records")
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; delete {folder}, and it is made again") from None
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); delete {folder}, and it is made again") from None
+    return lengths, spans, span_counts, shards
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:

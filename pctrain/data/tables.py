@@ -7,6 +7,7 @@ whose order state.json gives; importing `datasets` for them would cost every wor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ PIECE_ROWS = 4096
 PIECES_IN_A_GROUP = 8
 READ_BYTES = 1 << 20  # of a column at once; without a bound pyarrow reads a whole row group, which may be the whole file
 BATCH_BYTES = 1 << 20  # of text turned into Python objects at once
+_NAME = re.compile(r"(?!\.+$)[^/\0\ud800-\udfff]{1,255}")  # of a file in the same folder
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class RowGroups:
     def values(self, paths: Collection[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
         with _named(self.file), _open_parquet(self.file) as table:
             names = table.schema_arrow.names
+            _refuse_twice(names)
             batches = table.iter_batches(self.batch_rows, list(self.groups), _wanted(names, paths), use_threads=False)
             yield from _rows(batches, names, self.first)
 
@@ -71,6 +74,7 @@ class StreamRows:
     def values(self, paths: Collection[str] | None = None) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
         with _named(self.file), pa.memory_map(str(self.file)) as stream, pa.ipc.open_stream(stream) as reader:
             names = reader.schema.names
+            _refuse_twice(names)
             wanted = _wanted(names, paths)
             batches = (batch if wanted is None else batch.select(wanted) for batch in self._slices(reader))
             yield from _rows(batches, names, self.first)
@@ -135,6 +139,7 @@ class _Group:
         self.position = 0
         table = _open_parquet(part.file)
         self.names = table.schema_arrow.names
+        _refuse_twice(self.names)
         self._batches = table.iter_batches(part.batch_rows, [part.group], _wanted(self.names, paths), use_threads=False)
         self._rest: pa.RecordBatch | None = None
 
@@ -188,12 +193,14 @@ def data_set_files(folder: Path) -> list[Path]:
         UserError: it is a DatasetDict, no data set, or a file of it is missing.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = _read_json(folder / "dataset_dict.json").get("splits", [])
+        splits = _names(_read_json(folder / "dataset_dict.json").get("splits", []), folder / "dataset_dict.json", "splits")
         raise UserError(f"{folder} holds several splits; name one of them: {', '.join(str(folder / split) for split in splits)}")
     if not is_data_set(folder):
         raise UserError(f"{folder} is a folder, but no data set that datasets' save_to_disk wrote (there is no state.json in it); "
                         f"for the files in it give a pattern, such as {folder / '*.jsonl'}")
-    files = [folder / entry["filename"] for entry in _read_json(folder / "state.json").get("_data_files", [])]
+    entries = _read_json(folder / "state.json").get("_data_files", [])
+    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries] if isinstance(entries, list) else entries
+    files = [folder / name for name in _names(names, folder / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
             raise UserError(f"{file} does not exist, but {folder / 'state.json'} names it; copy the data set again")
@@ -221,6 +228,13 @@ def data_set_pieces(folder: Path, size: int) -> Iterator[tuple[StreamRows, int]]
                 first += rows
 
 
+def _names(names: Any, file: Path, key: str) -> list[str]:
+    """Of files beside `file`: nothing else is read because a data set says so."""
+    if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
+        raise UserError(f"{file}: expected under {key!r} the names of files or folders beside it; copy the data set again")
+    return names
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -239,6 +253,13 @@ def _wanted(names: list[str], paths: Collection[str] | None) -> list[str] | None
     return None if paths is None else [name for name in names if any(path == name or path.split(".")[0] == name for path in paths)]
 
 
+def _refuse_twice(names: list[str]) -> None:
+    """pa.ArrowException, as for everything else that is wrong with a file: an object has one value of each name."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise pa.ArrowInvalid(f"two of its columns have the name {twice!r}")
+
+
 def _rows(batches: Iterator[pa.RecordBatch], names: list[str], first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
     """Every row as an object. Columns that were not read are None in it: a message names them, nobody looks at their content."""
     blank = dict.fromkeys(names)
@@ -252,9 +273,10 @@ def _objects(batch: pa.RecordBatch) -> list[dict[str, Any] | Unreadable]:
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:  # pyarrow does not look at the bytes of a string before somebody asks for them
-        if batch.num_rows == 1:
-            return [Unreadable("not_utf8", f"not UTF-8 at byte {error.start + 1} of a text; write the column as UTF-8")]
-        return [row for at in range(batch.num_rows) for row in _objects(batch.slice(at, 1))]
+        fault = Unreadable("not_utf8", f"not UTF-8 at byte {error.start + 1} of a text; write the column as UTF-8")
+    except (OverflowError, ValueError) as error:  # such as a date beyond the year 9999
+        fault = Unreadable("wrong_type", f"a column holds a value that cannot be read ({error}); mend it, or leave the column out")
+    return [fault] if batch.num_rows == 1 else [row for at in range(batch.num_rows) for row in _objects(batch.slice(at, 1))]
 
 
 def _batch_rows(average: int) -> int:

@@ -107,7 +107,7 @@ def _eos_id(hf_dir: Path, backend: tokenizers.Tokenizer) -> int:
         return eos_id
     number = read_json(hf_dir / "config.json").get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
-    if isinstance(number, int):
+    if type(number) is int and 0 <= number < 2**31:
         return number
     raise UserError(f"{hf_dir}: no EOS token: expected eos_token in tokenizer_config.json or eos_token_id in config.json")
 
@@ -118,7 +118,7 @@ def read_json(path: Path) -> dict:
         return {}
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise UserError(f"{path}: expected a JSON object")

@@ -12,8 +12,8 @@ from pctrain.core.hf_config import HFConfig
 from pctrain.data.encode import Encoder
 from pctrain.data.problems import Problem, read_problems
 from pctrain.data.rows import make_row
-from pctrain.errors import ToBeContinued, UserError
 from pctrain.evaluate.accuracy import Score, evaluate
+from pctrain.evaluate.engine import may_close
 from pctrain.reward import VerifierPool
 from pctrain.rollout import RolloutEngine, Swap
 
@@ -92,6 +92,5 @@ class Scorer:
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
         self.verifier.close()
-        alone = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
-        if "engine" in self.__dict__ and (not alone or parallel.world_size() == 1):
-            self.engine.close()  # collective: after a fault of one rank the others are elsewhere
+        if "engine" in self.__dict__ and may_close(error):
+            self.engine.close()

@@ -25,8 +25,9 @@ from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import parts_of
-from pctrain.durable import cut_torn_line, fingerprint, fsync, json_line, write_beside
+from pctrain.durable import cut_torn_line, fingerprint, json_line, write_beside
 from pctrain.errors import UserError
+from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.reward.boxed import last_boxed
@@ -34,7 +35,6 @@ from pctrain.rollout import Request as Sample
 from pctrain.rollout import sampling_seed
 
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
-WAVES = 4  # a batch fills the engines' sequences that many times: enough to keep them busy, and a kill costs no more than a batch
 
 
 def main(request: Request[WinrateOptions]) -> None:
@@ -102,10 +102,9 @@ def answer_of(record: Record) -> str | None:
 def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarray:
     """int64, the places that an earlier start rated. UserError where that start sampled something else."""
     config, options = request.config, request.options
-    model = [config.model.path / name for name in ("config.json", "tokenizer.json")]
     about = json.loads(json_line({
         "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
-        "model": {path.name: fingerprint(path) for path in [*model, *sorted(config.model.path.glob("*.safetensors"))]},
+        "model": weights_of(config.model.path),
         "attempts": options.attempts, "seed": config.run.seed, "temperature": config.eval.temperature, "max_response": max_response(config),
         "dtype": config.model.dtype, "fields": config.data.fields.model_dump(), "template": config.data.template,
     }))
@@ -114,11 +113,7 @@ def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarr
         return np.empty(0, np.int64)
     cut_torn_line(file)
     with open(file, encoding="utf-8") as stream:
-        before = json.loads(stream.readline())
-        changed = sorted(key for key in about.keys() | before.keys() if about.get(key) != before.get(key))
-        if changed:
-            raise UserError(f"{file.parent} holds the attempts of a call with other {', '.join(changed)}; repeat that call to go on, "
-                            "delete the folder to begin anew, or name another --out")
+        refuse_other(json.loads(stream.readline()), about, file.parent, "attempts")
         return np.array([json.loads(line)["place"] for line in stream], np.int64)
 
 
@@ -139,18 +134,14 @@ class _Task:
 def _rate(data: Data, request: Request[WinrateOptions], scorer: Scorer, survey: Survey, done: np.ndarray, outputs: Outputs | None) -> None:
     """Collective: attempts at every record that is not done yet, a batch at a time."""
     config, attempts = request.config, request.options.attempts
-    engines = max(1, parallel.world_size() // config.rollout.tensor)
-    size = max(1, WAVES * engines * config.rollout.max_sequences // attempts)
+    size = max(1, requests_a_batch(config.rollout) // attempts)
     todo = survey.answers + survey.boxed
     with (progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
           open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file):
-        for batch in _batches(_tasks(data, scorer, set(done.tolist())), size):
+        for batch in batches(_tasks(data, scorer, set(done.tolist())), size):
             rates = _attempt([task for task in batch if task.prompt_ids], scorer, config, attempts)
             if file is not None:
-                lines = [{"place": task.place, "win_rate": rates.get(task.place)} for task in batch]
-                file.write("".join(map(json_line, lines)))
-                file.flush()
-                fsync(outputs.folder / PROGRESS)
+                append(file, ({"place": task.place, "win_rate": rates.get(task.place)} for task in batch))
             bar.advance(len(batch))
 
 
@@ -169,17 +160,6 @@ def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
             except Unusable as error:
                 raise UserError(f"{item.where}: {error}") from None
             yield _Task(item.place, prompt_ids if len(prompt_ids) <= room else [], answer)
-
-
-def _batches(tasks: Iterator[_Task], size: int) -> Iterator[list[_Task]]:
-    batch: list[_Task] = []
-    for task in tasks:
-        batch.append(task)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def _attempt(tasks: list[_Task], scorer: Scorer, config: Config, attempts: int) -> dict[int, float]:

@@ -63,14 +63,15 @@ class VerifierPool:
             worker.kill()
         self._workers.clear()
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:
-        """One verdict per (response text, gold answer), in order. The same question within one call is asked once.
+    def score(self, pairs: Sequence[tuple[str, ...]]) -> list[Verdict]:
+        """One verdict per (response text, gold answer), in order. The same question within one call is asked once. For a user's function
+        the prompt may stand third.
 
         Takes at most `timeout` seconds per different question divided by the workers, and a start per kill; a sample over which a process
         died is asked once more. Raises UserError or RuntimeError where a worker does not start.
         """
         verdicts: list[Verdict | None] = [None] * len(pairs)
-        questions: dict[tuple[str, str], list[int]] = {}
+        questions: dict[tuple[str, ...], list[int]] = {}
         settle = None if self._users else find(self._config).settle
         for index, pair in enumerate(pairs):
             settled = settle(*pair) if settle else tuple(pair)
@@ -83,10 +84,10 @@ class VerifierPool:
                 verdicts[index] = verdict
         return verdicts
 
-    def _ask(self, questions: list[tuple[str, str]]) -> dict[tuple[str, str], Verdict]:
+    def _ask(self, questions: list[tuple[str, ...]]) -> dict[tuple[str, ...], Verdict]:
         """Hands the questions out to the workers until each has its verdict. An error or interrupt ends the workers: none stays in the
         middle of a question that nobody waits for."""
-        verdicts: dict[tuple[str, str], Verdict] = {}
+        verdicts: dict[tuple[str, ...], Verdict] = {}
         self._waiting = deque(Task(question) for question in questions)
         try:
             for worker in [w for w in self._workers if w.process.poll() is not None]:
@@ -103,7 +104,7 @@ class VerifierPool:
             raise
         return verdicts
 
-    def _exchange(self, verdicts: dict[tuple[str, str], Verdict]) -> None:
+    def _exchange(self, verdicts: dict[tuple[str, ...], Verdict]) -> None:
         """Waits for the next message, death or deadline of any worker, and acts on all there are."""
         health.beat()
         with selectors.PollSelector() as selector:  # poll: select() ends at file 1024, and an engine has many open
@@ -123,7 +124,7 @@ class VerifierPool:
             if time.monotonic() >= worker.deadline:
                 self._lose(worker, "timeout", f"no verdict within {self._config.timeout:g} s", verdicts)
 
-    def _receive(self, worker: VerifierProcess, verdicts: dict[tuple[str, str], Verdict]) -> None:
+    def _receive(self, worker: VerifierProcess, verdicts: dict[tuple[str, ...], Verdict]) -> None:
         messages = worker.read()
         if messages is None:
             status = worker.process.wait()
@@ -143,7 +144,7 @@ class VerifierPool:
                 self._restart(worker, detail)
                 return
 
-    def _lose(self, worker: VerifierProcess, cause: Cause, why: str, verdicts: dict[tuple[str, str], Verdict]) -> None:
+    def _lose(self, worker: VerifierProcess, cause: Cause, why: str, verdicts: dict[tuple[str, ...], Verdict]) -> None:
         """The end of a worker that died or is late. One question open: it is to blame. Several: each is asked again by itself."""
         if not worker.in_flight:
             self._raise_start(worker, cause)

@@ -17,9 +17,9 @@ START_DEADLINE = 120.0  # seconds; importing Math-Verify takes half a second on 
 
 @dataclass(eq=False)
 class Task:
-    """A question (response or boxed answer, gold answer), and how often a process died over it."""
+    """A question (response or boxed answer, gold answer, and for a judge the prompt), and how often a process died over it."""
 
-    question: tuple[str, str]
+    question: tuple[str, ...]
     deaths: int = 0
     alone: bool = False  # it was open when a process with several questions died or hung: it is asked again by itself
     deadline: float = 0.0
@@ -65,7 +65,7 @@ class VerifierProcess:
         self._asked += 1
         self.open[self._asked] = task
         task.deadline = time.monotonic() + timeout
-        message = {"id": self._asked, "response": task.question[0], "answer": task.question[1]}
+        message = {"id": self._asked, **dict(zip(("response", "answer", "prompt"), task.question))}
         self.unsent += json.dumps(message).encode() + b"\n"
         self.write()
 

@@ -1,4 +1,7 @@
-"""A user's reward: `module:function`, called with (response, answer), returning a number in [0, 1] or a bool. For worker processes only."""
+"""A user's reward: `module:function`, called with (response, answer), returning a number in [0, 1] or a bool. For worker processes only.
+
+A judge may take the problem as well: where its third parameter is called `prompt`, it gets it (`eval.judge`).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +28,17 @@ def is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
 
 
-def judge_with(function: Callable[[str, str], Any]) -> Callable[[str, str], Verdict]:
+def asked_with(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, str]:
+    """What it is called with beside response and answer: the prompt, where the question has one and the function wants it."""
+    wanted = "prompt" in question and "prompt" in inspect.signature(function).parameters
+    return {"prompt": question["prompt"]} if wanted else {}
+
+
+def judge_with(function: Callable[..., Any]) -> Callable[..., Verdict]:
     """`function` as (response, answer) -> Verdict."""
-    def judge(response: str, answer: str) -> Verdict:
+    def judge(response: str, answer: str, **more: str) -> Verdict:
         try:
-            return verdict_of(function(response, answer))
+            return verdict_of(function(response, answer, **more))
         except (Exception, SystemExit) as error:
             return verdict_of_error(error)
     return judge

@@ -45,18 +45,21 @@ def main(options: dict) -> None:
             limit_memory(options["memory_mb"])
             asyncio.run(serve_async(judge, options["timeout"], replies))
             return
-        judge = user.judge_with(judge)
+        function, judge = judge, user.judge_with(judge)
+        limit_memory(options["memory_mb"])
+        serve(judge, replies, lambda question: user.asked_with(function, question))
+        return
     limit_memory(options["memory_mb"])
     serve(judge, replies)
 
 
-def serve(judge: Callable[[str, str], Verdict], replies) -> None:
-    """One question at a time."""
+def serve(judge: Callable[..., Verdict], replies, more: Callable[[dict], dict[str, str]] = lambda question: {}) -> None:
+    """One question at a time. `more`: what the judge is called with beside response and answer."""
     reply(replies, {"ready": 1})
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            verdict = judge(question["response"], question["answer"])
+            verdict = judge(question["response"], question["answer"], **more(question))
         except MemoryError:  # raised where it was being handled
             verdict = Verdict(0.0, "memory", "the verifier asked for more than reward.memory_mb")
         reply(replies, {"id": question["id"], **asdict(verdict)})
@@ -72,7 +75,7 @@ async def serve_async(function: Callable, timeout: float, replies) -> None:
     async def judge(question: dict) -> None:
         try:
             # A name of its own: a TimeoutError that the function raises is its error, not the deadline.
-            task = asyncio.ensure_future(function(question["response"], question["answer"]))
+            task = asyncio.ensure_future(function(question["response"], question["answer"], **user.asked_with(function, question)))
             done, _ = await asyncio.wait([task], timeout=timeout)
             if done:
                 verdict = user.verdict_of(task.result())

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
 from pctrain import health
 from pctrain.ceiling.ledger import Ledger
-from pctrain.checkpoints import checkpoint_step
+from pctrain.checkpoints import checkpoint_step, read_state
 from pctrain.config import Config, RLConfig
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.data.problems import Problem
-from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, record_ledger, resume, save
+from pctrain.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
 from pctrain.rl import algorithms, replay
 from pctrain.rl.algorithm import Algorithm
 from pctrain.rl.journal import Journal, shortage
@@ -25,6 +23,7 @@ from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
 from pctrain.runfolder import HF_FOLDER, RunFolder, best_step, read_values
+from pctrain.stragglers import RankTimes
 
 
 def main(config: Config, rollout_only: bool = False) -> None:
@@ -54,6 +53,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         elif not rollout_only:
             journal.score(0, core)
 
+        ranks = RankTimes(run)
         last = start if start and journal.ceiling_found() else rl.steps  # killed after the checkpoint that it had stopped at
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, last + 1):
@@ -72,7 +72,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                     journal.score(step, core)
                     found = journal.ceiling_found()
                 record_ledger(run, journal.ledger)
-                leaving = asked_to_stop()
+                leaving = ranks.end_step(step)
                 if found or leaving or due(step, rl.checkpoint_every, rl.steps):
                     save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
                     parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
@@ -86,7 +86,7 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                     break
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
-        _finish(run, last)
+        _finish(run, last, ranks)
 
 
 def _learner(config: Config, scorer: Scorer) -> tuple[Algorithm, list[Problem], Core]:
@@ -154,16 +154,13 @@ def _joint(config: Config, role: str) -> dict:
     if checkpoint is None:
         return {"start_step": 0, "role": role, "sft_run": None, "eflops_sft": 0.0}
     path = Path(checkpoint)
-    try:
-        state = json.loads((path / "state.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"model.checkpoint {path}: state.json not found; name a checkpoint of a run, RUN/checkpoints/step-N") from None
+    state = read_state(path)
     ledger = Ledger(HFConfig.read(config.model.path).shape)
     ledger.load_state_dict(state["ledger"])
     return {"start_step": checkpoint_step(path), "role": role, "sft_run": str(path.parent.parent), "eflops_sft": ledger.eflops_sft}
 
 
-def _finish(run: RunFolder, last: int) -> None:
+def _finish(run: RunFolder, last: int, ranks: RankTimes) -> None:
     """`last`: the step that the run ended with."""
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     summary = {"steps": last, "score before RL (%)": scores.get(0), "score after RL (%)": scores.get(last)}
@@ -171,4 +168,5 @@ def _finish(run: RunFolder, last: int) -> None:
         summary["best score (%)"] = f"{max(scores.values()):.4g} at step {max(scores, key=scores.get)}"
         summary["best checkpoint"] = run.checkpoint_path(best_step(run.path, "rl"))
     summary["final weights"] = run.path / HF_FOLDER
+    summary |= ranks.summary()
     run.finish(summary, f"pctrain report {run.path}")

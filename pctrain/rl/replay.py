@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from pctrain import npz
 from pctrain.checkpoints import checkpoint_step
 from pctrain.data.problems import Problem
 from pctrain.durable import write_beside
@@ -51,19 +52,19 @@ def save(path: Path, step: int, sampled: Sampled, prompts: dict) -> None:
 def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
     """(step, what was sampled, state of the prompt stream). Raises UserError for a file that is none, or of other problems."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            about = json.loads(arrays["about"].tobytes())
-            lengths, tokens, logprobs = (arrays[name] for name in ("lengths", "tokens", "logprobs"))
+        text, lengths, tokens, logprobs = npz.read(path, ("about", "lengths", "tokens", "logprobs"))
+        about = json.loads(text.tobytes())
+        if isinstance(about, dict) and about.get("format") != FORMAT:
+            raise UserError(f"{path}: rollouts of format {str(about.get('format')):.40}, expected {FORMAT}; sample them again")
+        _check(about, lengths, tokens, logprobs)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; `pctrain rl --debug-rollout-only` writes one into RUN/rollouts") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} holds no rollouts of a step ({error}); `pctrain rl --debug-rollout-only` writes such a file") from None
-    if about.get("format") != FORMAT:
-        raise UserError(f"{path}: rollouts of format {about.get('format')}, expected {FORMAT}; sample them again")
     bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     sampled, at = Sampled(rounds=about["rounds"], rollout_seconds=about["rollout_seconds"], reward_seconds=about["reward_seconds"]), 0
     for one in about["groups"]:
-        if one["problem"] >= len(problems) or problems[one["problem"]].id != one["id"]:
+        if not 0 <= one["problem"] < len(problems) or problems[one["problem"]].id != one["id"]:
             raise UserError(f"{path}: its problem {one['id']} is not number {one['problem']} of data.rl; name the set it was sampled from")
         completions = []
         for finish in one["finish"]:
@@ -76,6 +77,32 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
         else:
             sampled.dropped.append((group, one["why"]))
     return about["step"], sampled, about["prompts"]
+
+
+def _check(about: Any, lengths: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    """ValueError, in words, where a file is not as `save` writes it."""
+    npz.check("lengths", lengths, "iu", (None,))
+    npz.check("tokens", tokens, "iu", (None,))
+    npz.check("logprobs", logprobs, "f", (None,))
+    if (lengths < 0).any() or (lengths > len(tokens)).any() or lengths.sum() != len(tokens) or len(logprobs) not in (0, len(tokens)):
+        raise ValueError("its lengths are not those of its tokens")
+    try:
+        prompts, groups = about["prompts"], about["groups"]
+        counts = [about["step"], about["rounds"], prompts["position"], *prompts["carried"], *(group["problem"] for group in groups)]
+        seconds = [about["rollout_seconds"], about["reward_seconds"]]
+        prefixes = [token for group in groups for prefix in group["prefixes"] for token in prefix]
+        texts = [text for group in groups for text in (group["id"], *([] if group["why"] is None else [group["why"]]), *group["finish"])]
+        rewards = [Verdict(**verdict).reward for group in groups for verdict in group["verdicts"]]
+        even = all(len(group["finish"]) == len(group["verdicts"]) == len(group["prefixes"]) > 0 for group in groups)
+    except (LookupError, TypeError):
+        raise ValueError("what it says of its groups is not complete") from None
+    whole = all(type(value) is int and 0 <= value < 2**62 for value in counts + prefixes)
+    if not whole or not all(isinstance(text, str) for text in texts):
+        raise ValueError("one of its counts is no whole number, or one of its names no text")
+    if not all(type(value) in (int, float) and 0 <= value < 1e300 for value in seconds + rewards):
+        raise ValueError("one of its times or rewards is no number")
+    if not even or sum(len(group["finish"]) for group in groups) != len(lengths):
+        raise ValueError("its groups have other numbers of rollouts than of lengths")
 
 
 def forget(run: Path, checkpoint: Path | None) -> None:

@@ -14,6 +14,7 @@ from pctrain.core import parallel
 from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
 from pctrain.data.tokenizer import Tokenizer
+from pctrain.errors import UserError
 from pctrain.reward import Verdict, VerifierPool, cause_counts
 from pctrain.reward.verdict import FAULTS, TRUNCATED
 from pctrain.rl.algorithm import Algorithm
@@ -71,6 +72,10 @@ class PromptStream:
         return {"position": self.position, "carried": list(self.carried)}
 
     def load_state_dict(self, state: dict) -> None:
+        """UserError where it is of another, larger set of problems."""
+        if max(state["carried"], default=0) >= len(self.problems):
+            raise UserError(f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of another "
+                            "set: name that one")
         self.position, self.carried = state["position"], list(state["carried"])
 
 

@@ -16,11 +16,12 @@ from pctrain.data.sampler import ShuffledSampler
 from pctrain.errors import UserError
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
-from pctrain.resume import asked_to_stop, begin, due, export, finished, leave, open_run, resume, save
+from pctrain.resume import begin, due, export, finished, leave, open_run, resume, save
 from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
 from pctrain.sft.open_data import open_trajectories, prepare_sources
+from pctrain.stragglers import RankTimes
 
 
 def main(config: Config) -> None:
@@ -53,6 +54,7 @@ def train(config: Config, scorer: Scorer) -> None:
             chosen = sampler.indices(step - 1)
             return chosen, core.pack(data.select(chosen), sft.token_budget)
 
+        ranks = RankTimes(run)
         token_loss, last = cross_entropy_by_source(data.names), start
         ahead = range(start + 1, steps + 1) if start == 0 or not journal.should_stop() else range(0)  # killed after its last checkpoint
         with progress("SFT", total=steps, start=start, rank=parallel.rank()) as bar:
@@ -63,7 +65,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     update = core.step(batch, token_loss, want_entropy=False)
                 journal.record(step, data, chosen, batch, update, time.perf_counter() - began + waited, waited)
                 journal.measure(step)
-                stop, leaving, last = journal.should_stop(), asked_to_stop(), step
+                stop, leaving, last = journal.should_stop(), ranks.end_step(step), step
                 if stop or leaving or due(step, sft.checkpoint_every, steps):
                     save(run, step, core, journal.state(step))
                 core.poll_save(wait=leaving)
@@ -75,7 +77,7 @@ def train(config: Config, scorer: Scorer) -> None:
                     break
         core.poll_save(wait=True)
         export(run, core, scorer.encoder.template)
-        _finish(run, journal.reading, last, len(data))
+        _finish(run, journal.reading, last, len(data), ranks)
 
 
 def total_steps(config: Config, sampler: ShuffledSampler) -> int:
@@ -93,7 +95,7 @@ def total_steps(config: Config, sampler: ShuffledSampler) -> int:
     return steps
 
 
-def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int) -> None:
+def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int, ranks: RankTimes) -> None:
     """`last`: the step that the run ended with; `reading`: the monitor's, of the last validation."""
     summary = {"steps": last, "trajectories": trajectories, "final weights": run.path / HF_FOLDER}
     losses = read_values(run.path, "val", "val_loss") if run.writes else {}
@@ -107,6 +109,7 @@ def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int) -> N
     speeds = list(read_values(run.path, "train", "time/tokens_per_second").values()) if run.writes else []
     if speeds:
         summary["tokens/s (median)"] = sorted(speeds)[len(speeds) // 2]
+    summary |= ranks.summary()
     best = last if reading.start is None else reading.start
     start = f"--config {run.path / 'config.yaml'} --model.checkpoint={run.checkpoint_path(best)}"
     run.finish(summary, f"{parallel.launcher()} rl {start} --run.dir={run.path}-rl")

@@ -215,3 +215,15 @@ def test_the_science_runs_without_torch(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     assert len(json.loads((tmp_path / "fits.json").read_text())) == 16
+
+
+@pytest.mark.parametrize("se", ["1e300", "1e-300", "101", "1e-5"])
+def test_standard_errors_that_no_score_has(tmp_path, se):
+    """Found by fuzzing: their squares are no numbers, and the fit ended in an OverflowError."""
+    table, document = tmp_path / "curves.csv", tmp_path / "curves.json"
+    table.write_text(f"eflops,score,score_se\n0,40,1\n1,45,{se}\n2,47,\n")
+    curve = {"name": "a", "p_sft": 40, "eflops": [1, 2], "scores": [45, 47]}
+    document.write_text(json.dumps({"curves": [curve | {"p_sft_se": float(se)}]}))
+    for file, place in ((table, "line 3: `score_se`"), (document, r"curves\[0\]: `p_sft_se`")):
+        with pytest.raises(UserError, match=f"{place} must be a standard error in points, 0.0001 to 100"):
+            read_curves(file)

@@ -120,7 +120,7 @@ def test_noise_alone_is_no_collapse_and_no_outlier():
 def test_noise_that_remembers_is_no_collapse():
     """AR(1) noise hides from its nearest neighbours: by them alone one curve in ten would be called collapsed."""
     rng, x = np.random.default_rng(5), np.arange(1, 81) * 1.0
-    false = sum(collapse.used_points(curve(x, 60, 8, 8.0, sd=0.8, rho=0.6, rng=rng), 60, 0.25)[1] is not None for _ in range(200))
+    false = sum(collapse.used_points(curve(x, 60, 8, 8.0, sd=0.8, rho=0.6, rng=rng), 60, None)[1] is not None for _ in range(200))
     assert false <= 8  # 4 %
 
 

@@ -8,6 +8,7 @@ from study_folders import make_rl, make_sft, make_study, rising
 from pctrain.ceiling import layout
 from pctrain.ceiling.reading import read_study
 from pctrain.ceiling.study_data import Study
+from pctrain.errors import UserError
 
 SCORES = {60: 20.0, 150: 45.0, 270: 50.0}
 
@@ -60,3 +61,25 @@ def test_a_plain_study_keeps_its_folders(tmp_path: Path) -> None:
 
 def test_the_ledger_of_a_study_is_that_of_all_its_runs(wide: Study) -> None:
     assert wide.ledger()["sft_update"]["device_seconds"] == 4 * 2 * 1.0
+
+
+SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("summary.json", b"{", "not JSON"),
+    ("summary.json", b'{"summary": {"trajectories": "x"}}', "`trajectories` must be a whole number"),
+    ("config.yaml", b"\xff", "cannot be read as text"),
+    ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
+    ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),
+    ("config.yaml", SFT + b"data: {train: [3]}\n", "`data.train` must be a list of sources"),
+    ("metrics.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
+    ("metrics.jsonl", b'{"kind": "val", "step": 1, "eflops_sft": 1' + b"0" * 400 + b"}\n", "one too large"),
+    ("metrics.jsonl", b'{"kind": "\\ud800"}\n', "half of a surrogate pair"),
+])
+def test_files_that_no_run_wrote(tmp_path: Path, file: str, content: bytes, words: str) -> None:
+    """Found by fuzzing: each ended in a traceback."""
+    root = make_study(tmp_path / "study")
+    (root / "sft" / file).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        read_study(root)

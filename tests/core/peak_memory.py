@@ -8,6 +8,7 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,16 +23,20 @@ class Memory:
 
 def measure(*command: object, world: int = 1) -> list[Memory]:
     """Runs `pctrain COMMAND` on `world` ranks, each a process of its own; what each needed. AssertionError with its words if it fails."""
+    return on_ranks(__file__, *command, f"--parallel.tensor={world}", world=world)
+
+
+def on_ranks(program: str, *arguments: object, world: int = 1, settings: Mapping[str, str] | None = None) -> list[Memory]:
+    """As `measure`, of any program whose last line is a `Memory` as JSON. `settings`: more of its environment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    layout = [f"--parallel.tensor={world}"]
     ranks = []
     for rank in range(world):
         environment = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
                        "PYTHONPATH": os.pathsep.join(sys.path)}
-        ranks.append(subprocess.Popen([sys.executable, __file__, *map(str, command), *layout], env=os.environ | environment,
+        ranks.append(subprocess.Popen([sys.executable, program, *map(str, arguments)], env=os.environ | environment | dict(settings or {}),
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         outputs = [process.communicate(timeout=280)[0] for process in ranks]
@@ -42,7 +47,7 @@ def measure(*command: object, world: int = 1) -> list[Memory]:
     return [Memory(**json.loads(output.splitlines()[-1])) for output in outputs]
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     """A size in bytes from /proc/self/status: VmRSS is resident now, VmHWM the most there was."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
@@ -51,12 +56,12 @@ def _status(key: str) -> int:
 def main() -> int:
     from pctrain import cli, convert  # noqa: F401  torch and megatron-core belong to the base
 
-    base = _status("VmRSS")
+    base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    status = cli.main(sys.argv[1:])
+    code = cli.main(sys.argv[1:])
     writers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(json.dumps({"base": base, "peak": max(_status("VmHWM"), writers)}))
-    return status
+    print(json.dumps({"base": base, "peak": max(status("VmHWM"), writers)}))
+    return code
 
 
 if __name__ == "__main__":  # megatron-core starts a process that imports this file again

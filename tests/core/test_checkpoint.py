@@ -136,3 +136,34 @@ def _load_foreign(directory, folder, part):
 def test_a_checkpoint_cannot_run_a_command(ranks, hf_dirs, tmp_path, part):
     [(message, ran)] = ranks.run(_load_foreign, hf_dirs[True], tmp_path / "step-1", part, world=1)
     assert "mkdir" in message and not ran
+
+
+def _load_spoilt(directory, folder):
+    """What loading says of a checkpoint, each of whose parts is spoilt in turn; None: it was loaded."""
+    from pctrain.errors import UserError
+
+    model = small.core(directory, {})
+    small.step(model, 0)
+    folder.mkdir()
+    model.save(folder)
+    parts = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".sha256.json")}
+    said = {}
+    for name, data in parts.items():
+        for how, spoilt in {"empty": b"", "cut": data[: len(data) // 2], "foreign": b"[3]", "zeros": bytes(len(data))}.items():
+            (folder / name).write_bytes(spoilt)
+            try:
+                model.load(folder)
+                said[name, how] = None
+            except UserError as error:
+                said[name, how] = str(error)
+            (folder / name).write_bytes(data)
+    model.load(folder)
+    return said
+
+
+def test_a_part_that_cannot_be_read_is_told(ranks, hf_dirs, tmp_path):
+    """Found by fuzzing: each way ended in another exception of pickle, torch or megatron-core."""
+    [said] = ranks.run(_load_spoilt, hf_dirs[True], tmp_path / "step-1", world=1)
+    assert {name for name, _ in said} >= {".metadata", "metadata.json", "common.pt"} and len(said) >= 16
+    for (name, how), message in said.items():
+        assert message and str(tmp_path / "step-1") in message, (name, how, message)

@@ -133,3 +133,10 @@ def test_a_template_that_refuses_says_so(tmp_path, source, message):
 
 def test_a_date_is_never_that_of_today(directories):
     assert "Today Date: 26 Jul 2024\n" in load(directories["llama3_2"], "auto").render(CHAT)
+
+
+@pytest.mark.parametrize("source", ["{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25])
+def test_a_template_that_is_nested_too_deeply(tmp_path, source):
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(UserError, match="chat_template.jinja: the chat template cannot be compiled"):
+        load(tmp_path, "auto")

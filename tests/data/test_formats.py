@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from pctrain.config import FieldsConfig
 from pctrain.data.records import Fault, Message, Record
-from pctrain.data.sources import chunks, iter_raw, iter_records, parts_of, read_chunk, read_records
+from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, parts_of, read_chunk, read_records
 from pctrain.data.tables import GroupPart, RowGroups
 from pctrain.data.writing import write_records
 from pctrain.errors import UserError
@@ -322,3 +322,39 @@ def test_memory_does_not_follow_the_size_of_a_file(tmp_path, suffix):
     done = subprocess.run([sys.executable, "-c", MEASURE, small, large], capture_output=True, text=True, check=True)
     count, grown = done.stdout.split()
     assert int(count) == 20_000 and float(grown) < 90
+
+
+# ---------------------------------------------------------------- found by fuzzing
+
+
+def test_a_date_that_python_cannot_hold(tmp_path):
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "day": pa.array([0, 10**8], pa.date32())}), path)
+    assert [record.prompt for record in read_records(path, FieldsConfig(), need=())] == ["a", "b"]  # the column is not read
+    with pytest.raises(UserError, match=r"t.parquet:1: a column holds a value that cannot be read \(date value out of range\)"):
+        list(iter_raw(path))
+
+
+def test_a_table_with_a_name_twice(tmp_path):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
+    pq.write_table(table, tmp_path / "t.parquet")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "state.json").write_text(json.dumps({"_data_files": [{"filename": "a.arrow"}]}))
+    with pa.ipc.new_stream(tmp_path / "set" / "a.arrow", table.schema) as stream:
+        stream.write_table(table)
+    for path in (tmp_path / "t.parquet", tmp_path / "set"):
+        with pytest.raises(UserError, match="two of its columns have the name 'prompt'"):
+            read_records(path, FieldsConfig(), need=())
+
+
+@pytest.mark.parametrize("names", [3, ["a"], [{"filename": 3}], [{"filename": "../a.arrow"}], [{"filename": "/etc/passwd"}],
+                                   [{"filename": "a\0b"}], [{}]])
+def test_a_data_set_names_files_of_its_own_folder(tmp_path, names):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": names}))
+    with pytest.raises(UserError, match="expected under '_data_files' the names of files"):
+        read_records(tmp_path, FieldsConfig(), need=())
+
+
+def test_a_name_that_is_too_long_for_a_file():
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        files_of("x" * 5000)

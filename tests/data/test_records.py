@@ -185,3 +185,17 @@ def test_not_a_number_is_no_answer(write):
     path = write('{"prompt": "p", "answer": NaN}')
     with pytest.raises(UserError, match="field 'answer': expected a string or a number, got NaN or an infinity"):
         read_records(path, FieldsConfig(), need=("answer",))
+
+
+def test_halves_of_surrogate_pairs_in_names(write):
+    """No file and no terminal would take them: an id is refused, a message has them as escapes."""
+    with pytest.raises(UserError, match="field 'id' holds half of a surrogate pair"):
+        read_records(write('{"id": "\\ud800", "prompt": "p"}'), FieldsConfig(), need=())
+    with pytest.raises(UserError) as error:
+        read_records(write('{"\\ud800": "p"}'), FieldsConfig(), need=())
+    assert "it has: \\ud800" in str(error.value)
+
+
+def test_a_place_in_a_list_of_thousands_of_digits(write):
+    with pytest.raises(UserError, match="has no field"):
+        read_records(write('{"a": ["p"]}'), FieldsConfig(prompt="a." + "9" * 5000), need=())

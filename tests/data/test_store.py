@@ -388,3 +388,25 @@ def test_few_files_are_open_at_a_time(hf_dir, tmp_path, monkeypatch):
         assert all(threads.map(lambda i: tokens[i].tokens.tolist() == expected[i], order))
     open_files = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
     assert 1 <= sum(name.startswith(str(tokens.folder)) for name in open_files) <= 4
+
+
+def test_an_index_that_does_not_fit_is_named(hf_dir, tmp_path):
+    """Rows would be read from the wrong place, or beyond the end of their file."""
+    tokens, _ = made(tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", map(record, range(5)))], hf_dir, DataConfig(), LIMIT))
+    file = tokens.folder / "index.npz"
+    whole = file.read_bytes()
+    with np.load(file) as index:
+        arrays = dict(index)
+    for name, changed in {"lengths": -arrays["lengths"], "spans": arrays["spans"] * 1000, "shards": arrays["shards"] + 1,
+                          "span_counts": arrays["span_counts"].astype(float), "spans ": arrays["spans"][:-1]}.items():
+        np.savez(file, **arrays | {name.strip(): changed})
+        with pytest.raises(UserError, match=f"{file} is damaged .*; delete {tokens.folder}"):
+            TokenStore(tokens.folder)
+    file.write_bytes(whole[:-30])
+    with pytest.raises(UserError, match=f"{file} is damaged"):
+        TokenStore(tokens.folder)
+    file.write_bytes(whole)
+    manifest = json.loads((tokens.folder / "manifest.json").read_text())
+    (tokens.folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "object"}))
+    with pytest.raises(UserError, match="manifest.json is not as it was written"):
+        TokenStore(tokens.folder)

@@ -28,3 +28,17 @@ def engine_raises():
 
 def engine_hangs():
     _in_step_3(lambda: time.sleep(600))
+
+
+def rank_1_is_slow():
+    """At each of its micro-batches, as a GPU that is too hot."""
+    from pctrain.core import step
+
+    loss = step.Head.loss
+
+    def slow(self, *arguments, **options):
+        if os.environ.get("RANK") == "1":
+            time.sleep(0.04)
+        return loss(self, *arguments, **options)
+
+    step.Head.loss = slow

@@ -11,10 +11,13 @@ import yaml
 from e2e import tiny
 from pctrain.cli import main
 from pctrain.config_load import load, read
+from pctrain.study_plan import stages_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
 SHARED = {"sft.yaml", "rl.yaml", "qwen2.5-7b.yaml", "llama-3.2-3b.yaml", "rl-compare.yaml"}
-RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED)
+TYING = {"eval.yaml", "study.yaml"}  # what is not one run
+RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED | TYING)
+SETS = ["s1k", "easy102k", "uniform102k", "hard102k", "889k"]
 ROWS = re.findall(r"^\| (.+?) \| `(\S+) = (\S+)` \| (\S+\.yaml) \| (paper|code) \|$", (FOLDER / "README.md").read_text(), re.M)
 MODELS = {  # what the checks of a layout read of a config.json
     "models/Qwen2.5-7B": {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
@@ -34,21 +37,36 @@ def test_the_table_is_read_whole():
 def test_every_number_stands_where_the_readme_says(number, key, value, file, source):
     found = read(FOLDER / file, [])
     for name in key.split("."):
-        found = getattr(found, name)
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
     assert found == yaml.safe_load(value)
 
 
-@pytest.mark.parametrize("file", RUNS)
-def test_every_run_resolves_for_its_gpus(file, tmp_path, monkeypatch):
+@pytest.fixture
+def eight_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(GPUS))
     monkeypatch.chdir(tmp_path)
     for folder, config in MODELS.items():
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_every_run_resolves_for_its_gpus(file, eight_gpus):
     kind = file[:2] if file.startswith("rl") else "sft"
     config = load(FOLDER / file, [], sections=("run", "model", "parallel", "data", "rollout", "reward", "eval", kind))
     assert str(config.model.path) == ("models/Llama-3.2-3B" if "llama" in file else "models/Qwen2.5-7B")
     assert str(config.run.dir) == f"runs/retu/{file.removesuffix('.yaml')}"
+
+
+def test_the_evaluation_and_the_study_resolve_for_their_gpus(eight_gpus):
+    config = load(FOLDER / "eval.yaml", [], sections=("run", "model", "parallel", "rollout", "reward", "eval"))
+    samples = {name: benchmark.samples or config.eval.samples for name, benchmark in config.eval.benchmarks.items()}
+    assert samples == {"gsm8k": 1, "olympiadbench": 1, "math": 1, "minerva": 1, "aime24": 16, "aime25": 16}
+    study = load(FOLDER / "study.yaml", [])
+    stages = [stage.name for stage in stages_of(study)]
+    assert stages == [f"{name}/{stage}" for name in SETS for stage in ("sft", "rl-early", "rl-stable", "rl-overfit")]
+    for name in SETS:  # the set that the study knows is the one that its own file trains on
+        assert study.study.sets[name] == read(FOLDER / f"sft-{name}.yaml", []).data.train
 
 
 # ---- scaled down: the same keys, fewer of everything -------------------------------------------------------------------------
@@ -103,3 +121,42 @@ def test_runs_scaled_down(ranks, sft_run, tmp_path, files):
     [statuses] = ranks.run(_run, sft_run, tmp_path, files, world=1, deadline=800)
     assert set(statuses.values()) == {0}, statuses
     _check(tmp_path, files)
+
+
+def _evaluate(sft_run, folder, models):
+    benchmark = f"--eval.benchmarks={{gsm8k: {sft_run}/data/test.jsonl, aime24: {{path: {sft_run}/data/test.jsonl, samples: 2}}}}"
+    return main(["eval", *map(str, models), "--out", str(folder / "scores"), "--config", str(FOLDER / "eval.yaml"), "--model.dtype=float32",
+                 "--parallel.tensor=1", "--parallel.sequence_parallel=false", "--rollout.tensor=1", "--rollout.kv_cache_mb=64",
+                 "--eval.max_response=24", "--reward.workers=1", benchmark])
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_the_evaluation_scaled_down(ranks, sft_run, tmp_path):
+    models = [sft_run / "checkpoints" / "step-20", sft_run]
+    [status] = ranks.run(_evaluate, sft_run, tmp_path, models, world=1, deadline=250)
+    found = json.loads((tmp_path / "scores" / "results.json").read_text())
+    assert status == 0 and [entry["benchmarks"]["aime24"]["samples"] for entry in found["models"]] == [2, 2]
+    assert found["models"][1]["weighted"]["strict"]["score"] > found["models"][0]["weighted"]["strict"]["score"]
+
+
+def _study(sft_run, folder):
+    """SFT of each set by its own file into its place, then the study; RL from the best checkpoint alone."""
+    data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("validation", "test")]
+    model, root = f"--model.path={sft_run}/hf", folder / "study"
+    statuses = [main(["sft", "--config", str(FOLDER / f"sft-{name}.yaml"), *SMALL, *SMALL_SFT, *data, model,
+                      f"--data.train={sft_run}/data/train.jsonl", f"--run.dir={root}/sets/{name}/sft"]) for name in SETS]
+    sets = "{" + ", ".join(f"{name}: {sft_run}/data/train.jsonl" for name in SETS) + "}"
+    study = [f"--run.dir={root}", f"--data.rl={sft_run}/data/train.jsonl", f"--study.sets={sets}", "--study.starts=[stable]"]
+    return [*statuses, main(["run", "--config", str(FOLDER / "study.yaml"), *SMALL, *SMALL_SFT, *SMALL_RL, *data, model, *study])]
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+def test_the_study_scaled_down(ranks, sft_run, tmp_path):
+    [statuses] = ranks.run(_study, sft_run, tmp_path, world=1, deadline=800)
+    assert statuses == [0] * 6 and (tmp_path / "study" / "report" / "report.html").exists()
+    for name in SETS:  # S1K keeps its own batch, which the study's files would not give it
+        folder = tmp_path / "study" / "sets" / name
+        assert (folder / "sft" / "summary.json").exists() and len(list(folder.glob("rl-step-*/summary.json"))) == 1
+    assert "weight_decay: 0.0001" in (tmp_path / "study" / "sets" / "s1k" / "sft" / "config.yaml").read_text()

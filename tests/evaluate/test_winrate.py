@@ -1,7 +1,4 @@
-r"""`pctrain data winrate`: rates of a real engine, kept record by record, the same whether or not the process was stopped half-way.
-
-The model answers every prompt by `\boxed{1}` or `\boxed{2}`, about as often: rates between 0 and 1 come of themselves.
-"""
+r"""`pctrain data winrate`: rates of a real engine, kept record by record, the same whether or not the process was stopped half-way."""
 
 import json
 import os
@@ -18,21 +15,12 @@ from e2e import tiny
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
 ENGINE = ["--rollout.max_response=12", "--rollout.kv_cache_mb=64", "--rollout.max_sequences=8"]  # 8 records of 4 attempts a batch
-TRAINING = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
-            "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=64", "--sft.steps=50",
-            "--sft.batch_size=16", "--sft.token_budget=256", "--sft.val_every=50", "--sft.checkpoint_every=50", "--sft.optimizer.lr=2e-2",
-            "--run.tensorboard=false"]
 
 
-@pytest.fixture(scope="module")
-def model(ranks, tmp_path_factory):
+@pytest.fixture
+def model(two_answers):
     """A Hugging Face directory."""
-    folder = tmp_path_factory.mktemp("model")
-    data = cli.write(folder / "train.jsonl", [{"prompt": p, "response": rf"\boxed{{{1 + i % 2}}}"} for i in range(4) for p in PROMPTS])
-    options = [f"--data.train={data}", f"--data.validation={data}", f"--run.dir={folder / 'run'}"]
-    [(status, errors)] = ranks.run(tiny.cli, "sft", *TRAINING, *options, world=1, deadline=120)
-    assert status == 0, errors
-    return folder / "run" / "hf"
+    return two_answers / "hf"
 
 
 @pytest.fixture
@@ -94,7 +82,7 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     lines = progress.read_text().splitlines(keepends=True)
     progress.write_text("".join(lines[:14]) + '{"place": 13, "win_')
     assert "unfinished `pctrain data winrate`" in cli.refused("select", records, f"--out={again}", "--size=3")
-    message = "other attempts"
+    message = "other attempts (4 there, 2 now)"
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
     assert status == 2 and message in errors
     [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)

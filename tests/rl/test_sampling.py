@@ -1,5 +1,8 @@
 """Dynamic sampling: full batches of informative prompts, a cap, a carry-over, and nothing lost without a reason."""
 
+import json
+
+import numpy as np
 import pytest
 
 from pctrain.config import Config
@@ -191,6 +194,28 @@ def test_rollouts_of_other_problems_and_files_that_are_none(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match="holds no rollouts"):
             replay.load(path, PROBLEMS)
+
+
+def test_rollouts_that_do_not_fit_each_other(tmp_path):
+    """Found by fuzzing: tokens would be those of another rollout, or the error came later and said nothing of the file."""
+    stream, path = PromptStream(PROBLEMS, seed=1), tmp_path / "step-1.replay.npz"
+    replay.save(path, 1, sampler().sample(stream, 1), stream.state_dict())
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    about = json.loads(arrays["about"].tobytes())
+    groups = about["groups"]
+    spoilt = [{"lengths": arrays["lengths"] + 1}, {"lengths": arrays["lengths"].astype(float)}, {"tokens": arrays["tokens"][:-1]},
+              {"about": 3}, {"about": []}, {"about": about | {"groups": [{}]}}, {"about": about | {"groups": groups[:-1]}},
+              {"about": about | {"groups": [groups[0] | {"prefixes": []}, *groups[1:]]}}, {"about": about | {"step": "1"}},
+              {"about": about | {"groups": [groups[0] | {"problem": -1}, *groups[1:]]}}, {"about": about | {"rollout_seconds": None}}]
+    for changed in spoilt:
+        if "about" in changed:
+            changed = {"about": np.frombuffer(json.dumps(changed["about"]).encode(), np.uint8)}
+        np.savez(path, **arrays | changed)
+        with pytest.raises(UserError, match=f"{path} holds no rollouts of a step"):
+            replay.load(path, PROBLEMS)
+    with pytest.raises(UserError, match="carries problem 1000000"):
+        stream.load_state_dict({"position": 0, "carried": [10**6]})
 
 
 def test_what_a_checkpoint_covers_is_forgotten(tmp_path):

@@ -32,7 +32,7 @@ class SplitOptions(NearOptions):
     out: Path = Field(description="new folder for the two sets, manifest.json and dropped.jsonl")
     validation: float = Field(199, gt=0, description="held-out records; below 1 their share")
     near: bool = Field(False, description="keep questions that are near-duplicates on one side as well")
-    seed: int = Field(0, ge=0, description="which questions are held out")
+    seed: int = Field(0, ge=0, lt=2**63, description="which questions are held out")
 
 
 class DedupOptions(OutOptions, NearOptions):
@@ -54,7 +54,7 @@ class SelectOptions(OutOptions):
     prefer: Literal["random", "longest", "shortest"] = Field("random", description="which ones, where more qualify than --size")
     min_length: int | None = Field(None, ge=0, description="shortest trajectory: characters, or tokens where model.path gives a tokenizer")
     max_length: int | None = Field(None, ge=1, description="longest trajectory: characters, or tokens where model.path gives a tokenizer")
-    seed: int = Field(0, ge=0, description="of the random choice")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the random choice")
 
 
 class WinrateOptions(OutOptions):

@@ -1,0 +1,64 @@
+"""Kinds of GPU: memory, and what they do in a second. `cpu` is this machine, measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pctrain.errors import UserError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Bytes, FLOP/s and bytes/s. `link` and `network`: in one direction, of one GPU."""
+
+    name: str
+    memory: float  # what CUDA reports (torch's total_memory), not what is on the box
+    bf16: float  # matrix products, dense
+    fp32: float  # without TF32, as torch multiplies by default
+    bandwidth: float  # of its own memory
+    link: float  # to the GPUs of its node
+    network: float  # to other nodes
+    source: str
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+    def flops(self, dtype: str) -> float:
+        return self.bf16 if dtype == "bfloat16" else self.fp32
+
+
+# Memory: "has a total capacity of ... GiB" of torch's out-of-memory message on such a GPU, the smallest value seen. Rates: NVIDIA's data
+# sheets, dense figures; NVLink's are for both directions together there. Network: one adapter a GPU, as in NVIDIA's DGX of that kind.
+GPUS = {gpu.name: gpu for gpu in (
+    Gpu("h200", 139.7 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s a GPU"),
+    Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s a GPU"),
+    Gpu("a100-80", 79.1 * GIB, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, "A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU"),
+    Gpu("a100-40", 39.4 * GIB, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, "A100 40GB SXM data sheet; DGX A100: 200 Gb/s a GPU"),
+    Gpu("b200", 178.3 * GIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, "HGX B200 data sheet; DGX B200: 400 Gb/s a GPU"),
+)}
+
+
+def find(name: str, ranks: int) -> Gpu:
+    """The kind of that name; `cpu` is measured now, and its memory shared out over the ranks. UserError: there is none of that name."""
+    if name == "cpu":
+        return _this_machine(ranks)
+    if name not in GPUS:
+        raise UserError(f"--gpu {name}: this kind of GPU is not known; known: {', '.join(GPUS)}, and cpu for this machine")
+    return GPUS[name]
+
+
+def _this_machine(ranks: int) -> Gpu:
+    """Ranks of one machine exchange through its memory: out of one rank's, and into the other's."""
+    import os
+
+    from pctrain.core.peak import peak_flops
+    from pctrain.doctor_measures import copy_bandwidth, memory_left
+
+    share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns
+    copied = copy_bandwidth() * share
+    rates = [peak_flops(dtype) * share for dtype in ("bfloat16", "float32")]
+    return Gpu("cpu", (memory_left() or 0) / ranks, *rates, copied, copied / 4, copied / 4,
+               "measured now: matrix products, a copy in memory; exchange: a quarter of the copy, assumed")

@@ -1,0 +1,119 @@
+"""Every layout of so many ranks that a config can have: divisors alone, and what config_check.py lets through."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from math import gcd
+
+from pctrain.config import Config, ParallelConfig
+from pctrain.config_check import check_combinations
+from pctrain.core.hf_config import HFConfig
+from pctrain.errors import UserError
+from pctrain.plan.work import Kind
+
+CHECKED = ("model", "parallel", "rollout")
+MOST_VIRTUAL = 4  # virtual stages of a stage: more make the traffic between stages outgrow what the bubble loses
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def with_layout(config: Config, parallel: ParallelConfig, rollout_tensor: int) -> Config:
+    rollout = config.rollout.model_copy(update={"tensor": rollout_tensor})
+    return config.model_copy(update={"parallel": parallel, "rollout": rollout})
+
+
+def problem(config: Config, gpus: int, kind: Kind) -> str | None:
+    """Why it cannot run on so many ranks; the same words as `pctrain sft` and `rl` have for it."""
+    try:
+        check_combinations(config, gpus, (*CHECKED, kind))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def candidates(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool) -> Iterator[Config]:
+    """Configs that pass the checks, each with another layout; recomputation, which no check asks for, is as given.
+
+    `pinned`: keys (`parallel.tensor`) that stay as they are.
+    """
+    for one in _thought_of(config, hf, gpus, kind, pinned, cpu):
+        if problem(one, gpus, kind) is None:
+            yield one
+
+
+def _thought_of(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool) -> Iterator[Config]:
+    def choose(key: str, values: list) -> list:
+        section, name = key.split(".")
+        return [getattr(getattr(config, section), name)] if key in pinned else values
+
+    width = hf.ffn if hf.experts is None else hf.experts.ffn
+    te = not cpu and config.model.spec in ("auto", "te")
+    for tensor in choose("parallel.tensor", divisors(gcd(gpus, hf.heads, hf.kv_heads, width))):
+        for pipeline in choose("parallel.pipeline", [n for n in divisors(gpus // tensor) if n <= hf.layers]):
+            left = gpus // (tensor * pipeline)
+            for context in choose("parallel.context", divisors(left) if te else [1]):
+                for expert in choose("parallel.expert", divisors(gcd(left, hf.experts.count)) if hf.experts else [1]):
+                    for stages in _stages(hf, pipeline, choose, config):
+                        parallel = config.parallel.model_copy(update={
+                            "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert,
+                            "sequence_parallel": choose("parallel.sequence_parallel", [tensor > 1])[0],
+                            "overlap_grad_reduce": choose("parallel.overlap_grad_reduce", [not cpu and left > 1])[0], **stages})
+                        for engine in choose("rollout.tensor", divisors(tensor)) if kind == "rl" else [1]:
+                            yield with_layout(config, parallel, engine)
+
+
+def _stages(hf: HFConfig, pipeline: int, choose, config: Config) -> Iterator[dict]:
+    """Layers of the first and the last stage, where they are not all alike, and virtual stages."""
+    first, last = even_ends(hf.layers, pipeline)
+    given = {"first_stage_layers": choose("parallel.first_stage_layers", [first])[0],
+             "last_stage_layers": choose("parallel.last_stage_layers", [last])[0]}
+    most = -(-hf.layers // pipeline)
+    for virtual in choose("parallel.virtual_pipeline", [v for v in divisors(most) if v <= MOST_VIRTUAL] if pipeline > 1 else [1]):
+        yield {"virtual_pipeline": virtual, **given}
+
+
+def even_ends(layers: int, pipeline: int) -> tuple[int | None, int | None]:
+    """Layers of the first and the last stage so that the others have equally many; (None, None) where all stages can.
+
+    The ends take what is over, no more than the others have: they hold the embedding and the head besides. The last, which has the
+    head's work too, takes the smaller part.
+    """
+    if layers % pipeline == 0 or pipeline == 1:
+        return None, None
+    middle = -(-layers // pipeline)
+    ends = layers - middle * (pipeline - 2)
+    if ends < 2:  # more stages than such an even share allows: the checks say so
+        return None, None
+    return ends - ends // 2, ends // 2
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a key of the layout may be, and what says so."""
+
+    key: str
+    values: list[int]
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {', '.join(map(str, self.values))} ({self.because})"
+
+
+def limits(config: Config, hf: HFConfig, gpus: int, kind: Kind) -> list[Limit]:
+    """What divides what, of this model and batch on so many GPUs."""
+    width = hf.ffn if hf.experts is None else hf.experts.ffn
+    tensor = gcd(hf.heads, hf.kv_heads, width)
+    of_tensor = f"{hf.heads} heads, {hf.kv_heads} key/value heads, feed-forward width {width}"
+    even = [n for n in divisors(gpus) if hf.layers % n == 0]
+    found = [Limit("parallel.tensor", divisors(gcd(tensor, gpus)), of_tensor),
+             Limit("parallel.pipeline", even, f"{hf.layers} layers in equal stages; others by first_stage_layers, last_stage_layers")]
+    if hf.experts is not None:
+        found.append(Limit("parallel.expert", divisors(gcd(hf.experts.count, gpus)), f"{hf.experts.count} experts"))
+    name, batch = "sft.batch_size", config.sft.batch_size
+    if kind == "rl":
+        name, batch = "rl.prompts x rl.group", config.rl.prompts * config.rl.group
+    found.append(Limit("data parallel size", [n for n in divisors(gpus) if batch % n == 0], f"{name} = {batch}"))
+    return found

@@ -1,0 +1,188 @@
+"""What `pctrain plan` prints: layouts in a table, the best one by part, what it rests on, and how to start it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pctrain.core.hf_config import HFConfig
+from pctrain.plan.gpus import GIB, Gpu
+from pctrain.plan.memory import gib
+from pctrain.plan.planner import Plan, Planner
+from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
+from pctrain.plan.shapes import all_parameters
+from pctrain.plan.traffic import LINK_SHARE
+from pctrain.plan.work import DYNAMIC, KEPT
+
+OTHER = ("optimizer", "swap", "logprob", "reference")
+BUSY = 0.3  # a larger bubble is worth a word
+
+
+def show(console: Console, planner: Planner, plans: Sequence[Plan], configured: Plan | str) -> None:
+    """`plans`: best first."""
+    best, fitting = plans[0], [plan for plan in plans if plan.fits]
+    _say(console, _title(planner), style="bold")
+    rows = one_of_each(fitting or plans)[: planner.options.top]
+    _layouts(console, rows, configured)
+    if isinstance(configured, str):
+        _say(console, f"The config's own layout does not run on {planner.options.gpus} GPUs: {configured}")
+    if not fitting:
+        _say(console, nothing_fits(planner, best), style="bold red")
+        for way in planner.ways_out(best):
+            _say(console, f"  {way}")
+    _memory(console, best)
+    _wires(console, best)
+    for line in [*_rollouts(planner, best), *warnings(planner, best)]:
+        _say(console, line)
+    _say(console, "")
+    _say(console, "Assumed:", style="bold")
+    for line in assumptions(planner):
+        _say(console, f"  {line}")
+
+
+def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
+    """The best of those that share tensor, pipeline, context and expert parallel sizes."""
+    found: dict[tuple, Plan] = {}
+    for plan in plans:
+        par = plan.layout.parallel
+        found.setdefault((par.tensor, par.pipeline, par.context, par.expert), plan)
+    return list(found.values())
+
+
+def _title(planner: Planner) -> str:
+    options, work, hf, gpu = planner.options, planner.work, planner.hf, planner.gpu
+    return (f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x {gpu.name} "
+            f"({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + {work.response} tokens in the mean, "
+            f"packs of {work.token_budget}")
+
+
+def _layouts(console: Console, plans: Sequence[Plan], configured: Plan | str) -> None:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    sampling = ["rollout"] if plans[0].engine is not None else []
+    words, numbers = ("layout", "recompute", "fullest"), ("s/step", "compute", "bubble", "wires", *sampling, "other", "tok/s/GPU")
+    for name in (*words[:2], "GiB", "of GPU", words[2], *numbers):
+        table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
+    for plan in plans:
+        table.add_row(*_row(plan, plan.name))
+    if isinstance(configured, Plan):
+        table.add_section()
+        table.add_row(*_row(configured, f"{configured.name} (as configured)"))
+    console.print(table)
+
+
+def _row(plan: Plan, name: str) -> list[str]:
+    parts, speed = plan.speed.parts, plan.speed
+    other = sum(parts.get(key, 0.0) for key in OTHER)
+    share = f"{plan.share:.0%}" + ("" if plan.share <= 1 else " !")
+    sampling = [_seconds(parts["rollout"])] if "rollout" in parts else []
+    return [name, plan.layout.parallel.recompute, gib(plan.memory.peak.total), share, plan.memory.peak.phase, _seconds(speed.seconds),
+            _seconds(parts["compute"]), f"{speed.bubble:.0%}", _seconds(parts["wires"]), *sampling, _seconds(other),
+            f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}"]
+
+
+def nothing_fits(planner: Planner, best: Plan) -> str:
+    """By how much the closest layout misses."""
+    if best.share <= 1:
+        return f"Nothing starts: {_too_small_a_cache(planner.hf, best)}. What would help, each by itself:"
+    over = best.memory.peak.total - best.gpu.memory
+    return (f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB over the "
+            f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by itself:")
+
+
+def _too_small_a_cache(hf: HFConfig, plan: Plan) -> str:
+    return (f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
+            f"sequence of the whole context, {hf.context} tokens")
+
+
+def _memory(console: Console, plan: Plan) -> None:
+    phases = list(dict.fromkeys(moment.phase for moment in plan.memory.moments))
+    moments = [plan.memory.of(phase) for phase in phases]
+    names = list(dict.fromkeys(name for moment in moments for name in moment.parts))
+    _say(console, f"{plan.name}: GiB of the fullest GPU, by phase", style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("part")
+    for moment in moments:
+        where = f" (stage {moment.stage + 1})" if plan.layout.parallel.pipeline > 1 else ""
+        table.add_column(f"{moment.phase}{where}", justify="right")
+    for name in names:
+        table.add_row(name, *(gib(moment.parts[name]) if name in moment.parts else "-" for moment in moments))
+    table.add_section()
+    table.add_row("in all", *(gib(moment.total) for moment in moments))
+    console.print(table)
+
+
+def _wires(console: Console, plan: Plan) -> None:
+    if not plan.speed.traffic:
+        return
+    _say(console, f"{plan.name}: what a GPU sends in a step", style="bold")
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("group", "ranks", "GB", "wire", "seconds", "waited for"):
+        table.add_column(name, justify="left" if name in ("group", "wire") else "right")
+    for one in plan.speed.traffic:
+        table.add_row(one.group, str(one.ranks), f"{one.sent / 1e9:,.2f}", one.wire, _seconds(one.seconds), _seconds(one.waited))
+    console.print(table)
+
+
+def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
+    if plan.engine is None:
+        return
+    sampled, engine, rollout = plan.speed.rollouts, plan.engine, plan.config.rollout
+    longest = planner.work.prompt + rollout.max_response
+    yield (f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of {rollout.tensor} "
+           f"GPU(s), {sampled.at_once} at once; a KV cache of {gib(engine.cache)} GiB holds {engine.tokens} tokens: "
+           f"{engine.sequences(longest)} sequences of the longest kind ({longest} tokens).")
+
+
+def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
+    """What a user would want to know before the run tells."""
+    par, rollout = plan.layout.parallel, plan.config.rollout
+    if not plan.starts and plan.share <= 1:
+        yield f"warning: {_too_small_a_cache(planner.hf, plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
+    if plan.engine is not None and plan.starts:
+        wanted = min(rollout.max_sequences, -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines))
+        room = plan.engine.sequences(planner.work.prompt + rollout.max_response)
+        if room < wanted:
+            yield (f"warning: rollouts will not all fit: {wanted} sequences are decoded at once, but the KV cache holds {room} of the "
+                   "longest; the others are put off and computed again. Raise rollout.gpu_memory or rollout.tensor, or set "
+                   f"rollout.max_sequences to {max(1, room)}")
+    if plan.speed.bubble > BUSY:
+        yield (f"warning: {plan.speed.bubble:.0%} of the time the pipeline's stages wait: {plan.speed.micro_batches} micro-batch(es) of "
+               f"{planner.work.token_budget} tokens for {par.pipeline} stages; smaller packs, a larger batch, or fewer stages")
+    if plan.config.model.dtype == "float32" and not plan.gpu.is_cpu:
+        yield "warning: model.dtype = float32 on a GPU reaches a fraction of its speed; bfloat16 is what it is made for"
+
+
+def assumptions(planner: Planner) -> Iterator[str]:
+    """What each number rests on."""
+    options, gpu, work = planner.options, planner.gpu, planner.work
+    yield _rates(gpu, planner)
+    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs; FLOPs are exact "
+           "(recomputation included), for sequences all of the mean length; packs are full")
+    reserve = "40 MB that torch maps at its first steps" if gpu.is_cpu else f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
+    yield f"memory: a micro-batch of full length; {reserve}"
+    yield "what is sent is waited for, but for gradients that overlap with the backward pass, context parallelism and virtual stages"
+    if planner.kind == "rl":
+        rl, longest = planner.config.rl, planner.config.rollout.max_response
+        rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""
+        beside = f"{LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside"
+        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "
+               f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}")
+    yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts take no time here"
+
+
+def _rates(gpu: Gpu, planner: Planner) -> str:
+    dtype = planner.config.model.dtype
+    return (f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within a node "
+            f"{gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; {planner.options.gpus_per_node} GPUs a node "
+            f"(--gpus-per-node). {gpu.source}")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value * 1000:.2g}m" if value else "0"
+
+
+def _say(console: Console, line: str, style: str | None = None) -> None:
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""From a config and so many GPUs to ranked layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from pctrain.config import Config
+from pctrain.config_check import check_combinations
+from pctrain.core.hf_config import HFConfig
+from pctrain.errors import UserError
+from pctrain.plan.gpus import GIB, Gpu, find
+from pctrain.plan.layouts import candidates, limits, problem
+from pctrain.plan.memory import Memory, memory
+from pctrain.plan.options import PlanOptions
+from pctrain.plan.rollouts import Engine, engine
+from pctrain.plan.shapes import Layout, hf_config
+from pctrain.plan.speed import Speed, speed
+from pctrain.plan.work import Kind, Work, work
+
+MORE_GPUS = 64  # times as many, at most, that are tried where nothing fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One layout of a config: what it needs."""
+
+    config: Config
+    layout: Layout
+    gpu: Gpu
+    context: int  # of the model, tokens
+    memory: Memory
+    speed: Speed
+    engine: Engine | None
+
+    @property
+    def share(self) -> float:
+        """Of the GPU's memory, at its fullest."""
+        return self.memory.peak.total / self.gpu.memory
+
+    @property
+    def starts(self) -> bool:
+        """Whether vLLM takes the sizes: its cache must hold one sequence of the whole context."""
+        return self.engine is None or self.engine.tokens >= self.context
+
+    @property
+    def fits(self) -> bool:
+        return self.share <= 1 and self.starts
+
+    @property
+    def name(self) -> str:
+        par = self.layout.parallel
+        sizes = {"TP": par.tensor, "PP": par.pipeline, "VP": par.virtual_pipeline, "CP": par.context, "EP": par.expert}
+        return " ".join([*(f"{name}{size}" for name, size in sizes.items() if size > 1), f"DP{self.layout.data}"])
+
+
+@dataclass(frozen=True)
+class Planner:
+    """`config` as given; `pinned`: keys of its layout that stay as they are."""
+
+    config: Config
+    options: PlanOptions
+    pinned: frozenset[str]
+    gpu: Gpu
+
+    @classmethod
+    def of(cls, config: Config, options: PlanOptions, pinned: Collection[str]) -> Planner:
+        """UserError: a kind of GPU that is not known."""
+        return cls(config, options, frozenset(pinned), find(options.gpu, options.gpus))
+
+    @cached_property
+    def hf(self) -> HFConfig:
+        return hf_config(self.config)
+
+    @cached_property
+    def kind(self) -> Kind:
+        if self.options.kind is not None:
+            return self.options.kind
+        default = Config()
+        return "rl" if self.config.rl != default.rl and self.config.sft == default.sft else "sft"
+
+    @cached_property
+    def work(self) -> Work:
+        return work(self.kind, self.config, self.hf, self.options)
+
+    def plan(self, config: Config, gpus: int | None = None) -> Plan:
+        """What this config, layout and all, needs on so many GPUs (as many as were given)."""
+        hf, gpu, options = self.hf, self.gpu, self.options
+        layout = Layout(config.parallel, gpus or options.gpus)
+        step = work(self.kind, config, hf, options)
+        sampler = engine(hf, config, gpu) if self.kind == "rl" else None
+        how_fast = speed(hf, config, layout, gpu, step, sampler, mfu=options.mfu, per_node=options.gpus_per_node)
+        needs = memory(
+            hf, config, layout, gpu, tokens=step.micro_batch(layout.data), micro_batches=how_fast.micro_batches,
+            reserve=options.reserve * GIB, engine=sampler, reference="reference" in step.passes, offload=config.rl.reference_offload)
+        return Plan(config, layout, gpu, hf.context, needs, how_fast, sampler)
+
+    def plans(self, gpus: int | None = None) -> list[Plan]:
+        """Every layout that the checks let through: what fits first, the fastest first; then by what is missing.
+
+        UserError: the checks let none through; it says what each key may be.
+        """
+        gpus = gpus or self.options.gpus
+        found: list[Plan] = []
+        for one in candidates(self.config, self.hf, gpus, self.kind, self.pinned, self.gpu.is_cpu):
+            found += self._with_recomputation(one, gpus)
+        if not found:
+            raise UserError(self._no_layout(gpus))
+        return sorted(found, key=lambda plan: (not plan.fits, plan.speed.seconds if plan.fits else plan.share, plan.share, len(plan.name)))
+
+    def _with_recomputation(self, config: Config, gpus: int) -> Iterator[Plan]:
+        """As little as fits: the less is computed again, the faster. Where nothing fits, all of it."""
+        pinned = "parallel.recompute" in self.pinned
+        for recompute in (config.parallel.recompute,) if pinned else ("none", "selective", "full"):
+            parallel = config.parallel.model_copy(update={"recompute": recompute})
+            plan = self.plan(config.model_copy(update={"parallel": parallel}), gpus)
+            yield plan
+            if plan.fits:
+                return
+
+    def as_configured(self) -> Plan | str:
+        """The config's own layout on these GPUs; or why it does not run on them."""
+        return problem(self.config, self.options.gpus, self.kind) or self.plan(self.config)
+
+    def _no_layout(self, gpus: int) -> str:
+        whole = "\n".join(f"  {limit}" for limit in limits(self.config, self.hf, gpus, self.kind))
+        kept = f" with {', '.join(sorted(self.pinned))} as given" if self.pinned else ""
+        try:
+            check_combinations(self.config, gpus, ("model", "parallel", "rollout", self.kind))
+            why = ""
+        except UserError as error:
+            why = f"\n{error}"
+        return f"no layout of {gpus} GPUs passes the checks{kept}:{why}\nwhat divides:\n{whole}"
+
+    def ways_out(self, best: Plan) -> list[str]:
+        """Where nothing fits: what would, each way tried by itself."""
+        found = []
+        smaller = self._with_smaller_packs(best)
+        if smaller is not None:
+            found.append(f"shorter packs: --{self.kind}.token_budget={smaller} (a sequence must fit into one)")
+        gpus = self.options.gpus
+        for times in (2**n for n in range(1, MORE_GPUS.bit_length())):
+            try:
+                first = self.plans(gpus * times)[0]
+            except UserError:
+                continue
+            if first.fits:
+                found.append(f"more GPUs: {gpus * times} ({first.name}, recompute {first.layout.parallel.recompute})")
+                break
+        if self.kind == "rl":
+            found += self._with_another_engine(best)
+        return found
+
+    def _with_smaller_packs(self, best: Plan) -> int | None:
+        section = getattr(best.config, self.kind)
+        budget = section.token_budget // 2
+        while budget >= 256:
+            smaller = best.config.model_copy(update={self.kind: section.model_copy(update={"token_budget": budget})})
+            if problem(smaller, best.layout.gpus, self.kind) is None and self.plan(smaller).fits:
+                return budget
+            budget //= 2
+        return None
+
+    def _with_another_engine(self, best: Plan) -> list[str]:
+        for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1):
+            rollout = best.config.rollout.model_copy(update={"gpu_memory": share})
+            if self.plan(best.config.model_copy(update={"rollout": rollout})).fits:
+                return [f"another share for the engine: --rollout.gpu_memory={share}"]
+        return []

@@ -1,0 +1,64 @@
+"""The peak of host memory of real steps, on a rank: the program that tests/plan/test_plan_memory.py starts.
+
+    python step_memory.py CONFIG.json     {"options": [--section.key=value, ...], "kind": "sft" | "rl", "rows": n, "length": tokens}
+
+Two steps of `rows` sequences of `length` tokens each; of RL with an engine that samples and is given the weights in between.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from core.peak_memory import status
+
+
+def main() -> int:
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    import numpy as np
+    import torch
+
+    from pctrain import convert  # noqa: F401  megatron-core and what writes files belong to the base
+    from pctrain.config_load import read
+    from pctrain.core import Core
+    from pctrain.data.rows import make_row
+    from pctrain.sft.loss import cross_entropy
+
+    torch.set_num_threads(1)
+    config, sampling = read(None, asked["options"]), asked["kind"] == "rl"
+    if sampling:
+        import vllm.model_executor.models.llama
+        import vllm.v1.engine.llm_engine
+        import vllm.v1.executor.uniproc_executor
+        import vllm.v1.worker.cpu_worker  # noqa: F401
+
+        from pctrain.rollout import Request, RolloutEngine
+    base = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+
+    kind = getattr(config, asked["kind"])
+    core = Core(config.model, config.parallel, optimizer_config=kind.optimizer, total_steps=10, seed=0)
+    engine = None
+    if sampling:
+        if config.rl.kl_coef:
+            core.keep_reference()
+        engine = RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=core.hf.context, eos_id=2)
+    random = np.random.default_rng(0)
+    tokens = random.integers(3, 260, (asked["rows"], asked["length"])).tolist()
+    rows = [make_row(of_row[:4], of_row[4:]) for of_row in tokens]
+    assert {len(row) for row in rows} == {asked["length"]}
+    for _ in range(2):
+        if engine is not None:
+            engine.load_weights(core.hf_weights())
+            requests = [Request(row.tokens[:8].tolist(), seed) for seed, row in enumerate(rows)]
+            engine.generate(requests, temperature=1.0, max_response=16, logprobs=True)
+            engine.sleep()
+        core.step(core.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
+    peak = status("VmHWM")
+    print(json.dumps({"base": base, "peak": peak}), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

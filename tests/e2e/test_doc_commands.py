@@ -190,11 +190,16 @@ def test_commands_on_sets_and_curves(folder, sets):
     assert json.loads((folder / "fits.json").read_text()) and (folder / "sets" / "validation.jsonl").exists()
 
 
-@pytest.mark.timeout(600)
-def test_commands_on_models(ranks, folder):
+@pytest.fixture(scope="module")
+def runs(ranks, folder):
+    """What the commands on models printed; their runs lie in the folder."""
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL.items()]
-    [results] = ranks.run(reader.run, folder, commands, world=1, deadline=500)
-    check(results, WITH_MODEL)
+    return ranks.run(reader.run, folder, commands, world=1, deadline=500)[0]
+
+
+@pytest.mark.timeout(600)
+def test_commands_on_models(folder, runs):
+    check(runs, WITH_MODEL)
     judged = [json.loads(line) for line in (folder / "runs/judged/metrics.jsonl").read_text().splitlines()]
     assert any("verdicts/right" in line or "verdicts/wrong" in line for line in judged)
     assert "my_algorithms.py" in (folder / "runs/rpp/config.yaml").read_text()  # among the fingerprints
@@ -202,7 +207,7 @@ def test_commands_on_models(ranks, folder):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_the_long_commands_on_models(ranks, folder, sets):
+def test_the_long_commands_on_models(ranks, folder, sets, runs):
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL_LONG.items()]
     [results] = ranks.run(reader.run, folder, commands, world=1, deadline=1000)
     check(results, WITH_MODEL_LONG)

@@ -43,6 +43,7 @@ WITHOUT_MODEL = {
 # A number or a folder of the page, and what stands for it here.
 CHANGED = {
     "runs/sft/checkpoints/step-720": "runs/mine/checkpoints/step-2", "'runs/rl/checkpoints/step-*'": "runs/mine-rl/checkpoints/step-1",
+    "curves/curves.json": "curves.json",  # two scores, of a run of one step, are no curve
     "B runs/sft": "B runs/mine", "--validation=199": "--validation=20", "--size=102000": "--size=20", "step-100": "step-2",
     "--sft.steps=300": "--sft.steps=2", "--sft.val_every=20": "--sft.val_every=1",
     "--rollout.max_response=4096": "--rollout.max_response=8",

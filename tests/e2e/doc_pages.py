@@ -42,7 +42,7 @@ def commands(page: Path) -> list[Shown]:
     text, name = page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))
     found: list[tuple[int, Shown]] = []
     for place, block in [*fenced(text, ("bash", "sh", "shell", "console", "")), *_indented(text)]:
-        for line in re.sub(r"\\\n\s*", " ", block).splitlines():
+        for line in _unrolled(re.sub(r"\\\n\s*", " ", block)).splitlines():
             found += [(place, shown) for shown in [_shown(line, name, alone=True)] if shown]
     prose = re.sub(r"^```.*?^```", lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.M | re.S)
     prose = re.sub(r"^    .*$", lambda match: " " * len(match[0]), prose, flags=re.M)
@@ -58,6 +58,14 @@ def fenced(text: str, languages: tuple[str, ...]) -> list[tuple[int, str]]:
 
 def _indented(text: str) -> list[tuple[int, str]]:
     return [(match.start(), re.sub(r"^    ", "", match[0], flags=re.M)) for match in re.finditer(r"(?<=\n\n)(?:    .*\n)+", text)]
+
+
+def _unrolled(block: str) -> str:
+    """`for x in a b; do ... done`: its lines once with each word."""
+    def unroll(loop: re.Match) -> str:
+        return "\n".join(loop[3].replace(f"${loop[1]}", word) for word in loop[2].split())
+
+    return re.sub(r"for (\w+) in ([^;\n]+); do\n(.*?)\n\s*done", unroll, block, flags=re.S)
 
 
 def _shown(line: str, page: str, alone: bool) -> Shown | None:

@@ -21,6 +21,7 @@ SMALL = {
             "--sft.checkpoint_every=2", "--sft.optimizer.warmup=0", "--run.tensorboard=false"),
     "rl": ("--rl.steps=1", "--rl.prompts=4", "--rl.group=4", "--rl.round_prompts=4", "--rl.max_rounds=1", "--rl.token_budget=1024",
            "--rl.optimizer.warmup=0", "--rollout.max_response=16", "--rollout.kv_cache_mb=64", "--run.tensorboard=false"),
+    "eval": ("--rollout.kv_cache_mb=64", "--eval.max_response=8"),
     "data winrate": ("--rollout.kv_cache_mb=64", "--attempts=2"),
     "data rank": ("--sft.batch_size=8", "--sft.token_budget=512", "--sft.optimizer.warmup=0", "--seeds=0"),
 }
@@ -40,9 +41,13 @@ WITHOUT_MODEL = {
     "pctrain fit curves.json --method paper": ("--out=4.json",),
 }
 # A number or a folder of the page, and what stands for it here.
-CHANGED = {"--validation=199": "--validation=20", "--size=102000": "--size=20", "step-100": "step-2", "step-720": "step-2",
-           "--sft.steps=300": "--sft.steps=2", "--sft.val_every=20": "--sft.val_every=1",
-           "--rollout.max_response=4096": "--rollout.max_response=8"}
+CHANGED = {
+    "runs/sft/checkpoints/step-720": "runs/mine/checkpoints/step-2", "'runs/rl/checkpoints/step-*'": "runs/mine-rl/checkpoints/step-1",
+    "curves/curves.json": "curves.json",  # two scores, of a run of one step, are no curve
+    "B runs/sft": "B runs/mine", "--validation=199": "--validation=20", "--size=102000": "--size=20", "step-100": "step-2",
+    "--sft.steps=300": "--sft.steps=2", "--sft.val_every=20": "--sft.val_every=1",
+    "--rollout.max_response=4096": "--rollout.max_response=8",
+}
 WITH_MODEL = {
     "pctrain data check 'data/*.parquet' --model.path=/models/Qwen2.5-0.5B": (),
     "pctrain convert hf-to-mcore /models/Qwen2.5-0.5B checkpoints/step-0 --verify": (),
@@ -57,18 +62,27 @@ WITH_MODEL = {
         *SMALL["rl"], "--run.dir=runs/judged"),
     "pctrain rl --config rl.yaml --rl.algorithm=my_algorithms:ReinforcePlusPlus --run.dir=runs/rpp": SMALL["rl"],
     "pctrain run --config study.yaml --dry-run": (),
+    "pctrain eval models/Qwen2.5-7B runs/sft --out scores --config benchmarks.yaml": SMALL["eval"],
 }
 WITH_MODEL_LONG = {
+    "pctrain eval runs/sft/checkpoints/step-720 'runs/rl/checkpoints/step-*' --out curves --config benchmarks.yaml": SMALL["eval"],
+    "pctrain fit curves/curves.json --out fits.json": (),
+    "pctrain report curves/curves.json --out curves-report": (),
     "pctrain data winrate sets/train.jsonl --out rated.jsonl --model.path=Qwen2.5-1.5B --rollout.max_response=4096": SMALL["data winrate"],
     "pctrain data rank --candidate=hard=hard.jsonl --candidate=all=sets/train.jsonl --data.validation=sets/validation.jsonl "
     "--model.path=Qwen2.5-0.5B --sft.steps=300 --sft.val_every=20 --out rank": SMALL["data rank"],
     "pctrain run --config study.yaml": SMALL["study"],
 }
+AT_PUBLISHED_SIZE = {  # of these no model is made
+    "pctrain plan --config configs/retu/rl-pipeline.yaml --gpus 8 --gpu h100": (),
+    "pctrain plan --gpus 128 --gpu h200 --model.path=Qwen2.5-7B --model.dtype=bfloat16 --sft.batch_size=512 --sft.token_budget=16384": (),
+    "pctrain plan --config sft.yaml --gpus 64 --gpu a100-80 --parallel.tensor=4 --out plan.json --figure memory.png": (),
+}
 ON_TWO_RANKS = {
     "torchrun --standalone --nproc-per-node 2 -m pctrain sft --config configs/quickstart.yaml --run.dir=runs/tp2 --parallel.tensor=2 "
     "--parallel.sequence_parallel=true": ("--sft.steps=2", "--sft.val_every=2", "--sft.eval_every=0", "--sft.optimizer.warmup=0"),
 }
-RUN = WITHOUT_MODEL | WITH_MODEL | WITH_MODEL_LONG | ON_TWO_RANKS
+RUN = WITHOUT_MODEL | WITH_MODEL | WITH_MODEL_LONG | AT_PUBLISHED_SIZE | ON_TWO_RANKS
 
 # ---- what is run by other tests ------------------------------------------------------------------------------------------------
 
@@ -139,6 +153,13 @@ def folder(sft_run, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def published(folder, tmp_path_factory):
+    to = tmp_path_factory.mktemp("published")
+    reader.cluster(folder, to)
+    return to
+
+
 def words_of(command: str, more: tuple[str, ...], folder: Path) -> tuple[str, ...]:
     """The arguments of `pctrain`, with the reader's files and fewer of everything."""
     text = command.replace("/models/", f"{folder}/models/").replace("/shared/", f"{folder}/shared/")
@@ -170,11 +191,16 @@ def test_commands_on_sets_and_curves(folder, sets):
     assert json.loads((folder / "fits.json").read_text()) and (folder / "sets" / "validation.jsonl").exists()
 
 
-@pytest.mark.timeout(600)
-def test_commands_on_models(ranks, folder):
+@pytest.fixture(scope="module")
+def runs(ranks, folder):
+    """What the commands on models printed; their runs lie in the folder."""
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL.items()]
-    [results] = ranks.run(reader.run, folder, commands, world=1, deadline=500)
-    check(results, WITH_MODEL)
+    return ranks.run(reader.run, folder, commands, world=1, deadline=500)[0]
+
+
+@pytest.mark.timeout(600)
+def test_commands_on_models(folder, runs):
+    check(runs, WITH_MODEL)
     judged = [json.loads(line) for line in (folder / "runs/judged/metrics.jsonl").read_text().splitlines()]
     assert any("verdicts/right" in line or "verdicts/wrong" in line for line in judged)
     assert "my_algorithms.py" in (folder / "runs/rpp/config.yaml").read_text()  # among the fingerprints
@@ -182,10 +208,15 @@ def test_commands_on_models(ranks, folder):
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_the_long_commands_on_models(ranks, folder, sets):
+def test_the_long_commands_on_models(ranks, folder, sets, runs):
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL_LONG.items()]
     [results] = ranks.run(reader.run, folder, commands, world=1, deadline=1000)
     check(results, WITH_MODEL_LONG)
+
+
+def test_plans(folder, published):
+    check(reader.run(published, [words_of(command, more, published) for command, more in AT_PUBLISHED_SIZE.items()]), AT_PUBLISHED_SIZE)
+    assert (published / "plan.json").exists() and (published / "memory.png").exists()
 
 
 @pytest.mark.full
@@ -211,21 +242,15 @@ def test_the_kernels_install_alone(tmp_path):
 # ---- parsed and resolved --------------------------------------------------------------------------------------------------------------
 
 GPUS = 8  # of a node
-CLUSTER_MODELS = {"models/Qwen2.5-7B": (28, 3584, 28, 4)}  # layers, hidden, heads, key/value heads
 
 
 @pytest.mark.parametrize("shown", LAUNCHES, ids=lambda shown: shown.text)
-def test_what_is_started_on_nodes_resolves(shown, folder, monkeypatch):
+def test_what_is_started_on_nodes_resolves(shown, published, monkeypatch):
     arguments, nodes = _after_launcher(shown)
     assert arguments[0] in {command.name for command in COMMANDS}
     if arguments[0] == "doctor":
         return  # it takes no config; tests/test_doctor.py has its options
-    for name, (layers, hidden, heads, kv_heads) in CLUSTER_MODELS.items():
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps(
-            {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 18944,
-             "num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 131072}))
-    monkeypatch.chdir(folder)
+    monkeypatch.chdir(published)
     monkeypatch.setenv("WORLD_SIZE", str(nodes * GPUS))
     sections = next(command for command in COMMANDS if command.name == arguments[0]).options
     keys = [argument for argument in arguments if re.match(r"--\w+\.\w", argument)]

@@ -1,9 +1,10 @@
 """The planner against the resident memory of real steps on CPU ranks: at most 15 % apart.
 
-Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which torch's late imports
-(40 MB, counted) weigh little. glibc is told to give every tensor above 128 KB back as it is freed. Left to itself it keeps pages of freed
-ones, up to 32 MB each, for later: measured were then 4 % more of SFT, 8 to 18 % more of RL, whose engine and update leave different holes.
-That is no memory that a step needs, and no GPU has it: torch's own allocator keeps blocks there, for which `reserve` stands.
+Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which torch's late
+imports (40 MB, counted) weigh little. glibc is told to give every tensor above 128 KB back as it is freed. Left to itself it keeps
+pages of freed ones, up to 32 MB each, for later: measured were then 4 % more of SFT, 8 to 18 % more of RL, whose engine and update
+leave different holes. That is no memory that a step needs, and no GPU has it: torch's own allocator keeps blocks there, for which
+`reserve` stands.
 """
 
 import json

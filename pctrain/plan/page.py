@@ -159,8 +159,8 @@ def assumptions(planner: Planner) -> Iterator[str]:
     """What each number rests on."""
     options, gpu, work = planner.options, planner.gpu, planner.work
     yield _rates(gpu, planner)
-    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs, a call {CALL * 1e6:.0f} us; "
-           "FLOPs are exact "
+    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
+           "a call; FLOPs are exact "
            "(recomputation included), for sequences all of the mean length; packs are full")
     reserve = "40 MB that torch maps at its first steps" if gpu.is_cpu else f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"

@@ -66,7 +66,6 @@ def test_a_step_of_sft(monkeypatch, tmp_path):
     pytest.param(LARGER, "rl", 1, 8, [], id="RL"),
     pytest.param(LARGER, "rl", 1, 8, ["--rl.kl_coef=0.1"], id="RL with a reference"),
     pytest.param(LARGER, "rl", 2, 16, [], id="RL DP2"),
-    pytest.param(LARGER, "rl", 2, 8, ["--parallel.tensor=2", "--rollout.tensor=2"], id="RL TP2"),
 ])
 def test_other_steps(monkeypatch, tmp_path, model, kind, world, rows, options):
     apart = _apart(monkeypatch, tmp_path, model, kind, world, rows, 128, f"--{kind}.token_budget=1024", *options)

@@ -14,7 +14,7 @@ from pctrain.plan.memory import gib
 from pctrain.plan.planner import Plan, Planner
 from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
 from pctrain.plan.shapes import all_parameters
-from pctrain.plan.traffic import LINK_SHARE
+from pctrain.plan.traffic import CALL, LINK_SHARE
 from pctrain.plan.work import DYNAMIC, KEPT
 
 OTHER = ("optimizer", "swap", "logprob", "reference")
@@ -159,11 +159,12 @@ def assumptions(planner: Planner) -> Iterator[str]:
     """What each number rests on."""
     options, gpu, work = planner.options, planner.gpu, planner.work
     yield _rates(gpu, planner)
-    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs; FLOPs are exact "
+    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
+           "a call; FLOPs are exact "
            "(recomputation included), for sequences all of the mean length; packs are full")
     reserve = "40 MB that torch maps at its first steps" if gpu.is_cpu else f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"
-    yield "what is sent is waited for, but for gradients that overlap with the backward pass, context parallelism and virtual stages"
+    yield "what is sent is waited for, but for gradients beside the backward pass, context parallelism beside attention, and virtual stages"
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
         rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""

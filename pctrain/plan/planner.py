@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from math import floor, log
 
 from pctrain.config import Config
 from pctrain.config_check import check_combinations
@@ -19,6 +20,7 @@ from pctrain.plan.shapes import Layout, hf_config
 from pctrain.plan.speed import Speed, speed
 from pctrain.plan.work import Kind, Work, work
 
+EQUAL = 1.05  # step times whose quotient is below it are told apart by nothing that is known here
 MORE_GPUS = 64  # times as many, at most, that are tried where nothing fits
 
 
@@ -49,10 +51,21 @@ class Plan:
         return self.share <= 1 and self.starts
 
     @property
-    def name(self) -> str:
+    def ways(self) -> list[str]:
+        """In which it cuts the model and the sequences: TP4, PP2, ..."""
         par = self.layout.parallel
         sizes = {"TP": par.tensor, "PP": par.pipeline, "VP": par.virtual_pipeline, "CP": par.context, "EP": par.expert}
-        return " ".join([*(f"{name}{size}" for name, size in sizes.items() if size > 1), f"DP{self.layout.data}"])
+        return [f"{name}{size}" for name, size in sizes.items() if size > 1]
+
+    @property
+    def name(self) -> str:
+        return " ".join([*self.ways, f"DP{self.layout.data}"])
+
+
+def _rank(plan: Plan) -> tuple:
+    if not plan.fits:
+        return True, plan.share, len(plan.ways), plan.speed.seconds
+    return False, floor(log(plan.speed.seconds) / log(EQUAL)), len(plan.ways), plan.speed.seconds
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,8 @@ class Planner:
         return Plan(config, layout, gpu, hf.context, needs, how_fast, sampler)
 
     def plans(self, gpus: int | None = None) -> list[Plan]:
-        """Every layout that the checks let through: what fits first, the fastest first; then by what is missing.
+        """Every layout that the checks let through: what fits first, the fastest first, of equally fast ones (EQUAL) the plainest; then by
+        what is missing.
 
         UserError: the checks let none through; it says what each key may be.
         """
@@ -107,7 +121,7 @@ class Planner:
             found += self._with_recomputation(one, gpus)
         if not found:
             raise UserError(self._no_layout(gpus))
-        return sorted(found, key=lambda plan: (not plan.fits, plan.speed.seconds if plan.fits else plan.share, plan.share, len(plan.name)))
+        return sorted(found, key=_rank)
 
     def _with_recomputation(self, config: Config, gpus: int) -> Iterator[Plan]:
         """As little as fits: the less is computed again, the faster. Where nothing fits, all of it."""

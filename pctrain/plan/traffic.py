@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pctrain.config import Config
+from pctrain.config import Config, ParallelConfig
 from pctrain.core.hf_config import HFConfig
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Buffers, Layout
 from pctrain.plan.work import Work
 
 LINK_SHARE = 0.7  # of a wire's rate that large collectives reach
+CALL = 15e-6  # seconds that any of them takes beside its bytes
 
 
 @dataclass(frozen=True)
@@ -43,37 +44,48 @@ def traffic(
     layers = max(layout.stage_layers(hf.layers))
     tokens = work.tokens / layout.data / par.context  # of one rank, in all updates
 
-    def over(group: str, ranks: int, span: int, sent: float, hidden: float = 0.0) -> Traffic:
+    packs = micro_batches * work.updates
+
+    def over(group: str, ranks: int, span: int, sent: float, calls: float, hidden: float = 0.0) -> Traffic:
         """`span`: distance in ranks from the first of the group to behind its last."""
         wire, rate = ("within a node", gpu.link) if span <= per_node else ("between nodes", gpu.network)
-        return Traffic(group, ranks, sent, wire, sent / (rate * LINK_SHARE), hidden)
+        return Traffic(group, ranks, sent, wire, sent / (rate * LINK_SHARE) + calls * CALL, hidden)
 
     found = []
     stream = tokens * hf.hidden * size
     if par.tensor > 1:
-        found.append(over("tensor", par.tensor, par.tensor, _tensor(hf, par, layers) * stream * (par.tensor - 1) / par.tensor))
+        times = _tensor(hf, par, layers)
+        found.append(over("tensor", par.tensor, par.tensor, times * stream * (par.tensor - 1) / par.tensor, times * packs))
     if par.context > 1:
         keys = tokens * 2 * hf.kv_heads * hf.head_dim / par.tensor * size
         # Keys and values go round the ring forwards, they and their gradients backwards; Transformer Engine does it beside attention.
-        rounds = 3 + (par.recompute == "full")
-        sent = layers * keys * (par.context - 1) * rounds
-        found.append(over("context", par.context, par.tensor * par.context, sent, hidden=computing / 2))
+        steps = layers * (par.context - 1) * (3 + (par.recompute != "none"))
+        hidden = computing * attention_share(hf, work)
+        found.append(over("context", par.context, par.tensor * par.context, steps * keys, steps * packs, hidden))
     if par.expert > 1:
         routed = stream / par.tensor * hf.experts.per_token * (par.expert - 1) / par.expert
         times = 4 + 2 * (par.recompute == "full")  # there and back, forwards and backwards
-        found.append(over("expert", par.expert, par.tensor * par.expert, layers * routed * times))
+        found.append(over("expert", par.expert, par.tensor * par.expert, layers * routed * times, layers * times * packs))
     if par.pipeline > 1:
         stride = layout.gpus // par.pipeline
         cut = par.tensor if par.sequence_parallel else 1
         # With virtual stages they travel beside the computing.
         hidden = computing if par.virtual_pipeline > 1 else 0.0
-        found.append(over("pipeline", par.pipeline, 2 * stride, 2 * par.virtual_pipeline * stream / cut, hidden))
+        sends = 2 * par.virtual_pipeline
+        found.append(over("pipeline", par.pipeline, 2 * stride, sends * stream / cut, sends * packs, hidden))
     if layout.copies > 1:
-        found.append(_data(hf, layout, size, held, work, computing / max(1, micro_batches * work.updates), over))
+        found.append(_data(hf, layout, size, held, work, computing / packs, over))
     return found
 
 
-def _tensor(hf: HFConfig, par, layers: int) -> float:
+def attention_share(hf: HFConfig, work: Work) -> float:
+    """Of the FLOPs, those of scores and values: what Transformer Engine's ring of keys and values runs beside."""
+    shape = hf.shape
+    linear = 2.0 * work.length * (shape.layers * shape.layer_weights + shape.vocab * shape.hidden)
+    return 1 - linear / work.forward(hf, 1)
+
+
+def _tensor(hf: HFConfig, par: ParallelConfig, layers: int) -> float:
     """Passes of the whole stream round the ring, forwards and backwards: of each layer its two blocks, and of the ends."""
     gathered = 2 if par.sequence_parallel else 0  # the inputs of both blocks once more, for the gradients of their weights
     blocks = 2 * (2 + 2) + gathered
@@ -90,7 +102,7 @@ def _data(hf: HFConfig, layout: Layout, size: int, held: Buffers, work: Work, la
     dense, expert = layout.copies, layout.expert_copies
     own = held.dense * (dense - 1) / dense + held.expert * (expert - 1) / expert
     span = layout.gpus // layout.parallel.pipeline
-    both = over("data", dense, span, own * (4 + size) * work.updates)
+    both = over("data", dense, span, own * (4 + size) * work.updates, 2 * work.updates)
     if not layout.parallel.overlap_grad_reduce:
         return both
     # Overlapped with the backward pass of the last micro-batch, two thirds of its time.

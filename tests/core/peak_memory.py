@@ -39,7 +39,7 @@ def on_ranks(program: str, *arguments: object, world: int = 1, settings: Mapping
         ranks.append(subprocess.Popen([sys.executable, program, *map(str, arguments)], env=os.environ | environment | dict(settings or {}),
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
-        outputs = [process.communicate(timeout=280)[0] for process in ranks]
+        outputs = [process.communicate(timeout=800)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()

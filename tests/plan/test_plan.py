@@ -5,6 +5,7 @@ import os
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from pctrain.plan.gpus import GIB, GPUS
 from pctrain.plan.layouts import even_ends
 from pctrain.plan.memory import in_flight
 from pctrain.plan.options import PlanOptions
-from pctrain.plan.planner import Planner
+from pctrain.plan.planner import EQUAL, Planner
 from pctrain.plan.rollouts import engine
 from pctrain.plan.shapes import Layout, all_parameters
 from pctrain.plan.speed import bubble_share
@@ -168,7 +169,7 @@ def test_what_is_listed_passes_the_checks(models, name, gpus, gpu, batch):
     fitting = [plan.fits for plan in plans]
     assert fitting == sorted(fitting, reverse=True)
     seconds = [plan.speed.seconds for plan in plans if plan.fits]
-    assert seconds == sorted(seconds)
+    assert all(one <= other * EQUAL for one, other in pairwise(seconds))  # the fastest first, but for what counts as equal
 
 
 @settings(max_examples=20)

@@ -76,7 +76,8 @@ class ParallelConfig(Section):
         "none", description="activations made again in the backward pass: none, those inside attention, all but each layer's input")
     overlap_grad_reduce: bool = Field(False, description="reduce gradients over data parallel ranks while the backward pass goes on")
     timeout: float = Field(
-        600, gt=0, le=604800, description="seconds a rank may go without progress (a collective, a step of the engine, a verdict): the run ends then")
+        600, gt=0, le=604800,
+        description="seconds a rank may go without progress (a collective, a step of the engine, a verdict): the run ends then")
 
 
 class ProblemsConfig(Section):

@@ -13,9 +13,14 @@ from pctrain.core.hf_config import HFConfig
 from pctrain.plan.gpus import GPUS
 from pctrain.plan.memory import held_always
 from pctrain.plan.shapes import Layout, buffers, chunks
-from plan.plan_models import MODELS, write_config
+from plan.plan_models import LLAMA_3B, write_config
+from plan.plan_models import MODELS as PUBLISHED
 
 PROGRAM = Path(__file__).with_name("meta_shards.py")
+# Nothing of it is a multiple of what buffers are padded to.
+ODD = LLAMA_3B | {"hidden_size": 36, "head_dim": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "intermediate_size": 50,
+                  "num_hidden_layers": 4, "vocab_size": 331}
+MODELS = PUBLISHED | {"odd": ODD}
 # (model, ranks, dtype, layout). Every tensor and expert parallel rank of a stage holds equally much.
 CASES = [
     ("qwen-7b", 8, "bfloat16", dict(tensor=2, sequence_parallel=True, overlap_grad_reduce=True)),
@@ -26,9 +31,10 @@ CASES = [
     ("llama-3b", 8, "float32", dict()),
     ("qwen-30b-a3b", 128, "bfloat16", dict(tensor=2, pipeline=4, expert=8, sequence_parallel=True, overlap_grad_reduce=True)),
     ("qwen-30b-a3b", 1024, "bfloat16", dict(tensor=4, pipeline=8, expert=32, virtual_pipeline=3, sequence_parallel=True)),
+    ("odd", 12, "bfloat16", dict(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True)),
     ("qwen-30b-a3b", 48, "bfloat16", dict(pipeline=3, expert=16, first_stage_layers=15, last_stage_layers=13)),
 ]
-FAST = (1, 4, 6)
+FAST = (1, 4, 6, 8)
 
 
 def _ranks(world, layout):

@@ -33,7 +33,7 @@ class Target:
 
 
 def find(paths: Sequence[str | Path], model_path: Path | None) -> list[Target]:
-    """The models in the order given, each with a name of its own. `model_path`: model.path, for checkpoints.
+    """The models in the order given, each with a name of its own. `model_path`: model.path, for checkpoints whose run's model is not there.
 
     Raises:
         UserError: a path that is none of the three, a run that has not finished, a checkpoint whose model is not known; one model twice.
@@ -77,15 +77,18 @@ def _of_run(run: Path) -> Target:
 
 def _of_checkpoint(path: Path, model_path: Path | None) -> Target:
     checkpoints.checkpoint_step(path)  # refuses another name
-    run = path.parent.parent
-    if model_path is None:
-        if not (run / "config.yaml").is_file():
-            raise UserError(f"{path}: {run} has no config.yaml that names its model; give its Hugging Face directory by --model.path")
-        model_path = read_config(run)[0].model.path
-        if model_path is None or not (model_path / "config.json").is_file():
-            raise UserError(f"{path}: the model of its run, {model_path}, is not there (no config.json); give its Hugging Face directory "
-                            "by --model.path")
-    return _with_ledger(Target("", path, model_path, checkpoint=path), path)
+    own = _own_model(path.parent.parent)
+    # The run knows better than a config that was written for another one.
+    for hf_dir in (own, model_path):
+        if hf_dir is not None and (hf_dir / "config.json").is_file():
+            return _with_ledger(Target("", path, hf_dir, checkpoint=path), path)
+    why = f"{path.parent.parent} has no config.yaml that names its model" if own is None else f"the model of its run, {own}, is not there"
+    given = f"model.path = {model_path} has no config.json" if model_path is not None else "give its Hugging Face directory by --model.path"
+    raise UserError(f"{path}: {why}; {given}")
+
+
+def _own_model(run: Path) -> Path | None:
+    return read_config(run)[0].model.path if (run / "config.yaml").is_file() else None
 
 
 def _with_ledger(target: Target, checkpoint: Path) -> Target:

@@ -26,7 +26,16 @@ def test_what_the_three_kinds_are(run):
     assert (checkpoint.name, checkpoint.checkpoint, checkpoint.kind, checkpoint.step) == ("run-step-25", folder, "sft", 25)
     assert (whole.name, whole.hf_dir, whole.checkpoint, whole.step) == ("run", run / "hf", None, 50)
     assert 0 < checkpoint.eflops_sft < whole.eflops_sft and checkpoint.eflops_rl == 0
-    assert find([folder], run / "hf")[0].hf_dir == run / "hf"  # model.path goes over the run's own
+    assert find([folder], run / "hf")[0].hf_dir == checkpoint.hf_dir != run / "hf"  # the run knows its own model
+
+
+def test_a_checkpoint_that_was_moved_away_from_its_run_takes_model_path(run, tmp_path):
+    moved = shutil.copytree(run / "checkpoints" / "step-25", tmp_path / "far" / "away" / "step-25")
+    [target] = find([moved], run / "hf")
+    own = find([run / "checkpoints" / "step-25"], None)[0]
+    assert (target.hf_dir, target.run, target.eflops_sft) == (run / "hf", None, own.eflops_sft)
+    with pytest.raises(UserError, match="names its model; model.path = .*nowhere has no config.json"):
+        find([moved], tmp_path / "nowhere")
 
 
 def test_names_take_as_many_parts_as_tell_them_apart(run, tmp_path):

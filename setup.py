@@ -55,7 +55,7 @@ setup(
         # A set that fits together: vLLM asks for this very torch, whose wheel is built with CUDA 13. The last two are compiled against it,
         # so they are installed after it and without build isolation (docs/gpu.md; launch/setup.sh does it).
         "gpu": ["torch==2.11.0", "vllm==0.25.1", "transformer-engine[pytorch,core-cu13]==2.20.2", "flash-attn==2.8.3.post2"],
-        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "hypothesis>=6.100"],
+        "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "tasks": ["reasoning-gym"],
     },
 )

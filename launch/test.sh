@@ -11,6 +11,7 @@ for argument in "$@"; do
   if [[ "$argument" = --full ]]; then tier=(); else arguments+=("$argument"); fi
 done
 
-# One thread a process: two processes of two threads on two cores are ten times slower than two of one.
+# One thread a process: two processes of two threads on two cores are ten times slower than two of one. Two test processes, a file at a
+# time each: most tests keep one core busy.
 export OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
-exec "$venv/bin/python" -m pytest --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"
+exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"

@@ -80,6 +80,7 @@ class RolloutEngine:
         self.sleep()
         with guest(self._groups):
             if on_gpu():
+                torch.cuda.empty_cache()  # what the learner's allocator keeps of the last update is memory that vLLM maps now
                 self._llm.wake_up(tags=["weights"])
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
             checked.finish()

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from plan.plan_models import LLAMA_3B, QWEN_7B, write_config
 
 from e2e import tiny
 from pctrain.cli import main
 from pctrain.config_load import load, read
+from pctrain.plan.options import PlanOptions
+from pctrain.plan.planner import Planner
 from pctrain.study_plan import stages_of
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
@@ -19,12 +22,7 @@ TYING = {"eval.yaml", "study.yaml"}  # what is not one run
 RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED | TYING)
 SETS = ["s1k", "easy102k", "uniform102k", "hard102k", "889k"]
 ROWS = re.findall(r"^\| (.+?) \| `(\S+) = (\S+)` \| (\S+\.yaml) \| (paper|code) \|$", (FOLDER / "README.md").read_text(), re.M)
-MODELS = {  # what the checks of a layout read of a config.json
-    "models/Qwen2.5-7B": {"architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944,
-                          "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072, "vocab_size": 152064},
-    "models/Llama-3.2-3B": {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 28, "hidden_size": 3072, "intermediate_size": 8192,
-                            "num_attention_heads": 24, "num_key_value_heads": 8, "max_position_embeddings": 131072, "vocab_size": 128256},
-}
+MODELS = {"models/Qwen2.5-7B": QWEN_7B, "models/Llama-3.2-3B": LLAMA_3B}
 GPUS = 8
 
 
@@ -45,9 +43,8 @@ def test_every_number_stands_where_the_readme_says(number, key, value, file, sou
 def eight_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(GPUS))
     monkeypatch.chdir(tmp_path)
-    for folder, config in MODELS.items():
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    for folder, shape in MODELS.items():
+        write_config(tmp_path / folder, shape)
 
 
 @pytest.mark.parametrize("file", RUNS)
@@ -56,6 +53,14 @@ def test_every_run_resolves_for_its_gpus(file, eight_gpus):
     config = load(FOLDER / file, [], sections=("run", "model", "parallel", "data", "rollout", "reward", "eval", kind))
     assert str(config.model.path) == ("models/Llama-3.2-3B" if "llama" in file else "models/Qwen2.5-7B")
     assert str(config.run.dir) == f"runs/retu/{file.removesuffix('.yaml')}"
+
+
+@pytest.mark.parametrize("file", RUNS)
+def test_every_run_fits_into_its_gpus(file, eight_gpus):
+    """As planned: tests/plan holds the plan against what models take."""
+    options = PlanOptions(gpus=GPUS, gpu="h100", kind="rl" if file.startswith("rl") else "sft")
+    plan = Planner.of(read(FOLDER / file, []), options, ()).as_configured()
+    assert plan.fits and plan.share < 0.92, (plan.name, plan.share)
 
 
 def test_the_evaluation_and_the_study_resolve_for_their_gpus(eight_gpus):

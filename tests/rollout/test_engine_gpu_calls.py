@@ -40,6 +40,7 @@ def engine(monkeypatch, tiny, tmp_path):
     llm = Recorder()
     monkeypatch.setattr(engine_module, "on_gpu", lambda: True)
     monkeypatch.setattr(engine_module, "start_llm", lambda *args, **kwargs: llm)
+    monkeypatch.setattr(engine_module.torch.cuda, "empty_cache", lambda: llm.calls.append("the learner's cache is emptied"))
     monkeypatch.setattr(engine_module, "guest", lambda groups: contextlib.nullcontext())
     engine = RolloutEngine(tmp_path, RolloutConfig(), dtype="float32", context=64, eos_id=2)
     engine.stream = lambda: tiny.stream(tiny.build(False, seed=1))
@@ -48,7 +49,7 @@ def engine(monkeypatch, tiny, tmp_path):
 
 def test_order_of_calls_around_a_swap(engine):
     names = [name for name, _ in engine.stream()]
-    swap = [("wake_up", ["weights"]), ("reload_weights", names), ("wake_up", ["kv_cache"]), "reset_prefix_cache"]
+    swap = ["the learner's cache is emptied", ("wake_up", ["weights"]), ("reload_weights", names), ("wake_up", ["kv_cache"]), "reset_prefix_cache"]
     engine.load_weights(engine.stream())
     assert engine._llm.calls == [("sleep", 2), *swap]
     engine._llm.calls.clear()

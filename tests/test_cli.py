@@ -32,7 +32,10 @@ def stub(monkeypatch):
             calls.append(arguments)
             if error is not None:
                 raise error
-        monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(main=main))
+        fake, (package, _, name) = types.SimpleNamespace(main=main), module.rpartition(".")
+        monkeypatch.setitem(sys.modules, module, fake)
+        if package in sys.modules:  # another test may have imported the real one, which is an attribute of its package then
+            monkeypatch.setattr(sys.modules[package], name, fake, raising=False)
         return calls
     return stub
 

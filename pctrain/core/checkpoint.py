@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import re
 import signal
 import struct
 import time
@@ -246,7 +247,8 @@ def _refuse_other_values(common: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{common} is missing: this is no whole checkpoint; name another one") from None
     except pickle.UnpicklingError as error:
-        raise _foreign(common, _first_line(error)) from None
+        named = re.search(r"GLOBAL (\S+)", str(error))  # what torch says of a class or function that it refuses, among advice
+        raise _foreign(common, named[1] if named else _first_line(error)) from None
     except (RuntimeError, *_UNREADABLE) as error:
         raise _unreadable(common, error) from None
     if not isinstance(found, dict):

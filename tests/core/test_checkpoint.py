@@ -38,8 +38,9 @@ def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
 
 @pytest.mark.parametrize(
     "world, layout",
-    [(1, {}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {"pipeline": 2, "first_stage_layers": 1}), (2, {}),
-     (4, {"tensor": 2, "pipeline": 2})],
+    [pytest.param(1, {}, marks=pytest.mark.full), pytest.param(2, {"pipeline": 2}, marks=pytest.mark.full),
+     (2, {"pipeline": 2, "virtual_pipeline": 2}), pytest.param(2, {"pipeline": 2, "first_stage_layers": 1}, marks=pytest.mark.full),
+     pytest.param(2, {}, marks=pytest.mark.full), (4, {"tensor": 2, "pipeline": 2})],
     ids=["single", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "DP2", "TP2 x PP2"])  # fmt: skip
 def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
     uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2)[0]

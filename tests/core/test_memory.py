@@ -42,6 +42,7 @@ def _largest(shapes):
     return 4 * max(map(math.prod, shapes))
 
 
+@pytest.mark.full
 def test_conversion_holds_no_second_copy_of_the_model(tmp_path):
     # Nearly all of it feed-forward, whose first matrices megatron-core stores in halves: a copy of them alone is 300 MB.
     shapes = _model(tmp_path / "hf", hidden=512, ffn=12288, layers=6, heads=8, kv_heads=4, vocab=1000)

@@ -44,7 +44,8 @@ def _logprobs_and_export(directory, layout, rows, out):
     return found
 
 
-@pytest.mark.parametrize("layout", [{}, pytest.param({"pipeline": 2}, marks=pytest.mark.full)], ids=["single", "PP2"])
+@pytest.mark.full  # test_against_transformers.py and test_families.py have it for small models
+@pytest.mark.parametrize("layout", [{}, {"pipeline": 2}], ids=["single", "PP2"])
 def test_a_published_model_equals_transformers_and_comes_out_as_it_went_in(ranks, model, tmp_path, layout):
     # 9 heads on 3 key/value heads: no tensor parallel size of 2 or 4.
     folder, theirs, rows = model

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class Forked:
     def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+        self._mark = f"PCTRAIN_FORKED={uuid.uuid4().hex}"  # in the environment of all that comes of this server, and of nothing else
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **dict([self._mark.split("=")])}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen([sys.executable, __file__], env=environment, **pipes)
         assert self._server.stdout.readline() == "ready\n"
@@ -57,9 +59,10 @@ class Forked:
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 command, parent = (entry / "cmdline").read_bytes(), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                mine = self._mark.encode() in (entry / "environ").read_bytes()
             except OSError:
                 continue  # it has ended
-            if __file__.encode() in command and int(entry.name) != self._server.pid and parent != self._server.pid:
+            if mine and __file__.encode() in command and int(entry.name) != self._server.pid and parent != self._server.pid:
                 found.append(int(entry.name))
         return found
 

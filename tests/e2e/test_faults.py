@@ -42,6 +42,7 @@ def finished(runs):
     assert [run.wait(200) for run in runs] == [0] * len(runs), [run.log.read_text()[-2000:] for run in runs]
 
 
+@pytest.mark.full  # the fast tier has it without torch, in test_health.py
 def test_an_engine_that_raises_on_one_rank(forked, sft_run, tmp_path):
     folder = tmp_path / "run"
     runs = forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2, "engine_raises")

@@ -141,6 +141,7 @@ def test_experts_are_missing(ranks, sft_run, tmp_path):
     assert status == 2 and "bare.jsonl:1" in errors and "response" in errors
 
 
+@pytest.mark.full  # the fast tier has it at one rank
 def test_a_killed_run_keeps_its_rollouts_at_two_ranks(ranks, sft_run, tmp_path):
     folder, short = tmp_path / "run", ["--rl.steps=1", "--rl.eval_every=1"]
     for status, _ in ranks.run(_rl, options(sft_run, folder, *short), 1, world=2, deadline=240):

@@ -215,6 +215,7 @@ def test_what_cannot_be_evaluated_is_refused_before_an_engine_starts(ranks, two_
 # ---- against plain vLLM, on two ranks, killed -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answers, place, out):
     """The other side of benchmarks/eval_vllm.py."""

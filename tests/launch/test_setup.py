@@ -193,7 +193,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(setup, tmp_path):
 def test_the_test_command_runs_the_fast_tier_and_full_runs_all(setup):
     status, output, calls = setup.script("test.sh", "-k", "two words")
     assert status == 0, output
-    assert calls[-1].startswith("pytest --timeout=300") and calls[-1].endswith("-m not full -k two words")
+    assert calls[-1].startswith("pytest --numprocesses=2 --dist=loadfile --timeout=300") and calls[-1].endswith("-m not full -k two words")
     calls = setup.script("test.sh", "--full")[2]
     assert len(calls) == 1 and "not full" not in calls[0]
 

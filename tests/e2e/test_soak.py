@@ -100,7 +100,8 @@ def check(samples, interval, allowed_mb):
 
 @pytest.fixture
 def forked():
-    with Forked() as server:
+    # glibc gives back what is freed: what grows is held by somebody, and no hole between allocations.
+    with Forked(MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072") as server:
         yield server
 
 
@@ -119,4 +120,4 @@ def test_half_an_hour_or_a_thousand_steps(forked, sft_run, tmp_path):
         memory, files = quarters(seen, "memory"), quarters(seen, "files")
         print(f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
               f"open files {files[0]:g} and {files[1]:g}, {seen[-1].processes} processes, {seen[-1].threads} threads")
-    check(samples, 1.0, allowed_mb=10.0)  # one in a hundred: what the allocator keeps after the longest batch so far
+    check(samples, 1.0, allowed_mb=6.0)

@@ -80,6 +80,14 @@ class Verifiers:
         """Collective. A verdict for each (response, answer), or for a judge (response, answer, prompt); the ranks share them out."""
         return parallel.map_over_ranks(self.pool(verifier).score, pairs)
 
+    def both(self, verifier: str, pairs: list[tuple[str, str]]) -> tuple[list[Verdict], list[Verdict]]:
+        """Collective. Of the benchmark's verifier and of the lenient one, which is not asked about what strict has found right: it begins
+        with strict."""
+        strict = self.score(verifier, pairs)
+        asked = [not (verifier == "strict" and verdict.cause == "right") for verdict in strict]
+        lenient = iter(self.score("lenient", [pair for pair, ask in zip(pairs, asked, strict=True) if ask]))
+        return strict, [next(lenient) if ask else verdict for verdict, ask in zip(strict, asked, strict=True)]
+
     def __enter__(self) -> Verifiers:
         return self
 
@@ -145,7 +153,7 @@ def draw(
         responses = [decode(completion.token_ids) for completion in completions]
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
         with health.phase("reward"):
-            verdicts = verifiers.score(benchmark.verifier, pairs), verifiers.score("lenient", pairs)
+            verdicts = verifiers.both(benchmark.verifier, pairs)
         yield [_line(question, place, request.seed, response, completion, strict, lenient)
                for question, place, request, response, completion, strict, lenient
                in zip(questions, batch, requests, responses, completions, *verdicts, strict=True)]

@@ -24,6 +24,7 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return SimpleNamespace(harness=harness, report=report, run_all=run_all)
 
 
+@pytest.mark.full
 def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     benchmarks.run_all.main(["--device", "cpu", "--shapes", "32,96,8", "--seconds", "0", "--out", str(tmp_path)])
 

@@ -61,7 +61,8 @@ def test_parameters_of_published_models(models):
 
 
 def test_the_papers_rl_on_eight_gpus_of_80_gb(paper):
-    planner = Planner.of(read(Path(f"{paper}/rl-pipeline.yaml"), []), PlanOptions(gpus=8, gpu="h100"), ())
+    config = read(Path(f"{paper}/rl-pipeline.yaml"), ["--parallel.tensor=2", "--parallel.recompute=selective"])
+    planner = Planner.of(config, PlanOptions(gpus=8, gpu="h100"), ())
     assert planner.kind == "rl" and planner.work.rounds == 1 and planner.work.sequences == 64 * 8
     plan = planner.as_configured()
     moment = plan.memory.of("update").parts
@@ -204,7 +205,7 @@ def test_it_plans_the_papers_run_without_torch(paper, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "TP2 DP4 (as configured)" in done.stdout and "Start it:" in done.stdout and "(--mfu)" in done.stdout
+    assert "TP4 DP2 (as configured)" in done.stdout and "Start it:" in done.stdout and "(--mfu)" in done.stdout
     plan = json.loads((tmp_path / "plan.json").read_text())
     best = plan["layouts"][0]
     fullest = max(sum(parts.values()) for parts in best["memory"].values())

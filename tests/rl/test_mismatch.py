@@ -95,7 +95,7 @@ def directory(tmp_path_factory):
 
 @pytest.mark.parametrize("layout, tensor, world", [
     pytest.param({}, 1, 1, id="single"),
-    pytest.param({"tensor": 2}, 2, 2, id="TP2, one engine"),
+    pytest.param({"tensor": 2}, 2, 2, id="TP2, one engine", marks=pytest.mark.full),
     pytest.param({"tensor": 2}, 1, 2, id="TP2, an engine a rank", marks=pytest.mark.full),
     pytest.param({"tensor": 4}, 2, 4, id="TP4, two engines of two ranks", marks=pytest.mark.full),
 ])

@@ -182,7 +182,7 @@ def _rates(gpu: Gpu, planner: Planner) -> str:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value * 1000:.2g}m" if value else "0"
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 0.01 else f"{value:.2g}"
 
 
 def _say(console: Console, line: str, style: str | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import deque
 
 import numpy as np
 
@@ -19,8 +18,10 @@ from pctrain.durable import plain, write_beside
 from pctrain.runfolder import RunFolder
 
 PHASES = ("data", "swap", "rollout", "reward", "update", "validation", "evaluation", "checkpoint")
-WINDOW = 20  # steps over which a rank must lag to be told of
-LAG = 0.2  # in the median of these steps, beyond the median of the others
+# A window: so many steps, and no less than a minute. A rank that lags in two windows in a row is told of: on a machine with other work
+# each is slow for a while.
+WINDOW, WINDOW_SECONDS = 20, 60.0
+LAG = 0.2  # in the median of a window's steps, beyond the median of the others
 OF_STEP = 0.05  # and no less than this share of a step, or nobody would mend it
 WRITE_SECONDS = 10.0
 
@@ -35,8 +36,9 @@ class RankTimes:
         self.run, self.steps = run, 0
         self.places = parallel.gather({"host": os.uname().nodename, **parallel.coordinates()})
         self.sums = np.zeros((len(self.places), len(PHASES)))
-        self._window: deque[np.ndarray] = deque(maxlen=WINDOW)
-        self._step_seconds: deque[float] = deque(maxlen=WINDOW)
+        self._window: list[np.ndarray] = []
+        self._step_seconds: list[float] = []
+        self._lagging: set[tuple[int, int]] = set()  # (phase, rank) in the last window
         self._told: set[tuple[int, int]] = set()
         self._begun = self._ended = False
         self._at = self._written = time.monotonic()
@@ -63,28 +65,29 @@ class RankTimes:
         self._step_seconds.append(seconds)
         if not self.run.writes:
             return
-        for phase, rank, lag in self._laggards():
-            mean = float(np.mean([row[rank, phase] for row in self._window]))
-            self.run.say(f"step {step} rank {rank} ({_place(self.places[rank])}) holds up the others in phase {PHASES[phase]}: "
-                         f"{mean:.3g} s of its own work a step, {lag:.3g} s more than the median of the others (last {WINDOW} steps)")
+        if len(self._window) >= WINDOW and sum(self._step_seconds) >= WINDOW_SECONDS:
+            for phase, rank, its, others in self._laggards():
+                self.run.say(f"step {step} rank {rank} ({_place(self.places[rank])}) holds up the others in phase {PHASES[phase]}: "
+                             f"{its:.3g} s of its own work a step, the others {others:.3g} s (medians of the last {len(self._window)} steps)")
+            self._window, self._step_seconds = [], []
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
 
-    def _laggards(self) -> list[tuple[int, int, float]]:
-        """(phase, rank, seconds a step behind the median of the others) of those that began to lag: each is told of once."""
-        if len(self._window) < WINDOW:
-            return []
-        window, step = np.stack(tuple(self._window)), np.median(self._step_seconds)  # [steps, world, phases]
-        found = []
+    def _laggards(self) -> list[tuple[int, int, float, float]]:
+        """(phase, rank, its seconds a step, the others') of those that lag in this window as in the one before: each is told of once, until
+        it has caught up."""
+        window, step = np.stack(self._window), np.median(self._step_seconds)  # [steps, world, phases]
+        found, before = [], self._lagging
+        self._lagging = set()
         for phase in range(len(PHASES)):
             times = window[:, :, phase]
             rank = int(times.mean(0).argmax())
             others = np.median(np.delete(times, rank, 1), 1)
-            lags = times[:, rank] - others
-            lagging = np.median(lags) > max(LAG * np.median(others), OF_STEP * step)
-            if lagging and (phase, rank) not in self._told:
-                found.append((phase, rank, float(lags.mean())))
-            self._told = {told for told in self._told if told[0] != phase} | ({(phase, rank)} if lagging else set())
+            if np.median(times[:, rank] - others) > max(LAG * np.median(others), OF_STEP * step):
+                self._lagging.add((phase, rank))
+                if (phase, rank) in before - self._told:
+                    found.append((phase, rank, float(np.median(times[:, rank])), float(np.median(others))))
+        self._told = (self._told & self._lagging) | {(phase, rank) for phase, rank, *_ in found}
         return found
 
     def slowest(self) -> list[dict]:

@@ -103,10 +103,10 @@ def test_asked_to_stop_it_saves_and_goes_on_later(forked, tmp_path):
 
 
 def test_a_rank_that_is_slow_is_named(forked, tmp_path):
-    runs = forked.start_ranks(sft(tmp_path / "run", "--sft.steps=24", "--sft.checkpoint_every=24"), tmp_path / "logs", 2, "rank_1_is_slow")
+    runs = forked.start_ranks(sft(tmp_path / "run", "--sft.steps=44", "--sft.checkpoint_every=44"), tmp_path / "logs", 2, "rank_1_is_slow")
     finished(runs)
     log = (tmp_path / "run" / "train.log").read_text()
-    assert re.search(r"step 21 rank 1 \(.*data 1\) holds up the others in phase update: ", log), log
+    assert re.search(r"step 41 rank 1 \(.*data 1\) holds up the others in phase update: ", log), log
     assert not re.search("rank 0 .* holds up", log)
     told = runs[0].log.read_text()
     assert "slowest rank" in told and "update rank 1" in told

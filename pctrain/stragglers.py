@@ -27,7 +27,8 @@ WRITE_SECONDS = 10.0
 
 
 class RankTimes:
-    """Own seconds of every rank by phase, over the steps of this start but the first, which warms up. Every rank holds one; rank 0 writes.
+    """Own seconds of every rank by phase, over the steps of this start but the first, which warms up. Every rank holds one; rank 0 alone
+    keeps what they tell, and writes.
 
     `steps`: how many; `sums`: float64 [world, phases].
     """
@@ -40,7 +41,7 @@ class RankTimes:
         self._step_seconds: list[float] = []
         self._lagging: set[tuple[int, int]] = set()  # (phase, rank) in the last window
         self._told: set[tuple[int, int]] = set()
-        self._begun = self._ended = False
+        self._begun = False
         self._at = self._written = time.monotonic()
         phase_clock.take()
 
@@ -53,7 +54,7 @@ class RankTimes:
         own = phase_clock.take()
         rows = parallel.gather_row([float(health.asked_to_stop()), *(own.get(phase, 0.0) for phase in PHASES)])
         now = time.monotonic()
-        if self._begun and len(rows) > 1:
+        if self._begun and len(rows) > 1 and self.run.writes:
             self._add(step, rows[:, 1:], now - self._at)
         self._begun, self._at = True, now
         return bool(rows[:, 0].any())
@@ -63,12 +64,11 @@ class RankTimes:
         self.sums += own
         self._window.append(own)
         self._step_seconds.append(seconds)
-        if not self.run.writes:
-            return
         if len(self._window) >= WINDOW and sum(self._step_seconds) >= WINDOW_SECONDS:
             for phase, rank, its, others in self._laggards():
-                self.run.say(f"step {step} rank {rank} ({_place(self.places[rank])}) holds up the others in phase {PHASES[phase]}: "
-                             f"{its:.3g} s of its own work a step, the others {others:.3g} s (medians of the last {len(self._window)} steps)")
+                place, steps = _place(self.places[rank]), len(self._window)
+                self.run.say(f"step {step} rank {rank} ({place}) holds up the others in phase {PHASES[phase]}: {its:.3g} s of its own work "
+                             f"a step, the others {others:.3g} s (medians of the last {steps} steps)")
             self._window, self._step_seconds = [], []
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
@@ -103,7 +103,7 @@ class RankTimes:
 
     def write(self) -> None:
         """Rank 0 writes ranks.json, where there are several ranks and a step to tell of."""
-        if not self.run.writes or not self.steps:
+        if not self.steps:
             return
         self._written = time.monotonic()
         means = {phase: times.tolist() for phase, times in zip(PHASES, (self.sums / self.steps).T, strict=True) if times.any()}

@@ -101,7 +101,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
 
     monkeypatch.setattr(waits.torch.cuda, "Event", Event)
     monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: Event.now)
-    timed = waits._timed_on_stream(collective)
+    timed = waits._timed(collective, waits._on_stream)
     phase_clock.take()
     timed(100.0)  # in no phase: not looked at
     with health.phase("update"):

@@ -35,11 +35,11 @@ def measure() -> None:
     if _installed:
         return
     _installed = True
-    timed = _timed_on_stream if on_gpu() else _timed_on_host
+    begin = _on_stream if on_gpu() else _on_host
     for name in COLLECTIVES:
         if hasattr(ProcessGroup, name):  # their names differ between torch's versions
-            setattr(ProcessGroup, name, timed(getattr(ProcessGroup, name)))
-    Work.wait = timed(Work.wait)
+            setattr(ProcessGroup, name, _timed(getattr(ProcessGroup, name), begin))
+    Work.wait = _timed(Work.wait, begin)
 
 
 def settle() -> None:
@@ -53,33 +53,32 @@ def settle() -> None:
     _pairs[:] = waiting
 
 
-def _timed_on_host(method: Callable) -> Callable:
+def _timed(method: Callable, begin: Callable[[str], Callable[[], None]]) -> Callable:
     @functools.wraps(method)
     def call(*arguments, **options):
         phase = phase_clock.current()
         if phase is None:
             return method(*arguments, **options)
-        began = time.perf_counter()
+        end = begin(phase)
         try:
             return method(*arguments, **options)
         finally:
-            phase_clock.waited(phase, time.perf_counter() - began)
+            end()
 
     return call
 
 
-def _timed_on_stream(method: Callable) -> Callable:
-    @functools.wraps(method)
-    def call(*arguments, **options):
-        phase = phase_clock.current()
-        if phase is None:
-            return method(*arguments, **options)
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        try:
-            return method(*arguments, **options)
-        finally:
-            after.record()
-            _pairs.append((phase, before, after))
+def _on_host(phase: str) -> Callable[[], None]:
+    began = time.perf_counter()
+    return lambda: phase_clock.waited(phase, time.perf_counter() - began)
 
-    return call
+
+def _on_stream(phase: str) -> Callable[[], None]:
+    before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    before.record()
+
+    def end() -> None:
+        after.record()
+        _pairs.append((phase, before, after))
+
+    return end

@@ -16,7 +16,7 @@ from pctrain.core import parallel
 from pctrain.durable import fingerprint, json_line
 from pctrain.errors import UserError
 
-WAVES = 4  # a batch fills the engines' sequences that many times: enough to keep them busy, and a kill costs no more than a batch
+WAVES = 4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
 Item = TypeVar("Item")
 
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
@@ -138,25 +138,33 @@ def draw(
     prompts: Prompts, done: int, engine: RolloutEngine | None, verifiers: Verifiers, decode: Callable[[Sequence[int]], str], config: Config,
     max_response: int,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Collective. The lines of `samples.jsonl` from number `done` on, in batches.
+    """Collective. The lines of `samples.jsonl` from number `done` on, in batches. engine: None where all are done.
 
     The seeds are those of the scores in training: they depend on run.seed, the place in the benchmark and the sample, not on the model.
     """
     benchmark = prompts.benchmark
+    if engine is None:
+        return
+
+    def seed(index: int, sample: int) -> int:
+        return sampling_seed(config.run.seed, "eval", 0, index, sample)
+
     every = ((index, sample) for index in range(len(prompts.ids)) for sample in range(benchmark.samples))
-    for batch in batches(islice(every, done, None), requests_a_batch(config.rollout)):
-        requests = [Request(prompts.ids[index], sampling_seed(config.run.seed, "eval", 0, index, sample)) for index, sample in batch]
+    ahead, todo = tee(batches(islice(every, done, None), requests_a_batch(config.rollout)))
+    sampled = engine.generate_batches(
+        ([Request(prompts.ids[index], seed(index, sample)) for index, sample in batch] for batch in ahead),
+        temperature=config.eval.temperature, top_p=config.eval.top_p, max_response=max_response)
+    for batch in todo:
         with health.phase("evaluation"):
-            completions = engine.generate(
-                requests, temperature=config.eval.temperature, top_p=config.eval.top_p, max_response=max_response)
+            completions = next(sampled)
         questions = [benchmark.questions[index] for index, _ in batch]
         responses = [decode(completion.token_ids) for completion in completions]
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
         with health.phase("reward"):
             verdicts = verifiers.both(benchmark.verifier, pairs)
-        yield [_line(question, place, request.seed, response, completion, strict, lenient)
-               for question, place, request, response, completion, strict, lenient
-               in zip(questions, batch, requests, responses, completions, *verdicts, strict=True)]
+        yield [_line(question, place, seed(*place), response, completion, strict, lenient)
+               for question, place, response, completion, strict, lenient
+               in zip(questions, batch, responses, completions, *verdicts, strict=True)]
 
 
 def _line(question: Question, place: tuple[int, int], seed: int, response: str, completion, strict: Verdict, lenient: Verdict) -> dict:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,8 @@ from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.reward.boxed import last_boxed
+from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
-from pctrain.rollout import sampling_seed
 
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
 
@@ -138,8 +139,10 @@ def _rate(data: Data, request: Request[WinrateOptions], scorer: Scorer, survey: 
     todo = survey.answers + survey.boxed
     with (progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
           open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file):
-        for batch in batches(_tasks(data, scorer, set(done.tolist())), size):
-            rates = _attempt([task for task in batch if task.prompt_ids], scorer, config, attempts)
+        ahead, todo = tee(batches(_tasks(data, scorer, set(done.tolist())), size))
+        sampled = _sampled(ahead, scorer, config, attempts)
+        for batch in todo:
+            rates = _judged([task for task in batch if task.prompt_ids], next(sampled), scorer)
             if file is not None:
                 append(file, ({"place": task.place, "win_rate": rates.get(task.place)} for task in batch))
             bar.advance(len(batch))
@@ -162,14 +165,21 @@ def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
             yield _Task(item.place, prompt_ids if len(prompt_ids) <= room else [], answer)
 
 
-def _attempt(tasks: list[_Task], scorer: Scorer, config: Config, attempts: int) -> dict[int, float]:
+def _sampled(batches: Iterator[list[_Task]], scorer: Scorer, config: Config, attempts: int) -> Iterator[list[Completion]]:
+    """Of each batch: all attempts at its first task, at its second, ... The engine starts with the first batch that is asked for."""
+    yield from scorer.engine.generate_batches(
+        ([Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample))
+          for task in batch if task.prompt_ids for sample in range(attempts)] for batch in batches),
+        temperature=config.eval.temperature, max_response=max_response(config))
+
+
+def _judged(tasks: list[_Task], completions: list[Completion], scorer: Scorer) -> dict[int, float]:
     """{place: share of right answers}."""
-    samples = [(task, sample) for task in tasks for sample in range(attempts)]
-    requests = [Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample)) for task, sample in samples]
-    if not requests:
+    if not tasks:
         return {}
-    completions = scorer.engine.generate(requests, temperature=config.eval.temperature, max_response=max_response(config))
-    pairs = [(scorer.tokenizer.decode(c.token_ids), task.answer) for c, (task, _) in zip(completions, samples, strict=True)]
+    attempts = len(completions) // len(tasks)
+    answers = [task.answer for task in tasks for _ in range(attempts)]
+    pairs = [(scorer.tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
     right = np.array([v.reward for v in parallel.map_over_ranks(scorer.verifier.score, pairs)]).reshape(len(tasks), attempts)
     return {task.place: float(share) for task, share in zip(tasks, right.mean(1), strict=True)}
 

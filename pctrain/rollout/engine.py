@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -15,33 +15,14 @@ import torch
 from pctrain.config import RolloutConfig
 from pctrain.device import on_gpu
 from pctrain.errors import UserError
+from pctrain.rollout.queue import Completion, Request, RequestQueue, Sampling
 from pctrain.rollout.seeds import sampling_seed
 from pctrain.rollout.sharing import EngineGroups
 from pctrain.rollout.vllm_setup import guest, start_llm, stop_llm
 from pctrain.rollout.weight_stream import CheckedStream, expected_weights
 
 VERIFY_TOKENS = 8  # new tokens per prompt of a verification
-
-
-@dataclass(frozen=True)
-class Request:
-    """One sample to draw. `prompt_ids`: token ids, at least one; `seed`: from `sampling_seed`, of this very sample.
-
-    `max_response`: new tokens at most, where it is less than that of the call (a rollout that goes on from a prefix).
-    """
-
-    prompt_ids: Sequence[int]
-    seed: int
-    max_response: int | None = None
-
-
-@dataclass(frozen=True)
-class Completion:
-    """`token_ids` ends with EOS where `finish` is "stop". `logprobs[i]` is the log-prob of token_ids[i] at the sampling temperature."""
-
-    token_ids: list[int]
-    finish: Literal["stop", "length"]
-    logprobs: list[float] | None
+BATCHES_AHEAD = 4  # in an engine at a time: one response ten times as long as the others must not stop it, nor hold back all the rest
 
 
 @dataclass(frozen=True)
@@ -63,10 +44,10 @@ class RolloutEngine:
     def __init__(self, hf_dir: str | Path, rollout: RolloutConfig, *, dtype: str, context: int, eos_id: int):
         self._rollout = rollout
         self._context = context
-        self._eos_id = eos_id
         self._expected = expected_weights(Path(hf_dir))
         self._groups = EngineGroups(rollout.tensor)
         self._llm = start_llm(Path(hf_dir), rollout, self._groups, dtype=dtype, context=context)
+        self._queue = RequestQueue(self._llm, self._groups, eos_id)
         self._usable = True  # weights whole and in memory
 
     def load_weights(self, stream: Iterable[tuple[str, torch.Tensor]]) -> Swap:
@@ -97,6 +78,7 @@ class RolloutEngine:
 
         Where there is no GPU nothing is freed, but sampling before the next swap is refused all the same.
         """
+        self._refuse_leftovers()
         if on_gpu() and self._usable:
             with guest(self._groups):
                 self._llm.sleep(level=2)
@@ -111,17 +93,41 @@ class RolloutEngine:
         max_response: new tokens at most, EOS included (fewer where the context ends).
         What is sampled depends on weights, prompt, seed and temperature; not on batch, rank, or whether log-probs are asked for.
         """
-        for index, request in enumerate(requests):
-            if not 0 < len(request.prompt_ids) < self._context:
-                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; "
-                                f"expected 1 to {self._context - 1}, so that a response fits the context of {self._context}: "
-                                "shorten the prompt or enlarge the context")
-            if not isinstance(request.seed, int):
-                raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
+        [completions] = self.generate_batches(
+            [requests], temperature=temperature, max_response=max_response, logprobs=logprobs, top_p=top_p)
+        return completions
+
+    def generate_batches(
+        self, batches: Iterable[Sequence[Request]], *, temperature: float, max_response: int, logprobs: bool = False, top_p: float = 1.0
+    ) -> Iterator[list[Completion]]:
+        """`generate` for batch after batch. While the last responses of one are written, those of the next ones begin.
+
+        It has to be taken to its end: the engine refuses all else while requests of it are open.
+        """
         if logprobs and top_p < 1:
             raise ValueError(f"top_p = {top_p}: training rollouts are sampled from the whole policy, as the learner's log-probs are its")
-        mine = self._sample(self._groups.share(requests), temperature, max_response, logprobs, top_p)
-        return self._groups.unshare(self._groups.gather(mine), len(requests))
+        self._refuse_unusable()
+        queue, sampling = self._queue, Sampling(temperature, max_response, logprobs, top_p)
+        coming = iter(batches)
+        admitted: deque[tuple[int, range]] = deque()  # (requests over all engines, this engine's numbers) of each batch
+        more = True
+
+        def room() -> bool:
+            return more and len(admitted) < BATCHES_AHEAD and queue.unfinished < self._rollout.max_sequences
+
+        while more or admitted:
+            while room():
+                batch = next(coming, None)
+                more = batch is not None
+                if more:
+                    self._check(batch)
+                    admitted.append((len(batch), queue.admit(self._groups.share(batch), sampling)))
+            if admitted:
+                total, numbers = admitted[0]
+                queue.run(until=lambda numbers=numbers: queue.finished(numbers) or room())
+                if queue.finished(numbers):
+                    admitted.popleft()
+                    yield self._groups.unshare(self._groups.gather(queue.take(numbers)), total)
 
     def verify(
         self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int
@@ -138,7 +144,10 @@ class RolloutEngine:
         prompts = [list(prompt)[:self._context - 1] for prompt in prompts]
         prompts.append(self._long_prompt(prompts, eos_id))
         requests = [Request(prompt, sampling_seed(0, "verify", 0, index, 0)) for index, prompt in enumerate(prompts)]
-        by_engine = self._groups.gather(self._sample(requests, self._rollout.temperature, VERIFY_TOKENS, logprobs=True))
+        self._refuse_unusable()
+        numbers = self._queue.admit(requests, Sampling(self._rollout.temperature, VERIFY_TOKENS, logprobs=True))
+        self._queue.run(until=lambda: self._queue.finished(numbers))
+        by_engine = self._groups.gather(self._queue.take(numbers))
         checks = [(prompt, completion) for completions in by_engine for prompt, completion in zip(prompts, completions, strict=True)]
         learner = learner_logprobs([prompt + completion.token_ids for prompt, completion in checks])
         differences = [np.abs(np.asarray(row, dtype=np.float64)[len(prompt):] - np.asarray(completion.logprobs))
@@ -153,31 +162,24 @@ class RolloutEngine:
             self._llm = None
             self._usable = False
 
-    def _sample(
-        self, requests: list[Request], temperature: float, max_response: int, logprobs: bool, top_p: float = 1.0
-    ) -> list[Completion]:
-        """This engine's own requests, in one admission."""
+    def _check(self, requests: Sequence[Request]) -> None:
+        for index, request in enumerate(requests):
+            if not 0 < len(request.prompt_ids) < self._context:
+                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; "
+                                f"expected 1 to {self._context - 1}, so that a response fits the context of {self._context}: "
+                                "shorten the prompt or enlarge the context")
+            if not isinstance(request.seed, int):
+                raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
+
+    def _refuse_unusable(self) -> None:
         if not self._usable:
             raise RuntimeError("the rollout engine has no weights (asleep, closed, or a swap failed): call load_weights first")
-        if not requests:
-            return []
-        if self._llm.llm_engine.has_unfinished_requests():
-            raise RuntimeError("an earlier call into vLLM failed half-way and left requests behind: restart the run")
-        with guest(self._groups):
-            from vllm import SamplingParams
+        self._refuse_leftovers()
 
-            longest = [min(max_response, request.max_response or max_response) for request in requests]
-            parameters = [
-                # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
-                # ignore_eos: vLLM adds the end-of-sequence tokens of the model's generation_config.json to those given here.
-                SamplingParams(temperature=temperature, top_p=top_p, max_tokens=most, seed=request.seed, stop_token_ids=[self._eos_id],
-                               ignore_eos=True, logprobs=0 if logprobs else None, flat_logprobs=logprobs,
-                               detokenize=False, skip_clone=True)
-                for request, most in zip(requests, longest, strict=True)
-            ]
-            prompts = [{"prompt_token_ids": list(request.prompt_ids)} for request in requests]
-            outputs = self._llm.generate(prompts, parameters, use_tqdm=False)
-        return [_completion(output.outputs[0]) for output in outputs]
+    def _refuse_leftovers(self) -> None:
+        if self._queue.unfinished:
+            raise RuntimeError("an earlier call into vLLM left requests behind: it failed half-way, or its batches were not taken to the "
+                               "end: restart the run")
 
     def _long_prompt(self, prompts: list[list[int]], eos_id: int) -> list[int]:
         block = self._llm.llm_engine.vllm_config.cache_config.block_size
@@ -187,17 +189,3 @@ class RolloutEngine:
             for prompt in prompts:
                 joined += [*prompt, eos_id]
         return joined[:length]
-
-
-def _completion(output) -> Completion:
-    """From a vllm.CompletionOutput."""
-    if output.finish_reason not in ("stop", "length"):
-        raise RuntimeError(f"vLLM ended a request with {output.finish_reason!r}")
-    tokens = list(output.token_ids)
-    logprobs = None
-    if output.logprobs is not None:
-        # logprobs=0 asks for the sampled token's alone: one entry a token, in their order.
-        if output.logprobs.token_ids != tokens:
-            raise RuntimeError("vLLM returned log-probs of other tokens than the sampled ones")
-        logprobs = list(output.logprobs.logprobs)
-    return Completion(tokens, output.finish_reason, logprobs)

@@ -1,22 +1,24 @@
 """What goes wrong in a forked run (forked.py), done to it before its command starts."""
 
+import ctypes
 import os
+import threading
 import time
 
 
 def _in_step_3(act):
-    """`act()` in the place of the engine's sampling, on the last rank, in the third step."""
+    """`act()` before the engine samples, on the last rank, in the third step."""
     from pctrain import health
-    from pctrain.rollout.engine import RolloutEngine
+    from pctrain.rollout.queue import RequestQueue
 
-    sample = RolloutEngine._sample
+    sample = RequestQueue.run
 
     def faulty(self, *arguments, **options):
         if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) and health._step == 3:
             act()
         return sample(self, *arguments, **options)
 
-    RolloutEngine._sample = faulty
+    RequestQueue.run = faulty
 
 
 def engine_raises():
@@ -28,6 +30,18 @@ def engine_raises():
 
 def engine_hangs():
     _in_step_3(lambda: time.sleep(600))
+
+
+def free_memory_is_given_back():
+    """Once a second, by glibc: what a rank's memory grows by afterwards is held by somebody, and no hole between allocations."""
+    trim = ctypes.CDLL(None).malloc_trim
+
+    def trims():
+        while True:
+            trim(0)
+            time.sleep(1)
+
+    threading.Thread(target=trims, daemon=True).start()
 
 
 def rank_1_is_slow():

@@ -46,29 +46,30 @@ def place(tmp_path_factory):
 
 
 def evaluate(folder, *arguments):
-    """(status, errors, the requests of each call of the engine, engines started); in this process."""
+    """(status, errors, the completions of each batch, engines started); in this process."""
     from pctrain.rollout import RolloutEngine
 
-    generate, start, calls, engines = RolloutEngine.generate, RolloutEngine.__init__, [], []
+    generate, start, calls, engines = RolloutEngine.generate_batches, RolloutEngine.__init__, [], []
 
-    def counted(self, requests, **options):
-        if os.environ.get("STOP_AFTER") == str(len(calls)):
-            raise KeyboardInterrupt
-        calls.append(len(requests))
-        return generate(self, requests, **options)
+    def counted(self, batches, **options):
+        for completions in generate(self, batches, **options):
+            if os.environ.get("STOP_AFTER") == str(len(calls)):
+                raise KeyboardInterrupt
+            calls.append(len(completions))
+            yield completions
 
     def started(self, *args, **options):
         engines.append(1)
         start(self, *args, **options)
 
-    RolloutEngine.generate, RolloutEngine.__init__ = counted, started
+    RolloutEngine.generate_batches, RolloutEngine.__init__ = counted, started
     before = os.getcwd()
     os.chdir(folder)
     try:
         status, errors = tiny.cli("eval", *map(str, arguments))
     finally:
         os.chdir(before)
-        RolloutEngine.generate, RolloutEngine.__init__ = generate, start
+        RolloutEngine.generate_batches, RolloutEngine.__init__ = generate, start
     return status, errors, calls, len(engines)
 
 

@@ -39,22 +39,23 @@ def winrate(records, out, model, *options):
 
 
 def stopped_after(batches: int, arguments: list[str]) -> int:
-    """Runs the command in this process until the engine is asked for one batch more; the number of records it had rated."""
+    """Runs the command in this process until the engine has one batch more; the number of records it had rated."""
     from pctrain.rollout import RolloutEngine
 
-    generate, calls = RolloutEngine.generate, []
+    generate, calls = RolloutEngine.generate_batches, []
 
-    def failing(self, requests, **options):
-        if len(calls) == batches:
-            raise KeyboardInterrupt
-        calls.append(len(requests))
-        return generate(self, requests, **options)
+    def failing(self, coming, **options):
+        for completions in generate(self, coming, **options):
+            if len(calls) == batches:
+                raise KeyboardInterrupt
+            calls.append(len(completions))
+            yield completions
 
-    RolloutEngine.generate = failing
+    RolloutEngine.generate_batches = failing
     try:
         tiny.cli("data", *arguments)
     finally:
-        RolloutEngine.generate = generate
+        RolloutEngine.generate_batches = generate
     return sum(calls) // 4
 
 

@@ -149,6 +149,69 @@ def test_samples_depend_on_the_seed_alone(rig):
     assert tokens(rig.engine.generate(other_seeds, temperature=1.0, max_response=20)) != tokens(plain)
 
 
+def batches_of(together, size):
+    return [together[start:start + size] for start in range(0, len(together), size)]
+
+
+def steps_of(engine, patch, act) -> int:
+    """How often vLLM steps while `act()` runs."""
+    count, step = [0], engine._llm.llm_engine.step
+
+    def counted():
+        count[0] += 1
+        return step()
+
+    with patch.context() as here:
+        here.setattr(engine._llm.llm_engine, "step", counted)
+        act()
+    return count[0]
+
+
+def test_batches_are_what_each_would_be_alone(rig):
+    together = requests(90, length=9)
+    each = batches_of(together, 40) + [[]]
+    alone = [rig.engine.generate(batch, temperature=1.0, max_response=25) for batch in each]
+    assert list(rig.engine.generate_batches(each, temperature=1.0, max_response=25)) == alone
+    assert [len(batch) for batch in alone] == [40, 40, 10, 0]
+
+
+def test_the_next_batch_begins_before_the_last_response_ends(tied, monkeypatch):
+    """One long response a batch: batch after batch takes 24 steps each, fed without a pause they overlap."""
+    long, short = requests(1, length=8), requests(3, length=7)
+    each = [[Request(long[0].prompt_ids, 7), *(Request(one.prompt_ids, one.seed, max_response=4) for one in short)]] * 4
+    sampled = []
+    apart = steps_of(tied.engine, monkeypatch, lambda: [tied.engine.generate(batch, temperature=0.0, max_response=24) for batch in each])
+    fed = steps_of(tied.engine, monkeypatch, lambda: sampled.extend(tied.engine.generate_batches(each, temperature=0.0, max_response=24)))
+    assert len(sampled) == 4 and fed * 2 < apart
+
+
+def test_no_more_than_a_few_batches_are_in_the_engine(tied):
+    """What a kill would lose, and what is held in memory, stays small however many batches come."""
+    asked = []
+
+    def coming():
+        for index in range(20):
+            asked.append(index)
+            yield requests(1, length=5 + index)
+
+    taken = tied.engine.generate_batches(coming(), temperature=1.0, max_response=6)
+    next(taken)
+    assert len(asked) < 10
+    assert len(list(taken)) == 19 and len(asked) == 20
+
+
+def test_batches_left_half_way_are_not_mixed_into_the_next_call(tied):
+    short = [Request(one.prompt_ids, one.seed, max_response=2) for one in requests(2)]
+    taken = tied.engine.generate_batches([short, requests(20, length=20)], temperature=1.0, max_response=60)
+    next(taken)
+    for act in (lambda: tied.engine.generate(requests(1), temperature=1.0, max_response=2), lambda: tied.swap(7), tied.difference):
+        with pytest.raises(RuntimeError, match="left requests behind"):
+            act()
+    list(taken)
+    tied.swap(7)
+    assert tied.difference() < CLOSE
+
+
 def test_the_end_of_a_response(rig):
     completions = rig.engine.generate(requests(200), temperature=1.5, max_response=30)
     assert {completion.finish for completion in completions} == {"stop", "length"}

@@ -1,7 +1,6 @@
 """The order of calls on a GPU, with a stand-in for vLLM: memory is given back and taken again around the weights."""
 
 import contextlib
-from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +16,6 @@ class Recorder:
 
     def __init__(self):
         self.calls = []
-        self.llm_engine = SimpleNamespace(has_unfinished_requests=lambda: False)
 
     def collective_rpc(self, method, kwargs):
         self.calls.append((method, [name for name, _ in kwargs["weights_iterator"]]))

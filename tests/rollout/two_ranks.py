@@ -45,6 +45,9 @@ def layout(tensor: int) -> dict:
     mapped = [line for line in open("/proc/self/maps") if "cpushm" in line]
     assert bool(mapped) == (tensor == 2) and all(line.rstrip().endswith("(deleted)") for line in mapped), mapped
     first = engine.generate(REQUESTS, temperature=1.0, max_response=12, logprobs=True)
+    batches = [REQUESTS[:4], REQUESTS[4:5], REQUESTS[5:]]  # of one request: the other engine has nothing to do
+    fed = list(engine.generate_batches(batches, temperature=1.0, max_response=12, logprobs=True))
+    assert [completion for batch in fed for completion in batch] == first and [len(batch) for batch in fed] == [4, 1, 5]
     model = tiny.build(True, seed=1)
     engine.load_weights(tiny.stream(model))
     difference = engine.verify(tiny.oracle(model, 0.7), [*PROMPTS[:3], LONG], tiny.EOS)

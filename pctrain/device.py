@@ -1,10 +1,12 @@
-"""The project's only device check: everything that differs between CPU and GPU asks here."""
+"""The project's only device check: everything that differs between CPU and GPU asks here. And the dtypes a model may have."""
 
 from __future__ import annotations
 
 import os
 
 import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # of model.dtype
 
 
 def on_gpu() -> bool:

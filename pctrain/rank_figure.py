@@ -10,8 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from pctrain.ceiling.figures import GRID, STYLE
-from pctrain.ceiling.looks import MARKERS, OTHER_COLOURS, PALETTE
+from pctrain.ceiling.looks import GRID, MARKERS, OTHER_COLOURS, PALETTE, STYLE
 
 if TYPE_CHECKING:
     from pctrain.rank import Candidate

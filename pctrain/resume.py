@@ -9,19 +9,21 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pctrain import checkpoints, health
 from pctrain.ceiling.ledger import Ledger
 from pctrain.checkpoints import checkpoint_step
 from pctrain.config import Config
-from pctrain.core import Core, parallel
-from pctrain.core.layers import choose_spec
+from pctrain.core import parallel
 from pctrain.data.chat_template import ChatTemplate
 from pctrain.data.prepare import prepare
 from pctrain.durable import write_beside
 from pctrain.errors import ToBeContinued, UserError
 from pctrain.runfolder import HF_FOLDER, TO_BE_CONTINUED, Kind, RunFolder
+
+if TYPE_CHECKING:  # an evaluation asks here too, and needs no model of megatron-core
+    from pctrain.core import Core
 
 
 @contextmanager
@@ -31,6 +33,8 @@ def begin(config: Config) -> Iterator[Config]:
 
     Where the model's layers cannot run here, it says so before anything is written.
     """
+    from pctrain.core.layers import choose_spec
+
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
     mark = Path(config.run.dir) / TO_BE_CONTINUED

@@ -17,16 +17,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from pctrain.ceiling.charts import Chart
-from pctrain.ceiling.looks import MARKERS, PALETTE, REGIME_COLOURS
+from pctrain.ceiling.looks import BASE, GRID, INK, MARKERS, MUTED, PALETTE, REGIME_COLOURS, STYLE
 
-INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
-STYLE = {
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#9aa1a9",
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10, "legend.frameon": False,
-    "hatch.linewidth": 0.7, "savefig.dpi": 200, "text.parse_math": False,  # names come from files: $ is a dollar
-}
 DASHED = (0, (4, 2))
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from pctrain.ceiling.study_data import RLRun, Study
+if TYPE_CHECKING:  # SciPy comes with it
+    from pctrain.ceiling.study_data import RLRun, Study
 
 # name: (on light, on dark)
 PALETTE = {
@@ -21,6 +23,14 @@ ROLE_COLOURS = {"early": "blue", "stable": "green", "overfit": "vermillion"}
 OTHER_COLOURS = ["purple", "orange", "blue", "green", "vermillion", "sky"]
 SET_COLOURS = ["blue", "vermillion", "green", "purple", "orange", "sky"]
 MARKERS = ("o", "s", "^", "D", "v", "P")  # matplotlib's; charts.js.j2 has plotly's in the same order
+INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
+STYLE = {  # of a figure, for matplotlib.rc_context
+    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#9aa1a9",
+    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.linewidth": 0.8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
+    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10, "legend.frameon": False,
+    "hatch.linewidth": 0.7, "savefig.dpi": 200, "text.parse_math": False,  # names come from files: $ is a dollar
+}
 PHASE_NAMES = {"sft_update": "SFT updates", "rollout": "Rollouts", "rollout_rejected": "Rollouts rejected", "logprob": "Log-prob passes",
                "reference": "Reference passes", "expert": "Expert's tokens", "rl_update": "RL updates", "validation": "Validation",
                "evaluation": "Evaluation"}

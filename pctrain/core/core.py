@@ -20,7 +20,7 @@ from pctrain.core.reference import Reference
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import MULTIPLE, PackedBatch, PackShape, pack_rows
 from pctrain.data.rows import Row, RowSet
-from pctrain.device import on_gpu
+from pctrain.device import DTYPES, on_gpu
 from pctrain.errors import UserError
 
 
@@ -69,7 +69,7 @@ class Core:
         self.saver = checkpoint.Saver(background=on_gpu())
         self._optimizer = self._scheduler = None
         if optimizer_config is not None:
-            dtype = model.DTYPES[config.dtype]
+            dtype = DTYPES[config.dtype]
             self._clip, self._skip_above = optimizer_config.clip, optimizer_config.skip_above
             self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.chunks, dtype, total_steps)
 

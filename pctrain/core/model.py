@@ -18,9 +18,8 @@ from pctrain.core import grad_accumulation, layers, router_loss
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.packed_attention import PackedLayout
 from pctrain.core.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
-from pctrain.device import device
+from pctrain.device import DTYPES, device
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _RECOMPUTE = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},

@@ -8,8 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from pctrain.core.model import DTYPES
-from pctrain.device import device, on_gpu
+from pctrain.device import DTYPES, device, on_gpu
 
 _TURNS = 6
 

@@ -5,19 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from pctrain import checkpoints, health, resume
 from pctrain.config import Config
-from pctrain.core import Core, checkpoint, parallel
+from pctrain.core import parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.hf_files import HFReader
-from pctrain.core.model import DTYPES
 from pctrain.core.weights import LM_HEAD
+from pctrain.device import DTYPES
 from pctrain.errors import ToBeContinued, UserError
 from pctrain.evaluate.targets import Target
 from pctrain.rollout import RolloutEngine
+
+if TYPE_CHECKING:
+    from pctrain.core import Core
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -62,6 +66,8 @@ class Engine:
     def _weights(self, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
         if target.checkpoint is None:
             return hf_weights(target.hf_dir, DTYPES[self._config.model.dtype], self._hf.tied)
+        from pctrain.core import Core, checkpoint  # seconds, which Hugging Face directories do not need
+
         resume.verify(target.checkpoint, checkpoints.damaged_start)
         if self._core is None:
             model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})

@@ -9,8 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pctrain.ceiling.figures import GRID, STYLE
-from pctrain.ceiling.looks import PALETTE
+from pctrain.ceiling.looks import GRID, PALETTE, STYLE
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, Scores, means
 

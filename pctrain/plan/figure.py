@@ -19,7 +19,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from pctrain.ceiling.figures import STYLE
+    from pctrain.ceiling.looks import STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 1.4 + 0.42 * len(plans)), layout="constrained")

@@ -46,6 +46,7 @@ def _held(case: dict) -> dict:
     from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
     from pctrain.core import model, optimizer
     from pctrain.core.hf_config import HFConfig
+    from pctrain.device import DTYPES
 
     par, config = ParallelConfig(**case["parallel"]), ModelConfig(path=case["folder"], dtype=case["dtype"])
     parallel_state.initialize_model_parallel(
@@ -57,7 +58,7 @@ def _held(case: dict) -> dict:
         # Attention over context parallel ranks is Transformer Engine's; their parameters and buffers are those of the groups made above.
         alone = par.model_copy(update={"context": 1})
         chunks = model.build(HFConfig.read(Path(case["folder"])), config, alone, trainable=True)
-        adam = optimizer.build(OptimizerConfig(), chunks, model.DTYPES[config.dtype], 10)[0]
+        adam = optimizer.build(OptimizerConfig(), chunks, DTYPES[config.dtype], 10)[0]
         optimizer.prime(adam)
     buffers = [buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers]
     assert {str(tensor.device) for buffer in buffers for tensor in (buffer.grad_data, buffer.param_data)} == {"meta"}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from pctrain.core.hf_config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu
-from pctrain.plan.memory import gib
+from pctrain.plan.memory import CPU_RUNTIME, cpu_holes, gib
 from pctrain.plan.planner import Plan, Planner
 from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
 from pctrain.plan.shapes import all_parameters
@@ -162,7 +162,11 @@ def assumptions(planner: Planner) -> Iterator[str]:
     yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
            "a call; FLOPs are exact "
            "(recomputation included), for sequences all of the mean length; packs are full")
-    reserve = "40 MB that torch maps at its first steps" if gpu.is_cpu else f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
+    if gpu.is_cpu:
+        holes = f"{cpu_holes(options.gpus):.0%} for what glibc keeps of freed tensors"
+        reserve = f"{CPU_RUNTIME / 1e6:g} MB that torch maps at its first steps, {holes}"
+    else:
+        reserve = f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"
     yield "what is sent is waited for, but for gradients beside the backward pass, context parallelism beside attention, and virtual stages"
     if planner.kind == "rl":

@@ -8,7 +8,6 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +25,8 @@ def measure(*command: object, world: int = 1) -> list[Memory]:
     return on_ranks(__file__, *command, f"--parallel.tensor={world}", world=world)
 
 
-def on_ranks(program: str, *arguments: object, world: int = 1, settings: Mapping[str, str] | None = None) -> list[Memory]:
-    """As `measure`, of any program whose last line is a `Memory` as JSON. `settings`: more of its environment."""
+def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
+    """As `measure`, of any program whose last line is a `Memory` as JSON."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,7 +35,7 @@ def on_ranks(program: str, *arguments: object, world: int = 1, settings: Mapping
         environment = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
                        "PYTHONPATH": os.pathsep.join(sys.path)}
-        ranks.append(subprocess.Popen([sys.executable, program, *map(str, arguments)], env=os.environ | environment | dict(settings or {}),
+        ranks.append(subprocess.Popen([sys.executable, program, *map(str, arguments)], env=os.environ | environment,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
         outputs = [process.communicate(timeout=800)[0] for process in ranks]

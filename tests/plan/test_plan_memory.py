@@ -1,10 +1,8 @@
 """The planner against the resident memory of real steps on CPU ranks: at most 15 % apart.
 
 Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which torch's late
-imports (40 MB, counted) weigh little. glibc is told to give every tensor above 128 KB back as it is freed. Left to itself it keeps
-pages of freed ones, up to 32 MB each, for later: measured were then 4 % more of SFT, 8 to 18 % more of RL, whose engine and update
-leave different holes. That is no memory that a step needs, and no GPU has it: torch's own allocator keeps blocks there, for which
-`reserve` stands.
+imports (40 MB, counted) weigh little. glibc is left to itself, as a user's is: it keeps pages of freed tensors, up to 32 MB each, for
+later. The plan counts a share for them: no step needs that memory, and no GPU has it (torch's own allocator keeps blocks there).
 """
 
 import json
@@ -25,7 +23,6 @@ SMALL = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_a
 LARGER = SMALL | dict(num_hidden_layers=8, vocab_size=8000)
 EXPERTS = LARGER | dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", moe_intermediate_size=384, num_experts=8,
                         num_experts_per_tok=2, norm_topk_prob=True, head_dim=64, num_hidden_layers=6)
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 # Its rates do not matter here, and measuring them takes a while.
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 
@@ -38,7 +35,7 @@ def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
     typed = [f"--model.path={path}", *batch, *options]
     (folder / "asked.json").write_text(json.dumps({"options": typed, "kind": kind, "rows": rows, "length": length}))
     plan = planner.Planner.of(read(None, typed), PlanOptions(gpus=world, gpu="cpu", kind=kind), ()).as_configured()
-    measured = on_ranks(PROGRAM, folder / "asked.json", world=world, settings=GIVE_BACK)
+    measured = on_ranks(PROGRAM, folder / "asked.json", world=world)
     stages = plan.layout.parallel.pipeline
     planned = [max(moment.total for moment in plan.memory.moments if moment.stage == stage) for stage in range(stages)]
     above = [max(memory.peak - memory.base for memory in measured[stage * world // stages : (stage + 1) * world // stages])

@@ -20,20 +20,25 @@ from pctrain.device import device, on_gpu
 SIGN_OF_LIFE = 2.0  # seconds between two words of rank 0 to those that wait for it
 
 
-def initialize(parallel: ParallelConfig, seed: int) -> None:
-    """Joins the process group (from torchrun's variables, or alone) and builds megatron-core's groups. Idempotent for one layout."""
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    cpu_compat.install()
+def join(timeout: float) -> None:
+    """Joins the process group (from torchrun's variables, or alone), without megatron-core. Idempotent. timeout: s, of a collective."""
     if not dist.is_initialized():
         if on_gpu():
             torch.cuda.set_device(device())
         # A process that torchrun did not start is alone, and needs no rendezvous: no port, no address.
         alone = {} if "RANK" in os.environ else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=datetime.timedelta(seconds=parallel.timeout), **alone)
+        dist.init_process_group("nccl" if on_gpu() else "gloo", timeout=datetime.timedelta(seconds=timeout), **alone)
     if world_size() > 1:
         waits.measure()
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> None:
+    """Joins the process group and builds megatron-core's groups. Idempotent for one layout."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    cpu_compat.install()
+    join(parallel.timeout)
     virtual = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(

@@ -37,7 +37,10 @@ LOCK = ".eval.lock"  # its presence says whose folder it is
 def main(config: Config, targets: list[Target], out: Path) -> None:
     """Collective. Models, benchmarks, prompts and functions are all looked at before the engine starts."""
     began = time.monotonic()
-    parallel.initialize(config.parallel, config.run.seed)
+    if any(target.checkpoint is not None for target in targets):
+        parallel.initialize(config.parallel, config.run.seed)
+    else:  # megatron-core takes seconds, and Hugging Face directories do not need it
+        parallel.join(config.parallel.timeout)
     hf = parallel.agree(lambda: one_architecture(targets))
     benchmarks = parallel.agree(lambda: read_benchmarks(config))
     models = parallel.agree(lambda: _readers(targets, benchmarks, config, hf))

@@ -14,11 +14,11 @@ from pctrain.config import Config
 from pctrain.core import parallel
 from pctrain.core.hf_config import HFConfig
 from pctrain.core.hf_files import HFReader
-from pctrain.core.weights import LM_HEAD
 from pctrain.device import DTYPES
 from pctrain.errors import ToBeContinued, UserError
 from pctrain.evaluate.targets import Target
 from pctrain.rollout import RolloutEngine
+from pctrain.rollout.weight_stream import LM_HEAD
 
 if TYPE_CHECKING:
     from pctrain.core import Core

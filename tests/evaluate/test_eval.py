@@ -230,6 +230,17 @@ def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answ
 
 
 @pytest.mark.full
+@pytest.mark.timeout(300)
+def test_hugging_face_directories_on_two_ranks_of_their_own(two_answers, place, out):
+    """Without megatron-core, whose groups only checkpoints need."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, "-m", "pctrain", "eval", two_answers, "--out", "hf-alone", *COMMON]
+    subprocess.run(command, env=environment, cwd=place, check=True, stdout=subprocess.DEVNULL, timeout=240)
+    assert contents(place / "hf-alone" / "run") == contents(out / "run")
+
+
+@pytest.mark.full
 @pytest.mark.timeout(900)
 def test_two_ranks_and_a_killed_process_leave_the_same_files(ranks, models, place, out):
     for status, errors, *_ in ranks.run(evaluate, place, *models, "--out", "shared", *COMMON, world=2, deadline=300):

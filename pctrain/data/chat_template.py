@@ -60,8 +60,10 @@ class ChatTemplate:
             RenderError: the template refuses the messages (`raise_exception`) or fails.
         """
         try:
-            return self._template.render(messages=list(messages), tools=None, documents=None,
+            text = self._template.render(messages=list(messages), tools=None, documents=None,
                                          add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            text.encode()  # half of a surrogate pair ("\ud83d" in the template) is no text for a tokenizer
+            return text
         except jinja2.UndefinedError as error:
             raise RenderError(f"{self.where}: the chat template uses what it is not given: {error.message}"
                               + (_NO_DATE if "strftime_now" in str(error.message) else "")) from None

@@ -107,6 +107,9 @@ class Encoder:
             Unusable: see there; whether that is an error is said by `stops`.
         """
         tokens, spans = self._encode_plain(record) if self.template is None else self._encode_chat(record)
+        if not spans:
+            raise Unusable("no_labels", "the chat template writes nothing after the prompt, so there is nothing to train on; give another "
+                                        "template by data.template")
         if spans[0][0] == 0:
             raise Unusable("no_prompt", "the prompt has no tokens, so nothing predicts the first one of the answer")
         length = len(tokens)

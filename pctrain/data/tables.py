@@ -291,6 +291,6 @@ def _between(value: int, low: int, high: int) -> int:
 def _named(file: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a name in the file's own table of contents
         kind = "parquet file" if file.suffix == ".parquet" else "Arrow file"
         raise UserError(f"{kind} {file} cannot be read: {str(error).strip()}; it may be cut off or of another format") from None

@@ -160,6 +160,16 @@ def test_a_token_over_the_end_of_the_generation_prompt_is_refused(directories):
     assert trained(made, Record("a", "q", "Yes.\n\n")) == ["Yes.\n\n<|im_end|>"]
 
 
+def test_a_template_that_writes_no_answer_is_refused(directories, tmp_path):
+    made = template(directories, tmp_path, "{{ eos_token }}")  # behind the prompt, which ends with it, nothing is left to learn
+    assert cause(made, PAIR, "writes nothing after the prompt") == "no_labels"
+
+
+def test_a_template_that_writes_no_text_is_refused(directories, tmp_path):
+    made = template(directories, tmp_path, r"{{ '\ud800' }}{{ messages[0].content }}")
+    assert cause(made, PAIR, "own.jinja: the chat template fails: UnicodeEncodeError: .*surrogates not allowed") == "template_error"
+
+
 def test_a_template_that_refuses_a_chat_is_named(directories, tmp_path):
     made = template(directories, tmp_path, "{{ raise_exception('no system turn, please') }}")
     assert cause(made, CHAT, "own.jinja: the chat template refuses the messages: no system turn, please") == "template_error"

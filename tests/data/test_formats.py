@@ -269,9 +269,11 @@ def test_archives_of_several_members_are_read_to_the_end(tmp_path, members):
 def test_a_broken_table_is_named(tmp_path):
     path = tmp_path / "t.parquet"
     write_records(path, TABLE)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"parquet file {path} cannot be read"):
-        read_records(path, FieldsConfig(), need=())
+    whole = path.read_bytes()
+    for broken in (whole[:-100], whole.replace(b"prompt", b"pr\xe4mpt")):  # a column's name that is no UTF-8
+        path.write_bytes(broken)
+        with pytest.raises(UserError, match=f"parquet file {path} cannot be read"):
+            read_records(path, FieldsConfig(), need=())
     folder = tmp_path / "set"
     datasets.Dataset.from_list(TABLE).save_to_disk(folder)
     file, = parts_of(folder)

@@ -38,6 +38,9 @@ if [[ -n "${LOCAL_ADDR:-}" ]]; then
   if [[ "${RDZV:-}" = "$LOCAL_ADDR":* ]]; then place+=(--rdzv-conf is_host=true); fi
 fi
 
+# A store of its own for every start of the ranks: in the agent's, which torch 2.13 keeps over a restart, they find the addresses of those
+# that died, and wait five minutes for them.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 trap '' USR1  # it is for the ranks, which set a handler of their own; what starts them must not die of it
 exec "$python" -m torch.distributed.run "${place[@]}" --nproc-per-node "$nproc" --max-restarts "${MAX_RESTARTS:-3}" \
   --shutdown-timeout "${STOP_SECONDS:-600}" -m pctrain "$@"

@@ -145,25 +145,23 @@ def draw(
     benchmark = prompts.benchmark
     if engine is None:
         return
-
-    def seed(index: int, sample: int) -> int:
-        return sampling_seed(config.run.seed, "eval", 0, index, sample)
-
     every = ((index, sample) for index in range(len(prompts.ids)) for sample in range(benchmark.samples))
-    ahead, todo = tee(batches(islice(every, done, None), requests_a_batch(config.rollout)))
+    asked = (((index, sample), Request(prompts.ids[index], sampling_seed(config.run.seed, "eval", 0, index, sample)))
+             for index, sample in islice(every, done, None))
+    ahead, todo = tee(batches(asked, requests_a_batch(config.rollout)))
     sampled = engine.generate_batches(
-        ([Request(prompts.ids[index], seed(index, sample)) for index, sample in batch] for batch in ahead),
+        ([request for _, request in batch] for batch in ahead),
         temperature=config.eval.temperature, top_p=config.eval.top_p, max_response=max_response)
     for batch in todo:
         with health.phase("evaluation"):
             completions = next(sampled)
-        questions = [benchmark.questions[index] for index, _ in batch]
+        questions = [benchmark.questions[index] for (index, _), _ in batch]
         responses = [decode(completion.token_ids) for completion in completions]
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
         with health.phase("reward"):
             verdicts = verifiers.both(benchmark.verifier, pairs)
-        yield [_line(question, place, seed(*place), response, completion, strict, lenient)
-               for question, place, response, completion, strict, lenient
+        yield [_line(question, place, request.seed, response, completion, strict, lenient)
+               for question, (place, request), response, completion, strict, lenient
                in zip(questions, batch, responses, completions, *verdicts, strict=True)]
 
 

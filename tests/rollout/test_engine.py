@@ -149,10 +149,6 @@ def test_samples_depend_on_the_seed_alone(rig):
     assert tokens(rig.engine.generate(other_seeds, temperature=1.0, max_response=20)) != tokens(plain)
 
 
-def batches_of(together, size):
-    return [together[start:start + size] for start in range(0, len(together), size)]
-
-
 def steps_of(engine, patch, act) -> int:
     """How often vLLM steps while `act()` runs."""
     count, step = [0], engine._llm.llm_engine.step
@@ -169,7 +165,7 @@ def steps_of(engine, patch, act) -> int:
 
 def test_batches_are_what_each_would_be_alone(rig):
     together = requests(90, length=9)
-    each = batches_of(together, 40) + [[]]
+    each = [together[:40], together[40:80], together[80:], []]
     alone = [rig.engine.generate(batch, temperature=1.0, max_response=25) for batch in each]
     assert list(rig.engine.generate_batches(each, temperature=1.0, max_response=25)) == alone
     assert [len(batch) for batch in alone] == [40, 40, 10, 0]

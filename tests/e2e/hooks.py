@@ -32,6 +32,13 @@ def engine_hangs():
     _in_step_3(lambda: time.sleep(600))
 
 
+def sft_waits_before_its_end():
+    """With its last checkpoint and its weights written: whoever kills it comes early enough, on a machine of any speed."""
+    from pctrain.sft import loop
+
+    loop._finish = lambda *_: time.sleep(600)
+
+
 def free_memory_is_given_back():
     """Once a second, by glibc: what a rank's memory grows by afterwards is held by somebody, and no hole between allocations."""
     trim = ctypes.CDLL(None).malloc_trim

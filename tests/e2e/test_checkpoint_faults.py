@@ -62,16 +62,16 @@ def wait_for(run, happened):
         time.sleep(0.005)
 
 
-def kill_somewhere(run, folder, pace, chance, moment):
+def kill_somewhere(run, folder, pace, chance, moment, steps):
     """Kills the run at a random moment: of its start, of its first save, or of the save after a complete one."""
     before = steps_of(folder)
     if moment == "start":
         time.sleep(chance.uniform(0, pace.start + pace.first_save))
     elif moment == "first save":
-        wait_for(run, lambda: list(folder.glob("checkpoints/*.tmp")))
+        wait_for(run, lambda: list(folder.glob("checkpoints/*.tmp")) or steps in steps_of(folder))
         time.sleep(chance.uniform(0, pace.first_save))
     else:
-        wait_for(run, lambda: steps_of(folder) != before)
+        wait_for(run, lambda: steps_of(folder) != before or steps in before)
         time.sleep(chance.uniform(0, pace.interval))
     seen = steps_of(folder)
     assert run.kill() == -9, run.log.read_text()[-3000:]
@@ -94,8 +94,8 @@ def fault_test(forked, folder, whole, steps, moments, seed):
     torn = 0
     log = folder.with_suffix(".log")
     for number in range(moments):
-        run = forked.start(options(folder, steps), log)
-        kill_somewhere(run, folder, whole, chance, ("next save", "first save", "start")[number % 3])
+        run = forked.start(options(folder, steps), log, "sft_waits_before_its_end")
+        kill_somewhere(run, folder, whole, chance, ("next save", "first save", "start")[number % 3], steps)
         torn += bool(list(folder.glob("checkpoints/*.tmp")))
     assert forked.start(options(folder, steps), log).wait(120) == 0, log.read_text()[-3000:]
     assert not list(folder.rglob("*.tmp"))
@@ -120,7 +120,7 @@ def test_twenty_kills(forked, tmp_path):
 def stopped(forked, tmp_path):
     """A run of 12 steps that was killed after its second checkpoint or a little later."""
     folder = tmp_path / "run"
-    run = forked.start(options(folder, 12), tmp_path / "log")
+    run = forked.start(options(folder, 12), tmp_path / "log", "sft_waits_before_its_end")
     wait_for(run, lambda: len(steps_of(folder)) >= 2)
     assert run.kill() == -9
     return folder

@@ -78,13 +78,13 @@ def test_asking_for_more_memory_than_allowed_is_memory():
 
 def test_what_a_verdict_started_is_killed_with_its_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("FAULTY_MARK", str(tmp_path / "child"))
-    with VerifierPool(RewardConfig(workers=1, timeout=2), command=FAULTY) as pool:
+    with VerifierPool(RewardConfig(workers=1, timeout=4), command=FAULTY) as pool:
         assert pool.score([box("x+child")])[0].cause == "timeout"
         assert wait_gone(int((tmp_path / "child").read_text()))
 
 
 def test_the_line_for_the_log_counts_and_quotes():
-    with VerifierPool(RewardConfig(workers=1, timeout=1.5), command=FAULTY) as pool:
+    with VerifierPool(RewardConfig(workers=1, timeout=4), command=FAULTY) as pool:
         verdicts = pool.score([box("x+hang"), box("x+crash"), GOOD, (r"\boxed{4}", "5")])
     line = fault_line(verdicts)
     assert "\n" not in line and "2 of 4" in line and "1 timeout, 1 crash" in line and "x+hang" in line

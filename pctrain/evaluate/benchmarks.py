@@ -4,7 +4,7 @@ r"""Benchmarks as they are published, turned into problems to sample: known by t
 |---|---|---|
 | GPQA | Question, Correct Answer, Incorrect Answer 1 to 3 | the letter of the right choice; their order is made from the record itself |
 | ARC | question, choices {text, label}, answerKey | the letter; choices keep their order, labels 1 to 4 become A to D |
-| OlympiadBench | question, final_answer (a list) | the answers, with commas between |
+| OlympiadBench | question, context or none, final_answer (a list) | the answers, with commas between |
 | GSM8K | question, answer with `#### 72` at its end | what follows #### |
 | Minerva, AMC, ... | question, answer | the answer |
 | MATH, MATH-500, AIME | problem, answer | the answer, a text or a number |
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,13 +175,21 @@ def _choice(question: str, choices: list[str], right: int) -> _Read:
     return _Read("\n".join([question.strip(), "", *lines]), LETTERS[right], choice=True)
 
 
+_PICTURE = re.compile(r"<(img|image)_\d+>")  # of OlympiadBench: its repository's README, its data set's columns image_N
+
+
 def _olympiad(columns: Mapping[str, Any]) -> _Read:
     answers = columns["final_answer"]
     answers = answers if isinstance(answers, list) else [answers]
     if not answers:
         raise Unknown("its final_answer is empty: a proof cannot be scored; remove it")
     parts = [_as_text(answer, "final_answer").strip() for answer in answers]
-    return _Read(_text(columns, "question"), parts[0] if len(parts) == 1 else ", ".join(part.strip("$") for part in parts))
+    question = _text(columns, "question")
+    if columns.get("context"):  # what several questions of one physics problem have in common
+        question = f"{_text(columns, 'context')}\n{question}"
+    if _PICTURE.search(question):
+        raise Unknown("its question shows a picture, which a language model does not see: take the sets whose name has TO (text only)")
+    return _Read(question, parts[0] if len(parts) == 1 else ", ".join(part.strip("$") for part in parts))
 
 
 def _question(columns: Mapping[str, Any]) -> _Read:

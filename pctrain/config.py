@@ -131,7 +131,8 @@ class DataConfig(Section):
     template: str = Field("auto", description="chat template: auto (the checkpoint's own, none where it has none), none, or a Jinja file")
     loss_on: Literal["last", "all"] = Field("last", description="assistant turns of a chat that are trained on")
     overlong: Literal["error", "drop", "right"] = Field(
-        "error", description="trajectories longer than the context or sft.token_budget: stop, or count them and drop or cut them")
+        "error", description="trajectories longer than the context or sft.token_budget: stop, or count them and drop or cut them; problems "
+        "of RL longer than rollout.max_prompt, or their experts than rollout.max_response: stop, or count and drop them (drop and right)")
     unusable: Literal["error", "drop"] = Field(
         "error", description="records without a trainable token or that the template cannot mask: stop, or drop and count")
     cache: Path | None = Field(None, description="folder of tokenised data, which runs may share; default: `tokens` in run.dir")
@@ -244,6 +245,9 @@ class RLConfig(Section):
 class RolloutConfig(Section):
     tensor: int = Field(1, ge=1, description="tensor parallel size of one engine: 1, or what divides parallel.tensor")
     temperature: float = Field(1.0, gt=0, description="sampling temperature of training rollouts; part of the policy")
+    max_prompt: int | None = Field(
+        None, ge=1, description="longest prompt of training and its scores, tokens: the KV cache must hold one with the longest response; "
+        "default: what the context leaves")
     max_response: int = Field(48, ge=1, description="longest response, tokens")
     max_sequences: int = Field(256, ge=1, description="sequences an engine decodes at once")
     kv_cache_mb: int = Field(256, ge=16, description="KV cache of an engine on CPU, MB")
@@ -334,3 +338,12 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)
     ceiling: CeilingConfig = Field(default_factory=CeilingConfig)
     study: StudyConfig = Field(default_factory=StudyConfig)
+
+    def longest_response(self) -> int:
+        """Tokens: of training and of its scores."""
+        return max(self.rollout.max_response, self.eval.max_response or 0)
+
+    def longest_rollout(self, context: int) -> int:
+        """Tokens of the longest prompt and response that an engine has to hold, for a model of that context."""
+        prompt = self.rollout.max_prompt
+        return context if prompt is None else min(context, prompt + self.longest_response())

@@ -191,6 +191,9 @@ def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
     for key, value in (("rollout.max_response", config.rollout.max_response), ("eval.max_response", config.eval.max_response)):
         if value is not None and value >= shape.context:
             yield f"{key} = {value} tokens leaves no room for a prompt in the context of {shape.context} tokens ({shape.source})"
+        elif value is not None and config.rollout.max_prompt is not None and config.rollout.max_prompt + value > shape.context:
+            yield (f"rollout.max_prompt = {config.rollout.max_prompt} and {key} = {value} are together more than the context of "
+                   f"{shape.context} tokens ({shape.source})")
 
 
 def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
@@ -220,6 +223,9 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if config.rollout.max_response >= rl.token_budget:
         yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
                "a sequence must fit into one pack")
+    elif config.rollout.max_prompt is not None and config.rollout.max_prompt + config.rollout.max_response > rl.token_budget:
+        yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold rollout.max_prompt = {config.rollout.max_prompt} and "
+               f"rollout.max_response = {config.rollout.max_response}; a sequence must fit into one pack")
     yield from schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
     yield from _algorithm_problems(rl, config.rollout.max_response)
 

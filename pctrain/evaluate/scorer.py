@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from pctrain import health
 from pctrain.config import Config
@@ -34,24 +35,47 @@ class Scorer:
         self.tokenizer = self.encoder.tokenizer
         self.verifier = VerifierPool(config.reward)
         self._swaps = 0
+        self._training: dict[bool, tuple[list[Problem], list[str]]] = {}
 
     @cached_property
     def engine(self) -> RolloutEngine:
         config = self.config
-        return RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=self.hf.context, eos_id=self.hf.eos_id)
+        return RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.hf.eos_id)
+
+    @property
+    def context(self) -> int:
+        """Of the engine: its longest prompt and response, tokens."""
+        return self.config.longest_rollout(self.hf.context)
 
     @cached_property
     def problems(self) -> list[Problem]:
-        """The test problems, `data.test`."""
-        return self.read_problems(self.config.data.test)
+        """The test problems, `data.test`. One that is too long is an error: without it the score would be another one."""
+        return self._read_problems(self.config.data.test, self._prompt_limit())
 
-    def read_problems(self, path: Path, expert: bool = False) -> list[Problem]:
-        """`expert`: with the experts' trajectories, of at most `rollout.max_response` tokens."""
-        longest = self.config.rollout.max_response if expert else None
-        room = self.hf.context - max(self.config.rollout.max_response, self.config.eval.max_response or 0)
-        name = "the context less the longest response"
+    def training_problems(self, expert: bool) -> tuple[list[Problem], list[str]]:
+        """`data.rl`, and what is wrong with those of it that are left out (`data.overlong`).
+
+        `expert`: with the experts' trajectories, of at most `rollout.max_response` tokens.
+        """
+        if expert in self._training:  # the next stage of a study
+            return self._training[expert]
+        longest, left_out = self.config.rollout.max_response, []
+        pack = self.config.rl.token_budget - longest, "rl.token_budget less rollout.max_response"  # whatever is sampled fits into one
+        problems = self._read_problems(
+            self.config.data.rl, min(self._prompt_limit(), pack), expert=longest if expert else None,
+            left_out=None if self.encoder.stops("overlong") else left_out)
+        self._training[expert] = problems, left_out
+        return problems, left_out
+
+    def _prompt_limit(self) -> tuple[int, str]:
+        """Tokens, and what sets them."""
+        room = self.context - self.config.longest_response()
+        return room, "rollout.max_prompt" if room == self.config.rollout.max_prompt else "the context less the longest response"
+
+    def _read_problems(self, path: Path, limit: tuple[int, str], **options: Any) -> list[Problem]:
+        room, name = limit
         fields = self.config.data.fields
-        return parallel.agree(lambda: read_problems(path, fields, self.encoder, room=room, room_name=name, expert=longest))
+        return parallel.agree(lambda: read_problems(path, fields, self.encoder, room=room, room_name=name, **options))
 
     @health.phase("swap")
     def load(self, core: Core) -> Swap:

@@ -154,7 +154,7 @@ def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
     Raises:
         UserError: a prompt that the template cannot write.
     """
-    room = scorer.hf.context - max_response(scorer.config)
+    room = scorer.context - max_response(scorer.config)
     for item in data.usable(None):
         answer = answer_of(item.record)
         if item.place not in done and answer is not None:

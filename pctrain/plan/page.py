@@ -8,7 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pctrain.core.hf_config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.memory import CPU_RUNTIME, cpu_holes, gib
 from pctrain.plan.planner import Plan, Planner
@@ -30,7 +29,7 @@ def show(console: Console, planner: Planner, plans: Sequence[Plan], configured: 
     if isinstance(configured, str):
         _say(console, f"The config's own layout does not run on {planner.options.gpus} GPUs: {configured}")
     if not fitting:
-        _say(console, nothing_fits(planner, best), style="bold red")
+        _say(console, nothing_fits(best), style="bold red")
         for way in planner.ways_out(best):
             _say(console, f"  {way}")
     _memory(console, best)
@@ -83,18 +82,19 @@ def _row(plan: Plan, name: str) -> list[str]:
             f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}"]
 
 
-def nothing_fits(planner: Planner, best: Plan) -> str:
+def nothing_fits(best: Plan) -> str:
     """By how much the closest layout misses."""
     if best.share <= 1:
-        return f"Nothing starts: {_too_small_a_cache(planner.hf, best)}. What would help, each by itself:"
+        return f"Nothing starts: {_too_small_a_cache(best)}. What would help, each by itself:"
     over = best.memory.peak.total - best.gpu.memory
     return (f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB over the "
             f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by itself:")
 
 
-def _too_small_a_cache(hf: HFConfig, plan: Plan) -> str:
+def _too_small_a_cache(plan: Plan) -> str:
+    sequence = "the longest prompt and response" if plan.config.rollout.max_prompt else "the whole context (less with rollout.max_prompt)"
     return (f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
-            f"sequence of the whole context, {hf.context} tokens")
+            f"sequence of {sequence}, {plan.context} tokens")
 
 
 def _memory(console: Console, plan: Plan) -> None:
@@ -140,7 +140,7 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     """What a user would want to know before the run tells."""
     par, rollout = plan.layout.parallel, plan.config.rollout
     if not plan.starts and plan.share <= 1:
-        yield f"warning: {_too_small_a_cache(planner.hf, plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
+        yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
     if plan.engine is not None and plan.starts:
         wanted = min(rollout.max_sequences, -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines))
         room = plan.engine.sequences(planner.work.prompt + rollout.max_response)

@@ -31,7 +31,7 @@ class Plan:
     config: Config
     layout: Layout
     gpu: Gpu
-    context: int  # of the model, tokens
+    context: int  # of the engine, tokens: its longest prompt and response
     memory: Memory
     speed: Speed
     engine: Engine | None
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def starts(self) -> bool:
-        """Whether vLLM takes the sizes: its cache must hold one sequence of the whole context."""
+        """Whether vLLM takes the sizes: its cache must hold one sequence of its whole context."""
         return self.engine is None or self.engine.tokens >= self.context
 
     @property
@@ -107,7 +107,7 @@ class Planner:
         needs = memory(
             hf, config, layout, gpu, tokens=step.micro_batch(layout.data), micro_batches=how_fast.micro_batches,
             reserve=options.reserve * GIB, engine=sampler, reference="reference" in step.passes, offload=config.rl.reference_offload)
-        return Plan(config, layout, gpu, hf.context, needs, how_fast, sampler)
+        return Plan(config, layout, gpu, config.longest_rollout(hf.context), needs, how_fast, sampler)
 
     def plans(self, gpus: int | None = None) -> list[Plan]:
         """Every layout that the checks let through: what fits first, the fastest first, of equally fast ones (EQUAL) the plainest; then by

@@ -85,7 +85,7 @@ def _sft(config: Config, hf: HFConfig, prompt: int, response: int | None) -> Wor
 def _rl(config: Config, hf: HFConfig, prompt: int, response: int | None) -> Work:
     rl, rollout = config.rl, config.rollout
     longest = min(hf.context, rl.token_budget)
-    prompt = min(prompt, max(1, longest - rollout.max_response))
+    prompt = min(prompt, rollout.max_prompt or prompt, max(1, longest - rollout.max_response))
     response = min(response or max(1, rollout.max_response // 2), rollout.max_response)
     rounds, prompts = 1, rl.prompts
     if rl.algorithm in DYNAMIC:

@@ -11,7 +11,6 @@ from pctrain.checkpoints import checkpoint_step, read_state
 from pctrain.config import Config, RLConfig
 from pctrain.core import Core, parallel
 from pctrain.core.hf_config import HFConfig
-from pctrain.data.problems import Problem
 from pctrain.evaluate.scorer import Scorer
 from pctrain.progress import progress
 from pctrain.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
@@ -40,11 +39,17 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
     """
     rl = config.rl
     joint = parallel.from_rank_zero(lambda: _joint(config, role))
+    algorithm = _algorithm(config)
+    problems, left_out = scorer.training_problems(algorithm.needs_expert)
+    scored = len(scorer.problems)  # before there is a run folder: it would be bound to a config with which they are too long
     with open_run(config, "rl", [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]) as run:
         if finished(run):
             return
         run.write_start(joint)
-        algorithm, problems, core = _learner(config, scorer)
+        core = _core(config, algorithm)
+        run.say(f"problems: {len(problems)} to train on, {scored} to score on")
+        if left_out:
+            run.say(f"{len(left_out)} more are too long and left out (data.overlong = {config.data.overlong}), the first: {left_out[0]}")
         prompts = PromptStream(problems, config.run.seed)
         start, state = resume(run, core)
         journal = Journal(config, run, scorer, joint, state)
@@ -89,15 +94,17 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
         _finish(run, last, ranks)
 
 
-def _learner(config: Config, scorer: Scorer) -> tuple[Algorithm, list[Problem], Core]:
-    """The algorithm, the problems as it needs them, and the core with the weights of the start. Collective."""
+def _algorithm(config: Config) -> Algorithm:
+    return algorithms.build(_with_correction(config), config.rollout.max_response)
+
+
+def _core(config: Config, algorithm: Algorithm) -> Core:
+    """With the weights of the start. Collective."""
     rl = config.rl
-    algorithm = algorithms.build(_with_correction(config), config.rollout.max_response)
-    problems = scorer.read_problems(config.data.rl, algorithm.needs_expert)
     core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
     if "ref_logprob" in algorithm.streams_from_pass:
         core.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
-    return algorithm, problems, core
+    return core
 
 
 def _rollouts(
@@ -130,7 +137,9 @@ def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
     algorithms.find(config.rl.algorithm)
     with begin(config) as config, Scorer(config) as scorer:
-        algorithm, problems, core = _learner(config, scorer)
+        algorithm = _algorithm(config)
+        problems, _ = scorer.training_problems(algorithm.needs_expert)
+        core = _core(config, algorithm)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         ledger = Ledger(scorer.hf.shape)
         began = time.perf_counter()

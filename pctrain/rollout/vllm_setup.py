@@ -54,7 +54,8 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
             with _private_shared_memory(groups):
                 llm = LLM(**engine_options(hf_dir, rollout, groups, dtype=dtype, context=context))
         except ValueError as error:  # pydantic's ValidationError is one
-            raise UserError(f"vLLM refuses {hf_dir} with context {context} (model or data), rollout.kv_cache_mb={rollout.kv_cache_mb}, "
+            raise UserError(f"vLLM refuses {hf_dir} with context {context} (the model's, or rollout.max_prompt and the longest "
+                            f"response), rollout.kv_cache_mb={rollout.kv_cache_mb}, "
                             f"rollout.max_sequences={rollout.max_sequences}, rollout.gpu_memory={rollout.gpu_memory}: {error}") from error
     _running += 1
     step = llm.llm_engine.step

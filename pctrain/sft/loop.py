@@ -34,6 +34,7 @@ def train(config: Config, scorer: Scorer) -> None:
     """Runs, or goes on with, the SFT run of `config.run.dir`."""
     sft, limit = config.sft, min(scorer.hf.context, config.sft.token_budget)
     training, validation = (prepare_sources(config, sources, limit) for sources in (config.data.train, config.data.validation))
+    scored = len(scorer.problems) if sft.eval_every else 0  # as the rest of the data before there is a run folder
     with open_run(config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests) as run:
         if finished(run):
             return
@@ -46,6 +47,8 @@ def train(config: Config, scorer: Scorer) -> None:
         for what, trajectories in (("training", data), ("validation", held_out)):
             for line in trajectories.describe():
                 run.say(f"{what} data: {line}")
+        if scored:
+            run.say(f"test problems: {scored}")
         journal = Journal(config, run, core, scorer, held_out, steps, state)
         if not state:
             journal.measure(step=0)

@@ -37,6 +37,17 @@ def test_training_data(ranks, sft_run, tmp_path, text, words):
 def test_problems_without_an_answer(ranks, sft_run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1="}\n')
     refused(ranks, "rl", [*options(sft_run, tmp_path / "run"), f"--data.rl={tmp_path}/bad.jsonl"], "bad.jsonl:1", "answer")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("command", ["sft", "rl"])
+def test_a_test_problem_longer_than_the_longest_prompt(ranks, sft_run, tmp_path, command):
+    """It is an error before there is a run that would be bound to this config."""
+    (tmp_path / "test.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "11111111111111111111=", "answer": "2"}\n')
+    arguments = [*(sft_options(sft_run, tmp_path / "run") if command == "sft" else options(sft_run, tmp_path / "run")),
+                 f"--data.test={tmp_path}/test.jsonl", "--rollout.max_prompt=16", "--data.overlong=drop"]
+    refused(ranks, command, arguments, "test.jsonl:2: the prompt has 21 tokens, more than rollout.max_prompt of 16")
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_missing_file(ranks, sft_run, tmp_path):

@@ -77,7 +77,7 @@ def test_the_evaluation_and_the_study_resolve_for_their_gpus(eight_gpus):
 # ---- scaled down: the same keys, fewer of everything -------------------------------------------------------------------------
 
 SMALL = ["--model.dtype=float32", "--parallel.tensor=1", "--parallel.sequence_parallel=false", "--run.tensorboard=false",
-         "--data.overlong=error", "--rollout.max_response=24"]
+         "--data.overlong=error", "--rollout.max_prompt=64", "--rollout.max_response=24"]
 SMALL_SFT = ["--sft.steps=2", "--sft.batch_size=8", "--sft.token_budget=256", "--sft.val_every=1", "--sft.checkpoint_every=2",
              "--sft.optimizer.warmup=1"]
 SMALL_RL = ["--rl.steps=2", "--rl.prompts=4", "--rl.round_prompts=4", "--rl.max_rounds=2", "--rl.token_budget=1024", "--rl.eval_every=2",

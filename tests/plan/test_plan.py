@@ -21,6 +21,7 @@ from pctrain.plan.gpus import GIB, GPUS
 from pctrain.plan.layouts import even_ends
 from pctrain.plan.memory import in_flight
 from pctrain.plan.options import PlanOptions
+from pctrain.plan.page import nothing_fits
 from pctrain.plan.planner import EQUAL, Planner
 from pctrain.plan.rollouts import engine
 from pctrain.plan.shapes import Layout, all_parameters
@@ -249,6 +250,8 @@ def test_an_engine_without_room_for_one_sequence(models):
                "--rollout.gpu_memory=0.14"]
     plan = _planner(options, 8, "h200", "rl").as_configured()
     assert plan.share < 1 and plan.engine.tokens < 131072 and not plan.fits  # vLLM would refuse to start
+    assert "vLLM wants room for one sequence of the whole context (less with rollout.max_prompt), 131072 tokens" in nothing_fits(plan)
+    assert _planner([*options, "--rollout.max_prompt=1024"], 8, "h200", "rl").as_configured().fits  # 1536 tokens
 
 
 def test_a_figure_and_a_model_from_scratch(tmp_path, capsys):

@@ -170,6 +170,9 @@ def _call(call: bytes, store: Any, name: str, rank: int, world: int) -> Any:
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world)
+    # A rank whose function is over at once would close its connections while another one still makes its own.
+    store.set(f"{name} joined {rank}", "")
+    store.wait([f"{name} joined {other}" for other in range(world)])
     fn, args, kwargs = pickle.loads(call)
     try:
         return fn(*args, **kwargs)

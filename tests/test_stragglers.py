@@ -57,13 +57,17 @@ def collectives():
     for name, act in acts.items():
         act()  # connections are made at the first
         tries = []
-        for _ in range(3):  # a busy machine may stop any rank for as long
+        for _ in range(20):  # a busy machine may stop any rank for as long
             dist.barrier()
             phase_clock.take()
             with health.phase("update"):
                 time.sleep(LATE * me)
                 act()
             tries.append(phase_clock.take()["update"])
+            undisturbed = torch.tensor([me == 1 or tries[-1] < LATE / 2], dtype=torch.int32)
+            dist.all_reduce(undisturbed, dist.ReduceOp.MIN)
+            if undisturbed.item():
+                break
         found[name] = min(tries)
     return found
 

@@ -44,14 +44,14 @@ class Forked:
         """`hook`: a function of hooks.py, called before the command."""
         return Run(self, self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment}), log)
 
-    def start_ranks(self, arguments: list[str], folder: Path, world: int, hook: str = "") -> list[Run]:
+    def start_ranks(self, arguments: list[str], folder: Path, world: int, hook: str = "", **environment: str) -> list[Run]:
         """One process a rank, as torchrun would start them; rank r's output goes to `folder`/rank-r.log."""
         folder.mkdir(exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world),
                      "LOCAL_WORLD_SIZE": str(world)}
-        return [self.start(arguments, folder / f"rank-{rank}.log", hook, RANK=str(rank), LOCAL_RANK=str(rank), **place)
+        return [self.start(arguments, folder / f"rank-{rank}.log", hook, RANK=str(rank), LOCAL_RANK=str(rank), **place, **environment)
                 for rank in range(world)]
 
     def orphans(self) -> list[int]:

@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import sys
 import threading
 import time
+from xml.etree import ElementTree
 
 
 def _in_step_3(act):
@@ -39,16 +41,35 @@ def sft_waits_before_its_end():
     loop._finish = lambda *_: time.sleep(600)
 
 
-def free_memory_is_given_back():
-    """Once a second, by glibc: what a rank's memory grows by afterwards is held by somebody, and no hole between allocations."""
-    trim = ctypes.CDLL(None).malloc_trim
+def memory_is_counted():
+    """Once a second glibc gives back what is free, and `$HELD`-RANK gets what is not: `<MB> <blocks of Python>`.
 
-    def trims():
+    Resident is more: pages in which something is held beside holes.
+    """
+    file = f"{os.environ['HELD']}-{os.environ['RANK']}"
+
+    def counts():
         while True:
-            trim(0)
+            ctypes.CDLL(None).malloc_trim(0)
+            with open(f"{file}.tmp", "w") as out:
+                out.write(f"{_held_by_glibc(file) / 2**20} {sys.getallocatedblocks()}")
+            os.replace(f"{file}.tmp", file)
             time.sleep(1)
 
-    threading.Thread(target=trims, daemon=True).start()
+    threading.Thread(target=counts, daemon=True).start()
+
+
+def _held_by_glibc(file):
+    """Bytes that are allocated and not freed, in all its arenas and in mappings of their own."""
+    glibc = ctypes.CDLL(None)
+    glibc.fopen.restype = ctypes.c_void_p
+    stream = ctypes.c_void_p(glibc.fopen(f"{file}.xml".encode(), b"w"))
+    glibc.malloc_info(0, stream)
+    glibc.fclose(stream)
+    with open(f"{file}.xml") as xml:
+        totals = ElementTree.parse(xml).getroot()
+    size = {(one.tag, one.get("type")): int(one.get("size")) for one in totals if one.get("size")}
+    return size["system", "current"] + size["total", "mmap"] - size["total", "fast"] - size["total", "rest"]
 
 
 def rank_1_is_slow():

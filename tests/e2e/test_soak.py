@@ -27,7 +27,9 @@ class Sample:
     """Of one rank and all that it has started. `zombies`: ids of processes that have ended and were not asked for."""
 
     step: int
-    memory: float  # MB that are its own (not files)
+    memory: float  # MB resident that are its own (not files)
+    held: float  # MB that the rank has allocated and not freed: of its resident memory what is no hole
+    blocks: int  # that Python has allocated
     files: int
     threads: int
     processes: int
@@ -51,11 +53,14 @@ def family(pid):
     return found
 
 
-def look(pid, step):
+def look(pid, step, counted):
+    """`counted`: what hooks.memory_is_counted wrote."""
     members = family(pid)
+    held, blocks = counted.read_text().split()
     own = [sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem")) for fields in members.values() if "RssAnon" in fields]
-    return Sample(step, sum(own) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(members[pid]["Threads"]), len(members),
-                  frozenset(one for one, fields in members.items() if fields["State"].startswith("Z")))
+    zombies = frozenset(one for one, fields in members.items() if fields["State"].startswith("Z"))
+    return Sample(step, sum(own) / 1024, float(held), int(blocks), len(os.listdir(f"/proc/{pid}/fd")), int(members[pid]["Threads"]),
+                  len(members), zombies)
 
 
 def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
@@ -63,15 +68,15 @@ def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
     at the end."""
     arguments = ["rl", *options(sft_run, folder / "run", "--rl.steps=1000000", f"--rl.eval_every={every}", f"--rl.checkpoint_every={every}",
                                 "--run.keep_last=2", "--rl.optimizer.lr=1e-5", "--rl.kl_coef=0.01")]
-    runs = forked.start_ranks(arguments, folder / "logs", world, "free_memory_is_given_back")
+    runs = forked.start_ranks(arguments, folder / "logs", world, "memory_is_counted", HELD=str(folder / "held"))
     samples, began, step = [[] for _ in runs], time.monotonic(), 0
     while time.monotonic() - began < seconds or step < steps:
         time.sleep(interval)
         assert all(run.poll() is None for run in runs), [run.log.read_text()[-3000:] for run in runs]
         step = max(read_values(folder / "run", "train", "reward"), default=0)
         if step:
-            for run, seen in zip(runs, samples, strict=True):
-                seen.append(look(run.pid, step))
+            for rank, (run, seen) in enumerate(zip(runs, samples, strict=True)):
+                seen.append(look(run.pid, step, folder / f"held-{rank}"))
     os.kill(runs[-1].pid, signal.SIGTERM)
     assert [run.wait(120) for run in runs] == [0] * world, [run.log.read_text()[-3000:] for run in runs]
     assert "to be continued" in runs[0].log.read_text()
@@ -87,13 +92,15 @@ def quarters(seen, what):
     return statistics.median(second), statistics.median(fourth)
 
 
-def check(samples, interval, allowed_mb):
+def check(samples, interval, allowed):
+    """`allowed`: by how much more memory (MB), held memory (MB) and blocks there may be in the last quarter than in the second."""
     for seen in samples:
         for what in ("files", "threads", "processes"):
             before, after = quarters(seen, what)
             assert after <= before, (what, before, after)
-        before, after = quarters(seen, "memory")
-        assert after - before < allowed_mb, (before, after)
+        for what, more in allowed.items():
+            before, after = quarters(seen, what)
+            assert after - before < more, (what, before, after)
         longest = Counter(one for sample in seen for one in sample.zombies).most_common(1)
         assert not longest or longest[0][1] * interval <= ZOMBIE_SECONDS, longest
 
@@ -108,7 +115,8 @@ def forked():
 
 def test_a_few_steps(forked, sft_run, tmp_path):
     """Finds what is left open, running or unasked for at every step, evaluation or checkpoint; a leak of memory only where it is large."""
-    check(soak(forked, sft_run, tmp_path, world=1, every=3, interval=0.2, seconds=0, steps=24), 0.2, allowed_mb=40.0)
+    check(soak(forked, sft_run, tmp_path, world=1, every=3, interval=0.2, seconds=0, steps=24), 0.2,
+          {"memory": 40.0, "held": 20.0, "blocks": 100_000})
 
 
 @pytest.mark.full
@@ -118,7 +126,10 @@ def test_half_an_hour_or_a_thousand_steps(forked, sft_run, tmp_path):
     rows = [vars(sample) | {"rank": rank, "zombies": len(sample.zombies)} for rank, seen in enumerate(samples) for sample in seen]
     (tmp_path / "soak.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for rank, seen in enumerate(samples):
-        memory, files = quarters(seen, "memory"), quarters(seen, "files")
+        memory, held, blocks, files = (quarters(seen, what) for what in ("memory", "held", "blocks", "files"))
         print(f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
-              f"open files {files[0]:g} and {files[1]:g}, {seen[-1].processes} processes, {seen[-1].threads} threads")
-    check(samples, 1.0, allowed_mb=6.0)
+              f"held {held[0]:.1f} and {held[1]:.1f} MB, blocks {blocks[0]:g} and {blocks[1]:g}, open files {files[0]:g} and {files[1]:g}, "
+              f"{seen[-1].processes} processes, {seen[-1].threads} threads")
+    # Held memory swings by a megabyte. What is resident grows slowly with the holes, by 3 to 7 MB between these quarters of 1,300 to 2,000
+    # steps, where nothing more is held.
+    check(samples, 1.0, {"memory": 12.0, "held": 3.0, "blocks": 15_000})

@@ -183,7 +183,7 @@ class RolloutEngine:
 
     def _long_prompt(self, prompts: list[list[int]], eos_id: int) -> list[int]:
         block = self._llm.llm_engine.vllm_config.cache_config.block_size
-        length = min(block + block // 4, self._context - VERIFY_TOKENS)
+        length = min(block + block // 4, max(1, self._context - VERIFY_TOKENS))
         joined: list[int] = []
         while len(joined) < length:
             for prompt in prompts:

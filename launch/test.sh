@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests, after setting up. The fast tier by default; `--full` adds the tests marked `full`. Other arguments go to pytest.
+# Runs the tests, after setting up. The fast tier by default; `--full` adds the tests marked `full`. `--avx2` runs them as on an x86 CPU
+# that has AVX2 and no AVX-512, where torch and vLLM take other paths. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${PCTRAIN_VENV:-$PWD/.venv}"
@@ -8,7 +9,11 @@ PCTRAIN_TEST_EXTRAS="${PCTRAIN_TEST_EXTRAS:-1}" bash launch/setup.sh
 tier=(-m "not full")
 arguments=()
 for argument in "$@"; do
-  if [[ "$argument" = --full ]]; then tier=(); else arguments+=("$argument"); fi
+  case "$argument" in
+    --full) tier=() ;;
+    --avx2) export PYTHONPATH="$PWD/tests/avx2${PYTHONPATH:+:$PYTHONPATH}" ;;
+    *) arguments+=("$argument") ;;
+  esac
 done
 
 # One thread a process: two processes of two threads on two cores are ten times slower than two of one. Two test processes, a file at a

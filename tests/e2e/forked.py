@@ -28,7 +28,7 @@ class Forked:
     def __init__(self, **environment: str) -> None:
         """`environment`: of all processes, besides this one's."""
         self._mark = f"PCTRAIN_FORKED={uuid.uuid4().hex}"  # in the environment of all that comes of this server, and of nothing else
-        all_of_it = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", **dict([self._mark.split("=")]), **environment}
+        all_of_it = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", **dict([self._mark.split("=")]), **environment}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen([sys.executable, __file__], env=all_of_it, **pipes)
         assert self._server.stdout.readline() == "ready\n"

@@ -72,10 +72,8 @@ def test_a_rank_that_stops_answering(forked, tmp_path):
     runs = forked.start_ranks(sft(folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 2)
     wait_for_step(folder, 12, runs)
     os.kill(runs[1].pid, signal.SIGSTOP)
-    stopped = time.monotonic()
     try:
-        assert runs[0].wait(60) == 1
-        assert time.monotonic() - stopped < DEADLINE + GRACE_SECONDS + 8  # and a busy machine
+        assert runs[0].wait(DEADLINE + GRACE_SECONDS + 60) == 1  # a minute for a busy machine; gloo alone would wait for half an hour
     finally:
         runs[1].kill()
     told = runs[0].log.read_text()

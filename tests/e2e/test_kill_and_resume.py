@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(folder):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "pctrain", "run", *tiny.OPTIONS, f"--run.dir={folder}", "--study.starts=[stable]", "--run.keep_last=1"]
     with open(folder.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)

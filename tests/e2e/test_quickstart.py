@@ -16,7 +16,7 @@ COMMAND = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0
 @pytest.mark.full
 @pytest.mark.timeout(2700)
 def test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", "GLOO_SOCKET_IFNAME": "lo"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, *COMMAND, "--config", str(ROOT / "configs" / "quickstart.yaml"), f"--run.dir={tmp_path}/run"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)

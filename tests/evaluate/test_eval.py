@@ -222,7 +222,7 @@ def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answ
     """The other side of benchmarks/eval_vllm.py."""
     problems = cli.write(place / "test.jsonl", [{"prompt": p, "answer": 1} for p in PROMPTS[:20]])
     script = [sys.executable, ROOT / "benchmarks" / "eval_vllm.py", "--samples=4", "--plain", two_answers / "hf", problems]
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run([*script, place / "plain.jsonl"], env=environment, check=True, capture_output=True, timeout=250)
     ours, theirs = cli.read(out / "run" / "gsm8k" / "samples.jsonl"), cli.read(place / "plain.jsonl")
     assert [(a["seed"], a["tokens"], a["response"]) for a in ours] == [(b["seed"], b["tokens"], b["response"]) for b in theirs]
@@ -233,7 +233,7 @@ def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answ
 @pytest.mark.timeout(300)
 def test_hugging_face_directories_on_two_ranks_of_their_own(two_answers, place, out):
     """Without megatron-core, whose groups only checkpoints need."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*torchrun, "-m", "pctrain", "eval", two_answers, "--out", "hf-alone", *COMMON]
     subprocess.run(command, env=environment, cwd=place, check=True, stdout=subprocess.DEVNULL, timeout=240)
@@ -247,7 +247,7 @@ def test_two_ranks_and_a_killed_process_leave_the_same_files(ranks, models, plac
         assert status == 0, errors
     assert contents(place / "shared") == contents(out)
 
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "pctrain", "eval", *map(str, models), "--out", "killed", *COMMON]
     process = subprocess.Popen(command, env=environment, cwd=place, stdout=subprocess.DEVNULL)
     partial = place / "killed" / "run-step-25" / "gsm8k" / "samples.jsonl.partial"

@@ -117,7 +117,7 @@ def test_two_ranks_and_a_killed_process_give_the_same_rates(ranks, model, record
         assert status == 0, errors
     assert shared.read_bytes() == whole.read_bytes()
 
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     command = [sys.executable, "-m", "pctrain", "data", *winrate(records, killed, model)]
     progress = tmp_path / "killed.jsonl.partial" / "progress.jsonl"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)

@@ -8,6 +8,9 @@ from pathlib import Path
 from pctrain.reward import strict, worker
 
 MARK = Path(os.environ.get("FAULTY_MARK", "/nonexistent"))
+if "FAULTY_STARTS" in os.environ:  # a line for each worker that was started
+    with open(os.environ["FAULTY_STARTS"], "a") as starts:
+        starts.write(f"{os.getpid()}\n")
 
 
 def faulty(answer, gold):

@@ -60,7 +60,6 @@ LENIENT_PAYS = {(r"500\%", "5"), (r"50\%", "0.5"), ("0.5", r"50\%"), ("{" * 200 
 
 @pytest.mark.parametrize("name", ["strict", "exact", "lenient"])
 def test_no_hole_is_paid_for(pool, name):
-    began = time.monotonic()
     skip = LENIENT_PAYS if name == "lenient" else set()
     pairs = [(f"so \\boxed{{{answer}}}", gold) for answer, gold in WRONG if (answer, gold) not in skip]
     with VerifierPool(RewardConfig(verifier=name, workers=1, timeout=60)) as verifier:
@@ -68,7 +67,6 @@ def test_no_hole_is_paid_for(pool, name):
     paid = [(pair[0][-80:], pair[1][-80:]) for pair, verdict in zip(pairs, verdicts, strict=True) if verdict.reward]
     faults = [(pair[0][-80:], v) for pair, v in zip(pairs, verdicts, strict=True) if v.cause not in ("wrong", "parse_error", "no_box")]
     assert paid == [] and faults == []
-    assert time.monotonic() - began < 60  # none of them reached a deadline
 
 
 @pytest.mark.parametrize(("answer", "gold"), [

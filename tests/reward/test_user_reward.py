@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -36,7 +35,14 @@ def judge(response, answer):
     if response.startswith("long"):
         return len(response) == int(answer)
     return VALUES[response]
+calls_open = 0
 async def remote(response, answer):
+    global calls_open
+    if response == "together":
+        calls_open += 1
+        while calls_open < 8:
+            await asyncio.sleep(0.01)
+        return True
     if response == "hang":
         await asyncio.sleep(3600)
     if response == "block":
@@ -89,18 +95,16 @@ def test_a_hang_is_a_timeout_and_long_responses_pass(folder):
 
 def test_a_process_that_does_not_read_does_not_stop_its_parent(folder):
     with pool("own_rewards:remote", timeout=1) as verifier:
-        began = time.monotonic()
         pairs = [("block", "a"), *((f"{n}" + "x" * 300_000, "b") for n in range(4))]
         assert [v.cause for v in verifier.score(pairs)] == ["timeout"] + ["wrong"] * 4
-        assert time.monotonic() - began < 40
 
 
 def test_async_functions_run_concurrently_each_under_its_deadline(folder):
-    with pool("own_rewards:remote", timeout=5) as verifier:
-        began = time.monotonic()
+    with pool("own_rewards:remote", timeout=20) as verifier:
         verdicts = verifier.score([("timeouterror", "x"), *((str(n), str(n % 2)) for n in range(30))])
-        assert time.monotonic() - began < 14  # one after the other: 15 s
         assert [v.cause for v in verdicts] == ["error", "right", "right"] + ["wrong"] * 28
+        # Each of eight returns once all of them have been called: one after the other, the first would reach its deadline.
+        assert [v.cause for v in verifier.score([("together", str(n)) for n in range(8)])] == ["right"] * 8
     with pool("own_rewards:remote", timeout=4) as verifier:
         verdicts = verifier.score([("hang", "1"), ("2", "2"), ("3", "4")])
         assert [v.cause for v in verdicts] == ["timeout", "right", "wrong"]

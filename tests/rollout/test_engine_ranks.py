@@ -13,19 +13,26 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-@pytest.fixture(scope="module")
-def results(tiny, tmp_path_factory):
-    """One launch of two_ranks.py; it checks the learner's groups before, between and after."""
+@pytest.fixture(scope="module", params=["this CPU", "AVX2"])
+def results(request, tiny, tmp_path_factory):
+    """The output of two_ranks.py, which checks the learner's groups before, between and after.
+
+    "AVX2" takes vLLM's path for CPUs without AVX-512, where its ranks talk over gloo instead of shared memory.
+    """
     directory = tmp_path_factory.mktemp("ranks")
     tiny.build(True, seed=0).save_pretrained(directory / "model")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment["OMP_NUM_THREADS"] = "1"
+    if request.param == "AVX2":
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "avx2"), environment["PYTHONPATH"]])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "two_ranks.py"),
                str(directory / "model"), str(directory / "out.json")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    return json.loads((directory / "out.json").read_text())
+    found = json.loads((directory / "out.json").read_text())
+    assert not (request.param == "AVX2" and found["2"]["has_shared_memory"])
+    return found
 
 
 @pytest.mark.parametrize("tensor", ["1", "2"])

@@ -21,7 +21,7 @@ setup(
     packages=find_packages(include=["pctrain", "pctrain.*"]) + find_packages("kernels", include=["pctrain_kernels", "pctrain_kernels.*"]),
     package_dir={"": ".", "pctrain_kernels": "kernels/pctrain_kernels"},
     package_data={"pctrain": ["**/*.j2"]},
-    entry_points={"console_scripts": ["pctrain = pctrain.cli:main"]},
+    entry_points={"console_scripts": ["pctrain = pctrain.cli.main:main"]},
     install_requires=[
         "torch>=2.10",  # addmm of half precision matrices into fp32; its variable-length attention
         # Pinned: the model core overrides GPTModel's post-processing and mends parts of the optimizer and of the CPU path, which are

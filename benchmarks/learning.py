@@ -22,9 +22,9 @@ from pathlib import Path
 for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
     os.environ.setdefault(_name, _value)
 
-from pctrain.config import Config  # noqa: E402
-from pctrain.config_load import load  # noqa: E402
-from pctrain.runfolder import best_step, read_values  # noqa: E402
+from pctrain.config.tree import Config  # noqa: E402
+from pctrain.config.load import load  # noqa: E402
+from pctrain.run.folder import best_step, read_values  # noqa: E402
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WITH_EXPERTS = ("luffy", "srft", "upt", "prefix_rft")
@@ -42,22 +42,22 @@ def main() -> None:
 
 def train(folder: Path, seed: int, runs: list[tuple[str, str]], steps: int) -> None:
     """The runs of one seed, on one engine."""
-    from pctrain.evaluate.scorer import Scorer
-    from pctrain.resume import begin
+    from pctrain.rollout.worker import RolloutWorker
+    from pctrain.run.resume import begin
     from pctrain.rl import loop as rl
     from pctrain.sft import loop as sft
 
     options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.eval_every": 0,
                "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
-    with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, Scorer(config) as scorer:
-        sft.train(_in(config, folder / "sft"), scorer)
+    with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, RolloutWorker(config) as worker:
+        sft.train(_in(config, folder / "sft"), worker)
         stable = best_step(folder / "sft", "sft")
         for algorithm, start in runs:
             stage = _in(config, folder / f"{algorithm}-{start}")
             stage.rl.algorithm = algorithm
             if start == "stable":
                 stage.model.checkpoint = folder / "sft" / "checkpoints" / f"step-{stable}"
-            rl.train(stage, scorer)
+            rl.train(stage, worker)
 
 
 def _in(config: Config, folder: Path) -> Config:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from sft_throughput import CLIP, MODELS, TOKEN_BUDGET, WEIGHT_DECAY, Turns, base_config, hf_tokenizer, own_place  # sets the environment
 
-from pctrain.config import Config, ProblemsConfig
+from pctrain.config.tree import Config, ProblemsConfig
 
 PROBLEMS = ProblemsConfig(train=32, validation=8, test=1, rl=2000)
 LR = 1e-6
@@ -53,7 +53,7 @@ class Steps:
 
 def pctrain(steps: Steps, config: Config) -> None:
     from pctrain.rl import loop
-    from pctrain.runfolder import RunFolder
+    from pctrain.run.folder import RunFolder
 
     record, started = RunFolder.record, []
 

@@ -26,9 +26,9 @@ from pathlib import Path
 
 from sft_throughput import MODELS  # sets the environment, beside this file
 
-from pctrain.config import ArchitectureConfig, Config
-from pctrain.core import Core
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import ArchitectureConfig, Config
+from pctrain.core import Learner
+from pctrain.hf.config import HFConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 from pctrain.rollout.sharing import EngineGroups
 from pctrain.rollout.vllm_setup import guest
@@ -38,7 +38,7 @@ PROMPTS, GROUP, RESPONSE = 32, 8, 48
 
 
 def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngine]:
-    from pctrain.data import arithmetic, hf_dir
+    from pctrain.data import arithmetic, scratch_model as hf_dir
 
     config = Config()
     config.model.architecture = SIZES[name]
@@ -128,15 +128,15 @@ def swap(folder: Path, names: list[str], turns: int) -> None:
     calls, held = {}, {}
     for name in names:
         config, hf, engine = make_engine(folder / name, name)
-        core = Core(config.model, config.parallel, optimizer_config=None, total_steps=1, seed=0)
-        held[name] = hf, engine, core
-        calls[name] = lambda engine=engine, core=core: engine.load_weights(core.hf_weights())
-        calls[f"{name}, one copy"] = lambda core=core: [parameter.clone() for _, parameter in core.hf_weights()]
+        learner = Learner(config.model, config.parallel, optimizer_config=None, total_steps=1, seed=0)
+        held[name] = hf, engine, learner
+        calls[name] = lambda engine=engine, learner=learner: engine.load_weights(learner.hf_weights())
+        calls[f"{name}, one copy"] = lambda learner=learner: [parameter.clone() for _, parameter in learner.hf_weights()]
     seconds, results = timed(calls, turns)
-    for name, (hf, engine, core) in held.items():
+    for name, (hf, engine, learner) in held.items():
         low, median, high = (1e3 * value for value in statistics.quantiles(seconds[name], n=4))
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[f"{name}, one copy"], strict=True))
-        size, tensors = results[name].bytes, len(list(core.hf_weights()))
+        size, tensors = results[name].bytes, len(list(learner.hf_weights()))
         print(f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} | {low:.1f} - {high:.1f} | "
               f"{ratio:.2f} | {size / median / 1e6:.2f} |", flush=True)
         engine.close()

@@ -30,7 +30,7 @@ from pathlib import Path
 for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
     os.environ.setdefault(_name, _value)  # as `pctrain sft` sets them, before torch is imported
 
-from pctrain.config import ArchitectureConfig, Config, ProblemsConfig  # noqa: E402
+from pctrain.config.tree import ArchitectureConfig, Config, ProblemsConfig  # noqa: E402
 
 MODELS = {
     "quickstart": ArchitectureConfig(),

@@ -55,7 +55,7 @@ def measure(*arguments: object) -> dict:
 
 def measure_build(cache: str, hf_dir: str, file: str, workers: str, chunk_bytes: str) -> dict:
     """Seconds, tokens and records of a build; bytes of memory of this process and of its largest worker."""
-    from pctrain.config import DataConfig
+    from pctrain.config.tree import DataConfig
     from pctrain.data import build as build_module
     from pctrain.data.build import TokenJob, build, folder_of
     from pctrain.data.store import TokenStore

@@ -10,7 +10,7 @@ are compared.
 
 Providers take turns in one process, so that what else the machine does meets all of them; the table holds medians. On a CPU one thread
 works and time is CPU time of the process (other processes disturb it less than wall time, which stands beside it); on a GPU it is wall
-time. Utilisation is FLOPs of the model by the paper's and by the exact formula (`pctrain.ceiling.flops`) over time, as a share of the
+time. Utilisation is FLOPs of the model by the paper's and by the exact formula (`pctrain.compute.flops`) over time, as a share of the
 fastest matrix product seen in the same run. Peak memory is that of tensors: weights, gradients and Adam's moments, and what a step
 allocates on top.
 """
@@ -34,12 +34,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
-from pctrain.ceiling import flops  # noqa: E402
-from pctrain.config import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from pctrain.data.hf_dir import initial_weights  # noqa: E402
+from pctrain.compute import flops  # noqa: E402
+from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
+from pctrain.data.scratch_model import initial_weights  # noqa: E402
 from pctrain.data.packing import NO_LABEL, pack_rows  # noqa: E402
 from pctrain.data.rows import Row, make_row  # noqa: E402
-from pctrain.device import device, on_gpu  # noqa: E402
+from pctrain.common.device import device, on_gpu  # noqa: E402
 
 # name: (shape, vocabulary, sequences a step, their mean length)
 MODELS = {
@@ -82,16 +82,16 @@ class Pctrain:
     """`core.step`, a pack a batch (of at most 16384 positions)."""
 
     def __init__(self, directory: Path, batches: list[list[Row]], dtype: str):
-        from pctrain.core import Core
+        from pctrain.core import Learner
 
         model = ModelConfig(path=directory, dtype=dtype)
-        self.core = Core(model, ParallelConfig(), optimizer_config=OPTIMIZER, total_steps=10**6, seed=0)
+        self.learner = Learner(model, ParallelConfig(), optimizer_config=OPTIMIZER, total_steps=10**6, seed=0)
         self.budget = min(16384, -(-max(sum(len(row) for row in rows) for rows in batches) // 16) * 16)
 
     def step(self, rows: list[Row]) -> tuple[float, float]:
         from pctrain.sft.loss import cross_entropy
 
-        update = self.core.step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
+        update = self.learner.step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
         return update.loss, update.grad_norm
 
     def positions(self, rows: list[Row]) -> int:
@@ -99,10 +99,10 @@ class Pctrain:
 
     def held(self) -> int:
         """Bytes of weights, gradient buffers and optimizer state. (A master or gradient that shares memory with another counts once.)"""
-        [wrapped] = self.core.chunks  # one process, one stage
+        [wrapped] = self.learner.chunks  # one process, one stage
         tensors = [*wrapped.parameters()]
         tensors += [b.grad_data for b in [*wrapped.buffers, *wrapped.expert_parallel_buffers]]
-        for inner in getattr(self.core._optimizer, "chained_optimizers", [self.core._optimizer]):
+        for inner in getattr(self.learner._optimizer, "chained_optimizers", [self.learner._optimizer]):
             tensors += [t for state in inner.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             tensors += [p for group in inner.optimizer.param_groups for p in group["params"]]
         return storage_bytes(tensors)

@@ -5,7 +5,7 @@ The guard is needed: torch's checkpoint writer spawns worker processes, and each
 
 import sys
 
-from pctrain.cli import main
+from pctrain.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pctrain.cli import main
+from pctrain.cli.main import main
 
 
 def write(path: Path, records: Iterable[dict]) -> Path:

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-from pctrain import checkpoints
-from pctrain.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
-from pctrain.config import Config
-from pctrain.errors import UserError
-from pctrain.runfolder import RunFolder
+from pctrain.run import checkpoints
+from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
+from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
+from pctrain.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
 
 
 def test_the_hash_of_the_config_is_that_of_the_run_not_of_its_layout(config):
-    from pctrain.runfolder import config_hash
+    from pctrain.run.folder import config_hash
 
     before = config_hash(config)
     config.parallel.tensor, config.run.keep_last = 2, 3
@@ -167,8 +167,8 @@ def test_a_folder_is_deleted_though_something_still_writes_into_it(tmp_path):
 
 KILLED = """
 import sys
-from pctrain.config import Config
-from pctrain.runfolder import RunFolder
+from pctrain.config.tree import Config
+from pctrain.run.folder import RunFolder
 run = RunFolder.open(Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False, "keep_last": 3}}), "sft", [])
 print("open", flush=True)
 step = 0

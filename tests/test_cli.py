@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from pctrain import cli, config_help
-from pctrain.ceiling.fit_options import FitOptions
-from pctrain.config import Config
-from pctrain.errors import UserError
+from pctrain.cli import main as cli
+from pctrain.config import help as config_help
+from pctrain.report.fit_options import FitOptions
+from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,7 +53,7 @@ def test_help_lists_the_commands_one_a_line_and_is_fast():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys; from pctrain.cli import main\n"
+    code = ("import sys; from pctrain.cli.main import main\n"
             "for c in [['--help'], ['sft', '--help'], ['rl', '-h'], ['fit', '--help'], ['sft', '--sft.stesp=1']]: main(c)\n"
             "sys.exit(bool({'torch', 'numpy', 'transformers', 'vllm'} & set(sys.modules)))")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60, capture_output=True)
@@ -115,7 +116,7 @@ def test_under_torchrun_only_rank_0_prints():
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (2, "", "")
 
 
-@pytest.mark.parametrize("command, module", [("sft", "pctrain.sft.loop"), ("rl", "pctrain.rl.loop"), ("run", "pctrain.study")])
+@pytest.mark.parametrize("command, module", [("sft", "pctrain.sft.loop"), ("rl", "pctrain.rl.loop"), ("run", "pctrain.study.command")])
 def test_training_commands_get_the_resolved_config(stub, command, module):
     calls = stub(module)
     assert cli.main([command, "--run.seed=3", "--run.dir", "runs/x"]) == 0
@@ -124,7 +125,7 @@ def test_training_commands_get_the_resolved_config(stub, command, module):
 
 
 def test_fit_and_report_get_paths(stub):
-    fit, report = stub("pctrain.ceiling.fit_command"), stub("pctrain.ceiling.report")
+    fit, report = stub("pctrain.report.fit_command"), stub("pctrain.report.command")
     assert cli.main(["fit", "curves.json", "--out", "f.json", "--reach=75,80", "--budget", "500"]) == 0
     assert cli.main(["fit", "curves.json"]) == 0
     assert cli.main(["report", "runs/a"]) == 0

@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.config import Config
-from pctrain.config_load import dump, load, read
-from pctrain.errors import UserError
+from pctrain.config.tree import Config
+from pctrain.config.load import dump, load, read
+from pctrain.common.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -156,10 +156,10 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path):
 
 
 def test_the_reference_is_that_of_the_types():
-    from pctrain.config_help import reference
+    from pctrain.config.help import reference
 
     page = Path(__file__).resolve().parents[1] / "docs" / "config.md"
-    assert page.read_text() == reference(), "write it anew: python -m pctrain.config_help > docs/config.md"
+    assert page.read_text() == reference(), "write it anew: python -m pctrain.config.help > docs/config.md"
 
 
 def test_a_file_goes_over_its_bases(tmp_path):
@@ -299,7 +299,7 @@ def test_a_model_directory_that_is_none(tmp_path, content, message):
 
 
 def test_nothing_heavy_is_imported():
-    code = ("import sys; from pctrain.config_load import load; load(None, []); "
+    code = ("import sys; from pctrain.config.load import load; load(None, []); "
             "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=60)
 

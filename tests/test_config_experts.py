@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pctrain.config_load import load
-from pctrain.errors import UserError
+from pctrain.config.load import load
+from pctrain.common.errors import UserError
 
 CONFIG = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4,
           "num_key_value_heads": 4, "intermediate_size": 80, "max_position_embeddings": 256}

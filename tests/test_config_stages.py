@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 
-from pctrain.config_load import load
-from pctrain.errors import UserError
+from pctrain.config.load import load
+from pctrain.common.errors import UserError
 
 
 def _check(*options, layers=8):

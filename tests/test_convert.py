@@ -11,14 +11,14 @@ import torch
 from core import families
 from safetensors.torch import load_file, save_file
 
-from pctrain.core import hf_files
-from pctrain.core.hf_config import FAMILIES, HFConfig
-from pctrain.errors import UserError
+from pctrain.hf import weight_files
+from pctrain.hf.config import FAMILIES, HFConfig
+from pctrain.common.errors import UserError
 
 
 def command(*arguments):
     """(exit status, output) of one command on this rank."""
-    from pctrain import cli
+    from pctrain.cli import main as cli
 
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -56,12 +56,12 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
 
 
 def _verify_with_a_swapped_head(directory, other):
-    from pctrain import convert
-    from pctrain.config import Config
+    from pctrain.tools import convert
+    from pctrain.config.tree import Config
 
-    core = convert._core(Config(), directory)
+    learner = convert._core(Config(), directory)
     try:
-        convert._verify(core, other)
+        convert._verify(learner, other)
     except UserError as error:
         return str(error)
     return "no error"
@@ -138,17 +138,17 @@ def _first_shard(folder):
 @pytest.mark.parametrize("spoil, words", [
     (lambda folder: _first_shard(folder).unlink(), "not found, though model.safetensors.index.json names it"),
     (lambda folder: _first_shard(folder).write_bytes(b"\xff" * 100), "not a readable safetensors file"),
-    (lambda folder: (folder / hf_files.INDEX).write_text("{}"), "weight_map"),
+    (lambda folder: (folder / weight_files.INDEX).write_text("{}"), "weight_map"),
     (lambda folder: save_file({"x": torch.zeros(1)}, _first_shard(folder)), "is not in it"),
     (lambda folder: save_file({n: t.to(torch.int8) for n, t in load_file(_first_shard(folder)).items()}, _first_shard(folder)), "dtype I8"),
 ], ids=["missing shard", "corrupt header", "index", "foreign shard", "quantised"])
 def test_spoilt_files_are_refused_by_name(tmp_path, spoil, words):
     folder = families.make("qwen2", tmp_path / "qwen2", max_shard_size="40KB")
-    with hf_files.HFReader(folder) as reader:
+    with weight_files.HFReader(folder) as reader:
         expected = {name: tuple(reader.slice(name).get_shape()) for name in reader.files}
         reader.check(expected, "Qwen2ForCausalLM")
     spoil(folder)
-    with pytest.raises(UserError, match=words) as error, hf_files.HFReader(folder) as reader:
+    with pytest.raises(UserError, match=words) as error, weight_files.HFReader(folder) as reader:
         reader.check(expected, "Qwen2ForCausalLM")
     assert str(folder) in str(error.value)
 
@@ -171,4 +171,4 @@ def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
 def _frequencies(folder):
     from core import small
 
-    return small.core(folder, {}, train=False).modules[0].rotary_pos_emb.inv_freq.numpy().copy()
+    return small.learner(folder, {}, train=False).modules[0].rotary_pos_emb.inv_freq.numpy().copy()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from pctrain import doctor, gpu_branches
-from pctrain.cli import main
-from pctrain.doctor import Finding, Package, combined
+from pctrain.tools import doctor, gpu_branches
+from pctrain.cli.main import main
+from pctrain.tools.doctor import Finding, Package, combined
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from pctrain import health
-from pctrain.errors import RunFault, ToBeContinued, UserError
-from pctrain.health import Report, conclude
+from pctrain.distributed.health import watchdog
+from pctrain.common.errors import RunFault, ToBeContinued, UserError
+from pctrain.distributed.health.watchdog import Report, conclude
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE, GRACE = 2.0, 3.0
@@ -23,8 +23,8 @@ RANK = f"""
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {str(ROOT)!r})
-from pctrain import health
-from pctrain.errors import RunFault
+from pctrain.distributed.health import watchdog as health
+from pctrain.common.errors import RunFault
 
 health.GRACE_SECONDS = {GRACE}
 run, rank, world, act = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
@@ -145,11 +145,11 @@ def test_conclusions():
 
 def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
     for error in (UserError("a key"), ToBeContinued("later"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), health.watch(tmp_path, 60, 0, 1, "now"):
+        with pytest.raises(type(error)), watchdog.watch(tmp_path, 60, 0, 1, "now"):
             raise error
     assert not (tmp_path / "faults").exists()
     with pytest.raises(RunFault, match="rank 0 failed in phase reward: ZeroDivisionError: division by zero") as caught:
-        with health.watch(tmp_path, 60, 0, 1, "now"), health.phase("rollout"), health.phase("reward"):
+        with watchdog.watch(tmp_path, 60, 0, 1, "now"), watchdog.phase("rollout"), watchdog.phase("reward"):
             1 / 0
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     header = json.loads((tmp_path / "faults/now/rank-0.txt").read_text().partition("\n")[0])
@@ -165,27 +165,27 @@ def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
     (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "rollout.kv_cache_mb"),
 ])
 def test_what_ran_out_comes_with_advice(tmp_path, error, advice):
-    with pytest.raises(RunFault) as caught, health.watch(tmp_path, 60, 0, 1, "now"), health.phase("checkpoint"):
+    with pytest.raises(RunFault) as caught, watchdog.watch(tmp_path, 60, 0, 1, "now"), watchdog.phase("checkpoint"):
         raise error
     assert "rank 0 failed in phase checkpoint" in str(caught.value) and advice in str(caught.value)
 
 
 def test_a_mended_failure_is_not_blamed(tmp_path):
-    with pytest.raises(RunFault, match="in phase checkpoint:"), health.watch(tmp_path, 60, 0, 1, "now"):
-        with pytest.raises(ValueError), health.phase("rollout"):
+    with pytest.raises(RunFault, match="in phase checkpoint:"), watchdog.watch(tmp_path, 60, 0, 1, "now"):
+        with pytest.raises(ValueError), watchdog.phase("rollout"):
             raise ValueError
-        with health.phase("checkpoint"):
+        with watchdog.phase("checkpoint"):
             raise OSError("disk full")
 
 
 def test_signals_are_noted_and_given_back(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ())
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        with health.watch(tmp_path, 60, 0, 1, "now"):
-            assert not health.asked_to_stop()  # of this watch
+        with watchdog.watch(tmp_path, 60, 0, 1, "now"):
+            assert not watchdog.asked_to_stop()  # of this watch
             os.kill(os.getpid(), number)
             end = time.monotonic() + 10
-            while not health.asked_to_stop():
+            while not watchdog.asked_to_stop():
                 assert time.monotonic() < end
                 time.sleep(0.01)
     assert before == (signal.getsignal(signal.SIGTERM), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
@@ -194,7 +194,7 @@ def test_signals_are_noted_and_given_back(tmp_path):
 def test_what_a_watched_process_starts_survives_the_signal(tmp_path):
     """A scheduler sends it to the whole family."""
     sleep = "import time; print('there', flush=True); time.sleep(60)"
-    with health.watch(tmp_path, 60, 0, 1, "now"):
+    with watchdog.watch(tmp_path, 60, 0, 1, "now"):
         child = subprocess.Popen([sys.executable, "-c", sleep], stdout=subprocess.PIPE)
         try:
             assert child.stdout.readline() == b"there\n"
@@ -209,8 +209,8 @@ def test_what_a_watched_process_starts_survives_the_signal(tmp_path):
 
 def test_one_process_that_waits_for_its_own_work_beats():
     """As a job of a study does that waits for another, and a tokenisation of hours."""
-    from pctrain.core import parallel
+    from pctrain.distributed import parallel
 
-    before = health._beat
+    before = watchdog._beat
     parallel.follow_rank_zero(lambda: iter(range(3)))
-    assert health._beat > before
+    assert watchdog._beat > before

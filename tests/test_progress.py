@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from pctrain import progress as module
-from pctrain.progress import progress, track
+from pctrain.common import progress as module
+from pctrain.common.progress import progress, track
 
 
 def test_without_a_terminal_there_is_one_line_at_the_end(capsys):
@@ -58,7 +58,7 @@ def test_other_ranks_are_silent(capsys):
 
 NESTED = """
 import time
-from pctrain.progress import progress
+from pctrain.common.progress import progress
 with progress("outer", total=2) as outer:
     for _ in range(2):
         with progress("inner", total=3, unit="problem") as inner:

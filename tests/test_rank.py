@@ -8,7 +8,7 @@ import sets_cli as cli
 from e2e import tiny
 from scipy import stats
 
-from pctrain.rank import Candidate, Probe, compare, rank
+from pctrain.study.rank import Candidate, Probe, compare, rank
 
 PROBE = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
          "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=32", "--sft.steps=40",

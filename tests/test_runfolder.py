@@ -15,10 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain import runfolder
-from pctrain.config import Config
-from pctrain.errors import UserError
-from pctrain.runfolder import RunFolder, read_config
+from pctrain.run import folder as runfolder
+from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
+from pctrain.run.folder import RunFolder, read_config
 
 
 @pytest.fixture
@@ -149,8 +149,8 @@ def test_other_ranks_write_nothing(config, data):
 
 HOLD = """
 import sys, time
-from pctrain.config import Config
-from pctrain.runfolder import RunFolder
+from pctrain.config.tree import Config
+from pctrain.run.folder import RunFolder
 import os
 run = RunFolder.open(Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False}}), "sft", [])
 if os.fork() == 0:
@@ -303,7 +303,7 @@ def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys)
 
 
 def test_neither_torch_nor_megatron_is_imported():
-    program = "import sys, pctrain.runfolder, pctrain.progress; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
+    program = "import sys, pctrain.run.folder, pctrain.common.progress; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
     assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode == 0
 
 

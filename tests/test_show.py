@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from pctrain import cli
+from pctrain.cli import main as cli
 
 
 def row(group, k, **more):

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pctrain import cli, health, phase_clock, stragglers
-from pctrain.ceiling import ledger_table
-from pctrain.core import parallel
-from pctrain.stragglers import PHASES, WINDOW, WINDOW_SECONDS, RankTimes
+from pctrain.cli import main as cli
+from pctrain.distributed.health import watchdog, phases
+from pctrain.run import stragglers
+from pctrain.report import ledger_table
+from pctrain.distributed import parallel
+from pctrain.run.stragglers import PHASES, WINDOW, WINDOW_SECONDS, RankTimes
 
 STEPS = max(WINDOW, int(WINDOW_SECONDS / 2))  # steps of a window where a step takes two seconds
 LATE = 0.1  # seconds that rank 1 comes late to a collective
@@ -20,14 +22,14 @@ LATE = 0.1  # seconds that rank 1 comes late to a collective
 
 def test_the_seconds_of_a_phase_are_its_own(monkeypatch):
     now = iter([0.0, 1.0, 4.0, 9.0, 16.0, 25.0])
-    phase_clock.take()
-    monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: next(now))
-    with health.phase("evaluation"):  # from 0 to 1, and from 4 to 9
-        with health.phase("swap"):
+    phases.take()
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: next(now))
+    with watchdog.phase("evaluation"):  # from 0 to 1, and from 4 to 9
+        with watchdog.phase("swap"):
             pass
-        phase_clock.waited("evaluation", 2.0)
-    assert phase_clock.take() == {"evaluation": 4.0, "swap": 3.0}
-    assert phase_clock.take() == {}
+        phases.waited("evaluation", 2.0)
+    assert phases.take() == {"evaluation": 4.0, "swap": 3.0}
+    assert phases.take() == {}
 
 
 def collectives():
@@ -35,7 +37,7 @@ def collectives():
     import torch
     import torch.distributed as dist
 
-    from pctrain.config import ParallelConfig
+    from pctrain.config.tree import ParallelConfig
 
     parallel.initialize(ParallelConfig(), 0)
     x, both = torch.ones(4), torch.ones(8)
@@ -59,11 +61,11 @@ def collectives():
         tries = []
         for _ in range(20):  # a busy machine may stop any rank for as long
             dist.barrier()
-            phase_clock.take()
-            with health.phase("update"):
+            phases.take()
+            with watchdog.phase("update"):
                 time.sleep(LATE * me)
                 act()
-            tries.append(phase_clock.take()["update"])
+            tries.append(phases.take()["update"])
             undisturbed = torch.tensor([me == 1 or tries[-1] < LATE / 2], dtype=torch.int32)
             dist.all_reduce(undisturbed, dist.ReduceOp.MIN)
             if undisturbed.item():
@@ -97,29 +99,29 @@ class Event:
 
 
 def test_on_a_gpu_the_stream_is_timed(monkeypatch):
-    from pctrain.core import waits
+    from pctrain.distributed import waits
 
     def collective(seconds):
         Event.now += seconds
         return "work"
 
     monkeypatch.setattr(waits.torch.cuda, "Event", Event)
-    monkeypatch.setattr(phase_clock.time, "perf_counter", lambda: Event.now)
+    monkeypatch.setattr(phases.time, "perf_counter", lambda: Event.now)
     timed = waits._timed(collective, waits._on_stream)
-    phase_clock.take()
+    phases.take()
     timed(100.0)  # in no phase: not looked at
-    with health.phase("update"):
+    with watchdog.phase("update"):
         Event.now += 1.0
         assert timed(2.0) == "work"
         Event.now += 1.0
         Event.over = Event.now
         timed(4.0)
     waits.settle()
-    assert phase_clock.take() == {"update": 6.0}  # of 8 seconds 2; the other collective is still under way
+    assert phases.take() == {"update": 6.0}  # of 8 seconds 2; the other collective is still under way
     Event.over = Event.now
     waits.settle()
-    assert phase_clock._waits == {"update": 4.0} and waits._pairs == []
-    phase_clock.take()
+    assert phases._waits == {"update": 4.0} and waits._pairs == []
+    phases.take()
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ceiling.study_folders import make_rl, make_sft, rising
 
-from pctrain.config_load import load
+from pctrain.config.load import load
 
 SETS = ("easy", "hard")
 
@@ -18,7 +18,7 @@ class Pretended:
     """Stands in for the engines: writes run folders as files, and remembers with what it was called."""
 
     def __init__(self, monkeypatch, root: Path):
-        from pctrain import study
+        from pctrain.study import command as study
 
         self.report = study.report.main
         self.study, self.root, self.calls, self.dies_at = study, root, [], None
@@ -26,9 +26,9 @@ class Pretended:
         monkeypatch.setattr(study.rl, "train", self.rl)
         monkeypatch.setattr(study.report, "main", lambda folder: (folder / "report").mkdir(exist_ok=True))
         monkeypatch.setattr(study, "begin", contextlib.nullcontext)
-        monkeypatch.setattr(study, "Scorer", lambda config: contextlib.nullcontext())
+        monkeypatch.setattr(study, "RolloutWorker", lambda config: contextlib.nullcontext())
 
-    def sft(self, config, scorer):
+    def sft(self, config, worker):
         self._called(config)
         make_sft(config.run.dir, {60: 20.0, 270: 50.0}, config.run.seed, 0.1 if "easy" in str(config.run.dir) else 0.0)
         for step in range(30, 271, 30):
@@ -36,7 +36,7 @@ class Pretended:
             (config.run.dir / "checkpoints" / f"step-{step}" / "manifest.json").write_text("{}")
         self._finish(config, 100 if "easy" in str(config.run.dir) else 105)
 
-    def rl(self, config, scorer, role):
+    def rl(self, config, worker, role):
         self._called(config)
         start = int(config.run.dir.name.rpartition("-")[2])
         assert config.model.checkpoint == (config.run.dir.parent / "sft" / "checkpoints" / f"step-{start}" if start else None)
@@ -129,7 +129,7 @@ def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monk
 def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):
     from ceiling import study_folders
 
-    from pctrain.errors import UserError
+    from pctrain.common.errors import UserError
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
     with pytest.raises(UserError, match="no RL was run; raise sft.steps"):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.cli import main as cli
-from pctrain.config import SYNCHRONISED
-from pctrain.config_load import load
-from pctrain.errors import UserError
-from pctrain.study_jobs import Crew, lock_file
-from pctrain.study_plan import OnDisk, Stage, chosen, stage_config, stages_of
+from pctrain.cli.main import main as cli
+from pctrain.config.tree import SYNCHRONISED
+from pctrain.config.load import load
+from pctrain.common.errors import UserError
+from pctrain.study.jobs import Crew, lock_file
+from pctrain.study.stages import OnDisk, Stage, chosen, stage_config, stages_of
 
 SETS = "--study.sets={easy: easy.jsonl, hard: hard.jsonl}"
 DATA = ["--data.validation=v.jsonl", "--data.test=t.jsonl", "--data.rl=r.jsonl"]
@@ -65,7 +65,7 @@ def test_a_plan_that_grows_finds_what_it_has_done():
 
 
 def test_the_synchronised_algorithms_are_those_that_need_an_expert():
-    from pctrain.rl.algorithms import ALGORITHMS
+    from pctrain.rl.algorithms.registry import ALGORITHMS
 
     assert set(SYNCHRONISED) == {name for name, algorithm in ALGORITHMS.items() if algorithm.needs_expert}
 
@@ -213,7 +213,7 @@ def test_a_stage_that_another_job_holds_is_left_and_the_next_free_one_taken(tmp_
 
 
 def test_a_job_waits_for_what_it_needs_and_says_for_whom(tmp_path, monkeypatch):
-    monkeypatch.setattr("pctrain.study_jobs.POLL", 0.0)
+    monkeypatch.setattr("pctrain.study.jobs.POLL", 0.0)
     folder, said = Folder(tmp_path), []
     one, other = folder.crew(STAGES[:2]), folder.crew(STAGES[:2], said.append)
     assert take(one) == "a/sft"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.config_help import reference
+from pctrain.config.help import reference
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()

@@ -22,8 +22,8 @@ import numpy as np
 from benchmarks.ceilings import published, regimes, simulated
 from benchmarks.ceilings.checks import Check, show
 from pctrain.ceiling.fit import fit_ceiling
-from pctrain.durable import write_beside
-from pctrain.progress import make_console, progress, track
+from pctrain.files.durable import write_beside
+from pctrain.common.progress import make_console, progress, track
 
 DRAWS, QUICK_DRAWS = 500, 4
 

@@ -11,9 +11,9 @@ import numpy as np
 from benchmarks.ceilings.checks import Check, share, width
 from pctrain.ceiling import collapse
 from pctrain.ceiling.curve import Curve
-from pctrain.ceiling.curves import read_curves
+from pctrain.report.curves import read_curves
 from pctrain.ceiling.fit import Fit, fit_ceiling
-from pctrain.ceiling.fit_options import PAPER_SHARE
+from pctrain.report.fit_options import PAPER_SHARE
 from pctrain.ceiling.paper_fit import least_squares_fit, paper_fit
 from pctrain.ceiling.posterior import rise
 

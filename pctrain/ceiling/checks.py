@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 MAX_SCORE = 100.0  # percent
 LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits

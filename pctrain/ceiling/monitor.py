@@ -27,7 +27,7 @@ import numpy as np
 from scipy import special
 
 from pctrain.ceiling.regimes import MILD, SEVERE, STABLE
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 SHARED = 0.2  # of val_loss_se is left in a difference: losses of a sequence at two checkpoints correlate by about 0.98
 PRIOR_WEIGHT = 4.0

@@ -19,7 +19,7 @@ from scipy.optimize import least_squares
 
 from pctrain.ceiling import checks, collapse
 from pctrain.ceiling.posterior import rise
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 TAU, ALPHA = 3.0, 0.75
 MIN_POINTS = 4  # A, B, C and one more

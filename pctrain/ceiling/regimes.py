@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 ADAPTIVE, STABLE, MILD, SEVERE, TRANSIENT = REGIMES = ("adaptive", "stable", "mild", "severe", "transient")
 

@@ -28,10 +28,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from pctrain import health
-from pctrain.checkpoints import note_digests
+from pctrain.distributed.health import watchdog
+from pctrain.run.checkpoints import note_digests
 from pctrain.core import optimizer as optim
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 class Saver:
@@ -66,7 +66,7 @@ class Saver:
         """Calls `done` of the save whose writing has ended on all ranks; `wait`: waits for that. No save under way: nothing, no message."""
         self._queue.maybe_finalize_async_calls(blocking=False)
         while wait and self._queue.get_num_unfinalized_calls():  # the ranks agree on what is done: all go round as often
-            health.beat()  # a slow disk is no fault; its writer process has no deadline
+            watchdog.beat()  # a slow disk is no fault; its writer process has no deadline
             time.sleep(0.02)
             self._queue.maybe_finalize_async_calls(blocking=False)
 

@@ -13,12 +13,13 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import grad_accumulation, layers, router_loss
-from pctrain.core.hf_config import HFConfig
-from pctrain.core.packed_attention import PackedLayout
-from pctrain.core.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
-from pctrain.device import DTYPES, device
+from pctrain.config.tree import ModelConfig, ParallelConfig
+from pctrain.core.patches import grad_accumulation
+from pctrain.core.layers import spec as layers, router_loss
+from pctrain.hf.config import HFConfig
+from pctrain.core.layers.packed_attention import PackedLayout
+from pctrain.core.layers.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
+from pctrain.common.device import DTYPES, device
 
 _RECOMPUTE = {
     "none": {},

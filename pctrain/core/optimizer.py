@@ -11,8 +11,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from pctrain.config import OptimizerConfig
-from pctrain.device import device
+from pctrain.config.tree import OptimizerConfig
+from pctrain.common.device import device
 
 
 def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.dtype, total_steps: int):

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from pctrain.device import device, on_gpu
+from pctrain.common.device import device, on_gpu
 
 
 class Reference:

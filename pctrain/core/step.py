@@ -17,12 +17,12 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from pctrain_kernels.linear_token_loss import MAX
 
-from pctrain import health
-from pctrain.core import context_parallel, router_loss
-from pctrain.core.hf_config import HFConfig
+from pctrain.distributed.health import watchdog
+from pctrain.core.layers import context_parallel, router_loss
+from pctrain.hf.config import HFConfig
 from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
-from pctrain.device import device
+from pctrain.common.device import device
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -153,7 +153,7 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
         packs = packs + [_padding_like(packs[0])] * (-len(packs) % config.pipeline_model_parallel_size)
 
     def forward_step(packs, wrapped):
-        health.beat()
+        watchdog.beat()
         whole = next(packs)
         pack = context_parallel.shard(whole)
         wrapped.module.head, collect = prepare(pack)

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pctrain import health
+from pctrain.distributed.health import watchdog
 from pctrain.core import weights
-from pctrain.core.hf_config import HFConfig
+from pctrain.hf.config import HFConfig
 from pctrain.core.weights import Unit
 
 # Bytes of a bucket, gathered. Collectives of a few hundred MB run at the bandwidth of the link, and two of them are little beside a model
@@ -128,7 +128,7 @@ def _unpack(bucket: Bucket, parts: torch.Tensor, work: dist.Work | None, hf: HFC
         shards = parts[:, placed.start : placed.end].unflatten(1, placed.shape)
         tensors = placed.unit.whole(shards[:1] if placed.unit.replicated else shards)
         for name, full in zip(placed.unit.hf, tensors, strict=True):
-            health.beat()
+            watchdog.beat()
             yield name, full
             if hf.tied and name == "model.embed_tokens.weight":
                 yield weights.LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head

@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
-from pctrain import health
-from pctrain.core import hf_files
-from pctrain.core.hf_config import HFConfig
-from pctrain.device import on_gpu
+from pctrain.distributed.health import watchdog
+from pctrain.hf import weight_files
+from pctrain.hf.config import HFConfig
+from pctrain.common.device import on_gpu
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -143,7 +143,7 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
     Raises UserError that lists missing or unknown tensors, wrong shapes and dtypes: nothing is loaded by halves in silence.
     """
     table = units(hf, te)
-    with hf_files.HFReader(directory) as source:
+    with weight_files.HFReader(directory) as source:
         # Some writers keep the tied copy.
         source.check(
             {name: shape for unit in table for name, shape in unit.hf.items()}, hf.architecture,
@@ -184,7 +184,7 @@ def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_he
             for group, source in ways:
                 if unit.name in source:
                     dist.broadcast(full, src=source[unit.name], group=group)
-            health.beat()
+            watchdog.beat()
             yield name, full
             if tied_head and hf.tied and name == "model.embed_tokens.weight":
                 yield LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
@@ -229,7 +229,7 @@ def _sources(held: set[str], group) -> tuple[dict[str, int], set[str]]:
 
 def save_hf(
     modules: list[torch.nn.Module], hf: HFConfig, te: bool, source: Path, folder: Path, *, writes: bool,
-    dtypes: Mapping[str, torch.dtype] | None = None, shard_bytes: int = hf_files.SHARD_BYTES,
+    dtypes: Mapping[str, torch.dtype] | None = None, shard_bytes: int = weight_files.SHARD_BYTES,
 ) -> None:  # fmt: skip
     """Writes `folder`, a Hugging Face directory: the weights as safetensors, everything else (config, tokenizer) as in `source`.
 
@@ -241,7 +241,7 @@ def save_hf(
     """
     ours = next(modules[0].parameters()).dtype
     shapes = [(name, shape) for unit in units(hf, te) for name, shape in unit.hf.items()]
-    entries = [hf_files.Entry(name, dtypes[name] if dtypes else ours, shape) for name, shape in shapes]
+    entries = [weight_files.Entry(name, dtypes[name] if dtypes else ours, shape) for name, shape in shapes]
     tensors = export_hf(modules, hf, te, tied_head=False)  # transformers stores a tied matrix once
     if not writes:
         for _ in tensors:
@@ -251,7 +251,7 @@ def save_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"))
     _set_dtype(temporary / "config.json", {entry.dtype for entry in entries})
-    hf_files.write(temporary, entries, tensors, shard_bytes=shard_bytes)
+    weight_files.write(temporary, entries, tensors, shard_bytes=shard_bytes)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -18,10 +18,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from pctrain.config import ProblemsConfig
+from pctrain.config.tree import ProblemsConfig
 from pctrain.data.records import Record
-from pctrain.durable import write_beside
-from pctrain.errors import UserError
+from pctrain.files.durable import write_beside
+from pctrain.common.errors import UserError
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
 WITH_RESPONSE = ("validation", "train", "rl")  # of rl, the algorithms that learn from experts read it

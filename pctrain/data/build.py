@@ -27,16 +27,16 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from pctrain.config import DataConfig
-from pctrain.data.chat_template import load
+from pctrain.config.tree import DataConfig
+from pctrain.hf.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
 from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_numbered
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.data.workers import HEARTBEAT, in_processes
-from pctrain.durable import fingerprint, fsync, json_line, plain, write_beside
-from pctrain.errors import UserError
-from pctrain.lock import lock_folder
+from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_beside
+from pctrain.common.errors import UserError
+from pctrain.files.lock import lock_folder
 
 # A file changed within this time of being hashed may change again without a new time stamp: its hash is not remembered.
 SETTLED_SECONDS = 2.0

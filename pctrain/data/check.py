@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from pctrain import config_check
-from pctrain.config import Config
+from pctrain.config import check as config_check
+from pctrain.config.tree import Config
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of, read_chunk, read_numbered
-from pctrain.errors import UserError
-from pctrain.progress import Bar, progress
+from pctrain.common.errors import UserError
+from pctrain.common.progress import Bar, progress
 
 FIRST_PLACES = 5  # named of each trouble
 NO_LIMIT = 1 << 40  # tokens: lengths are measured here, and compared afterwards

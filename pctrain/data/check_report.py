@@ -16,8 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain.data.check import Check, Trouble
-from pctrain.durable import plain, write_beside
-from pctrain.errors import UserError
+from pctrain.files.durable import plain, write_beside
+from pctrain.common.errors import UserError
 
 PICTURE, FIGURES = "lengths.png", "check.json"
 MOST_FILES = 20  # lines of the table in the terminal; check.json has all

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pctrain.config import FieldsConfig
-from pctrain.errors import UserError
+from pctrain.config.tree import FieldsConfig
+from pctrain.common.errors import UserError
 
 Form = Literal["chat", "RETU", "plain"]
 # The columns of each form. RETU publishes verl's: `prompt` there is a chat of one turn made for its rollouts, the question as such lies

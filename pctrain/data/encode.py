@@ -26,11 +26,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pctrain.config import DataConfig
-from pctrain.data import chat_template
+from pctrain.config.tree import DataConfig
+from pctrain.hf import chat_template
 from pctrain.data.records import Message, Record
-from pctrain.data.tokenizer import Tokenizer
-from pctrain.durable import fingerprint
+from pctrain.hf.tokenizer import Tokenizer
+from pctrain.files.durable import fingerprint
 
 ENCODING_VERSION = 1  # raise it when the same inputs give other tokens: caches of older versions are not read again
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pctrain.data.columns import kind
 from pctrain.data.records import Unreadable
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 256 << 10  # of an archive's text at once: what is lost before the damage in it is told

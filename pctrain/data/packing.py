@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from pctrain.data.rows import Row, RowSet
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 NO_LABEL = -100
 # Sizes of packs are multiples of this: matrix products in half precision and in 8 bits want rows by sixteens.

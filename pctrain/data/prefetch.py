@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from pctrain import health
+from pctrain.distributed.health import watchdog
 
 Batch = TypeVar("Batch")
 
@@ -21,7 +21,7 @@ def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, 
         ahead = pool.submit(make, steps[0]) if steps else None
         for i, step in enumerate(steps, start=1):
             began = time.perf_counter()
-            with health.phase("data"):
+            with watchdog.phase("data"):
                 batch = ahead.result()
             waited = time.perf_counter() - began
             if i < len(steps):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pctrain import health
-from pctrain.config import Config, SourceConfig
-from pctrain.data import arithmetic, hf_dir
-from pctrain.lock import try_lock
+from pctrain.distributed.health import watchdog
+from pctrain.config.tree import Config, SourceConfig
+from pctrain.data import arithmetic, scratch_model as hf_dir
+from pctrain.files.lock import try_lock
 
 LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks
 
@@ -28,7 +28,7 @@ def prepare(config: Config, root: Path) -> Config:
         root.mkdir(parents=True, exist_ok=True)
         release = try_lock(root / LOCK)
         if release is None:
-            health.beat()
+            watchdog.beat()
             time.sleep(WAIT)
     try:
         _make(config, root, paths)

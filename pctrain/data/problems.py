@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
 from pctrain.data.sources import read_records
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import Columns, Form, choose, form_of
 from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
 from pctrain.data.tables import GroupPart, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
-from pctrain.durable import fingerprint
-from pctrain.errors import UserError
+from pctrain.files.durable import fingerprint
+from pctrain.common.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
 # Suffix, and the compression where there is one.

@@ -24,9 +24,9 @@ from typing import IO
 
 import numpy as np
 
-from pctrain import npz
+from pctrain.files import npz
 from pctrain.data.rows import Row
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

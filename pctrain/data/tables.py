@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pctrain.data.records import Unreadable
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 PIECE_ROWS = 4096
 # A row group of up to this many pieces is one: it can only be decoded from its beginning.

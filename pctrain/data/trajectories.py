@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from pctrain.config import SourceConfig
+from pctrain.config.tree import SourceConfig
 from pctrain.data.rows import Row, RowSet
 from pctrain.data.store import TokenStore
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 SOURCE = "source"  # the stream that tells the loss which source a token is of
 

@@ -14,7 +14,7 @@ from itertools import chain, islice
 from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 AHEAD = 2  # items in hand for each worker: bounded, as an item and its result may hold data
 HEARTBEAT = 0.5  # seconds

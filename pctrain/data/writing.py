@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pctrain.durable import fsync
-from pctrain.errors import UserError
+from pctrain.files.durable import fsync
+from pctrain.common.errors import UserError
 
 BATCH_ROWS = 1000  # of a parquet file's row groups
 # One line after the other; what is read again and again should unpack fast more than it should be small.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pctrain.config import Config
-from pctrain.core import parallel
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
 from pctrain.data.problems import Problem
-from pctrain.data.tokenizer import Tokenizer
+from pctrain.hf.tokenizer import Tokenizer
 from pctrain.reward import VerifierPool, cause_counts, fault_line
 from pctrain.reward.verdict import FAULTS
 from pctrain.rollout import Request, RolloutEngine, sampling_seed

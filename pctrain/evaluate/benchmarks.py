@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pctrain.config import BenchmarkConfig, Config, FieldsConfig
+from pctrain.config.tree import BenchmarkConfig, Config, FieldsConfig
 from pctrain.data.columns import choose, form_of
 from pctrain.data.records import Record, Unreadable, make_record
 from pctrain.data.sources import content_hash, iter_raw
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 from pctrain.reward.boxed import last_boxed
 
 LETTERS = "ABCDEFGHIJ"  # what the verifier `choice` reads

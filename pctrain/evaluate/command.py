@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pctrain import checkpoints, health, resume
-from pctrain.config import Config
-from pctrain.core import parallel
-from pctrain.core.hf_config import HFConfig
+from pctrain.run import checkpoints, resume
+from pctrain.distributed.health import watchdog
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
+from pctrain.hf.config import HFConfig
 from pctrain.data.encode import Encoder
-from pctrain.durable import fingerprint
-from pctrain.errors import UserError
+from pctrain.files.durable import fingerprint
+from pctrain.common.errors import UserError
 from pctrain.evaluate import results
 from pctrain.evaluate.benchmarks import Benchmark, read_benchmarks
 from pctrain.evaluate.disagreements import write_disagreements
@@ -27,8 +28,8 @@ from pctrain.evaluate.resumable import weights_of
 from pctrain.evaluate.samples import Prompts, SampleFile, Verifiers, draw, encode
 from pctrain.evaluate.summary import Scores, read_scores
 from pctrain.evaluate.targets import Target
-from pctrain.lock import holder, try_lock
-from pctrain.progress import make_console, progress
+from pctrain.files.lock import holder, try_lock
+from pctrain.common.progress import make_console, progress
 
 MAX_RESPONSE = 8192  # the paper's; where eval.max_response says nothing
 LOCK = ".eval.lock"  # its presence says whose folder it is
@@ -46,7 +47,7 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
     models = parallel.agree(lambda: _readers(targets, benchmarks, config, hf))
     wanted = config.eval.max_response or MAX_RESPONSE
     longest = max(len(ids) for model in models for prompts in model.prompts for ids in prompts.ids)
-    with (_held(out), health.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
+    with (_held(out), watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
           Verifiers(config.reward) as verifiers, Engine(config, hf, min(hf.context, longest + wanted)) as engine):
         if longest + wanted > hf.context:
             _say(f"the context of {hf.context} tokens holds the longest problem ({longest}) and {hf.context - longest} tokens of an "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pctrain import health
-from pctrain.core import parallel
-from pctrain.durable import json_line, write_beside
+from pctrain.distributed.health import watchdog
+from pctrain.distributed import parallel
+from pctrain.files.durable import json_line, write_beside
 from pctrain.evaluate.samples import SAMPLES, Verifiers, read, verdict_of
 from pctrain.reward.verdict import FAULTS
 
@@ -19,7 +19,7 @@ def write_disagreements(folder: Path, verifiers: Verifiers, judge: str | None) -
     """Collective. Writes disagreements.jsonl beside the samples; what this judge has judged before is not asked again."""
     if not parallel.from_rank_zero(lambda: _is_done(folder / DISAGREEMENTS, judge)):
         found = parallel.from_rank_zero(lambda: [line for line in read(folder / SAMPLES) if differs(line)])
-        with health.phase("reward"):
+        with watchdog.phase("reward"):
             asked = [(line["response"], line["answer"], line["prompt"]) for line in found]
             verdicts = verifiers.score(judge, asked) if judge is not None else [None] * len(found)
         lines = [{**{key: line[key] for key in ("id", "index", "sample", "prompt")}, "response_tail": line["response"][-TAIL:],

@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pctrain import checkpoints, health, resume
-from pctrain.config import Config
-from pctrain.core import parallel
-from pctrain.core.hf_config import HFConfig
-from pctrain.core.hf_files import HFReader
-from pctrain.device import DTYPES
-from pctrain.errors import ToBeContinued, UserError
+from pctrain.run import checkpoints, resume
+from pctrain.distributed.health import watchdog
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
+from pctrain.hf.config import HFConfig
+from pctrain.hf.weight_files import HFReader
+from pctrain.common.device import DTYPES
+from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.evaluate.targets import Target
 from pctrain.rollout import RolloutEngine
 from pctrain.rollout.weight_stream import LM_HEAD
 
 if TYPE_CHECKING:
-    from pctrain.core import Core
+    from pctrain.core import Learner
 
 EMBEDDING = "model.embed_tokens.weight"
 
@@ -48,10 +49,10 @@ class Engine:
     def __init__(self, config: Config, hf: HFConfig, context: int):
         self._config, self._hf, self._context = config, hf, context
         self._engine: RolloutEngine | None = None
-        self._core: Core | None = None
+        self._core: Learner | None = None
         self._held: Target | None = None
 
-    @health.phase("swap")
+    @watchdog.phase("swap")
     def holding(self, target: Target) -> RolloutEngine:
         """The engine with this model's weights."""
         if self._engine is None:
@@ -66,12 +67,12 @@ class Engine:
     def _weights(self, target: Target) -> Iterator[tuple[str, torch.Tensor]]:
         if target.checkpoint is None:
             return hf_weights(target.hf_dir, DTYPES[self._config.model.dtype], self._hf.tied)
-        from pctrain.core import Core, checkpoint  # seconds, which Hugging Face directories do not need
+        from pctrain.core import Learner, checkpoint  # seconds, which Hugging Face directories do not need
 
         resume.verify(target.checkpoint, checkpoints.damaged_start)
         if self._core is None:
             model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})
-            self._core = Core(model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed)
+            self._core = Learner(model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed)
         else:
             checkpoint.load(target.checkpoint, self._core.chunks)
         return self._core.hf_weights()

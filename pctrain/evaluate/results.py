@@ -15,14 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain import __version__
-from pctrain.config import Config
-from pctrain.durable import plain, write_beside
+from pctrain.config.tree import Config
+from pctrain.files.durable import plain, write_beside
 from pctrain.evaluate import rl_curves, score_figure
 from pctrain.evaluate.benchmarks import Benchmark
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, VERDICTS, Scores, differences, means
 from pctrain.evaluate.targets import Target
-from pctrain.progress import make_console
+from pctrain.common.progress import make_console
 
 METHOD = ("percent, with 95 % intervals whose sampled unit is the problem: Agresti-Coull over problem means (the variance between "
           "problems, z^2 pseudo-problems); paired differences by Agresti-Min; means over benchmarks by MOVER; pass@k unbiased (Chen et al. "

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from pctrain.config import RolloutConfig
-from pctrain.core import parallel
-from pctrain.durable import fingerprint, json_line
-from pctrain.errors import UserError
+from pctrain.config.tree import RolloutConfig
+from pctrain.distributed import parallel
+from pctrain.files.durable import fingerprint, json_line
+from pctrain.common.errors import UserError
 
 WAVES = 4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
 Item = TypeVar("Item")

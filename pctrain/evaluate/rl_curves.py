@@ -11,7 +11,7 @@ import numpy as np
 
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.targets import Target
-from pctrain.runfolder import read_config
+from pctrain.run.folder import read_config
 
 
 def curves_of(targets: Sequence[Target], scores: Mapping[str, Estimate]) -> tuple[list[dict[str, Any]], list[str]]:

@@ -14,15 +14,16 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-from pctrain import health, resume
-from pctrain.config import Config, RewardConfig
-from pctrain.core import parallel
+from pctrain.distributed.health import watchdog
+from pctrain.run import resume
+from pctrain.config.tree import Config, RewardConfig
+from pctrain.distributed import parallel
 from pctrain.data.encode import Encoder, Unusable
-from pctrain.durable import cut_torn_line, json_line, write_beside
-from pctrain.errors import ToBeContinued, UserError
+from pctrain.files.durable import cut_torn_line, json_line, write_beside
+from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.evaluate.benchmarks import Benchmark, Question
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
-from pctrain.progress import Bar
+from pctrain.common.progress import Bar
 from pctrain.reward import Verdict, VerifierPool
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
@@ -153,12 +154,12 @@ def draw(
         ([request for _, request in batch] for batch in ahead),
         temperature=config.eval.temperature, top_p=config.eval.top_p, max_response=max_response)
     for batch in todo:
-        with health.phase("evaluation"):
+        with watchdog.phase("evaluation"):
             completions = next(sampled)
         questions = [benchmark.questions[index] for (index, _), _ in batch]
         responses = [decode(completion.token_ids) for completion in completions]
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
-        with health.phase("reward"):
+        with watchdog.phase("reward"):
             verdicts = verifiers.both(benchmark.verifier, pairs)
         yield [_line(question, place, request.seed, response, completion, strict, lenient)
                for question, (place, request), response, completion, strict, lenient

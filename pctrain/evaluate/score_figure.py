@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pctrain.ceiling.looks import GRID, PALETTE, STYLE
+from pctrain.report.looks import GRID, PALETTE, STYLE
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, Scores, means
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pctrain import checkpoints
-from pctrain.ceiling.flops import ModelShape
-from pctrain.ceiling.ledger import Ledger
-from pctrain.errors import UserError
-from pctrain.runfolder import HF_FOLDER, read_config
+from pctrain.run import checkpoints
+from pctrain.compute.flops import ModelShape
+from pctrain.compute.ledger import Ledger
+from pctrain.common.errors import UserError
+from pctrain.run.folder import HF_FOLDER, read_config
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from pctrain.config import Config
-from pctrain.core import parallel
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import parts_of
-from pctrain.durable import cut_torn_line, fingerprint, json_line, write_beside
-from pctrain.errors import UserError
+from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
+from pctrain.common.errors import UserError
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
-from pctrain.evaluate.scorer import Scorer
-from pctrain.progress import progress
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.common.progress import progress
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
@@ -44,10 +44,10 @@ def main(request: Request[WinrateOptions]) -> None:
     parallel.initialize(config.parallel, config.run.seed)
     data = parallel.agree(lambda: Data(request.paths, config.data.fields))
     outputs = parallel.agree(lambda: Outputs(request, data.files, resumable=True) if parallel.rank() == 0 else None)
-    with outputs or nullcontext(), Scorer(config) as scorer:
+    with outputs or nullcontext(), RolloutWorker(config) as worker:
         survey = parallel.from_rank_zero(lambda: _survey(data))
         done = parallel.from_rank_zero(lambda: _begin(outputs.folder / PROGRESS, request, data))
-        _rate(data, request, scorer, survey, done, outputs)
+        _rate(data, request, worker, survey, done, outputs)
         parallel.from_rank_zero(lambda: _write(data, request, survey, outputs))
 
 
@@ -132,55 +132,55 @@ class _Task:
     answer: str
 
 
-def _rate(data: Data, request: Request[WinrateOptions], scorer: Scorer, survey: Survey, done: np.ndarray, outputs: Outputs | None) -> None:
+def _rate(data: Data, request: Request[WinrateOptions], worker: RolloutWorker, survey: Survey, done: np.ndarray, outputs: Outputs | None) -> None:
     """Collective: attempts at every record that is not done yet, a batch at a time."""
     config, attempts = request.config, request.options.attempts
     size = max(1, requests_a_batch(config.rollout) // attempts)
     todo = survey.answers + survey.boxed
     with (progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
           open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file):
-        ahead, todo = tee(batches(_tasks(data, scorer, set(done.tolist())), size))
-        sampled = _sampled(ahead, scorer, config, attempts)
+        ahead, todo = tee(batches(_tasks(data, worker, set(done.tolist())), size))
+        sampled = _sampled(ahead, worker, config, attempts)
         for batch in todo:
-            rates = _judged([task for task in batch if task.prompt_ids], next(sampled), scorer)
+            rates = _judged([task for task in batch if task.prompt_ids], next(sampled), worker)
             if file is not None:
                 append(file, ({"place": task.place, "win_rate": rates.get(task.place)} for task in batch))
             bar.advance(len(batch))
 
 
-def _tasks(data: Data, scorer: Scorer, done: set[int]) -> Iterator[_Task]:
+def _tasks(data: Data, worker: RolloutWorker, done: set[int]) -> Iterator[_Task]:
     """The records with an answer, in order. One whose prompt leaves no room for the response has no prompt ids.
 
     Raises:
         UserError: a prompt that the template cannot write.
     """
-    room = scorer.context - max_response(scorer.config)
+    room = worker.context - max_response(worker.config)
     for item in data.usable(None):
         answer = answer_of(item.record)
         if item.place not in done and answer is not None:
             try:
-                prompt_ids = scorer.encoder.prompt_ids(item.record)
+                prompt_ids = worker.encoder.prompt_ids(item.record)
             except Unusable as error:
                 raise UserError(f"{item.where}: {error}") from None
             yield _Task(item.place, prompt_ids if len(prompt_ids) <= room else [], answer)
 
 
-def _sampled(batches: Iterator[list[_Task]], scorer: Scorer, config: Config, attempts: int) -> Iterator[list[Completion]]:
+def _sampled(batches: Iterator[list[_Task]], worker: RolloutWorker, config: Config, attempts: int) -> Iterator[list[Completion]]:
     """Of each batch: all attempts at its first task, at its second, ... The engine starts with the first batch that is asked for."""
-    yield from scorer.engine.generate_batches(
+    yield from worker.engine.generate_batches(
         ([Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample))
           for task in batch if task.prompt_ids for sample in range(attempts)] for batch in batches),
         temperature=config.eval.temperature, max_response=max_response(config))
 
 
-def _judged(tasks: list[_Task], completions: list[Completion], scorer: Scorer) -> dict[int, float]:
+def _judged(tasks: list[_Task], completions: list[Completion], worker: RolloutWorker) -> dict[int, float]:
     """{place: share of right answers}."""
     if not tasks:
         return {}
     attempts = len(completions) // len(tasks)
     answers = [task.answer for task in tasks for _ in range(attempts)]
-    pairs = [(scorer.tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
-    right = np.array([v.reward for v in parallel.map_over_ranks(scorer.verifier.score, pairs)]).reshape(len(tasks), attempts)
+    pairs = [(worker.tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
+    right = np.array([v.reward for v in parallel.map_over_ranks(worker.verifier.score, pairs)]).reshape(len(tasks), attempts)
     return {task.place: float(share) for task, share in zip(tasks, right.mean(1), strict=True)}
 
 

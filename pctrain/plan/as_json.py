@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from pctrain.durable import write_beside
+from pctrain.files.durable import write_beside
 from pctrain.plan.page import assumptions, warnings
 from pctrain.plan.planner import Plan, Planner
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from pctrain.config import Config
+from pctrain.config.tree import Config
 from pctrain.plan import figure
 from pctrain.plan.as_json import as_json
 from pctrain.plan.launching import launch_line, layout_options
 from pctrain.plan.options import PlanOptions
 from pctrain.plan.page import one_of_each, show
 from pctrain.plan.planner import Planner
-from pctrain.progress import make_console
+from pctrain.common.progress import make_console
 
 
 def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[str], arguments: Sequence[str]) -> None:

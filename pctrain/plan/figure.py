@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from pctrain.durable import write_beside
+from pctrain.files.durable import write_beside
 from pctrain.plan.gpus import GIB
 from pctrain.plan.planner import Plan
 
@@ -19,7 +19,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from pctrain.ceiling.looks import STYLE
+    from pctrain.report.looks import STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.6, 1.4 + 0.42 * len(plans)), layout="constrained")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 GIB = 2**30
 
@@ -54,8 +54,8 @@ def _this_machine(ranks: int) -> Gpu:
     """Ranks of one machine exchange through its memory: out of one rank's, and into the other's."""
     import os
 
-    from pctrain.core.peak import peak_flops
-    from pctrain.doctor_measures import copy_bandwidth, memory_left
+    from pctrain.compute.peak import peak_flops
+    from pctrain.tools.doctor_measures import copy_bandwidth, memory_left
 
     share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns
     copied = copy_bandwidth() * share

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from pctrain.config import Config
+from pctrain.config.tree import Config
 from pctrain.plan.planner import Plan
 from pctrain.plan.work import Kind
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
-from pctrain.config import Config, ParallelConfig
-from pctrain.config_check import check_combinations
-from pctrain.core.hf_config import HFConfig
-from pctrain.errors import UserError
+from pctrain.config.tree import Config, ParallelConfig
+from pctrain.config.check import check_combinations
+from pctrain.hf.config import HFConfig
+from pctrain.common.errors import UserError
 from pctrain.plan.work import Kind
 
 CHECKED = ("model", "parallel", "rollout")

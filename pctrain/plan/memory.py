@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import ceil
 
-from pctrain.config import Config
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import Config
+from pctrain.hf.config import HFConfig
 from pctrain.plan.activations import FP32, Activations
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.rollouts import Engine

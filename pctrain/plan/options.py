@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from pctrain.config import Section
+from pctrain.config.tree import Section
 
 
 class PlanOptions(Section):

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import floor, log
 
-from pctrain.config import Config
-from pctrain.config_check import check_combinations
-from pctrain.core.hf_config import HFConfig
-from pctrain.errors import UserError
+from pctrain.config.tree import Config
+from pctrain.config.check import check_combinations
+from pctrain.hf.config import HFConfig
+from pctrain.common.errors import UserError
 from pctrain.plan.gpus import GIB, Gpu, find
 from pctrain.plan.layouts import candidates, limits, problem
 from pctrain.plan.memory import Memory, memory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import ceil
 
-from pctrain.config import Config
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import Config
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm
 
-from pctrain.config import Config, ParallelConfig
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import Config, ParallelConfig
+from pctrain.hf.config import HFConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 BUCKET = 40_000_000  # elements; megatron-core's least, of overlapped reductions

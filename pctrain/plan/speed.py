@@ -7,9 +7,9 @@ from math import ceil
 
 import numpy as np
 
-from pctrain.ceiling import flops
-from pctrain.config import Config
-from pctrain.core.hf_config import HFConfig
+from pctrain.compute import flops
+from pctrain.config.tree import Config
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.rollouts import Engine, Rollouts, rollouts
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters, buffers

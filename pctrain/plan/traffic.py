@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pctrain.config import Config, ParallelConfig
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import Config, ParallelConfig
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Buffers, Layout
 from pctrain.plan.work import Work

@@ -8,9 +8,9 @@ from typing import Literal
 
 import numpy as np
 
-from pctrain.ceiling import flops
-from pctrain.config import Config, RLConfig
-from pctrain.core.hf_config import HFConfig
+from pctrain.compute import flops
+from pctrain.config.tree import Config, RLConfig
+from pctrain.hf.config import HFConfig
 from pctrain.plan.options import PlanOptions
 
 Kind = Literal["sft", "rl"]

@@ -11,14 +11,15 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pctrain import health, own_code
-from pctrain.errors import UserError
+from pctrain.distributed.health import watchdog
+from pctrain.common import plugins
+from pctrain.common.errors import UserError
 from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
 from pctrain.reward.verdict import Cause, Verdict
 from pctrain.reward.verifiers import check_name, find
 
 if TYPE_CHECKING:
-    from pctrain.config import RewardConfig
+    from pctrain.config.tree import RewardConfig
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class VerifierPool:
     def __init__(self, config: RewardConfig, *, command: Sequence[str] = WORKER):
         check_name(config)
         self._config = config
-        self._users = own_code.is_own(config.verifier)
+        self._users = plugins.is_own(config.verifier)
         options = {"function": config.verifier if self._users else None, "timeout": config.timeout, "memory_mb": config.memory_mb}
         self._command = (*command, json.dumps(options))
         self._workers: list[VerifierProcess] = []
@@ -106,7 +107,7 @@ class VerifierPool:
 
     def _exchange(self, verdicts: dict[tuple[str, ...], Verdict]) -> None:
         """Waits for the next message, death or deadline of any worker, and acts on all there are."""
-        health.beat()
+        watchdog.beat()
         with selectors.PollSelector() as selector:  # poll: select() ends at file 1024, and an engine has many open
             for worker in self._workers:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)

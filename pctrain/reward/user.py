@@ -11,14 +11,14 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
-from pctrain import own_code
-from pctrain.own_code import LoadError
+from pctrain.common import plugins
+from pctrain.common.plugins import LoadError
 from pctrain.reward.verdict import RIGHT, WRONG, Verdict
 
 
 def load(name: str) -> Callable[[str, str], Any]:
     """The function, from the current directory or PYTHONPATH. LoadError with the module's own error where there is none."""
-    function = own_code.load(name, "functions", inspect.isfunction)
+    function = plugins.load(name, "functions", inspect.isfunction)
     if not callable(function):
         raise LoadError(f"{name} is no function but {function!r:.80}")
     return function

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pctrain import own_code
-from pctrain.errors import UserError
+from pctrain.common import plugins
+from pctrain.common.errors import UserError
 from pctrain.reward import choice, exact, lenient, strict
 from pctrain.reward.verdict import Verdict
 
 if TYPE_CHECKING:  # a worker imports this module; it has no use for pydantic
-    from pctrain.config import RewardConfig
+    from pctrain.config.tree import RewardConfig
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ VERIFIERS: dict[str, Verifier] = {
 def check_name(config: RewardConfig) -> None:
     """UserError where `reward.verifier` is neither a name of the table nor of the form module:function, or an option does not fit it."""
     name = config.verifier
-    if own_code.is_own(name):
-        if not own_code.NAME.fullmatch(name):
+    if plugins.is_own(name):
+        if not plugins.NAME.fullmatch(name):
             raise UserError(f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
                             "of my_rewards.py in the current directory")
     elif name not in VERIFIERS:

@@ -8,17 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from pctrain.core import Core
+from pctrain.core import Learner
 from pctrain.data.packing import PackedBatch
 from pctrain.data.rows import Row
-from pctrain.rl.algorithm import Algorithm
-from pctrain.rl.normaliser import normalise
+from pctrain.rl.algorithms.base import Algorithm
+from pctrain.rl.algorithms.normaliser import normalise
 
 Count = Callable[[str, list[Row], float], None]  # (phase of the ledger, rows that went through it, seconds)
 
 
 def no_grad_streams(
-    rows: list[Row], core: Core, needed: frozenset[str] | set[str], token_budget: int, temperature: float, count: Count
+    rows: list[Row], learner: Learner, needed: frozenset[str] | set[str], token_budget: int, temperature: float, count: Count
 ) -> list[Row]:
     """The rows with the streams `needed` of old_logprob, entropy (together one pass) and ref_logprob (one with the reference). Collective.
 
@@ -29,13 +29,13 @@ def no_grad_streams(
     if {"old_logprob", "entropy"} & needed:
         began = time.perf_counter()
         want_entropy = "entropy" in needed
-        result = core.logprobs(rows, token_budget, want_entropy=want_entropy, **options)
+        result = learner.logprobs(rows, token_budget, want_entropy=want_entropy, **options)
         found = dict(zip(("old_logprob", "entropy"), result if want_entropy else (result,)))
         count("logprob", rows, time.perf_counter() - began)
     if "ref_logprob" in needed:
         began = time.perf_counter()
-        with core.reference():
-            found["ref_logprob"] = core.logprobs(rows, token_budget, **options)
+        with learner.reference():
+            found["ref_logprob"] = learner.logprobs(rows, token_budget, **options)
         count("reference", rows, time.perf_counter() - began)
     return [replace(row, streams={**row.streams, **{name: found[name][i] for name in sorted(needed)}}) for i, row in enumerate(rows)]
 
@@ -46,7 +46,7 @@ def split(rows: list, parts: int) -> list[list]:
     return [rows[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a]
 
 
-def pack(rows: list[Row], core: Core, algorithm: Algorithm, token_budget: int) -> PackedBatch:
+def pack(rows: list[Row], learner: Learner, algorithm: Algorithm, token_budget: int) -> PackedBatch:
     """The rows of one update, packed, with the denominator of `rl.normaliser`."""
     rows, denominator = normalise(rows, algorithm.rl.normaliser, algorithm.max_response)
-    return core.pack(rows, token_budget, denominator=denominator)
+    return learner.pack(rows, token_budget, denominator=denominator)

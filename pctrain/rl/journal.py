@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 
-from pctrain.ceiling.ledger import Ledger
-from pctrain.ceiling.reading import fit_run
-from pctrain.config import Config
-from pctrain.core import Core, parallel
+from pctrain.compute.ledger import Ledger
+from pctrain.report.reading import fit_run
+from pctrain.config.tree import Config
+from pctrain.core import Learner
+from pctrain.distributed import parallel
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.evaluate.scorer import Scorer
+from pctrain.rollout.worker import RolloutWorker
 from pctrain.reward import fault_line
 from pctrain.rl.sampling import Sampled, summary
 from pctrain.rl.update import Updates, means
 from pctrain.rollout import Swap
-from pctrain.runfolder import RunFolder
+from pctrain.run.folder import RunFolder
 
 
 class Journal:
     """Every rank holds one; rank 0 writes. `state` is what a checkpoint keeps of it beside the prompts."""
 
-    def __init__(self, config: Config, run: RunFolder, scorer: Scorer, joint: dict, state: dict):
+    def __init__(self, config: Config, run: RunFolder, worker: RolloutWorker, joint: dict, state: dict):
         """`joint`: start.json. `state`: of the checkpoint that the run goes on from; {} at the start."""
-        self.config, self.run, self.scorer = config, run, scorer
-        self.ledger = Ledger(scorer.hf.shape, joint["eflops_sft"], parallel.world_size(), config.parallel.recompute)
+        self.config, self.run, self.worker = config, run, worker
+        self.ledger = Ledger(worker.hf.shape, joint["eflops_sft"], parallel.world_size(), config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
@@ -53,9 +54,9 @@ class Journal:
             self.skipped.add(one, step, ids)
         return values
 
-    def score(self, step: int, core: Core) -> None:
+    def score(self, step: int, learner: Learner) -> None:
         """Collective. The accuracy on the test problems."""
-        score = self.scorer.score(core)
+        score = self.worker.score(learner)
         self.ledger.add(step, "evaluation", score.lengths, score.seconds)
         self.run.record(step, "eval", {**self._axes(), **score.metrics()})
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
@@ -78,7 +79,7 @@ class Journal:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": self.ledger.eflops_rl}
 
     def _rollouts(self, sampled: Sampled, updates: Updates) -> list[dict]:
-        decode = self.scorer.tokenizer.decode
+        decode = self.worker.tokenizer.decode
         why = {id(group): reason for group, reason in sampled.dropped}
         rows = []
         for number, group in enumerate(sampled.groups):

@@ -5,34 +5,36 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pctrain import health
-from pctrain.ceiling.ledger import Ledger
-from pctrain.checkpoints import checkpoint_step, read_state
-from pctrain.config import Config, RLConfig
-from pctrain.core import Core, parallel
-from pctrain.core.hf_config import HFConfig
-from pctrain.evaluate.scorer import Scorer
-from pctrain.progress import progress
-from pctrain.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
-from pctrain.rl import algorithms, replay
-from pctrain.rl.algorithm import Algorithm
+from pctrain.distributed.health import watchdog
+from pctrain.compute.ledger import Ledger
+from pctrain.run.checkpoints import checkpoint_step, read_state
+from pctrain.config.tree import Config, RLConfig
+from pctrain.core import Learner
+from pctrain.distributed import parallel
+from pctrain.hf.config import HFConfig
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.common.progress import progress
+from pctrain.run.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
+from pctrain.rl.algorithms import registry as algorithms
+from pctrain.rl import replay
+from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.journal import Journal, shortage
 from pctrain.rl.mismatch import correction
 from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
-from pctrain.runfolder import HF_FOLDER, RunFolder, best_step, read_values
-from pctrain.stragglers import RankTimes
+from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
+from pctrain.run.stragglers import RankTimes
 
 
 def main(config: Config, rollout_only: bool = False) -> None:
     """`pctrain rl`."""
     algorithms.find(config.rl.algorithm)  # before anything is written
-    with begin(config) as config, Scorer(config) as scorer:
-        train(config, scorer, rollout_only=rollout_only)
+    with begin(config) as config, RolloutWorker(config) as worker:
+        train(config, worker, rollout_only=rollout_only)
 
 
-def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool = False) -> None:
+def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_only: bool = False) -> None:
     """Runs, or goes on with, the RL run of `config.run.dir`, from `model.checkpoint` or else from the weights of `model.path`.
 
     `role`: what the start is to a study (early, stable, overfit), for its report. `rollout_only`: ends after the sampling of a step.
@@ -40,48 +42,48 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
     rl = config.rl
     joint = parallel.from_rank_zero(lambda: _joint(config, role))
     algorithm = _algorithm(config)
-    problems, left_out = scorer.training_problems(algorithm.needs_expert)
-    scored = len(scorer.problems)  # before there is a run folder: it would be bound to a config with which they are too long
+    problems, left_out = worker.training_problems(algorithm.needs_expert)
+    scored = len(worker.problems)  # before there is a run folder: it would be bound to a config with which they are too long
     with open_run(config, "rl", [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]) as run:
         if finished(run):
             return
         run.write_start(joint)
-        core = _core(config, algorithm)
+        learner = _core(config, algorithm)
         run.say(f"problems: {len(problems)} to train on, {scored} to score on")
         if left_out:
             run.say(f"{len(left_out)} more are too long and left out (data.overlong = {config.data.overlong}), the first: {left_out[0]}")
         prompts = PromptStream(problems, config.run.seed)
-        start, state = resume(run, core)
-        journal = Journal(config, run, scorer, joint, state)
+        start, state = resume(run, learner)
+        journal = Journal(config, run, worker, joint, state)
         if state:
             prompts.load_state_dict(state["prompts"])
         elif not rollout_only:
-            journal.score(0, core)
+            journal.score(0, learner)
 
         ranks = RankTimes(run)
         last = start if start and journal.ceiling_found() else rl.steps  # killed after the checkpoint that it had stopped at
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, last + 1):
-                health.at_step(step)
-                sampled, swap = _rollouts(config, run, core, scorer, algorithm, prompts, step)
+                watchdog.at_step(step)
+                sampled, swap = _rollouts(config, run, learner, worker, algorithm, prompts, step)
                 if rollout_only:
                     _say_rollouts(run, sampled, step)
                     return
                 began = time.perf_counter()
-                updates = update(config, core, algorithm, sampled, journal.ledger, step)
+                updates = update(config, learner, algorithm, sampled, journal.ledger, step)
                 values = journal.record(step, sampled, updates, swap, time.perf_counter() - began)
                 if not sampled.kept:
                     run.say(f"step {step}: no update, {shortage(sampled, rl.prompts)}")
                 found = False
                 if due(step, rl.eval_every, rl.steps):
-                    journal.score(step, core)
+                    journal.score(step, learner)
                     found = journal.ceiling_found()
                 record_ledger(run, journal.ledger)
                 leaving = ranks.end_step(step)
                 if found or leaving or due(step, rl.checkpoint_every, rl.steps):
-                    save(run, step, core, {**journal.state(step), "prompts": prompts.state_dict()})
+                    save(run, step, learner, {**journal.state(step), "prompts": prompts.state_dict()})
                     parallel.from_rank_zero(lambda: replay.forget(run.path, run.latest_checkpoint()))
-                core.poll_save(wait=leaving)
+                learner.poll_save(wait=leaving)
                 bar.advance(reward=values["reward"])
                 if leaving:
                     leave(run, step)
@@ -89,8 +91,8 @@ def train(config: Config, scorer: Scorer, role: str = "none", rollout_only: bool
                     run.say(f"step {step} the ceiling is identified within {rl.stop_within} points (rl.stop_within): stopped")
                     last = step
                     break
-        core.poll_save(wait=True)
-        export(run, core, scorer.encoder.template)
+        learner.poll_save(wait=True)
+        export(run, learner, worker.encoder.template)
         _finish(run, last, ranks)
 
 
@@ -98,17 +100,17 @@ def _algorithm(config: Config) -> Algorithm:
     return algorithms.build(_with_correction(config), config.rollout.max_response)
 
 
-def _core(config: Config, algorithm: Algorithm) -> Core:
+def _core(config: Config, algorithm: Algorithm) -> Learner:
     """With the weights of the start. Collective."""
     rl = config.rl
-    core = Core(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
+    learner = Learner(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
     if "ref_logprob" in algorithm.streams_from_pass:
-        core.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
-    return core
+        learner.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
+    return learner
 
 
 def _rollouts(
-    config: Config, run: RunFolder, core: Core, scorer: Scorer, algorithm: Algorithm, prompts: PromptStream, step: int
+    config: Config, run: RunFolder, learner: Learner, worker: RolloutWorker, algorithm: Algorithm, prompts: PromptStream, step: int
 ) -> tuple[Sampled, Swap | None]:
     """The groups of a step: sampled, and written down; or read, where a killed start had sampled them. Collective."""
     path = replay.path_of(run.path, step)
@@ -117,9 +119,9 @@ def _rollouts(
         prompts.load_state_dict(state)
         run.log(f"step {step} its rollouts were sampled before: {path.name}")
         return sampled, None
-    swap = scorer.load(core)
-    sampled = GroupSampler(config, scorer.engine, scorer.verifier, scorer.tokenizer, algorithm).sample(prompts, step)
-    scorer.engine.sleep()  # its GPU memory is the learner's until the next swap
+    swap = worker.load(learner)
+    sampled = GroupSampler(config, worker.engine, worker.verifier, worker.tokenizer, algorithm).sample(prompts, step)
+    worker.engine.sleep()  # its GPU memory is the learner's until the next swap
     parallel.from_rank_zero(lambda: replay.save(path, step, sampled, prompts.state_dict()))
     return sampled, swap
 
@@ -136,14 +138,14 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
 def debug_train(config: Config, file: Path) -> None:
     """`pctrain rl --debug-train-only FILE`: the updates of one step on rollouts that lie in a file. No engine, and nothing is written."""
     algorithms.find(config.rl.algorithm)
-    with begin(config) as config, Scorer(config) as scorer:
+    with begin(config) as config, RolloutWorker(config) as worker:
         algorithm = _algorithm(config)
-        problems, _ = scorer.training_problems(algorithm.needs_expert)
-        core = _core(config, algorithm)
+        problems, _ = worker.training_problems(algorithm.needs_expert)
+        learner = _core(config, algorithm)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
-        ledger = Ledger(scorer.hf.shape)
+        ledger = Ledger(worker.hf.shape)
         began = time.perf_counter()
-        made = update(config, core, algorithm, sampled, ledger, step).made
+        made = update(config, learner, algorithm, sampled, ledger, step).made
         seconds = time.perf_counter() - began
     if parallel.rank() == 0:
         for number, one in enumerate(made, start=1):

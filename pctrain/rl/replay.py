@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from pctrain import npz
-from pctrain.checkpoints import checkpoint_step
+from pctrain.files import npz
+from pctrain.run.checkpoints import checkpoint_step
 from pctrain.data.problems import Problem
-from pctrain.durable import write_beside
-from pctrain.errors import UserError
+from pctrain.files.durable import write_beside
+from pctrain.common.errors import UserError
 from pctrain.reward import Verdict
 from pctrain.rl.sampling import Group, Sampled
 from pctrain.rollout import Completion

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pctrain import health
-from pctrain.config import Config
-from pctrain.core import parallel
+from pctrain.distributed.health import watchdog
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
 from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
-from pctrain.data.tokenizer import Tokenizer
-from pctrain.errors import UserError
+from pctrain.hf.tokenizer import Tokenizer
+from pctrain.common.errors import UserError
 from pctrain.reward import Verdict, VerifierPool, cause_counts
 from pctrain.reward.verdict import FAULTS, TRUNCATED
-from pctrain.rl.algorithm import Algorithm
+from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rollout import Completion, Request, RolloutEngine, sampling_seed
 
 SURPLUS = "surplus, prompt carried over"
@@ -101,7 +101,7 @@ class GroupSampler:
     def __init__(self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm):
         self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = config, engine, verifier, tokenizer, algorithm
 
-    @health.phase("rollout")
+    @watchdog.phase("rollout")
     def sample(self, prompts: PromptStream, step: int) -> Sampled:
         """`rl.prompts` groups; under dynamic sampling such as the window keeps, in at most `rl.max_rounds` rounds of `rl.round_prompts`.
 
@@ -162,7 +162,7 @@ class GroupSampler:
             groups.append(Group(problem, completions[part], verdicts[part], of_problem))
         return groups
 
-    @health.phase("reward")
+    @watchdog.phase("reward")
     def _verdicts(self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]) -> list[Verdict]:
         """Of each completion behind its prefix; a response that was cut is wrong, unless `rl.truncated` is masked."""
         owners = [(problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem]

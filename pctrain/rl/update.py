@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pctrain import health
-from pctrain.ceiling.ledger import Ledger
-from pctrain.config import Config
-from pctrain.core import Core, Update
+from pctrain.distributed.health import watchdog
+from pctrain.compute.ledger import Ledger
+from pctrain.config.tree import Config
+from pctrain.core import Learner, Update
 from pctrain.data.rows import Row
 from pctrain.rl import batch
-from pctrain.rl.algorithm import Algorithm
+from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.mismatch import measured
 from pctrain.rl.sampling import Group, Sampled
 
@@ -26,8 +26,8 @@ class Updates:
     advantages: dict[int, list[float]]  # id() of a group -> of each of its rollouts
 
 
-@health.phase("update")
-def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> Updates:
+@watchdog.phase("update")
+def update(config: Config, learner: Learner, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> Updates:
     """The optimizer updates of one step, and the ledger's entries for all of its compute. Nothing kept: no update. Collective."""
     rl, temperature, groups = config.rl, config.rollout.temperature, sampled.kept
     _count(ledger, step, "rollout", groups, sampled.rollout_seconds)
@@ -40,7 +40,7 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
         ledger.add(step, phase, [len(row) for row in rows], seconds)
 
     rows = algorithm.rows(groups)
-    rows = batch.no_grad_streams(rows, core, algorithm.streams_from_pass, rl.token_budget, temperature, count)
+    rows = batch.no_grad_streams(rows, learner, algorithm.streams_from_pass, rl.token_budget, temperature, count)
     rows = algorithm.finish(rows, groups)
     members = algorithm.members(groups)
     advantages: dict[int, list[float]] = {id(group): [0.0] * len(group.completions) for group in groups}
@@ -57,7 +57,7 @@ def update(config: Config, core: Core, algorithm: Algorithm, sampled: Sampled, l
     began = time.perf_counter()
     token_loss = measured(algorithm.loss)
     made = [
-        core.step(batch.pack(part, core, algorithm, rl.token_budget), token_loss, temperature=temperature)
+        learner.step(batch.pack(part, learner, algorithm, rl.token_budget), token_loss, temperature=temperature)
         for part in batch.split(rows, rl.updates)
     ]
     seconds = time.perf_counter() - began

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pctrain.config import RolloutConfig
-from pctrain.device import on_gpu
-from pctrain.errors import UserError
+from pctrain.config.tree import RolloutConfig
+from pctrain.common.device import on_gpu
+from pctrain.common.errors import UserError
 from pctrain.rollout.queue import Completion, Request, RequestQueue, Sampling
 from pctrain.rollout.seeds import sampling_seed
 from pctrain.rollout.sharing import EngineGroups

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 T = TypeVar("T")
 

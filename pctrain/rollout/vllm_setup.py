@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pctrain import health
-from pctrain.config import RolloutConfig
-from pctrain.device import on_gpu
-from pctrain.errors import UserError
+from pctrain.distributed.health import watchdog
+from pctrain.config.tree import RolloutConfig
+from pctrain.common.device import on_gpu
+from pctrain.common.errors import UserError
 from pctrain.rollout.sharing import EngineGroups
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
     step = llm.llm_engine.step
 
     def living_step():
-        health.beat()
+        watchdog.beat()
         return step()
 
     llm.llm_engine.step = living_step

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 LM_HEAD = "lm_head.weight"
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from pctrain.ceiling import flops
-from pctrain.ceiling.ledger import Ledger
+from pctrain.compute import flops
+from pctrain.compute.ledger import Ledger
 from pctrain.ceiling.monitor import Monitor, Reading
-from pctrain.config import Config
-from pctrain.core import Core, parallel
-from pctrain.core.core import Update
-from pctrain.core.peak import peak_flops
+from pctrain.config.tree import Config
+from pctrain.core import Learner
+from pctrain.distributed import parallel
+from pctrain.core.learner import Update
+from pctrain.compute.peak import peak_flops
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import PackedBatch
 from pctrain.data.trajectories import Trajectories
-from pctrain.evaluate.scorer import Scorer
-from pctrain.resume import due, record_ledger
-from pctrain.runfolder import RunFolder
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.run.resume import due, record_ledger
+from pctrain.run.folder import RunFolder
 from pctrain.sft.loss import of_sources
 from pctrain.sft.spikes import Spikes
 from pctrain.sft.validation import validation_loss
@@ -26,10 +27,10 @@ from pctrain.sft.validation import validation_loss
 class Journal:
     """Every rank holds one and comes to the same conclusions; rank 0 writes. `state` is what a checkpoint keeps of it."""
 
-    def __init__(self, config: Config, run: RunFolder, core: Core, scorer: Scorer, held_out: Trajectories, steps: int, state: dict):
+    def __init__(self, config: Config, run: RunFolder, learner: Learner, worker: RolloutWorker, held_out: Trajectories, steps: int, state: dict):
         """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
-        self.config, self.run, self.core, self.scorer, self.held_out, self.steps = config, run, core, scorer, held_out, steps
-        self.ledger = Ledger(scorer.hf.shape, ranks=parallel.world_size(), recompute=config.parallel.recompute)
+        self.config, self.run, self.learner, self.worker, self.held_out, self.steps = config, run, learner, worker, held_out, steps
+        self.ledger = Ledger(worker.hf.shape, ranks=parallel.world_size(), recompute=config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.sft.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
@@ -52,7 +53,7 @@ class Journal:
         """One training step. `chosen`: its samples; `waited`: seconds of `seconds` in which the next batch was not ready yet."""
         self.ledger.add(step, "sft_update", data.lengths[chosen], seconds)
         spike = self.spikes.add(update.loss)
-        speed, mfu = batch.tokens / seconds, flops.exact_training(self.scorer.hf.shape, data.lengths[chosen]) / seconds / self._peak
+        speed, mfu = batch.tokens / seconds, flops.exact_training(self.worker.hf.shape, data.lengths[chosen]) / seconds / self._peak
         own = [int(data.loss_tokens[chosen][data.source[chosen] == number].sum()) for number in range(len(data.names))]
         self.run.record(step, "train", {
             **self._axis(),
@@ -85,7 +86,7 @@ class Journal:
         sft = self.config.sft
         if due(step, sft.val_every, self.steps) or due(step, sft.checkpoint_every, self.steps):
             began = time.perf_counter()
-            val = validation_loss(self.core, self.held_out, sft.token_budget)
+            val = validation_loss(self.learner, self.held_out, sft.token_budget)
             self.ledger.add(step, "validation", self.held_out.lengths, time.perf_counter() - began)
             saved = step > 0 and due(step, sft.checkpoint_every, self.steps)
             self.validations.append([step, self.ledger.eflops_sft, val.whole.loss, val.whole.se, saved])
@@ -93,7 +94,7 @@ class Journal:
             self.run.record(step, "val", {**self._axis(), **val.metrics(), **self.reading.metrics()})
             self.run.log(f"step {step} val_loss {val.whole.loss:.5f} +- {val.whole.se:.5f} {self.reading.line()}")
         if due(step, sft.eval_every, self.steps):
-            score = self.scorer.score(self.core)
+            score = self.worker.score(self.learner)
             self.ledger.add(step, "evaluation", score.lengths, score.seconds)
             self.run.record(step, "eval", {**self._axis(), **score.metrics()})
             self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")

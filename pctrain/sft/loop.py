@@ -5,36 +5,37 @@ from __future__ import annotations
 import math
 import time
 
-from pctrain import health
+from pctrain.distributed.health import watchdog
 from pctrain.ceiling.monitor import SURE, Reading
-from pctrain.config import Config
-from pctrain.config_check import schedule_problems
-from pctrain.core import Core, parallel
+from pctrain.config.tree import Config
+from pctrain.config.check import schedule_problems
+from pctrain.core import Learner
+from pctrain.distributed import parallel
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
-from pctrain.errors import UserError
-from pctrain.evaluate.scorer import Scorer
-from pctrain.progress import progress
-from pctrain.resume import begin, due, export, finished, leave, open_run, resume, save
-from pctrain.runfolder import HF_FOLDER, RunFolder, read_values
+from pctrain.common.errors import UserError
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.common.progress import progress
+from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
+from pctrain.run.folder import HF_FOLDER, RunFolder, read_values
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
 from pctrain.sft.open_data import open_trajectories, prepare_sources
-from pctrain.stragglers import RankTimes
+from pctrain.run.stragglers import RankTimes
 
 
 def main(config: Config) -> None:
     """`pctrain sft`."""
-    with begin(config) as config, Scorer(config) as scorer:
-        train(config, scorer)
+    with begin(config) as config, RolloutWorker(config) as worker:
+        train(config, worker)
 
 
-def train(config: Config, scorer: Scorer) -> None:
+def train(config: Config, worker: RolloutWorker) -> None:
     """Runs, or goes on with, the SFT run of `config.run.dir`."""
-    sft, limit = config.sft, min(scorer.hf.context, config.sft.token_budget)
+    sft, limit = config.sft, min(worker.hf.context, config.sft.token_budget)
     training, validation = (prepare_sources(config, sources, limit) for sources in (config.data.train, config.data.validation))
-    scored = len(scorer.problems) if sft.eval_every else 0  # as the rest of the data before there is a run folder
+    scored = len(worker.problems) if sft.eval_every else 0  # as the rest of the data before there is a run folder
     with open_run(config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests) as run:
         if finished(run):
             return
@@ -42,20 +43,20 @@ def train(config: Config, scorer: Scorer) -> None:
         sampler = ShuffledSampler(data.sizes, sft.batch_size, config.run.seed, data.weights)
         steps = total_steps(config, sampler)
 
-        core = Core(config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=steps, seed=config.run.seed)
-        start, state = resume(run, core)
+        learner = Learner(config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=steps, seed=config.run.seed)
+        start, state = resume(run, learner)
         for what, trajectories in (("training", data), ("validation", held_out)):
             for line in trajectories.describe():
                 run.say(f"{what} data: {line}")
         if scored:
             run.say(f"test problems: {scored}")
-        journal = Journal(config, run, core, scorer, held_out, steps, state)
+        journal = Journal(config, run, learner, worker, held_out, steps, state)
         if not state:
             journal.measure(step=0)
 
         def make(step: int) -> tuple[list[int], PackedBatch]:
             chosen = sampler.indices(step - 1)
-            return chosen, core.pack(data.select(chosen), sft.token_budget)
+            return chosen, learner.pack(data.select(chosen), sft.token_budget)
 
         ranks = RankTimes(run)
         token_loss, last = cross_entropy_by_source(data.names), start
@@ -63,23 +64,23 @@ def train(config: Config, scorer: Scorer) -> None:
         with progress("SFT", total=steps, start=start, rank=parallel.rank()) as bar:
             for step, (chosen, batch), waited in prefetch(make, ahead):
                 began = time.perf_counter()
-                health.at_step(step)
-                with health.phase("update"):
-                    update = core.step(batch, token_loss, want_entropy=False)
+                watchdog.at_step(step)
+                with watchdog.phase("update"):
+                    update = learner.step(batch, token_loss, want_entropy=False)
                 journal.record(step, data, chosen, batch, update, time.perf_counter() - began + waited, waited)
                 journal.measure(step)
                 stop, leaving, last = journal.should_stop(), ranks.end_step(step), step
                 if stop or leaving or due(step, sft.checkpoint_every, steps):
-                    save(run, step, core, journal.state(step))
-                core.poll_save(wait=leaving)
+                    save(run, step, learner, journal.state(step))
+                learner.poll_save(wait=leaving)
                 bar.advance(loss=update.loss)
                 if leaving:
                     leave(run, step)
                 if stop:
                     run.say(f"step {step} the validation loss has left the regime {sft.stop_after!r} (sft.stop_after): stopped")
                     break
-        core.poll_save(wait=True)
-        export(run, core, scorer.encoder.template)
+        learner.poll_save(wait=True)
+        export(run, learner, worker.encoder.template)
         _finish(run, journal.reading, last, len(data), ranks)
 
 

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pctrain.config import Config, SourceConfig
-from pctrain.core import parallel
+from pctrain.config.tree import Config, SourceConfig
+from pctrain.distributed import parallel
 from pctrain.data.build import Progress, TokenJob, build, folder_of
 from pctrain.data.sources import files_of
 from pctrain.data.store import TokenStore, is_finished
 from pctrain.data.trajectories import Trajectories, source_names
-from pctrain.errors import UserError
-from pctrain.progress import progress
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pctrain import health
-from pctrain.core import Core, parallel
+from pctrain.distributed.health import watchdog
+from pctrain.core import Learner
+from pctrain.distributed import parallel
 from pctrain.data.trajectories import Trajectories
 
 PACKS = 16  # of each rank in one pass over a part of the set: log-probs of that much are in memory
@@ -46,13 +47,13 @@ class ValidationLoss:
         return found
 
 
-@health.phase("validation")
-def validation_loss(core: Core, trajectories: Trajectories, token_budget: int) -> ValidationLoss:
+@watchdog.phase("validation")
+def validation_loss(learner: Learner, trajectories: Trajectories, token_budget: int) -> ValidationLoss:
     """Collective. Every trajectory counts once, whatever its source's weight."""
     sums, counts = np.empty(len(trajectories)), trajectories.loss_tokens.astype(np.float64)
     for indices in _parts(trajectories.lengths, PACKS * token_budget * parallel.data_parallel()[1]):
         # A trajectory's log-prob is 0 where it is not trained on: the sum is over its loss tokens.
-        for index, logprob in zip(indices, core.logprobs(trajectories.select(indices), token_budget, trained_only=True), strict=True):
+        for index, logprob in zip(indices, learner.logprobs(trajectories.select(indices), token_budget, trained_only=True), strict=True):
             sums[index] = -logprob.sum(dtype=np.float64)
     of_source = {name: trajectories.source == number for number, name in enumerate(trajectories.names)}
     means = sums / counts

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from pctrain.ceiling.answers import Answer, answers
+from pctrain.report.answers import Answer, answers
 from pctrain.ceiling.correlation import correlate
-from pctrain.ceiling.study_data import RLPoint, RLRun, SFTPoint, SFTRun, Study
+from pctrain.report.study_data import RLPoint, RLRun, SFTPoint, SFTRun, Study
 
 
 def sft(name: str = "", seed: int = 0, minimum: float = 0.4, turned: bool = True, size: int | None = None, difficulty: str | None = None,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pctrain.ceiling import fit_command
-from pctrain.ceiling.curves import read_curves
-from pctrain.ceiling.fit_options import FitOptions
-from pctrain.ceiling.flops import EFLOP, QWEN2_5_7B, paper_sft
-from pctrain.errors import UserError
+from pctrain.report import fit_command
+from pctrain.report.curves import read_curves
+from pctrain.report.fit_options import FitOptions
+from pctrain.compute.flops import EFLOP, QWEN2_5_7B, paper_sft
+from pctrain.common.errors import UserError
 
 PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
 
@@ -204,8 +204,8 @@ class Refuse:
         if name.split(".")[0] in ("torch", "megatron", "vllm", "transformers"):
             raise ImportError(name + " was imported")
 sys.meta_path.insert(0, Refuse())
-from pctrain.ceiling import fit_command, ledger, regimes
-from pctrain.ceiling.fit_options import FitOptions
+from pctrain.report import fit_command; from pctrain.compute import ledger; from pctrain.ceiling import regimes
+from pctrain.report.fit_options import FitOptions
 fit_command.main(sys.argv[1], FitOptions(out=sys.argv[2]))
 """
 

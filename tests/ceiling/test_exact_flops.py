@@ -6,8 +6,8 @@ import transformers
 from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
-from pctrain.ceiling import flops
-from pctrain.ceiling.flops import ModelShape
+from pctrain.compute import flops
+from pctrain.compute.flops import ModelShape
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False}

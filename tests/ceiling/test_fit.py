@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from benchmarks.ceilings.published import FILE as PUBLISHED_FILE
 from benchmarks.ceilings.published import PUBLISHED
 from pctrain.ceiling import collapse, posterior
-from pctrain.ceiling.curves import read_curves
+from pctrain.report.curves import read_curves
 from pctrain.ceiling.fit import VERDICTS, fit_ceiling
 from pctrain.ceiling.posterior import rise
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 def curve(x, p_sft, gain, c, b=1.5, sd=0.5, rho=0.2, rng=None):

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pctrain import cli
+from pctrain.cli import main as cli
 from pctrain.ceiling.curve import Curve
-from pctrain.ceiling.curves import read_curves
+from pctrain.report.curves import read_curves
 from pctrain.ceiling.posterior import rise
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
 X = np.arange(1, 31) * 4.0

@@ -2,9 +2,9 @@
 
 import pytest
 
-from pctrain.ceiling import flops
-from pctrain.ceiling.flops import EFLOP, QWEN2_5_7B, ModelShape
-from pctrain.errors import UserError
+from pctrain.compute import flops
+from pctrain.compute.flops import EFLOP, QWEN2_5_7B, ModelShape
+from pctrain.common.errors import UserError
 
 QWEN_CONFIG = {
     "num_hidden_layers": 28, "hidden_size": 3584, "intermediate_size": 18944, "num_attention_heads": 28, "num_key_value_heads": 4,

@@ -5,7 +5,7 @@ import pytest
 
 from pctrain.ceiling import regimes
 from pctrain.ceiling.monitor import SURE, Monitor
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 DELTA, DELTA2 = 0.02, 0.10
 EACH = 150  # curves of each kind

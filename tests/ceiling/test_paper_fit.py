@@ -7,7 +7,7 @@ import pytest
 
 from pctrain.ceiling.paper_fit import least_squares_fit, paper_fit
 from pctrain.ceiling.posterior import rise
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 def sigmoid(x, level, a, b, c):

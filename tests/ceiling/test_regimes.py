@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pctrain.ceiling import regimes
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 # Validation losses read off the paper's figure to two digits, with the regime that it shades.
 EASY_X = [0, 19.8, 39.5, 59.3, 79.0, 98.8, 335.9]

@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_folders import binomial_se, config, make_rl, make_study, rising
 
-from pctrain.ceiling import charts, curves, figures, looks, regimes, report
+from pctrain.report import charts, curves, figures, looks, command as report
+from pctrain.ceiling import regimes
 from pctrain.ceiling.fit import fit_ceiling
-from pctrain.ceiling.reading import read_study
-from pctrain.ceiling.study_data import SFTPoint, SFTRun
-from pctrain.errors import UserError
+from pctrain.report.reading import read_study
+from pctrain.report.study_data import SFTPoint, SFTRun
+from pctrain.common.errors import UserError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} & \u2028"
 REGIMES = ["adaptive"] * 3 + ["stable", "transient", "stable", "stable", "mild", "severe", "severe"]
@@ -83,7 +84,7 @@ def test_same_folder_same_bytes(written: Path, capsys: pytest.CaptureFixture) ->
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, pctrain.ceiling.report; sys.exit('torch' in sys.modules)"
+    code = "import sys, pctrain.report.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 

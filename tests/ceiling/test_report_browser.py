@@ -13,7 +13,7 @@ import yaml
 from study_folders import STEP_RL, STEP_SFT, binomial_se, config, make_rl, make_sft, make_study, rising
 from watch_server import Serving
 
-from pctrain.ceiling import report, watch
+from pctrain.report import command as report, watch
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a test extra")
 CHROMIUM = shutil.which("chromium")

@@ -11,10 +11,11 @@ import pytest
 from rich.console import Console
 from study_folders import make_rl, make_sft, make_study, rising
 
-from pctrain import cli
-from pctrain.ceiling import charts, curves, layout, ledger_table, report
+from pctrain.cli import main as cli
+from pctrain.report import charts, curves, ledger_table, command as report
+from pctrain.run import layout
 from pctrain.ceiling.fit import fit_ceiling
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 PUBLISHED = Path(__file__).parent / "published_curves.json"
 PROBLEMS = {"gsm8k": 300, "=aime": 100}

@@ -14,8 +14,8 @@ import pytest
 from study_folders import STEP_RL, STEP_SFT, binomial_se, make_rl, make_study, rising
 from watch_server import Serving
 
-from pctrain.ceiling import watch
-from pctrain.errors import UserError
+from pctrain.report import watch
+from pctrain.common.errors import UserError
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from study_folders import make_rl, make_sft, make_study, rising
 
-from pctrain.ceiling import layout
-from pctrain.ceiling.reading import read_study
-from pctrain.ceiling.study_data import Study
-from pctrain.errors import UserError
+from pctrain.run import layout
+from pctrain.report.reading import read_study
+from pctrain.report.study_data import Study
+from pctrain.common.errors import UserError
 
 SCORES = {60: 20.0, 150: 45.0, 270: 50.0}
 

@@ -7,7 +7,7 @@ import json
 import threading
 from pathlib import Path
 
-from pctrain.ceiling import watch
+from pctrain.report import watch
 
 
 class Serving:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pctrain.config import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.data.hf_dir import make_hf_dir
+from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.data.scratch_model import make_hf_dir
 from pctrain.data.rows import Row, make_row
 
 OPTIMIZER = OptimizerConfig(lr=3e-3, warmup=5, weight_decay=0.1)
@@ -32,13 +32,13 @@ def rows_of_a_pack(seed: int = 0) -> list[Row]:
     return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(130, 240)).tolist()) for _ in range(6)]
 
 
-def core(
+def learner(
     directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None, optimizer: OptimizerConfig = OPTIMIZER,
     total_steps: int = 100, dtype: str = "float32", router_aux_loss: float = 0.0,
 ):  # fmt: skip
-    from pctrain.core import Core
+    from pctrain.core import Learner
 
-    return Core(
+    return Learner(
         ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss), ParallelConfig(**layout),
         optimizer_config=optimizer if train else None, total_steps=total_steps, seed=0,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def step(model, step: int):
 
 def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float = 0.0) -> dict:
     """Losses, metrics and gradient norms of the first steps, and the weights after 3 of them under their Hugging Face names."""
-    model = core(directory, layout, router_aux_loss=router_aux_loss)
+    model = learner(directory, layout, router_aux_loss=router_aux_loss)
     updates = [step(model, i) for i in range(3)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
     updates += [step(model, i) for i in range(3, steps)]
@@ -68,9 +68,9 @@ def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float =
 
 def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
     """`steps` steps, a checkpoint in `folder`, and what `go_on` tells of as many more."""
-    from pctrain.core import parallel
+    from pctrain.distributed import parallel
 
-    model = core(directory, layout, **options)
+    model = learner(directory, layout, **options)
     for i in range(steps):
         step(model, i)
     if parallel.rank() == 0:
@@ -81,7 +81,7 @@ def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **op
 
 
 def load_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
-    model = core(directory, layout, **options)
+    model = learner(directory, layout, **options)
     model.load(folder)
     return go_on(model, steps)
 

@@ -9,7 +9,7 @@ from core import small
 
 
 def _logprobs(directory, layout, rows):
-    return small.core(directory, layout, train=False).logprobs(rows, small.BUDGET)
+    return small.learner(directory, layout, train=False).logprobs(rows, small.BUDGET)
 
 
 def _transformers_logprobs(model, row):
@@ -77,12 +77,12 @@ def _gradient_of_one_row(directory, rows, which):
     """main_grad of the embedding rows of every token, where only row `which` is trained on."""
     from dataclasses import replace
 
-    from pctrain.core import parallel  # noqa: F401
+    from pctrain.distributed import parallel  # noqa: F401
     from pctrain.core import step as core_step
     from pctrain.data.packing import pack_rows
     from pctrain.sft.loss import cross_entropy
 
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     masked = [row if i == which else replace(row, weights=np.zeros_like(row.weights)) for i, row in enumerate(rows)]
     model.chunks[0].zero_grad_buffer()
     core_step.run_loss(model.chunks, model._head, model.spec, pack_rows(masked, 1024), cross_entropy, temperature=1.0, want_entropy=False,

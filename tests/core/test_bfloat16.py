@@ -10,7 +10,7 @@ STEPS = 20
 def _train(directory, dtype):
     import torch
 
-    model = small.core(directory, {"tensor": 2}, dtype=dtype)
+    model = small.learner(directory, {"tensor": 2}, dtype=dtype)
     losses = [small.step(model, i).loss for i in range(STEPS)]
     parameters = [p for chunk in model.chunks for p in chunk.module.parameters()]
     inner = model._optimizer.chained_optimizers[0].optimizer
@@ -32,7 +32,7 @@ def test_training_follows_float32(ranks, hf_dirs):
 
 
 def _run(directory, folder, resumed):
-    model = small.core(directory, {}, dtype="bfloat16")
+    model = small.learner(directory, {}, dtype="bfloat16")
     if resumed:
         model.load(folder)
     else:
@@ -57,7 +57,7 @@ def _rounded_gradients(directory):
     from pctrain.core import step
     from pctrain.sft.loss import cross_entropy
 
-    model = small.core(directory, {}, dtype="bfloat16")
+    model = small.learner(directory, {}, dtype="bfloat16")
     rng = np.random.default_rng(0)
     batch = model.pack([small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, 32).tolist()) for _ in range(4)], 256)
     assert batch.loss_tokens == 128 and len(batch.packs) == 1  # a power of two: dividing by it rounds nothing

@@ -19,7 +19,7 @@ def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
 
 
 def _saved_before_its_first_step(directory, folder, action):
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     if action == "save":
         folder.mkdir()
         model.save(folder)
@@ -51,7 +51,7 @@ def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
 
 
 def _weights_from(directory, folder):
-    return {n: t.numpy().copy() for n, t in small.core(directory, {}, checkpoint=folder, train=False).hf_weights()}
+    return {n: t.numpy().copy() for n, t in small.learner(directory, {}, checkpoint=folder, train=False).hf_weights()}
 
 
 def test_another_run_can_start_from_the_weights(ranks, hf_dirs, tmp_path):
@@ -71,9 +71,10 @@ def test_a_folder_that_is_no_checkpoint_is_refused(ranks, hf_dirs, tmp_path):
 
 def _save_in_the_background(directory, folder):
     """What a GPU does, on the CPU: training goes on while the checkpoint is written."""
-    from pctrain.core import checkpoint, parallel
+    from pctrain.core import checkpoint
+    from pctrain.distributed import parallel
 
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     model.saver = checkpoint.Saver(background=True)
     events = []
     for i in range(STEPS):
@@ -108,9 +109,9 @@ def _load_foreign(directory, folder, part):
 
     import torch
 
-    from pctrain.errors import UserError
+    from pctrain.common.errors import UserError
 
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     small.step(model, 0)
     folder.mkdir()
     model.save(folder)
@@ -141,9 +142,9 @@ def test_a_checkpoint_cannot_run_a_command(ranks, hf_dirs, tmp_path, part):
 
 def _load_spoilt(directory, folder):
     """What loading says of a checkpoint, each of whose parts is spoilt in turn; None: it was loaded."""
-    from pctrain.errors import UserError
+    from pctrain.common.errors import UserError
 
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     small.step(model, 0)
     folder.mkdir()
     model.save(folder)

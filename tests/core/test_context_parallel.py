@@ -16,7 +16,7 @@ from core import small
 def test_a_pack_is_cut_as_megatron_core_rotates_it():
     from megatron.core.models.common.embeddings.rope_utils import _get_thd_freqs_on_this_cp_rank
 
-    from pctrain.core.context_parallel import positions
+    from pctrain.core.layers.context_parallel import positions
 
     size, bounds, tokens = 4, [0, 16, 40, 48], 64
     taken = [positions(torch.tensor(bounds, dtype=torch.int32), tokens, rank, size) for rank in range(size)]
@@ -36,7 +36,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx, x, cu_seqlens):
         from megatron.core import parallel_state
 
-        from pctrain.core.context_parallel import positions
+        from pctrain.core.layers.context_parallel import positions
 
         group = parallel_state.get_context_parallel_group()
         shares = [torch.empty_like(x) for _ in range(group.size())]
@@ -60,9 +60,9 @@ def _stand_in():
     from megatron.core.models.common.embeddings import rotary_pos_embedding
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-    from pctrain.core import layers
-    from pctrain.core.context_parallel import positions
-    from pctrain.core.packed_attention import PackedSDPA
+    from pctrain.core.layers import spec as layers
+    from pctrain.core.layers.context_parallel import positions
+    from pctrain.core.layers.packed_attention import PackedSDPA
 
     alone, build = PackedSDPA.forward, DotProductAttention.__init__
 
@@ -88,7 +88,7 @@ def _train(directory, layout, steps):
     with ExitStack() as stack:
         for patch in _stand_in() if layout.get("context", 1) > 1 else ():
             stack.enter_context(patch)
-        model = small.core(directory, layout)
+        model = small.learner(directory, layout)
         before = model.logprobs(small.rows(6), small.BUDGET)
         updates = [small.step(model, i) for i in range(steps)]
         return before, [u.loss for u in updates], [u.grad_norm for u in updates]
@@ -112,7 +112,7 @@ def test_a_run_whose_sequences_are_cut_is_the_same_run(ranks, hf_dirs, layout, w
 
 
 def _build(directory, layout):
-    small.core(directory, layout)
+    small.learner(directory, layout)
 
 
 def test_the_torch_spec_refuses_it(ranks, hf_dirs):

@@ -6,7 +6,7 @@ import pytest
 from core import small
 from pctrain.core import Update
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 LAYOUTS = {"single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
 
@@ -17,7 +17,7 @@ def _loss(logprob, entropy, streams):
 
 def _step(directory, layout, factor):
     """What forward and step tell of one batch whose denominator is loss_tokens x factor."""
-    model, rows = small.core(directory, layout), small.rows(12)
+    model, rows = small.learner(directory, layout), small.rows(12)
     tokens = float(sum(row.weights.sum() for row in rows))
     batch = model.pack(rows, small.BUDGET, denominator=None if factor == 1 else factor * tokens)
     forward = model.forward(batch, _loss)
@@ -38,7 +38,7 @@ def test_loss_and_gradient_are_divided_by_it_and_metrics_are_not(ranks, hf_dirs,
 
 
 def _skip(directory, layout):
-    model = small.core(directory, layout, optimizer=small.OPTIMIZER.model_copy(update={"skip_above": 1e-6}))
+    model = small.learner(directory, layout, optimizer=small.OPTIMIZER.model_copy(update={"skip_above": 1e-6}))
     before = [p.detach().clone() for m in model.modules for p in m.parameters()]
     update = small.step(model, 0)
     return update, all((a == b.detach()).all() for a, b in zip(before, (p for m in model.modules for p in m.parameters())))

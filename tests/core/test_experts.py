@@ -43,7 +43,7 @@ def _reference(directory, rows, budget, coefficient):
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    from pctrain.core.hf_config import HFConfig
+    from pctrain.hf.config import HFConfig
     from pctrain.data.packing import PackShape, pack_rows
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").train()
@@ -81,7 +81,7 @@ def _gradient(directory, layout, rows, budget, coefficient):
     from pctrain.core import optimizer, step
     from pctrain.sft.loss import cross_entropy
 
-    model = small.core(directory, layout, router_aux_loss=coefficient)
+    model = small.learner(directory, layout, router_aux_loss=coefficient)
     batch = model.pack(rows, budget)
     for chunk in model.chunks:
         chunk.train()
@@ -161,7 +161,7 @@ def _forward(directory, coefficient):
     from pctrain.data.packing import pack_rows
     from pctrain.sft.loss import cross_entropy
 
-    model = small.core(directory, {}, router_aux_loss=coefficient)
+    model = small.learner(directory, {}, router_aux_loss=coefficient)
     for parameter in model.modules[0].parameters():
         parameter.main_grad.fill_(7.0)
     loss, metrics = model.forward(pack_rows(small.rows(), small.BUDGET), cross_entropy, want_entropy=False)

@@ -6,7 +6,7 @@ from core import small
 
 
 def _export(directory, out):
-    small.core(directory, {}, train=False).export(out)
+    small.learner(directory, {}, train=False).export(out)
 
 
 def test_an_export_carries_the_chat_template(ranks, hf_dirs, tmp_path):

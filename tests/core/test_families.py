@@ -43,7 +43,7 @@ def models(tmp_path_factory):
 
 
 def _logprobs_and_export(directory, layout, rows, out):
-    model = small.core(directory, layout, train=False)
+    model = small.learner(directory, layout, train=False)
     found = model.logprobs(rows, small.BUDGET)
     model.export(out)
     return found
@@ -61,9 +61,10 @@ def test_logprobs_equal_transformers_and_tensors_come_out_as_they_went_in(ranks,
 
 
 def _export_shards(directory, layout, out, shard_bytes):
-    from pctrain.core import parallel, weights
+    from pctrain.distributed import parallel
+    from pctrain.core import weights
 
-    model = small.core(directory, layout, train=False)
+    model = small.learner(directory, layout, train=False)
     writes = parallel.rank() == 0
     weights.save_hf(model.modules, model.hf, False, directory, out, writes=writes, shard_bytes=shard_bytes)
 
@@ -94,7 +95,7 @@ def test_experts_spread_over_ranks_come_out_as_they_went_in(ranks, models, tmp_p
 
 
 def _export_experts(directory, layout, out):
-    model = small.core(directory, layout, train=False)
+    model = small.learner(directory, layout, train=False)
     model.export(out)
     return sum(".experts." in name for module in model.modules for name, _ in module.named_parameters())
 
@@ -119,7 +120,7 @@ def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
     """megatron-core's local spec says by which names its norms are stored where Transformer Engine fuses them into the next linear."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from pctrain.core.hf_config import HFConfig
+    from pctrain.hf.config import HFConfig
     from pctrain.core.weights import units
 
     hf = HFConfig.read(models[family][0])
@@ -138,7 +139,7 @@ def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
 
 
 def test_the_config_check_knows_the_same_families():
-    from pctrain.config_check import ARCHITECTURES
-    from pctrain.core.hf_config import FAMILIES
+    from pctrain.config.check import ARCHITECTURES
+    from pctrain.hf.config import FAMILIES
 
     assert list(ARCHITECTURES) == list(FAMILIES)

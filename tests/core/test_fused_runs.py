@@ -16,8 +16,8 @@ def _losses(directory, layout, fused):
     import pctrain_kernels
     from pctrain_kernels import reference
 
-    from pctrain.config import RLConfig
-    from pctrain.rl import algorithms
+    from pctrain.config.tree import RLConfig
+    from pctrain.rl.algorithms import registry as algorithms
     from pctrain.rl.batch import no_grad_streams
 
     calls = []
@@ -29,7 +29,7 @@ def _losses(directory, layout, fused):
 
     patch = mock.patch.object(pctrain_kernels, "linear_token_loss", pctrain_kernels.linear_token_loss if fused else full_logits)
     with patch:
-        model = small.core(directory, layout)
+        model = small.learner(directory, layout)
         updates = [small.step(model, i) for i in range(STEPS)]
         loss, rng = algorithms.build(RLConfig(algorithm="grpo"), 48).loss, np.random.default_rng(1)
         for i in range(STEPS):

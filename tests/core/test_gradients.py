@@ -19,7 +19,7 @@ LENGTH = 50
 
 def _batch(packs: int):
     """Packs of two sequences of `LENGTH` tokens a rank, the same number of packs on each; one pack holds all where `packs` is 1."""
-    from pctrain.core import parallel
+    from pctrain.distributed import parallel
     from pctrain.data.packing import pack_rows
 
     rank, size = parallel.data_parallel()
@@ -54,7 +54,7 @@ def _fused_and_unfused(directory, layout, router_aux_loss=0.0):
 
     found = {}
     for overlap in (False, True):
-        model = small.core(directory, {**layout, "overlap_grad_reduce": overlap}, router_aux_loss=router_aux_loss)
+        model = small.learner(directory, {**layout, "overlap_grad_reduce": overlap}, router_aux_loss=router_aux_loss)
         for packs in (1, 5):
             fused = _gradient(model, _batch(packs))
             with mock.patch.object(pctrain_kernels, "linear_token_loss", unfused_head):
@@ -108,7 +108,7 @@ def _forward_only(directory, layout):
     """What is left of main_grad, filled with sevens, after a forward pass and a log-prob pass."""
     from pctrain.sft.loss import cross_entropy
 
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     gradients = [p.main_grad for chunk in model.chunks for p in chunk.module.parameters()]
     for gradient in gradients:
         gradient.fill_(7)
@@ -125,11 +125,11 @@ def test_forward_alone_leaves_the_gradients_untouched(ranks, hf_dirs, world, lay
 
 def _recomputed(directory, layout):
     """{recompute: (loss, gradients, attention calls)}"""
-    from pctrain.core.packed_attention import PackedSDPA
+    from pctrain.core.layers.packed_attention import PackedSDPA
 
     found, attend = {}, PackedSDPA.forward
     for recompute in ("none", "selective", "full"):
-        model = small.core(directory, {**layout, "recompute": recompute})
+        model = small.learner(directory, {**layout, "recompute": recompute})
         calls = []
 
         def counted(self, *args, _calls=calls, **kwargs):

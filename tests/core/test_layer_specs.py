@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from core.test_torch_spec import _attend_alone, _layout
-from pctrain.config import ModelConfig, ParallelConfig
-from pctrain.core import layers, router_loss, varlen_attention
-from pctrain.core.varlen_attention import VarlenAttention, VarlenLayout
-from pctrain.errors import UserError
+from pctrain.config.tree import ModelConfig, ParallelConfig
+from pctrain.core.layers import spec as layers, router_loss, varlen_attention
+from pctrain.core.layers.varlen_attention import VarlenAttention, VarlenLayout
+from pctrain.common.errors import UserError
 
 
 def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
@@ -154,8 +154,8 @@ def test_torch_takes_the_call(fresh_options):
 
 
 def _begin(folder):
-    from pctrain.config import Config, RunConfig
-    from pctrain.resume import begin
+    from pctrain.config.tree import Config, RunConfig
+    from pctrain.run.resume import begin
 
     with begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te"))):
         pass

@@ -11,7 +11,7 @@ from core import small
 
 def _metrics(directory, layout):
     """Metrics of a forward pass and of a step; the largest values stand on tokens of which one has weight 0."""
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     rows, rng = [], np.random.default_rng(0)
     for row in small.rows():
         rows.append(replace(row, streams={"value": -1 - rng.random(len(row)).astype(np.float32)}))  # all below 0

@@ -15,8 +15,9 @@ MB = 10**6
 
 def _model(folder, *, hidden, ffn, layers, heads, kv_heads, vocab, shard_bytes=10**12):
     """A Llama in float32, written tensor by tensor; returns the shapes of its tensors. No row or column is like another."""
-    from pctrain.core import hf_files, weights
-    from pctrain.core.hf_config import HFConfig
+    from pctrain.hf import weight_files
+    from pctrain.core import weights
+    from pctrain.hf.config import HFConfig
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({
@@ -27,9 +28,9 @@ def _model(folder, *, hidden, ffn, layers, heads, kv_heads, vocab, shard_bytes=1
     }))  # fmt: skip
     shapes = {name: shape for unit in weights.units(HFConfig.read(folder), te=False) for name, shape in unit.hf.items()}
     row, column = torch.randn(max(hidden, ffn)), torch.randn(max(hidden, ffn, vocab), 1)
-    entries = [hf_files.Entry(name, torch.float32, shape) for name, shape in shapes.items()]
+    entries = [weight_files.Entry(name, torch.float32, shape) for name, shape in shapes.items()]
     tensors = ((name, row[: shape[-1]] * column[: shape[0]] if len(shape) == 2 else row[: shape[0]]) for name, shape in shapes.items())
-    hf_files.write(folder, entries, tensors, shard_bytes=shard_bytes)
+    weight_files.write(folder, entries, tensors, shard_bytes=shard_bytes)
     return list(shapes.values())
 
 

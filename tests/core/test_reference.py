@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from core import small
-from pctrain.core import parallel
+from pctrain.distributed import parallel
 
 LAYOUTS = {
     "single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {}),
@@ -23,7 +23,7 @@ def _reference_logprobs(model, rows):
 
 def _follow(directory, layout):
     """Log-probs of model and reference at the start and after 3 steps; whether a pass, and one that raises, left the weights alone."""
-    model, rows = small.core(directory, layout), small.rows(10, seed=5)
+    model, rows = small.learner(directory, layout), small.rows(10, seed=5)
     model.keep_reference()
     start, first = model.logprobs(rows, small.BUDGET), _reference_logprobs(model, rows)
     for i in range(3):
@@ -53,7 +53,7 @@ def test_the_reference_stays_at_the_start(ranks, hf_dirs, world, layout):
 
 def _resumed(directory, checkpoint, folder):
     """A run from `checkpoint`, saved after 2 steps and loaded by a second one: log-probs of its start, and of the second's reference."""
-    model, rows = small.core(directory, {}, checkpoint=checkpoint), small.rows(6, seed=5)
+    model, rows = small.learner(directory, {}, checkpoint=checkpoint), small.rows(6, seed=5)
     start = model.logprobs(rows, small.BUDGET)
     for i in range(2):
         small.step(model, i)
@@ -61,7 +61,7 @@ def _resumed(directory, checkpoint, folder):
         folder.mkdir()
     parallel.barrier()
     model.save(folder)
-    second = small.core(directory, {}, checkpoint=checkpoint)
+    second = small.learner(directory, {}, checkpoint=checkpoint)
     second.load(folder)
     second.keep_reference()
     resumed = second.logprobs(rows, small.BUDGET)
@@ -81,7 +81,7 @@ def test_after_a_resume_the_reference_is_the_start_of_the_run(ranks, hf_dirs, tm
 
 
 def _entropies(directory, layout):
-    model, rows = small.core(directory, layout), small.rows(8)
+    model, rows = small.learner(directory, layout), small.rows(8)
     both = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True, want_entropy=True)
     alone = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True)
     found = model.forward(model.pack(rows, small.BUDGET), lambda lp, entropy, _: (entropy, {}), temperature=0.7)[0]

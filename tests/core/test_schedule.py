@@ -5,7 +5,7 @@ import math
 import pytest
 
 from core import small
-from pctrain.config import OptimizerConfig
+from pctrain.config.tree import OptimizerConfig
 
 TOTAL, WARMUP, DECAY, LR, MIN_LR = 12, 3, 4, 1e-3, 1e-4
 
@@ -23,11 +23,11 @@ def _formula(schedule: str, step: int) -> float:
 
 def _rates(directory, schedule, folder, resumed_at):
     optimizer = OptimizerConfig(lr=LR, min_lr=MIN_LR, schedule=schedule, warmup=WARMUP, decay=DECAY if schedule == "wsd" else 0)
-    model = small.core(directory, {}, optimizer=optimizer, total_steps=TOTAL)
+    model = small.learner(directory, {}, optimizer=optimizer, total_steps=TOTAL)
     rates = [small.step(model, i).lr for i in range(resumed_at)]
     folder.mkdir()
     model.save(folder)
-    model = small.core(directory, {}, optimizer=optimizer, total_steps=TOTAL)
+    model = small.learner(directory, {}, optimizer=optimizer, total_steps=TOTAL)
     model.load(folder)
     return rates + [small.step(model, i).lr for i in range(resumed_at, TOTAL)]
 

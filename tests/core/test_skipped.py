@@ -10,7 +10,7 @@ from e2e import tiny
 from core import small
 from pctrain.core import Update
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 BAD = 1.0  # value of the stream `bad` on the row that spoils a batch
 
@@ -26,7 +26,7 @@ def _nan_gradient(logprob, entropy, streams):
 
 def _spoiled(directory, layout, kind):
     """(update, were weights and optimizer left alone) of a good, a spoiled and a good step, and the weights in the end."""
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     token_loss = {"loss": _nan_loss, "gradient": _nan_gradient}[kind]
 
     def state():

@@ -38,9 +38,9 @@ def model(tmp_path_factory):
 
 
 def _logprobs_and_export(directory, layout, rows, out):
-    core = small.core(directory, layout, train=False)
-    found = core.logprobs(rows, small.BUDGET)
-    core.export(out)
+    learner = small.learner(directory, layout, train=False)
+    found = learner.logprobs(rows, small.BUDGET)
+    learner.export(out)
     return found
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.core.packed_attention import PackedLayout, PackedSDPA, cut
-from pctrain.core.rms_norm import RMSNorm
-from pctrain.core.rotary import Rotate
-from pctrain.core.swiglu import swiglu
+from pctrain.core.layers.packed_attention import PackedLayout, PackedSDPA, cut
+from pctrain.core.layers.rms_norm import RMSNorm
+from pctrain.core.layers.rotary import Rotate
+from pctrain.core.layers.swiglu import swiglu
 
 
 def test_swiglu_is_that_of_autograd():

@@ -18,7 +18,7 @@ def _compare(directory, layout):
 
     from pctrain.core import weight_buckets, weights
 
-    model = small.core(directory, layout, train=False)
+    model = small.learner(directory, layout, train=False)
     arguments = model.modules, model.hf, model._te
     with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast, \
             mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
@@ -64,7 +64,7 @@ def _ahead(directory, layout):
 
     from pctrain.core import weight_buckets
 
-    model = small.core(directory, layout, train=False)
+    model = small.learner(directory, layout, train=False)
     started, unpacked, ahead = [], [], []
     send, unpack = weight_buckets._send, weight_buckets._unpack
 

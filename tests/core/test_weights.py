@@ -11,7 +11,7 @@ from core import small
 
 
 def _export(directory, layout):
-    return {name: tensor.numpy().copy() for name, tensor in small.core(directory, layout, train=False).hf_weights()}
+    return {name: tensor.numpy().copy() for name, tensor in small.learner(directory, layout, train=False).hf_weights()}
 
 
 def _qwen2(folder, source):
@@ -46,7 +46,7 @@ def test_every_tensor_comes_out_as_it_went_in(ranks, hf_dirs, tmp_path, world, l
 
 
 def _export_folder(directory, layout, folder):
-    small.core(directory, layout, train=False).export(folder)
+    small.learner(directory, layout, train=False).export(folder)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
@@ -76,7 +76,7 @@ def test_qwen2_equals_transformers(ranks, hf_dirs, tmp_path):
 
 
 def _logprob_of(directory, row):
-    return small.core(directory, {}, train=False).logprobs([row], small.BUDGET)[0]
+    return small.learner(directory, {}, train=False).logprobs([row], small.BUDGET)[0]
 
 
 def _break(folder, source, change):
@@ -88,10 +88,10 @@ def _break(folder, source, change):
 
 
 def _error_of(directory):
-    from pctrain.errors import UserError
+    from pctrain.common.errors import UserError
 
     try:
-        small.core(directory, {}, train=False)
+        small.learner(directory, {}, train=False)
     except UserError as error:
         return str(error)
     return "no error"

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.config import FieldsConfig, ProblemsConfig
+from pctrain.config.tree import FieldsConfig, ProblemsConfig
 from pctrain.data import arithmetic
 from pctrain.data.sources import read_records
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 BOX = re.compile(r"\\boxed\{(-?\d+)\}$")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.data.chat_template import RenderError, load
-from pctrain.errors import UserError
+from pctrain.hf.chat_template import RenderError, load
+from pctrain.common.errors import UserError
 
 CHAT = [
     {"role": "system", "content": "Be <brief> & \"kind\"."}, {"role": "user", "content": " What is 12 + 30? "},

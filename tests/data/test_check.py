@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain import cli
-from pctrain.config import ArchitectureConfig
-from pctrain.data import check_report, hf_dir
+from pctrain.cli import main as cli
+from pctrain.config.tree import ArchitectureConfig
+from pctrain.data import check_report, scratch_model as hf_dir
 from pctrain.data.check import open_boxes
 from pctrain.data.writing import write_records
 

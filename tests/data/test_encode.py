@@ -11,11 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pctrain.config import DataConfig, FieldsConfig
+from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.problems import read_problems
 from pctrain.data.records import Message, Record
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 PAIR = Record("pair", "What is 12 + 30?", "12 + 30 = 42, so \\boxed{42}.")
 THOUGHT = Record("thought", "What is 12 + 30?", "<think>\n12 + 30 = 42\n</think>\n\n\\boxed{42}.")

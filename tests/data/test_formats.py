@@ -16,12 +16,12 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, parts_of, read_chunk, read_records
 from pctrain.data.tables import GroupPart, RowGroups
 from pctrain.data.writing import write_records
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 datasets.disable_progress_bars()
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -298,7 +298,7 @@ def test_a_folder_of_splits_names_them(tmp_path):
 MEASURE = """
 import re, sys
 from pathlib import Path
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.sources import iter_records
 # Not getrusage: its peak is that of the parent where the parent's is higher.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pctrain.data.packing import NO_LABEL, PackedBatch, PackShape, deal, first_fit_decreasing, pack_rows, plan
 from pctrain.data.rows import Row, RowSet, make_row
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 BUDGET = 32
 

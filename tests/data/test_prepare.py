@@ -10,7 +10,7 @@ from pathlib import Path
 SCRIPT = """
 import sys
 from pathlib import Path
-from pctrain.config_load import load
+from pctrain.config.load import load
 from pctrain.data import arithmetic, prepare
 from pctrain.data.prepare import prepare as make
 real = arithmetic.write_sets

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import choose
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import iter_records, read_records
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 GOOD = '{"prompt": "1+1=", "response": "two", "answer": "2"}'
 

@@ -71,8 +71,8 @@ def test_length_bounds_and_preferences_go_together_with_difficulty(rated):
 
 
 def test_lengths_are_tokens_where_there_is_a_tokenizer(tmp_path):
-    from pctrain.config import ArchitectureConfig
-    from pctrain.data.hf_dir import make_hf_dir
+    from pctrain.config.tree import ArchitectureConfig
+    from pctrain.data.scratch_model import make_hf_dir
 
     texts = ["the same words again and again " * 20, "0123456789" * 20]
     hf = make_hf_dir(tmp_path / "hf", ArchitectureConfig(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8), texts, vocab_size=300, seed=0)

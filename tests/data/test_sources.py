@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
 from pctrain.data.sources import chunks, content_hash, files_of, iter_raw, iter_records, read_chunk, read_records
-from pctrain.durable import fingerprint
-from pctrain.errors import UserError
+from pctrain.files.durable import fingerprint
+from pctrain.common.errors import UserError
 
 datasets.disable_progress_bars()
 

@@ -17,14 +17,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pctrain.config import DataConfig, FieldsConfig
+from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data import build as build_module
 from pctrain.data import sources, store
 from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
 from pctrain.data.sources import read_records
 from pctrain.data.store import TokenStore
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 BUILDER = Path(__file__).with_name("token_builder.py")
 

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.config import ArchitectureConfig, Config, ProblemsConfig, SourceConfig
-from pctrain.data import arithmetic, hf_dir
+from pctrain.config.tree import ArchitectureConfig, Config, ProblemsConfig, SourceConfig
+from pctrain.data import arithmetic, scratch_model as hf_dir
 from pctrain.data.rows import make_row
-from pctrain.data.tokenizer import BOX, Tokenizer, train_sentencepiece
-from pctrain.errors import UserError
+from pctrain.hf.tokenizer import BOX, Tokenizer, train_sentencepiece
+from pctrain.common.errors import UserError
 
 PROBLEMS = ProblemsConfig(train=300, validation=20, test=20, rl=20)
 SETS = arithmetic.generate(PROBLEMS, 0)

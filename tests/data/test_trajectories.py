@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
-from pctrain.config import SourceConfig
+from pctrain.config.tree import SourceConfig
 from pctrain.data.packing import pack_rows
 from pctrain.data.prefetch import prefetch
 from pctrain.data.rows import make_row
 from pctrain.data.trajectories import SOURCE, Trajectories, source_names
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 class Store(list):

@@ -6,7 +6,7 @@ Prints "shards DONE/TOTAL" as it goes on, and the folder at the end.
 import sys
 from pathlib import Path
 
-from pctrain.config import DataConfig
+from pctrain.config.tree import DataConfig
 from pctrain.data import build as build_module
 from pctrain.data.build import TokenJob, build, folder_of
 

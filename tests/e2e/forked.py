@@ -103,7 +103,7 @@ class Run:
 def _serve() -> None:
     import pctrain.rl.loop
     import pctrain.sft.loop  # noqa: F401
-    from pctrain.cli import main
+    from pctrain.cli.main import main
 
     print("ready", flush=True)
     running = set()

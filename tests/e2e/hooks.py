@@ -10,13 +10,13 @@ from xml.etree import ElementTree
 
 def _in_step_3(act):
     """`act()` before the engine samples, on the last rank, in the third step."""
-    from pctrain import health
+    from pctrain.distributed.health import watchdog
     from pctrain.rollout.queue import RequestQueue
 
     sample = RequestQueue.run
 
     def faulty(self, *arguments, **options):
-        if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) and health._step == 3:
+        if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) and watchdog._step == 3:
             act()
         return sample(self, *arguments, **options)
 
@@ -74,7 +74,7 @@ def _held_by_glibc(file):
 
 def rank_1_is_slow():
     """At each of its micro-batches, as a GPU that is too hot."""
-    from pctrain import stragglers
+    from pctrain.run import stragglers
     from pctrain.core import step
 
     stragglers.WINDOW_SECONDS = 0.0

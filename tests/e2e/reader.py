@@ -100,7 +100,7 @@ def cluster(folder: Path, to: Path) -> None:
 
 def run(folder: Path, commands: list[tuple[str, ...]]) -> list[tuple[int, str]]:
     """(exit status, what was printed) of `pctrain` commands one after the other, up to the first that fails."""
-    from pctrain.cli import main
+    from pctrain.cli.main import main
 
     before, found = os.getcwd(), []
     os.chdir(folder)

@@ -10,7 +10,7 @@ import pytest
 
 from e2e import tiny
 from e2e.forked import Forked
-from pctrain.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
+from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
 
 
 @pytest.fixture(scope="module")

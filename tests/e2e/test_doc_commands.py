@@ -13,8 +13,8 @@ import pytest
 
 from e2e import reader
 from e2e.doc_pages import GUIDES, ROOT, Shown, commands
-from pctrain import config_load
-from pctrain.cli import COMMANDS
+from pctrain.config import load as config_load
+from pctrain.cli.main import COMMANDS
 
 SMALL = {
     "sft": ("--sft.epochs=null", "--sft.steps=2", "--sft.batch_size=8", "--sft.token_budget=512", "--sft.val_every=1",
@@ -94,7 +94,7 @@ ELSEWHERE = {
         "tests/e2e/test_quickstart.py::test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes",
     "python launch/dependencies.py '>' docs/dependencies.md": "tests/launch/test_dependencies.py::test_the_page_was_made_by_it",
     "python -m benchmarks.ceilings": "tests/ceiling/test_ceiling_benchmark.py::test_",
-    "python -m pctrain.config_help '>' docs/config.md": "tests/test_config.py::test_",
+    "python -m pctrain.config.help '>' docs/config.md": "tests/test_config.py::test_",
     "PCTRAIN_DEVICE=gpu bash launch/setup.sh": "tests/launch/test_setup.py::test_gpu_packages",
     "pip install ./kernels": "tests/e2e/test_doc_commands.py::test_the_kernels_install_alone",
     "python -m pytest tests/kernels": "tests/kernels/test_compile_gate.py::test_",

@@ -10,7 +10,7 @@ def _both(exported):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pctrain.config import RolloutConfig
+    from pctrain.config.tree import RolloutConfig
     from pctrain.rollout import RolloutEngine
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32), AutoTokenizer.from_pretrained(exported)

@@ -17,10 +17,10 @@ def _rl(arguments, crash_at=None, refuse_sampling_of=()):
 
     update, sample = loop.update, loop.GroupSampler.sample
 
-    def dying(config, core, algorithm, sampled, ledger, step):
+    def dying(config, learner, algorithm, sampled, ledger, step):
         if step == crash_at:
             raise KeyboardInterrupt
-        return update(config, core, algorithm, sampled, ledger, step)
+        return update(config, learner, algorithm, sampled, ledger, step)
 
     def counted(self, prompts, step):
         assert step not in refuse_sampling_of, f"step {step} was sampled again"
@@ -109,15 +109,15 @@ ALGORITHMS = {
 
 def _train_with_each(commands):
     """Two steps of every algorithm, with one engine for all of them."""
-    from pctrain.config_load import load
-    from pctrain.evaluate.scorer import Scorer
-    from pctrain.resume import begin
+    from pctrain.config.load import load
+    from pctrain.rollout.worker import RolloutWorker
+    from pctrain.run.resume import begin
     from pctrain.rl import loop
 
-    with begin(load(None, list(map(str, commands[0])))) as first, Scorer(first) as scorer:
+    with begin(load(None, list(map(str, commands[0])))) as first, RolloutWorker(first) as worker:
         for command in commands:
             with begin(load(None, list(map(str, command)))) as config:
-                loop.train(config, scorer)
+                loop.train(config, worker)
 
 
 def test_every_algorithm_trains(ranks, sft_run, tmp_path):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from core import small
 
-from pctrain.config import ArchitectureConfig, RolloutConfig
-from pctrain.data.hf_dir import make_hf_dir
+from pctrain.config.tree import ArchitectureConfig, RolloutConfig
+from pctrain.data.scratch_model import make_hf_dir
 
 EOS = 2
 
@@ -14,7 +14,7 @@ def _difference(directory, layout):
     """(before the swap, after it): largest |log-prob of the engine - log-prob of the trained learner|."""
     from pctrain.rollout import RolloutEngine
 
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     for i in range(5):
         small.step(model, i)
     rng = np.random.default_rng(0)

@@ -7,8 +7,8 @@ import io
 import json
 from pathlib import Path
 
-from pctrain.config import Config
-from pctrain.config_load import load
+from pctrain.config.tree import Config
+from pctrain.config.load import load
 
 OPTIONS = [
     "--data.problems.min_terms=2", "--data.problems.max_terms=3", "--data.problems.train=200", "--data.problems.validation=40",
@@ -38,7 +38,7 @@ def ledger(folder: Path) -> list[dict]:
 
 def cli(*arguments: str) -> tuple[int, str]:
     """(exit status, what went to stderr) of a command, in this process."""
-    from pctrain.cli import main
+    from pctrain.cli.main import main
 
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from pctrain.config import Config
+from pctrain.config.tree import Config
 from pctrain.data.problems import Problem
 from pctrain.evaluate.accuracy import evaluate
 from pctrain.reward.verdict import Verdict

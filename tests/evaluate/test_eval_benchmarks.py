@@ -9,9 +9,9 @@ import pyarrow.parquet
 import pytest
 import sets_cli as cli
 
-from pctrain.config import Config
-from pctrain.config_load import load
-from pctrain.errors import UserError
+from pctrain.config.tree import Config
+from pctrain.config.load import load
+from pctrain.common.errors import UserError
 from pctrain.evaluate.benchmarks import CHOICE_INSTRUCTION, read_benchmarks
 from pctrain.reward.verifiers import VERIFIERS
 
@@ -136,7 +136,7 @@ def test_the_judge_is_a_function():
 
 
 def test_a_config_with_benchmarks_survives_its_own_yaml(tmp_path):
-    from pctrain.config_load import dump
+    from pctrain.config.load import dump
 
     config = load(None, ["--eval.benchmarks={a: x.jsonl, b: {path: y, fields: {prompt: q}}}"], sections=())
     (tmp_path / "c.yaml").write_text(dump(config))

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from pctrain.ceiling.curves import read_curves
-from pctrain.cli import main
-from pctrain.errors import UserError
+from pctrain.report.curves import read_curves
+from pctrain.cli.main import main
+from pctrain.common.errors import UserError
 from pctrain.evaluate import rl_curves
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.targets import find

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pctrain.config import ArchitectureConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.config_load import read
+from pctrain.config.tree import ArchitectureConfig, Config, ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.config.load import read
 
 RUN_OPTIONS = ["--run.dir=run", "--run.tensorboard=false", "--model.path=model", "--data.train=a.jsonl", "--data.validation=a.jsonl"]
 ARCHITECTURE = ArchitectureConfig(layers=1, hidden=16, heads=2, kv_heads=2, ffn=16, context=64)
@@ -27,12 +27,12 @@ METRICS = [{"step": 0, "kind": "val", "eflops_sft": 0.0, "eflops_rl": 0.0, "val_
 
 def make(folder: Path) -> None:
     """A run with two checkpoints, tokens, a model."""
-    from pctrain import resume
-    from pctrain.core import parallel
+    from pctrain.run import resume
+    from pctrain.distributed import parallel
     from pctrain.data.build import TokenJob, build, folder_of
-    from pctrain.data.hf_dir import make_hf_dir
+    from pctrain.data.scratch_model import make_hf_dir
     from pctrain.data.rows import make_row
-    from pctrain.runfolder import RunFolder
+    from pctrain.run.folder import RunFolder
     from pctrain.sft.loss import cross_entropy
 
     run, store, model = (folder / "bases" / name for name in ("run", "store", "model"))
@@ -44,15 +44,15 @@ def make(folder: Path) -> None:
     make_hf_dir(model / "model", ARCHITECTURE, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=300, seed=1)
     settings = config()
     parallel.initialize(settings.parallel, 0)
-    core = make_core(run / "model")
-    core.step(core.pack([make_row([5, 6, 7], [8, 9, 2])], 64), cross_entropy, want_entropy=False)
+    learner = make_core(run / "model")
+    learner.step(learner.pack([make_row([5, 6, 7], [8, 9, 2])], 64), cross_entropy, want_entropy=False)
     with RunFolder.open(settings, "sft", [Path("a.jsonl")]) as opened:
         for row in METRICS:
             opened.record(row["step"], row["kind"], {key: value for key, value in row.items() if key not in ("step", "kind")})
         opened.record_ledger([{"step": 1, "phase": "sft_update", "tokens": 80}])
         opened.say("step 1 loss 2")
         for step in (1, 2):
-            resume.save(opened, step, core, {**STATE, "step": step})
+            resume.save(opened, step, learner, {**STATE, "step": step})
         opened.write_rollouts(2, [ROLLOUT])
     job = TokenJob((Path("a.jsonl"),), Path("model"), settings.data.model_copy(update={"template": "none", "workers": 1}), 64)
     cache = folder_of(Path("cache"), job)
@@ -66,6 +66,6 @@ def config() -> Config:
 
 
 def make_core(model: Path):
-    from pctrain.core import Core
+    from pctrain.core import Learner
 
-    return Core(ModelConfig(path=model), ParallelConfig(), optimizer_config=OptimizerConfig(), total_steps=10, seed=0)
+    return Learner(ModelConfig(path=model), ParallelConfig(), optimizer_config=OptimizerConfig(), total_steps=10, seed=0)

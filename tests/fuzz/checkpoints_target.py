@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 from fuzz.case import Case
 from fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
 from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
-from pctrain import checkpoints, cli, runfolder
-from pctrain.config import ParallelConfig
-from pctrain.config_load import load, read
-from pctrain.errors import UserError
+from pctrain.run import checkpoints, folder as runfolder
+from pctrain.cli import main as cli
+from pctrain.config.tree import ParallelConfig
+from pctrain.config.load import load, read
+from pctrain.common.errors import UserError
 
 NAME = "checkpoints"
 STEP = "run/checkpoints/step-2"
@@ -283,10 +284,10 @@ CASES = st.one_of(checkpoint_cases(), checkpoint_cases(), code_cases(), state_ca
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
-    import pctrain.resume
+    import pctrain.run.resume
     import pctrain.rl.loop
     import pctrain.sft.journal
-    import pctrain.show  # noqa: F401
+    import pctrain.tools.show  # noqa: F401
 
     child = os.fork()  # process groups and their threads stay in it
     if child == 0:
@@ -325,8 +326,8 @@ _loaded: Any = None  # one core a process: making it takes as long as a hundred 
 
 
 def _load(case: Case, folder: Path) -> None:
-    from pctrain import resume
-    from pctrain.core import parallel
+    from pctrain.run import resume
+    from pctrain.distributed import parallel
 
     global _loaded
     if _loaded is None:
@@ -348,9 +349,9 @@ def _load(case: Case, folder: Path) -> None:
 
 
 def _state(case: Case, folder: Path) -> None:
-    from pctrain.ceiling.ledger import Ledger
+    from pctrain.compute.ledger import Ledger
     from pctrain.ceiling.monitor import Monitor
-    from pctrain.core.hf_config import HFConfig
+    from pctrain.hf.config import HFConfig
     from pctrain.core.skipped import SkippedUpdates
     from pctrain.rl.loop import _joint
     from pctrain.rl.sampling import PromptStream
@@ -427,10 +428,10 @@ def _store(case: Case, folder: Path) -> None:
 
 
 def _model(case: Case, folder: Path) -> None:
-    from pctrain.core.hf_config import HFConfig
-    from pctrain.core.hf_files import HFReader
-    from pctrain.data import chat_template
-    from pctrain.data.tokenizer import Tokenizer
+    from pctrain.hf.config import HFConfig
+    from pctrain.hf.weight_files import HFReader
+    from pctrain.hf import chat_template
+    from pctrain.hf.tokenizer import Tokenizer
 
     steps: list[Callable[[], object]] = [
         lambda: load(None, ["--model.path=model"], sections=("model", "parallel", "rollout")), lambda: HFConfig.read(Path("model")).shape,

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from fuzz.case import Case
 from fuzz.mutate import ODD_TEXTS, edited_bytes
-from pctrain import cli, config_load
-from pctrain.cli_commands import COMMANDS
-from pctrain.config import Config
-from pctrain.errors import UserError
+from pctrain.cli import main as cli
+from pctrain.config import load as config_load
+from pctrain.cli.commands import COMMANDS
+from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
 
 NAME = "config"
 
@@ -166,7 +167,7 @@ CASES = st.one_of(file_cases(), file_cases(), command_cases())
 def prepare(folder: Path) -> Mapping[str, Path]:
     # What the command line imports before a command begins its work; everything else of pctrain is the work.
     told = subprocess.run([sys.executable, "-c",
-                           "import sys, pctrain.cli; print(*[name for name in sys.modules if name.startswith('pctrain')])"],
+                           "import sys, pctrain.cli.main; print(*[name for name in sys.modules if name.startswith('pctrain')])"],
                           capture_output=True, text=True, check=True)
     global _parsing
     _parsing = frozenset(told.stdout.split())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fuzz.case import Case
 from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
-from pctrain import cli
+from pctrain.cli import main as cli
 
 NAME = "curves"
 CELLS = ["", "0", "-0", "1", "-1", "nan", "inf", "-inf", "1e308", "1e400", "1e-320", "5e-324", "100", "100.0000001", "101", "1_0", "٣",
@@ -201,9 +201,9 @@ CASES = st.one_of(file_cases(), file_cases(), study_cases())
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
-    import pctrain.ceiling.fit_command
-    import pctrain.ceiling.ledger_table
-    import pctrain.ceiling.report  # noqa: F401
+    import pctrain.report.fit_command
+    import pctrain.report.ledger_table
+    import pctrain.report.command  # noqa: F401
 
     sys.path.append(str(Path(__file__).resolve().parents[1] / "ceiling"))
     import study_folders

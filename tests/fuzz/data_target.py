@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from fuzz.case import Case
 from fuzz.mutate import edited_bytes, edited_trees, json_files, json_text
-from pctrain import cli
-from pctrain.config import ArchitectureConfig
-from pctrain.config_load import read
+from pctrain.cli import main as cli
+from pctrain.config.tree import ArchitectureConfig
+from pctrain.config.load import read
 from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
-from pctrain.data.hf_dir import make_hf_dir
+from pctrain.data.scratch_model import make_hf_dir
 from pctrain.data.problems import read_problems
 from pctrain.data.sources import files_of
 from pctrain.data.store import TokenStore
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 NAME = "data"
 PLAIN = {"id": "p1", "prompt": "1+2=", "response": "1+2=3 so \\boxed{3}", "answer": "3", "win_rate": 0.5}

@@ -61,7 +61,7 @@ class _Broken:
         return {}
 
     def run(self, case, folder):
-        from pctrain.errors import UserError
+        from pctrain.common.errors import UserError
 
         if case.action == "raises":
             raise KeyError("x")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from e2e.doc_pages import commands
 
-from pctrain import doctor
+from pctrain.tools import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "launch" / "Dockerfile"
@@ -95,7 +95,7 @@ def test_what_is_copied_exists_and_reaches_the_builder():
     assert {"setup.py", "launch/setup.sh", "."} <= sources
     for source in sources - {"."}:
         assert (ROOT / source).exists() and not ignored(source)
-    for path in ("pctrain/cli.py", "configs/quickstart.yaml", "launch/torchrun.sh", "kernels/pctrain_kernels/backend.py", "README.md"):
+    for path in ("pctrain/cli/main.py", "configs/quickstart.yaml", "launch/torchrun.sh", "kernels/pctrain_kernels/backend.py", "README.md"):
         assert (ROOT / path).exists() and not ignored(path)
     assert all(ignored(path) for path in (".venv/bin/python", "runs/quickstart/sft", ".git/config", "pctrain/__pycache__/a.pyc"))
 
@@ -122,7 +122,7 @@ def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.copy(ROOT / "pctrain" / "errors.py", tmp_path / "checkout" / "pctrain")  # the code comes later
-    program = (f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.errors as e; import importlib.util as u; "
+    program = (f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.common.errors as e; import importlib.util as u; "
                "print(e.__file__, u.find_spec('pctrain_kernels').origin)")
     seen = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=100,
                           env={"PATH": "/usr/bin"})

@@ -20,9 +20,10 @@ def main() -> int:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pctrain.core import cpu_compat, model, optimizer
+    from pctrain.core.patches import cpu as cpu_patches
+    from pctrain.core import model, optimizer
 
-    cpu_compat.install()
+    cpu_patches.install()
     torch.cuda.current_device = lambda: "meta"  # where megatron-core makes its buffers
     model.device = lambda: torch.device("meta")
     # megatron-core chooses what is optimised by the name of the type, which cpu_compat likens to that of a GPU.
@@ -43,10 +44,10 @@ def _held(case: dict) -> dict:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    from pctrain.config import ModelConfig, OptimizerConfig, ParallelConfig
+    from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from pctrain.core import model, optimizer
-    from pctrain.core.hf_config import HFConfig
-    from pctrain.device import DTYPES
+    from pctrain.hf.config import HFConfig
+    from pctrain.common.device import DTYPES
 
     par, config = ParallelConfig(**case["parallel"]), ModelConfig(path=case["folder"], dtype=case["dtype"])
     parallel_state.initialize_model_parallel(

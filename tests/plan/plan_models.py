@@ -27,11 +27,12 @@ def write_model(folder: Path, **shape: object) -> Path:
     """A Llama with random weights in float32."""
     import torch
 
-    from pctrain.core import hf_files, weights
-    from pctrain.core.hf_config import HFConfig
+    from pctrain.hf import weight_files
+    from pctrain.core import weights
+    from pctrain.hf.config import HFConfig
 
     write_config(folder, {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", **shape})
     shapes = {name: size for unit in weights.units(HFConfig.read(folder), te=False) for name, size in unit.hf.items()}
-    entries = [hf_files.Entry(name, torch.float32, size) for name, size in shapes.items()]
-    hf_files.write(folder, entries, ((name, torch.randn(size) * 0.02) for name, size in shapes.items()), shard_bytes=10**12)
+    entries = [weight_files.Entry(name, torch.float32, size) for name, size in shapes.items()]
+    weight_files.write(folder, entries, ((name, torch.randn(size) * 0.02) for name, size in shapes.items()), shard_bytes=10**12)
     return folder

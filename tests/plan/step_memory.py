@@ -19,9 +19,9 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from pctrain import convert  # noqa: F401  megatron-core and what writes files belong to the base
-    from pctrain.config_load import read
-    from pctrain.core import Core
+    from pctrain.tools import convert  # noqa: F401  megatron-core and what writes files belong to the base
+    from pctrain.config.load import read
+    from pctrain.core import Learner
     from pctrain.data.rows import make_row
     from pctrain.sft.loss import cross_entropy
 
@@ -38,23 +38,23 @@ def main() -> int:
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
 
     kind = getattr(config, asked["kind"])
-    core = Core(config.model, config.parallel, optimizer_config=kind.optimizer, total_steps=10, seed=0)
+    learner = Learner(config.model, config.parallel, optimizer_config=kind.optimizer, total_steps=10, seed=0)
     engine = None
     if sampling:
         if config.rl.kl_coef:
-            core.keep_reference()
-        engine = RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=core.hf.context, eos_id=2)
+            learner.keep_reference()
+        engine = RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=learner.hf.context, eos_id=2)
     random = np.random.default_rng(0)
     tokens = random.integers(3, 260, (asked["rows"], asked["length"])).tolist()
     rows = [make_row(of_row[:4], of_row[4:]) for of_row in tokens]
     assert {len(row) for row in rows} == {asked["length"]}
     for _ in range(2):
         if engine is not None:
-            engine.load_weights(core.hf_weights())
+            engine.load_weights(learner.hf_weights())
             requests = [Request(row.tokens[:8].tolist(), seed) for seed, row in enumerate(rows)]
             engine.generate(requests, temperature=1.0, max_response=16, logprobs=True)
             engine.sleep()
-        core.step(core.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
+        learner.step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
     peak = status("VmHWM")
     print(json.dumps({"base": base, "peak": peak}), flush=True)
     return 0

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pctrain.cli import main
-from pctrain.config import Config, ModelConfig, ParallelConfig
-from pctrain.config_check import check_combinations
-from pctrain.config_load import load, read
-from pctrain.core.hf_config import HFConfig
+from pctrain.cli.main import main
+from pctrain.config.tree import Config, ModelConfig, ParallelConfig
+from pctrain.config.check import check_combinations
+from pctrain.config.load import load, read
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GIB, GPUS
 from pctrain.plan.layouts import even_ends
 from pctrain.plan.memory import in_flight
@@ -142,7 +142,7 @@ def test_uneven_ends(layers, pipeline, ends):
 
 
 def test_passes_are_those_of_the_algorithms():
-    from pctrain.rl import algorithms
+    from pctrain.rl.algorithms import registry as algorithms
 
     for name in algorithms.ALGORITHMS:
         for extra in ({}, {"updates": 2}, {"kl_coef": 0.1}, {"kl_coef": 0.1, "kl_kind": "k1"}, {"is_correction": "sequence"}):
@@ -202,7 +202,7 @@ def test_recomputation_saves_memory_and_costs_flops(models, name, tensor):
 
 def test_it_plans_the_papers_run_without_torch(paper, tmp_path):
     command = ["plan", "--config", f"{paper}/rl-pipeline.yaml", "--gpus", "8", "--gpu", "h100", "--out", "plan.json"]
-    program = f"import sys; from pctrain.cli import main; status = main({command!r}); assert 'torch' not in sys.modules; sys.exit(status)"
+    program = f"import sys; from pctrain.cli.main import main; status = main({command!r}); assert 'torch' not in sys.modules; sys.exit(status)"
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, capture_output=True,
                           text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from core.peak_memory import on_ranks
 
-from pctrain.config_load import read
+from pctrain.config.load import read
 from pctrain.plan import planner
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.options import PlanOptions

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.config import Config, ModelConfig, ParallelConfig
-from pctrain.core.hf_config import HFConfig
+from pctrain.config.tree import Config, ModelConfig, ParallelConfig
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GPUS
 from pctrain.plan.memory import held_always
 from pctrain.plan.shapes import Layout, buffers, chunks

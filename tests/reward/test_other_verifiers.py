@@ -2,7 +2,7 @@ r"""exact, choice and lenient: their own rules, side by side with strict."""
 
 import pytest
 
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import VerifierPool
 from pctrain.reward.lenient import settle_with_similarity, similarity
 from pctrain.reward.verifiers import VERIFIERS

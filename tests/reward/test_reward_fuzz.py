@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import VerifierPool
 from pctrain.reward.verdict import FAULTS
 from pctrain.reward.verifiers import VERIFIERS

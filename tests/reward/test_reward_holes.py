@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import VerifierPool
 from pctrain.reward.boxed import last_boxed
 from pctrain.reward.verifiers import VERIFIERS

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from pctrain.config import Config, RewardConfig
-from pctrain.config_check import check_combinations
-from pctrain.errors import UserError
+from pctrain.config.tree import Config, RewardConfig
+from pctrain.config.check import check_combinations
+from pctrain.common.errors import UserError
 from pctrain.reward import VerifierPool
 
 MODULE = '''
@@ -157,7 +157,7 @@ def test_a_module_that_ends_the_process_while_importing_is_an_error_with_its_out
 
 
 def test_the_learner_needs_no_module_of_the_users(folder):
-    program = ("import sys; from pctrain.config import RewardConfig; from pctrain.reward import VerifierPool\n"
+    program = ("import sys; from pctrain.config.tree import RewardConfig; from pctrain.reward import VerifierPool\n"
                "pool = VerifierPool(RewardConfig(verifier='own_rewards:judge', timeout=30))\n"
                "print(pool.score([('half', '1')])[0].reward)\n"
                "print('own_rewards' in sys.modules, 'numpy' in sys.modules, 'math_verify' in sys.modules)")

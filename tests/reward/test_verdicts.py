@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import Verdict, VerifierPool, last_boxed
 from pctrain.reward.strict import compare
 

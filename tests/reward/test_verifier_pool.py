@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import VerifierPool, cause_counts, fault_line
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,7 +129,7 @@ def test_leaving_the_pool_ends_its_workers():
 def test_workers_end_with_a_killed_parent_even_in_a_hang():
     program = f"""
 import sys, threading
-from pctrain.config import RewardConfig
+from pctrain.config.tree import RewardConfig
 from pctrain.reward import VerifierPool
 pool = VerifierPool(RewardConfig(workers=2, timeout=600), command={FAULTY!r})
 pool.score([{GOOD!r}, {box("x+2")!r}])

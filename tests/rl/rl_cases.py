@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pctrain.config import RLConfig
+from pctrain.config.tree import RLConfig
 from pctrain.data.problems import Problem
 from pctrain.data.rows import Row
 from pctrain.reward import Verdict
-from pctrain.rl import algorithms
-from pctrain.rl.algorithm import Algorithm
-from pctrain.rl.normaliser import normalise
+from pctrain.rl.algorithms import registry as algorithms
+from pctrain.rl.algorithms.base import Algorithm
+from pctrain.rl.algorithms.normaliser import normalise
 from pctrain.rl.sampling import Group
 from pctrain.rollout import Completion
 

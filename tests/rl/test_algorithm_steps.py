@@ -27,7 +27,7 @@ BUDGET = 48
 
 def _step(directory, layout, name, normaliser):
     """Loss of the second of two updates, its metrics and gradient norm, and the naive one; the phases that the passes were counted in."""
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     model.keep_reference()
     algorithm = rl_cases.algorithm(name, updates=2, upt_gamma=1, upt_sft_coef=0.3, normaliser=normaliser)
     groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
@@ -102,7 +102,7 @@ def test_upt_in_a_step(ranks, hf_dirs):
 
 def _kl(directory):
     """First KL and that after three steps towards random advantages, and the ledger's phases."""
-    model = small.core(directory, {})
+    model = small.learner(directory, {})
     model.keep_reference()
     algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)
     updates = []

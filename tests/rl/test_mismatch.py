@@ -7,8 +7,8 @@ import pytest
 import torch
 from core import small
 
-from pctrain.config import ArchitectureConfig, RolloutConfig
-from pctrain.data.hf_dir import make_hf_dir
+from pctrain.config.tree import ArchitectureConfig, RolloutConfig
+from pctrain.data.scratch_model import make_hf_dir
 from pctrain.data.rows import make_row
 from pctrain.rl import mismatch
 from pctrain.rollout import Request, sampling_seed
@@ -61,7 +61,7 @@ def _first_step(directory, layout, tensor):
     """Samples with a real engine and updates on that: (metrics of the first step, its grad_norm and loss, rows, core's log-probs)."""
     from pctrain.rollout import RolloutEngine
 
-    model = small.core(directory, layout)
+    model = small.learner(directory, layout)
     for i in range(3):
         small.step(model, i)
     weights = {name: tensor.clone() for name, tensor in model.hf_weights()}

@@ -5,15 +5,15 @@ import sys
 import pytest
 import rl_cases
 
-from pctrain.cli import main
-from pctrain.config_load import load
-from pctrain.errors import UserError
-from pctrain.rl import algorithms
-from pctrain.rl.grpo import GRPO
-from pctrain.study_plan import stages_of
+from pctrain.cli.main import main
+from pctrain.config.load import load
+from pctrain.common.errors import UserError
+from pctrain.rl.algorithms import registry as algorithms
+from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.study.stages import stages_of
 
 MODULE = """
-from pctrain.rl.algorithm import Algorithm
+from pctrain.rl.algorithms.base import Algorithm
 class Halved(Algorithm):
     needs_expert = True
     def advantages(self, groups, penalties):
@@ -41,7 +41,7 @@ def test_it_overrides_what_is_its_own():
 
 @pytest.mark.parametrize(("name", "told"), [
     ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
-    ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithm.Algorithm, found 5"]),
+    ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithms.base.Algorithm, found 5"]),
     ("broken_algorithms:Any", ["No module named 'no_such_package'", "broken_algorithms.py, line 1"]),
     ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
 ])
@@ -65,7 +65,7 @@ def test_a_run_is_bound_to_the_file_of_its_algorithm(folder):
 
 
 def test_a_study_takes_it_and_its_folder_can_be_found_again(tmp_path):
-    from pctrain.ceiling import layout
+    from pctrain.run import layout
 
     config = load(None, [f"--run.dir={tmp_path}/study", "--study.algorithms=[grpo, 'own_algorithms:Halved']", "--study.checkpoints=[100]"])
     stages = {stage.name: stage for stage in stages_of(config)}

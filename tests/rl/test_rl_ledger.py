@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import rl_cases
 
-from pctrain.ceiling import flops
-from pctrain.ceiling.flops import EFLOP, QWEN2_5_7B
-from pctrain.ceiling.ledger import Ledger
-from pctrain.config import Config, RLConfig
+from pctrain.compute import flops
+from pctrain.compute.flops import EFLOP, QWEN2_5_7B
+from pctrain.compute.ledger import Ledger
+from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Update
-from pctrain.rl import algorithms
+from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.sampling import Sampled
 from pctrain.rl.update import update
 

@@ -12,8 +12,8 @@ from test_grpo import naive as naive_grpo
 
 from pctrain.data.rows import make_row
 from pctrain.rl.batch import split
-from pctrain.rl.normaliser import normalise
-from pctrain.rl.policy import group_advantages, overlong_share
+from pctrain.rl.algorithms.normaliser import normalise
+from pctrain.rl.algorithms.policy import group_advantages, overlong_share
 
 
 def test_advantages_by_hand():

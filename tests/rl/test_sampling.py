@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from pctrain.config import Config
+from pctrain.config.tree import Config
 from pctrain.data.problems import Problem
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 from pctrain.reward import Verdict
 from pctrain.rl import replay
 from pctrain.rl.sampling import GroupSampler, PromptStream, summary

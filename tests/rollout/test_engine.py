@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pctrain.config import RolloutConfig
-from pctrain.errors import UserError
+from pctrain.config.tree import RolloutConfig
+from pctrain.common.errors import UserError
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 EOS, CONTEXT, TEMPERATURE = 2, 256, 0.7  # a temperature other than 1, so that forgetting it shows

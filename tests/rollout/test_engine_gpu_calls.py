@@ -6,7 +6,7 @@ import pytest
 
 import pctrain.rollout.engine as engine_module
 import pctrain.rollout.vllm_setup as vllm_setup
-from pctrain.config import RolloutConfig
+from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine
 from pctrain.rollout.sharing import EngineGroups
 

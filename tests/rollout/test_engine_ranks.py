@@ -60,7 +60,7 @@ def test_completions_come_back_in_the_order_of_the_requests(results, tiny):
 def test_sharing_out_is_undone_for_any_number_of_engines(monkeypatch):
     import torch.distributed as dist
 
-    from pctrain.errors import UserError
+    from pctrain.common.errors import UserError
     from pctrain.rollout.sharing import EngineGroups
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from pctrain.config import RolloutConfig
+from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 EOS = 2
@@ -34,8 +34,8 @@ def test_a_models_generation_config_is_not_obeyed(tiny, tmp_path):
 
 @pytest.mark.parametrize("setting", ["top_p=0.9", "top_k=50", "min_p=0.1", "repetition_penalty=1.1"])
 def test_training_rollouts_refuse_whatever_cuts_or_bends_the_policy(setting):
-    from pctrain.config_load import load
-    from pctrain.errors import UserError
+    from pctrain.config.load import load
+    from pctrain.common.errors import UserError
 
     with pytest.raises(UserError, match=f"unknown key rollout.{setting.split('=')[0]}"):
         load(None, [f"--rollout.{setting}"])

@@ -4,17 +4,17 @@ import json
 
 import pytest
 
-from pctrain.config import Config
-from pctrain.errors import UserError
-from pctrain.evaluate import scorer as module
-from pctrain.evaluate.scorer import Scorer
+from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
+from pctrain.rollout import worker as module
+from pctrain.rollout.worker import RolloutWorker
 
 CONTEXT = 256
 
 
 @pytest.fixture
 def make(hf_dirs, tmp_path, monkeypatch):
-    """make(**options) -> Scorer of problems whose prompts have 3, 5 and 9 tokens; its engine is the options it would be started with."""
+    """make(**options) -> RolloutWorker of problems whose prompts have 3, 5 and 9 tokens; its engine is the options it would be started with."""
     monkeypatch.setattr(module, "RolloutEngine", lambda path, rollout, **options: options)
     lines = [{"prompt": prompt, "answer": "1", "response": response}
              for prompt, response in (("1+2", "3"), ("1+2+3", "6" * 12), ("1+2+3+4+5", "15"))]
@@ -25,7 +25,7 @@ def make(hf_dirs, tmp_path, monkeypatch):
         rl = {name: options.pop(name) for name in ("token_budget",) if name in options}
         data = {"test": tmp_path / "rl.jsonl", "rl": tmp_path / "rl.jsonl", **options}
         config = Config(model={"path": hf_dirs[True]}, data=data, rl=rl, rollout={"max_response": 16, **rollout}, eval={"max_response": 20})
-        return Scorer(config)
+        return RolloutWorker(config)
 
     return make
 
@@ -51,11 +51,11 @@ def test_longer_problems_of_training_stop_it_or_are_left_out(make):
 
 
 def test_so_are_experts_whose_trajectory_is_longer_than_a_response(make):
-    scorer = make(overlong="drop", max_response=8)
-    problems, left_out = scorer.training_problems(expert=True)
+    worker = make(overlong="drop", max_response=8)
+    problems, left_out = worker.training_problems(expert=True)
     assert lengths(problems) == [3, 9] and [problem.index for problem in problems] == [0, 1]
     assert "rl.jsonl:2: the expert's response has 13 tokens with EOS" in left_out[0]
-    assert lengths(scorer.training_problems(expert=False)[0]) == [3, 5, 9]
+    assert lengths(worker.training_problems(expert=False)[0]) == [3, 5, 9]
     with pytest.raises(UserError, match="rl.jsonl:2: the expert's response has 13 tokens with EOS; .* rollout.max_response = 8"):
         make(max_response=8).training_problems(expert=True)
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pctrain.config import RolloutConfig
+from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 DIRECTORY, OUT = sys.argv[1:]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from core import small
 
-from pctrain.config import SourceConfig
+from pctrain.config.tree import SourceConfig
 from pctrain.data.trajectories import Trajectories
 
 
@@ -35,7 +35,7 @@ def _validation_loss(directory, layout, rows, budget, sources=1, packs=16):
     from pctrain.sft import validation
 
     with mock.patch.object(validation, "PACKS", packs):
-        return validation.validation_loss(small.core(directory, layout, train=False), _trajectories(rows, sources), budget)
+        return validation.validation_loss(small.learner(directory, layout, train=False), _trajectories(rows, sources), budget)
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from pctrain import health
+from pctrain.distributed.health import watchdog
 from pctrain.data.sets.options import RankOptions
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 NAME = re.compile(r"[\w-][\w.-]*")
-TAKEN = ("data", "model", "tokens", health.FOLDER)  # folders of other things beside the candidates' own
+TAKEN = ("data", "model", "tokens", watchdog.FOLDER)  # folders of other things beside the candidates' own
 
 
 def read_candidates(options: RankOptions) -> dict[str, Path]:

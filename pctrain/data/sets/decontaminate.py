@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import DecontaminateOptions, Request
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.text import in_formula, ngram_hashes, word_hashes, words
-from pctrain.errors import UserError
-from pctrain.progress import make_console
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 
 SHORT = 5
 BOILERPLATE, BOILERPLATE_AT_LEAST = 0.1, 3  # share of a benchmark's prompts, and their number

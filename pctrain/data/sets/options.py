@@ -8,7 +8,7 @@ from typing import Generic, Literal, TypeVar
 
 from pydantic import Field
 
-from pctrain.config import Config, Section
+from pctrain.config.tree import Config, Section
 
 
 class OutOptions(Section):

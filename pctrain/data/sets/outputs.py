@@ -22,10 +22,10 @@ from pctrain import __version__
 from pctrain.data.sets.options import Request
 from pctrain.data.sources import parts_of
 from pctrain.data.writing import FORMATS, write_records
-from pctrain.durable import fingerprint, json_line, plain, write_beside
-from pctrain.errors import UserError
-from pctrain.lock import lock_folder
-from pctrain.progress import make_console
+from pctrain.files.durable import fingerprint, json_line, plain, write_beside
+from pctrain.common.errors import UserError
+from pctrain.files.lock import lock_folder
+from pctrain.common.progress import make_console
 
 DROPPED, MANIFEST = "dropped.jsonl", "manifest.json"
 PROGRESS = "progress.jsonl"  # of a command that goes on where it was stopped: hours of sampling

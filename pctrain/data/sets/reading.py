@@ -10,13 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pctrain.config import FieldsConfig
+from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import Columns
 from pctrain.data.records import Fault, Record, Unreadable, make_record
 from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of
 from pctrain.data.workers import map_in_order
-from pctrain.errors import UserError
-from pctrain.progress import progress
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 
 Result = TypeVar("Result")
 

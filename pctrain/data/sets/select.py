@@ -16,9 +16,9 @@ from pctrain.data.records import Fault
 from pctrain.data.sets.options import Request, SelectOptions
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data, Item
-from pctrain.data.tokenizer import Tokenizer
-from pctrain.errors import UserError
-from pctrain.progress import make_console
+from pctrain.hf.tokenizer import Tokenizer
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 
 EASY, HARD = 1.0, 0.25
 _QUANTILES = (0, 10, 50, 90, 100)

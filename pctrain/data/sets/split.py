@@ -18,7 +18,7 @@ from pctrain.data.sets.outputs import Outputs, suffix_of
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.survey import survey
 from pctrain.data.sets.text import text_key
-from pctrain.errors import UserError
+from pctrain.common.errors import UserError
 
 
 def main(request: Request[SplitOptions]) -> None:

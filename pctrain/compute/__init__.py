@@ -1,0 +1,1 @@
+"""FLOPs, their ledger, peak rates."""

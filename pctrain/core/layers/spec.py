@@ -1,0 +1,57 @@
+"""Layer specs: Transformer Engine where the device has it, plain torch elsewhere. Everything else in a layer is megatron-core's own."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from pctrain.config.tree import ModelConfig, ParallelConfig
+from pctrain.core.layers import varlen_attention
+from pctrain.core.layers.packed_attention import PackedSDPA
+from pctrain.core.layers.rms_norm import RMSNorm
+from pctrain.core.layers.swiglu import swiglu
+from pctrain.core.layers.varlen_attention import VarlenAttention
+from pctrain.common.device import on_gpu
+from pctrain.common.errors import UserError
+
+
+def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
+    """`te`, `torch-varlen` or `torch`: what `model.spec` names, or the best that the device and the installed packages have.
+
+    The one place of this choice. Raises UserError: what is asked for cannot run here.
+    """
+    te = on_gpu() and importlib.util.find_spec("transformer_engine") is not None
+    varlen = on_gpu() and varlen_attention.available() and model.dtype == "bfloat16"
+    spec = model.spec if model.spec != "auto" else "te" if te else "torch-varlen" if varlen else "torch"
+    if spec == "te" and not te:
+        raise UserError("model.spec = te needs a CUDA device and Transformer Engine; "
+                        "install it (pip install 'transformer-engine[pytorch]'), or set model.spec to auto")
+    if spec == "torch-varlen" and not varlen:
+        raise UserError("model.spec = torch-varlen needs a CUDA device, torch 2.10 or later and model.dtype = bfloat16; "
+                        "set model.spec to auto")
+    if spec != "te":
+        for key, wanted in (("parallel.context", parallel.context > 1), ("model.fp8", model.fp8 is not None)):
+            if wanted:
+                raise UserError(f"{key} needs the layer spec te (Transformer Engine on CUDA devices), but this model runs on {spec}; "
+                                f"leave {key} out")
+    return spec
+
+
+def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | None = None):
+    """The decoder spec that GPTModel takes. `spec`: from `choose_spec`; `vp_stage`: which virtual pipeline stage."""
+    if spec == "te":
+        return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_layernorm)
+    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=qk_layernorm)
+    attention = layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = {"torch": PackedSDPA, "torch-varlen": VarlenAttention}[spec]
+    if layer.submodules.mlp.module is MLP:
+        # The name notwithstanding: with this flag megatron-core's MLP calls the activation of its spec.
+        layer.submodules.mlp.submodules.activation_func = swiglu
+        config.use_te_activation_func = True
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)

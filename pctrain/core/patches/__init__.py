@@ -1,0 +1,1 @@
+"""Fixes for upstream packages, one file each."""

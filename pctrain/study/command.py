@@ -1,0 +1,138 @@
+"""The study: SFT, RL from its checkpoints, ceilings, report. Every stage is a run folder: it goes on wherever it was stopped.
+
+`study_plan` says which stages there are, `study_jobs` which one a job does next; this runs them. docs/study.md is the guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+
+from pctrain.report import command as report
+from pctrain.report.answers import answers
+from pctrain.report.reading import read_study
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
+from pctrain.data.records import Fault
+from pctrain.data.sources import files_of, iter_records
+from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.files.lock import try_lock
+from pctrain.common.progress import make_console
+from pctrain.run.resume import asked_to_stop, begin
+from pctrain.rl import loop as rl
+from pctrain.rl.algorithms.registry import find
+from pctrain.sft import loop as sft
+from pctrain.study.cost import print_plan
+from pctrain.study.jobs import Crew, lock_file
+from pctrain.study.stages import REPORT, OnDisk, Stage, chosen, stage_config, stages_of, start_step
+
+LOOKED_AT = 1000  # records of data.rl that are read before anything is run, where they must have an expert's trajectory
+
+
+def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> None:
+    """`pctrain run`. `only`: names of stages, sets or seeds that this job runs; `dry_run`: the plan and its cost, nothing is written."""
+    root, stages = Path(config.run.dir), stages_of(config)
+    mine = chosen(stages, only)
+    _check_inputs(config, stages)
+    disk = OnDisk(config, root)
+    crew = Crew(root, stages, mine, disk.ended, _say)
+    if dry_run:
+        print_plan(config, crew, disk, counts=True)
+        return
+    with begin(_with_all_sets(config)) as config, RolloutWorker(config) as worker:
+        parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
+        while (stage := _take(crew)) is not None:
+            try:
+                _run(config, root, stage, worker)
+            finally:
+                if parallel.rank() == 0:
+                    crew.done()
+        if asked_to_stop():
+            raise ToBeContinued(f"to be continued: {root} was asked to stop; the same command goes on")
+        parallel.from_rank_zero(lambda: _conclude(root, crew))
+
+
+def _run(config: Config, root: Path, stage: Stage, worker: RolloutWorker) -> None:
+    """Collective. One stage, from its beginning or from where it was stopped."""
+    step = parallel.from_rank_zero(lambda: start_step(config, stage, root))
+    own = stage_config(config, stage, root, step)
+    if stage.kind == "sft":
+        sft.train(own, worker)
+    else:
+        rl.train(own, worker, stage.role)
+
+
+def _take(crew: Crew) -> Stage | None:
+    """Collective."""
+    parallel.follow_rank_zero(crew.take)
+    return parallel.from_rank_zero(lambda: crew.claim and crew.claim.stage)
+
+
+# ---- before the first stage ------------------------------------------------------------------------------------------------
+
+
+def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
+    """Every file is there, every algorithm too, and problems have trajectories where one needs them. UserError names what is missing."""
+    data = config.data
+    for sources in (data.train, data.validation, *config.study.sets.values()):
+        for source in sources or []:
+            files_of(source.path)
+    for path in (data.rl, data.test):
+        if path is not None:
+            files_of(path)
+    experts = sorted(name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert)
+    if experts and data.rl is not None:
+        for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
+            if isinstance(record, Fault):
+                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
+                                "problem of data.rl; name other study.algorithms, or give problems with responses)")
+
+
+def _with_all_sets(config: Config) -> Config:
+    """As `data.train`: a tokenizer that is still to be made is trained from all of them."""
+    config = config.model_copy(deep=True)
+    if config.study.sets:
+        config.data.train = [source for sources in config.study.sets.values() for source in sources]
+    return config
+
+
+# ---- after the last --------------------------------------------------------------------------------------------------------
+
+
+def _conclude(root: Path, crew: Crew) -> None:
+    """The report, by the job that ends last; the others say who still runs what."""
+    for stage in crew.stages:
+        if crew.ended(stage) == "left out":
+            _say(f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did not occur")
+    if not crew.all_ended:
+        states = [(stage.name, *crew.state(stage)) for stage in crew.stages]
+        left = [f"{name} ({who or state})" for name, state, who in states if state in ("running", "to do")]
+        _say(f"not run by this job: {', '.join(left)}. The job that ends last writes the report")
+        return
+    if not any(stage.kind == "rl" and crew.ended(stage) == "done" for stage in crew.stages):
+        raise UserError(f"{root}: no checkpoint lies in a regime that study.starts names: no RL was run; raise sft.steps, lower "
+                        "sft.checkpoint_every, or name other starts")
+    release = try_lock(lock_file(root, REPORT))
+    if release is None:
+        return  # another job ended at the same moment and writes it
+    try:
+        report.main(root)
+        print_answers(root)
+    finally:
+        release()
+
+
+def print_answers(root: Path) -> None:
+    console = make_console()
+    for answer in answers(read_study(root)):
+        console.print(answer.question, style="bold", markup=False)
+        console.print(f"  {answer.text}", markup=False, highlight=False)
+    console.print("Next:", style="bold")
+    console.print(f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON", soft_wrap=True,
+                  markup=False)
+
+
+def _say(line: str) -> None:
+    make_console().print(line, markup=False, highlight=False, soft_wrap=True)

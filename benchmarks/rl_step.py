@@ -24,7 +24,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from sft_throughput import CLIP, MODELS, TOKEN_BUDGET, WEIGHT_DECAY, Turns, base_config, hf_tokenizer, own_place  # sets the environment
+from sft_throughput import (  # sets the environment
+    CLIP,
+    MODELS,
+    TOKEN_BUDGET,
+    WEIGHT_DECAY,
+    Turns,
+    base_config,
+    hf_tokenizer,
+    own_place,
+)
 
 from pctrain.config.tree import Config, ProblemsConfig
 
@@ -87,10 +96,28 @@ def trl(steps: Steps, config: Config) -> None:
     rows = {"prompt": [p.prompt for p in problems], "answer": [p.answer for p in problems]}
     rollouts = config.rl.prompts * config.rl.group
     arguments = GRPOConfig(
-        output_dir=str(config.run.dir), per_device_train_batch_size=rollouts, num_generations=config.rl.group, max_steps=10**6,
-        max_completion_length=config.rollout.max_response, learning_rate=LR, weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP,
-        lr_scheduler_type="constant", temperature=1.0, top_p=1.0, top_k=0, beta=0.0, bf16=False, gradient_checkpointing=False, use_cpu=True,
-        save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True, seed=0)
+        output_dir=str(config.run.dir),
+        per_device_train_batch_size=rollouts,
+        num_generations=config.rl.group,
+        max_steps=10**6,
+        max_completion_length=config.rollout.max_response,
+        learning_rate=LR,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP,
+        lr_scheduler_type="constant",
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        beta=0.0,
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        seed=0,
+    )
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="float32", attn_implementation="sdpa")
     seconds: dict[str, float] = {}
     sampled: list[int] = []
@@ -118,13 +145,24 @@ def trl(steps: Steps, config: Config) -> None:
             seconds.clear()
 
     with VerifierPool(config.reward) as verifier:
+
         def reward(completions, answer, completion_ids, **_):
             sampled.append(sum(len(ids) for ids in completion_ids))
             return [verdict.reward for verdict in verifier.score(list(zip(completions, answer, strict=True)))]
 
         trainer = GRPOTrainer(
-            model, reward, args=arguments, train_dataset=Dataset.from_dict(rows), processing_class=hf_tokenizer(config), callbacks=[Stop()])
-        for name, method in {"rollout": "_generate", "reward": "_calculate_rewards", "prepare": "_prepare_inputs"}.items():
+            model,
+            reward,
+            args=arguments,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=hf_tokenizer(config),
+            callbacks=[Stop()],
+        )
+        for name, method in {
+            "rollout": "_generate",
+            "reward": "_calculate_rewards",
+            "prepare": "_prepare_inputs",
+        }.items():
             setattr(trainer, method, timed(name, getattr(trainer, method)))
         trainer.train()
 
@@ -181,11 +219,16 @@ def race(name: str, options: argparse.Namespace, steps: int) -> None:
         for label in labels:
             pipes[label].send(None)
             workers[label].join(30)
-        lines = {label: [json.loads(line) for line in open(folder / "steps.jsonl")][steps:] for label, folder in folders.items()}
+        lines = {
+            label: [json.loads(line) for line in open(folder / "steps.jsonl")][steps:]
+            for label, folder in folders.items()
+        }
     report(name, lines, walls, options, steps)
 
 
-def report(name: str, lines: dict[str, list[dict]], walls: dict[str, list[float]], options: argparse.Namespace, steps: int) -> None:
+def report(
+    name: str, lines: dict[str, list[dict]], walls: dict[str, list[float]], options: argparse.Namespace, steps: int
+) -> None:
     size = f"{options.prompts} x {options.group} rollouts of up to {options.response} tokens"
     print(f"\n{name}: {size}, {options.turns} turns of {steps} steps; CPU seconds, medians")
     print(f"| trainer | step | {' | '.join(PHASES)} | neither rollout nor update | wall | response tokens |")

@@ -38,7 +38,8 @@ PROMPTS, GROUP, RESPONSE = 32, 8, 48
 
 
 def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngine]:
-    from pctrain.data import arithmetic, scratch_model as hf_dir
+    from pctrain.data import arithmetic
+    from pctrain.data import scratch_model as hf_dir
 
     config = Config()
     config.model.architecture = SIZES[name]
@@ -59,7 +60,9 @@ def requests(config: Config, hf: HFConfig) -> list[Request]:
     from pctrain.data.problems import read_problems
 
     encoder = Encoder(config.model.path, config.data, hf.context)
-    problems = read_problems(config.data.rl, config.data.fields, encoder, room=hf.context, room_name="the context")[:PROMPTS]
+    problems = read_problems(config.data.rl, config.data.fields, encoder, room=hf.context, room_name="the context")[
+        :PROMPTS
+    ]
     return [Request(p.prompt_ids, sampling_seed(0, "rollout", 1, p.index, k)) for p in problems for k in range(GROUP)]
 
 
@@ -68,16 +71,29 @@ def plain_vllm(config: Config, hf: HFConfig) -> Callable[[list[Request], bool], 
         from vllm import LLM, SamplingParams
 
         llm = LLM(
-            str(config.model.path), dtype="float32", enforce_eager=True, max_model_len=hf.context, skip_tokenizer_init=True,
-            kv_cache_memory_bytes=config.rollout.kv_cache_mb << 20, max_num_seqs=config.rollout.max_sequences)
+            str(config.model.path),
+            dtype="float32",
+            enforce_eager=True,
+            max_model_len=hf.context,
+            skip_tokenizer_init=True,
+            kv_cache_memory_bytes=config.rollout.kv_cache_mb << 20,
+            max_num_seqs=config.rollout.max_sequences,
+        )
 
     def generate(batch: list[Request], logprobs: bool) -> list[list[int]]:
         parameters = [
-            SamplingParams(temperature=1.0, max_tokens=RESPONSE, seed=request.seed, stop_token_ids=[hf.eos_id],
-                           logprobs=0 if logprobs else None)
+            SamplingParams(
+                temperature=1.0,
+                max_tokens=RESPONSE,
+                seed=request.seed,
+                stop_token_ids=[hf.eos_id],
+                logprobs=0 if logprobs else None,
+            )
             for request in batch
         ]
-        outputs = llm.generate([{"prompt_token_ids": list(request.prompt_ids)} for request in batch], parameters, use_tqdm=False)
+        outputs = llm.generate(
+            [{"prompt_token_ids": list(request.prompt_ids)} for request in batch], parameters, use_tqdm=False
+        )
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return generate
@@ -110,14 +126,19 @@ def sampling(folder: Path, turns: int) -> None:
     print("| sampler | log-probs | tokens/s | quartiles | of plain |")
     print("|---|---|---|---|---|")
     for logprobs in (False, True):
-        seconds, tokens = timed({"RolloutEngine": lambda: ours(logprobs), "plain vLLM": lambda: plain(batch, logprobs)}, turns)  # noqa: B023
+        seconds, tokens = timed(
+            {"RolloutEngine": lambda: ours(logprobs), "plain vLLM": lambda: plain(batch, logprobs)}, turns
+        )  # noqa: B023
         if tokens["RolloutEngine"] != tokens["plain vLLM"]:
             raise SystemExit("the two sampled different tokens: their figures cannot be compared")
         count = sum(map(len, tokens["plain vLLM"]))
         for label, found in seconds.items():
             low, median, high = statistics.quantiles([count / s for s in found], n=4)
             ratio = statistics.median(b / a for a, b in zip(found, seconds["plain vLLM"], strict=True))
-            print(f"| {label} | {'yes' if logprobs else 'no'} | {median:.0f} | {low:.0f} - {high:.0f} | {ratio:.3f} |", flush=True)
+            print(
+                f"| {label} | {'yes' if logprobs else 'no'} | {median:.0f} | {low:.0f} - {high:.0f} | {ratio:.3f} |",
+                flush=True,
+            )
     engine.close()
 
 
@@ -131,14 +152,19 @@ def swap(folder: Path, names: list[str], turns: int) -> None:
         learner = Learner(config.model, config.parallel, optimizer_config=None, total_steps=1, seed=0)
         held[name] = hf, engine, learner
         calls[name] = lambda engine=engine, learner=learner: engine.load_weights(learner.hf_weights())
-        calls[f"{name}, one copy"] = lambda learner=learner: [parameter.clone() for _, parameter in learner.hf_weights()]
+        calls[f"{name}, one copy"] = lambda learner=learner: [
+            parameter.clone() for _, parameter in learner.hf_weights()
+        ]
     seconds, results = timed(calls, turns)
     for name, (hf, engine, learner) in held.items():
         low, median, high = (1e3 * value for value in statistics.quantiles(seconds[name], n=4))
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[f"{name}, one copy"], strict=True))
         size, tensors = results[name].bytes, len(list(learner.hf_weights()))
-        print(f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} | {low:.1f} - {high:.1f} | "
-              f"{ratio:.2f} | {size / median / 1e6:.2f} |", flush=True)
+        print(
+            f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} | {low:.1f} - {high:.1f} | "
+            f"{ratio:.2f} | {size / median / 1e6:.2f} |",
+            flush=True,
+        )
         engine.close()
 
 

@@ -27,7 +27,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-for _name, _value in {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}.items():
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
     os.environ.setdefault(_name, _value)  # as `pctrain sft` sets them, before torch is imported
 
 from pctrain.config.tree import ArchitectureConfig, Config, ProblemsConfig  # noqa: E402
@@ -36,7 +41,9 @@ MODELS = {
     "quickstart": ArchitectureConfig(),
     "30m": ArchitectureConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1408, context=2048),
 }
-PROBLEMS = ProblemsConfig(min_terms=2, max_terms=12, max_operand=99, train=4000, validation=32, test=1, rl=1, vocab_size=320)
+PROBLEMS = ProblemsConfig(
+    min_terms=2, max_terms=12, max_operand=99, train=4000, validation=32, test=1, rl=1, vocab_size=320
+)
 LR, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
 TOKEN_BUDGET = 4096
 
@@ -54,7 +61,9 @@ class Turns:
     def done(self, tokens: int) -> None:
         self.left, self.tokens = self.left - 1, self.tokens + tokens
         if not self.left:
-            self.pipe.send({"tokens": self.tokens, "cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall})
+            self.pipe.send(
+                {"tokens": self.tokens, "cpu": time.process_time() - self.cpu, "wall": time.perf_counter() - self.wall}
+            )
             self._wait()
 
     def _wait(self) -> None:
@@ -90,15 +99,33 @@ def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
     from trl import SFTConfig, SFTTrainer
 
     samples = tokenised(config)
-    rows = {"input_ids": [s.tokens.tolist() for s in samples], "completion_mask": [(s.weights > 0).astype(int).tolist() for s in samples]}
+    rows = {
+        "input_ids": [s.tokens.tolist() for s in samples],
+        "completion_mask": [(s.weights > 0).astype(int).tolist() for s in samples],
+    }
     if group_by_length:
         rows["length"] = [len(s) for s in samples]
     options = {"train_sampling_strategy": "group_by_length", "length_column_name": "length"} if group_by_length else {}
     arguments = SFTConfig(
-        output_dir=str(config.run.dir), per_device_train_batch_size=config.sft.batch_size, max_steps=10**6, learning_rate=LR,
-        weight_decay=WEIGHT_DECAY, max_grad_norm=CLIP, lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True,
-        save_strategy="no", report_to="none", logging_steps=10, max_length=None, completion_only_loss=True, disable_tqdm=True, seed=0,
-        **options)
+        output_dir=str(config.run.dir),
+        per_device_train_batch_size=config.sft.batch_size,
+        max_steps=10**6,
+        learning_rate=LR,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=CLIP,
+        lr_scheduler_type="constant",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        max_length=None,
+        completion_only_loss=True,
+        disable_tqdm=True,
+        seed=0,
+        **options,
+    )
     model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype="float32", attn_implementation="sdpa")
 
     class Stop(TrainerCallback):
@@ -112,7 +139,13 @@ def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
             turns.done(tokens - self.seen)
             self.seen = tokens
 
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_dict(rows), processing_class=hf_tokenizer(config), callbacks=[Stop()])
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=hf_tokenizer(config),
+        callbacks=[Stop()],
+    )
     trainer.train()
 
 
@@ -124,7 +157,9 @@ def sorted_loop(turns: Turns, config: Config) -> None:
     samples = sorted(tokenised(config), key=len)
     size = config.sft.batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples) - size + 1, size)]
-    model = AutoModelForCausalLM.from_pretrained(config.model.path, dtype=torch.float32, attn_implementation="sdpa").train()
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model.path, dtype=torch.float32, attn_implementation="sdpa"
+    ).train()
     adamw = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY, betas=(0.9, 0.95), fused=True)
     rng = np.random.default_rng(0)
     turns.start()
@@ -240,14 +275,18 @@ def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> No
                 try:
                     result = pipes[label].recv()
                 except EOFError:
-                    sys.exit(f"{label} ended:\n" + (Path(scratch) / str(labels.index(label)) / "log.txt").read_text()[-3000:])
+                    sys.exit(
+                        f"{label} ended:\n" + (Path(scratch) / str(labels.index(label)) / "log.txt").read_text()[-3000:]
+                    )
                 if turn:
                     found[label].append(result)
         for label, process in zip(labels, workers, strict=True):
             pipes[label].send(None)
             process.join(30)
     print(f"\n{name}: {turns} turns of {steps} steps of {batch} trajectories")
-    print("| provider | tokens/s of CPU time | quartiles | tokens/s of wall time | pctrain / provider, neighbouring turns |")
+    print(
+        "| provider | tokens/s of CPU time | quartiles | tokens/s of wall time | pctrain / provider, neighbouring turns |"
+    )
     print("|---|---|---|---|---|")
     speed = {label: [r["tokens"] / r["cpu"] for r in results] for label, results in found.items()}
     for label, results in found.items():
@@ -260,7 +299,13 @@ def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS), help="the first is compared with the others")
+    parser.add_argument(
+        "--providers",
+        nargs="+",
+        choices=PROVIDERS,
+        default=list(PROVIDERS),
+        help="the first is compared with the others",
+    )
     parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--steps", type=int, help="of a turn; default 20 for quickstart, 2 for 30m")
     parser.add_argument("--batch", type=int, default=32, help="trajectories a step")
@@ -274,7 +319,9 @@ def main() -> None:
     print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
     print(f"problems {json.dumps(PROBLEMS.model_dump())}")
     for name in options.models:
-        race(name, options.providers, options.turns, options.steps or (20 if name == "quickstart" else 2), options.batch)
+        race(
+            name, options.providers, options.turns, options.steps or (20 if name == "quickstart" else 2), options.batch
+        )
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PAPER_TRAJECTORIES, PAPER_MEAN_TOKENS = 889_000, 3771
-WORDS = ("so the sum of these is then we add number and get because it must be even which gives us a new value for "
-         "x in this case let me check that again step by step first second therefore").split()
+WORDS = (
+    "so the sum of these is then we add number and get because it must be even which gives us a new value for "
+    "x in this case let me check that again step by step first second therefore"
+).split()
 
 
 def write_trajectories(file: Path, count: int, *, words: int = 208, seed: int = 0) -> Path:
@@ -48,8 +50,13 @@ def write_trajectories(file: Path, count: int, *, words: int = 208, seed: int = 
 def measure(*arguments: object) -> dict:
     """Runs one of MEASURES in a process of its own; what it printed last."""
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True,
-                          env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"})
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"},
+    )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -69,8 +76,14 @@ def measure_build(cache: str, hf_dir: str, file: str, workers: str, chunk_bytes:
     seconds = time.perf_counter() - began
     workers_peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     cpu, tokens = cpu_seconds(), TokenStore(folder)
-    return {"seconds": seconds, "cpu": cpu, "tokens": tokens.tokens, "records": len(tokens), "folder": str(folder),
-            "peak": max(peak(), workers_peak)}
+    return {
+        "seconds": seconds,
+        "cpu": cpu,
+        "tokens": tokens.tokens,
+        "records": len(tokens),
+        "folder": str(folder),
+        "peak": max(peak(), workers_peak),
+    }
 
 
 def measure_read(folder: str, batch: str) -> dict:
@@ -95,7 +108,12 @@ def measure_datasets(hf_dir: str, file: str, processes: str) -> dict:
     with tempfile.TemporaryDirectory() as cache:
         data = datasets.load_dataset("json", data_files=file, split="train", cache_dir=cache)
         began, before = time.perf_counter(), cpu_seconds()
-        data = data.map(_with_transformers, fn_kwargs={"tokenizer": tokenizer}, num_proc=int(processes), remove_columns=data.column_names)
+        data = data.map(
+            _with_transformers,
+            fn_kwargs={"tokenizer": tokenizer},
+            num_proc=int(processes),
+            remove_columns=data.column_names,
+        )
         seconds, cpu = time.perf_counter() - began, cpu_seconds() - before
         return {"seconds": seconds, "cpu": cpu, "tokens": sum(data["length"]), "records": len(data), "peak": peak()}
 
@@ -111,7 +129,10 @@ MEASURES = {"build": measure_build, "read": measure_read, "datasets": measure_da
 
 def cpu_seconds() -> float:
     """Of this process and its children that have ended."""
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    return sum(
+        usage.ru_utime + usage.ru_stime
+        for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    )
 
 
 def peak() -> int:
@@ -141,7 +162,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         hf_dir = options.hf_dir or smollm2(folder / "smollm2")
-        versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "transformers", "datasets"))
+        versions = ", ".join(
+            f"{package} {importlib.metadata.version(package)}" for package in ("tokenizers", "transformers", "datasets")
+        )
         print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}\n")
         print("| what | trajectories | tokens each | seconds | tokens/s | CPU s | tokens/CPU s | peak memory, MB |")
         print("|---|---|---|---|---|---|---|---|")
@@ -158,13 +181,18 @@ def main() -> None:
             if count == min(options.counts):
                 _print_row("datasets.map, 2 processes", count, measure("datasets", hf_dir, file, 2))
         hours = PAPER_TRAJECTORIES * PAPER_MEAN_TOKENS / best / 3600
-        print(f"\n{PAPER_TRAJECTORIES} trajectories of {PAPER_MEAN_TOKENS} tokens at {best:.0f} tokens/s: {hours:.1f} hours")
+        print(
+            f"\n{PAPER_TRAJECTORIES} trajectories of {PAPER_MEAN_TOKENS} tokens at {best:.0f} tokens/s: {hours:.1f} hours"
+        )
 
 
 def _print_row(what: str, count: int, row: dict) -> None:
     each, rate, cpu_rate = row["tokens"] / count, row["tokens"] / row["seconds"], row["tokens"] / row["cpu"]
-    print(f"| {what} | {count} | {each:.0f} | {row['seconds']:.1f} | {rate:.0f} | {row['cpu']:.1f} | {cpu_rate:.0f} | "
-          f"{row['peak'] / 1e6:.0f} |", flush=True)
+    print(
+        f"| {what} | {count} | {each:.0f} | {row['seconds']:.1f} | {rate:.0f} | {row['cpu']:.1f} | {cpu_rate:.0f} | "
+        f"{row['peak'] / 1e6:.0f} |",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -34,18 +34,23 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from safetensors.numpy import save_file  # noqa: E402
 
+from pctrain.common.device import device, on_gpu  # noqa: E402
 from pctrain.compute import flops  # noqa: E402
 from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
-from pctrain.data.scratch_model import initial_weights  # noqa: E402
 from pctrain.data.packing import NO_LABEL, pack_rows  # noqa: E402
 from pctrain.data.rows import Row, make_row  # noqa: E402
-from pctrain.common.device import device, on_gpu  # noqa: E402
+from pctrain.data.scratch_model import initial_weights  # noqa: E402
 
 # name: (shape, vocabulary, sequences a step, their mean length)
 MODELS = {
     "quickstart": (ArchitectureConfig(), 300, 32, 31),
     "30m": (ArchitectureConfig(layers=8, hidden=512, heads=8, kv_heads=8, ffn=1408, context=2048), 8000, 16, 128),
-    "500m": (ArchitectureConfig(layers=24, hidden=1024, heads=16, kv_heads=4, ffn=4096, context=4096, tied=False), 32000, 32, 1024),
+    "500m": (
+        ArchitectureConfig(layers=24, hidden=1024, heads=16, kv_heads=4, ffn=4096, context=4096, tied=False),
+        32000,
+        32,
+        1024,
+    ),
 }
 OPTIMIZER = OptimizerConfig(lr=1e-4, weight_decay=0.1, clip=1.0)
 BATCHES = 8  # different batches that the steps go through in turn
@@ -74,7 +79,12 @@ def make_batches(vocab: int, sequences: int, mean: int, lengths: str, longest: i
         sizes = np.full(sequences, mean)
         if lengths == "varied":
             sizes = np.clip(rng.lognormal(np.log(mean) - 0.8**2 / 2, 0.8, sequences).round().astype(int), 4, longest)
-        batches.append([make_row(rng.integers(3, vocab, n // 3).tolist(), rng.integers(3, vocab, n - n // 3).tolist()) for n in sizes])
+        batches.append(
+            [
+                make_row(rng.integers(3, vocab, n // 3).tolist(), rng.integers(3, vocab, n - n // 3).tolist())
+                for n in sizes
+            ]
+        )
     return batches
 
 
@@ -114,7 +124,11 @@ class Transformers:
     def __init__(self, directory: Path, dtype: str, fused: bool):
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation="sdpa").to(device()).train()
+        self.model = (
+            AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], attn_implementation="sdpa")
+            .to(device())
+            .train()
+        )
         decayed = [p for p in self.model.parameters() if p.ndim > 1]
         others = [p for p in self.model.parameters() if p.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": OPTIMIZER.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -132,7 +146,9 @@ class Transformers:
             mask[i, : len(row)] = 1
         ids, labels, mask = (torch.from_numpy(x).to(device()) for x in (ids, labels, mask))
         # Without padding no mask: transformers then takes the faster causal path without looking.
-        loss = self.model(ids, attention_mask=mask if min(lengths) < max(lengths) else None, labels=labels, use_cache=False).loss
+        loss = self.model(
+            ids, attention_mask=mask if min(lengths) < max(lengths) else None, labels=labels, use_cache=False
+        ).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip)
         self.adamw.step()
@@ -211,7 +227,9 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
     loose = 1e-4 if dtype == "float32" else 3e-2  # the same sums in another order
     for label, values in first.items():
         if not np.allclose(values, first["transformers"], rtol=loose):
-            raise SystemExit(f"FAIL: (loss, gradient norm) of {label} are {values}, of transformers {first['transformers']}")
+            raise SystemExit(
+                f"FAIL: (loss, gradient norm) of {label} are {values}, of transformers {first['transformers']}"
+            )
     for provider in providers.values():
         for rows in batches[1:3]:
             provider.step(rows)
@@ -232,11 +250,17 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
 
     used = [batches[turn % BATCHES] for turn in range(turns)]
     tokens = statistics.fmean(sum(len(row) for row in rows) for rows in used)
-    paper = statistics.fmean(flops.paper_sft(shape, steps=1, batch=sequences, mean_length=np.mean([len(r) for r in rows])) for rows in used)
+    paper = statistics.fmean(
+        flops.paper_sft(shape, steps=1, batch=sequences, mean_length=np.mean([len(r) for r in rows])) for rows in used
+    )
     exact = statistics.fmean(flops.exact_training(shape, [len(row) for row in rows]) for rows in used)
-    print(f"\n{name}: {shape.parameters / 1e6:.1f}M parameters, {sequences} sequences of {lengths} length, {tokens:.0f} tokens a step, "
-          f"{dtype}, {turns} turns; fastest matrix product {fastest / 1e9:.0f} GFLOP/s")
-    print("| provider | step, ms | quartiles | wall, ms | tokens/s | MFU paper | MFU exact | padding | peak memory, MB | of transformers |")
+    print(
+        f"\n{name}: {shape.parameters / 1e6:.1f}M parameters, {sequences} sequences of {lengths} length, {tokens:.0f} tokens a step, "
+        f"{dtype}, {turns} turns; fastest matrix product {fastest / 1e9:.0f} GFLOP/s"
+    )
+    print(
+        "| provider | step, ms | quartiles | wall, ms | tokens/s | MFU paper | MFU exact | padding | peak memory, MB | of transformers |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for label, provider in providers.items():
         low, median, high = statistics.quantiles(own[label], n=4)
@@ -244,17 +268,28 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
         measured = batches if lengths == "varied" else batches[:1]
         memory = provider.held() + max(peak_bytes(lambda: provider.step(rows)) for rows in measured)
         padding = 1 - tokens / statistics.fmean(provider.positions(rows) for rows in used)
-        print(f"| {label} | {median * 1e3:.1f} | {low * 1e3:.1f} - {high * 1e3:.1f} | {statistics.median(wall[label]) * 1e3:.1f} "
-              f"| {tokens / median:.0f} | {paper / median / fastest:.1%} | {exact / median / fastest:.1%} | {padding:.0%} "
-              f"| {memory / 1e6:.0f} | {ratio:.3f} |", flush=True)
+        print(
+            f"| {label} | {median * 1e3:.1f} | {low * 1e3:.1f} - {high * 1e3:.1f} | {statistics.median(wall[label]) * 1e3:.1f} "
+            f"| {tokens / median:.0f} | {paper / median / fastest:.1%} | {exact / median / fastest:.1%} | {padding:.0%} "
+            f"| {memory / 1e6:.0f} | {ratio:.3f} |",
+            flush=True,
+        )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["quickstart", "30m"], help="500m is meant for a GPU")
-    parser.add_argument("--lengths", nargs="+", choices=["equal", "varied"], default=["equal", "varied"], help="of the sequences")
-    parser.add_argument("--turns", type=int, help="timed steps a provider; default 200 for quickstart, 24 for the others")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights and activations (pctrain keeps fp32 masters)")
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=["quickstart", "30m"], help="500m is meant for a GPU"
+    )
+    parser.add_argument(
+        "--lengths", nargs="+", choices=["equal", "varied"], default=["equal", "varied"], help="of the sequences"
+    )
+    parser.add_argument(
+        "--turns", type=int, help="timed steps a provider; default 200 for quickstart, 24 for the others"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="of weights and activations (pctrain keeps fp32 masters)"
+    )
     parser.add_argument("--no-fused-rival", action="store_true", help="leave out transformers with fused AdamW")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -262,8 +297,10 @@ def main() -> None:
     import transformers
 
     machine = torch.cuda.get_device_name() if on_gpu() else f"{cpu_name()}, one thread"
-    print(f"{machine}; Python {platform.python_version()}, torch {torch.__version__}, megatron-core {megatron.core.__version__}, "
-          f"transformers {transformers.__version__}")
+    print(
+        f"{machine}; Python {platform.python_version()}, torch {torch.__version__}, megatron-core {megatron.core.__version__}, "
+        f"transformers {transformers.__version__}"
+    )
     for name in options.models:
         for lengths in options.lengths:
             turns = options.turns or (200 if name == "quickstart" else 24)

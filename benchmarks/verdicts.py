@@ -39,7 +39,9 @@ def pairs(kind: str) -> Iterator[tuple[str, str]]:
         yield f"{WORKING}\\boxed{{{answer}}}.", gold
 
 
-def rate(score: Callable[[list[tuple[str, str]]], list], kind: str, seconds: float, clock: Callable[[], float]) -> float:
+def rate(
+    score: Callable[[list[tuple[str, str]]], list], kind: str, seconds: float, clock: Callable[[], float]
+) -> float:
     """Verdicts a second of `clock`."""
     stream, done, right = pairs(kind), 0, 0.0
     score([next(stream) for _ in range(BATCH)])
@@ -56,15 +58,22 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="verifier processes of the pool")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, math-verify {version('math-verify')}, "
-          f"sympy {version('sympy')}; load {os.getloadavg()[0]:.1f}")
-    print(f"| answers | strict in one process, verdicts/CPU-second | pool of {args.workers}, verdicts/s |\n|---|---|---|")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, math-verify {version('math-verify')}, "
+        f"sympy {version('sympy')}; load {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"| answers | strict in one process, verdicts/CPU-second | pool of {args.workers}, verdicts/s |\n|---|---|---|"
+    )
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
     strict = VERIFIERS["strict"]
     with VerifierPool(RewardConfig(workers=args.workers, timeout=60)) as pool:
         for kind in ("integers", "numbers", "LaTeX"):
             alone = rate(lambda batch: [strict(*pair) for pair in batch], kind, args.seconds, time.process_time)
-            print(f"| {kind} | {alone:,.0f} | {rate(pool.score, kind, args.seconds, time.perf_counter):,.0f} |", flush=True)
+            print(
+                f"| {kind} | {alone:,.0f} | {rate(pool.score, kind, args.seconds, time.perf_counter):,.0f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

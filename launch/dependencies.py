@@ -29,7 +29,10 @@ EXTRAS = ("cpu", "gpu", "test")  # of pctrain: what of these is installed is cou
 KNOWN, CLEAN, NOT_ASKED = 1, 0, 3
 # What is to be looked at before pctrain is passed on with it, by the words of a licence; the first that fits.
 CONCERNS = (
-    ("weak copyleft", r"\bL?GPL.*with.*exception|\bLGPL|Lesser General Public|\bMPL|Mozilla Public|\bEPL|Eclipse Public|\bCDDL"),
+    (
+        "weak copyleft",
+        r"\bL?GPL.*with.*exception|\bLGPL|Lesser General Public|\bMPL|Mozilla Public|\bEPL|Eclipse Public|\bCDDL",
+    ),
     ("copyleft", r"\bA?GPL|General Public License|\bEUPL|\bCC-BY-SA|\bSSPL"),
     ("proprietary", r"Proprietary|End User|EULA|NVIDIA"),
     ("unknown", r"^UNKNOWN$|^$"),
@@ -107,7 +110,10 @@ def make_tools(folder: Path) -> Path:
     stamp = folder / "tools"
     if not stamp.exists() or stamp.read_text() != "\n".join(TOOLS):
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *TOOLS], check=True)
+        subprocess.run(
+            [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *TOOLS],
+            check=True,
+        )
         stamp.write_text("\n".join(TOOLS))
     return folder / "bin"
 
@@ -124,7 +130,15 @@ def audit(tools: Path, versions: dict[str, str]) -> Audit:
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{name}=={version.partition('+')[0]}\n" for name, version in versions.items()))
         file.flush()
-        command = [tools / "pip-audit", "--requirement", file.name, "--no-deps", "--disable-pip", "--format=json", "--progress-spinner=off"]
+        command = [
+            tools / "pip-audit",
+            "--requirement",
+            file.name,
+            "--no-deps",
+            "--disable-pip",
+            "--format=json",
+            "--progress-spinner=off",
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     return read_audit(done.stdout, done.stderr, versions)
 
@@ -141,7 +155,9 @@ def read_audit(printed: str, errors: str, versions: dict[str, str]) -> Audit:
         row = rows.get(name, {"skip_reason": "pip-audit does not tell of it"})
         if "skip_reason" in row:
             not_asked.append((name, row["skip_reason"]))
-        known += [(name, one["id"], ", ".join(one.get("fix_versions", [])) or "none yet") for one in row.get("vulns", [])]
+        known += [
+            (name, one["id"], ", ".join(one.get("fix_versions", [])) or "none yet") for one in row.get("vulns", [])
+        ]
     return Audit(known, not_asked)
 
 
@@ -154,26 +170,49 @@ def verdict(count: int, found: Audit) -> str:
         return f"{len(found.known)} known vulnerabilities in {len({name for name, *_ in found.known})} of {asked} packages asked about"
     if found.not_asked:
         name, why = found.not_asked[0]
-        return (f"NOT AUDITED: {len(found.not_asked)} of {count} packages: nothing can be said of their vulnerabilities ({name}: {why}). "
-                "Run this where the advisory service of PyPI (https://pypi.org/pypi/NAME/VERSION/json) can be reached")
+        return (
+            f"NOT AUDITED: {len(found.not_asked)} of {count} packages: nothing can be said of their vulnerabilities ({name}: {why}). "
+            "Run this where the advisory service of PyPI (https://pypi.org/pypi/NAME/VERSION/json) can be reached"
+        )
     return f"no vulnerability is known of any of the {count} packages"
 
 
 def page(packages: list[Package], found: Audit) -> str:
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     concerns = [package for package in packages if package.concern]
-    lines = ["# Dependencies", "",
-             f"Made by `python launch/dependencies.py > docs/dependencies.md` on {date.today()} ({system}): what pctrain needs, directly "
-             "or not, as it was installed there.", "",
-             "## Vulnerabilities", "", f"{verdict(len(packages), found)}.", ""]
+    lines = [
+        "# Dependencies",
+        "",
+        f"Made by `python launch/dependencies.py > docs/dependencies.md` on {date.today()} ({system}): what pctrain needs, directly "
+        "or not, as it was installed there.",
+        "",
+        "## Vulnerabilities",
+        "",
+        f"{verdict(len(packages), found)}.",
+        "",
+    ]
     if found.known:
-        lines += ["| package | advisory | mended in |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in found.known), ""]
-    lines += ["## To be looked at", "",
-              "By the words of their metadata. Weak copyleft (LGPL, MPL) binds changes to the package itself, not what uses it.", "",
-              "| package | version | licence | |", "|---|---|---|---|",
-              *(f"| {one.name} | {one.version} | {_short(one.licence)} | {one.concern} |" for one in concerns), "",
-              f"## All {len(packages)}", "", "| package | version | licence |", "|---|---|---|",
-              *(f"| {one.name} | {one.version} | {_short(one.licence)} |" for one in packages)]
+        lines += [
+            "| package | advisory | mended in |",
+            "|---|---|---|",
+            *(f"| {' | '.join(row)} |" for row in found.known),
+            "",
+        ]
+    lines += [
+        "## To be looked at",
+        "",
+        "By the words of their metadata. Weak copyleft (LGPL, MPL) binds changes to the package itself, not what uses it.",
+        "",
+        "| package | version | licence | |",
+        "|---|---|---|---|",
+        *(f"| {one.name} | {one.version} | {_short(one.licence)} | {one.concern} |" for one in concerns),
+        "",
+        f"## All {len(packages)}",
+        "",
+        "| package | version | licence |",
+        "|---|---|---|",
+        *(f"| {one.name} | {one.version} | {_short(one.licence)} |" for one in packages),
+    ]
     return "\n".join(lines)
 
 

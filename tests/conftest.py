@@ -19,6 +19,7 @@ for _name, _value in {
 
 import pytest  # noqa: E402
 from hypothesis import settings  # noqa: E402
+
 from ranks import Ranks  # noqa: E402
 
 # The same examples every time, and no deadline a busy machine could miss: a red test means a changed program.

@@ -22,7 +22,9 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 START_SECONDS = 180.0  # importing torch on a busy machine
-GRACE_SECONDS = 15.0  # how long the others may still answer once one rank has failed: they may hang in a collective with it
+GRACE_SECONDS = (
+    15.0  # how long the others may still answer once one rank has failed: they may hang in a collective with it
+)
 
 
 class RanksFailed(AssertionError):
@@ -56,8 +58,10 @@ class RankPool:
         # Some ranks may be a collective ahead of the others, or one is gone and the others have noticed.
         if silent or len(failed) < self.world or any(not process.is_alive() for process in self._processes):
             self.stop()
-        raise RanksFailed(_describe(fn, failed, silent, deadline),
-                          {rank: answer["exception"] for rank, answer in failed.items() if answer["exception"] is not None})
+        raise RanksFailed(
+            _describe(fn, failed, silent, deadline),
+            {rank: answer["exception"] for rank, answer in failed.items() if answer["exception"] is not None},
+        )
 
     def _collect(self, deadline: float) -> dict[int, dict[str, Any]]:
         answers: dict[int, dict[str, Any]] = {}
@@ -71,7 +75,11 @@ class RankPool:
                 except EOFError:
                     self._processes[rank].join(GRACE_SECONDS)
                     code = self._processes[rank].exitcode
-                    answers[rank] = {"ok": False, "exception": None, "traceback": f"the process died (exit code {code})"}
+                    answers[rank] = {
+                        "ok": False,
+                        "exception": None,
+                        "traceback": f"the process died (exit code {code})",
+                    }
                 if not answers[rank]["ok"]:
                     end = min(end, time.monotonic() + GRACE_SECONDS)
         return answers
@@ -115,7 +123,9 @@ class Ranks:
     def __init__(self) -> None:
         self._pools: dict[int, RankPool] = {}
 
-    def run(self, fn: Callable[..., Any], *args: Any, world: int = 2, deadline: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], *args: Any, world: int = 2, deadline: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
         """Run a module-level function on `world` ranks (1, 2 or 4); returns the results by rank, or raises RanksFailed."""
         if world not in (1, 2, 4):
             raise ValueError(f"world {world}: expected 1, 2 or 4")
@@ -140,8 +150,15 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> N
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest leaves no ranks behind
     if os.getppid() != parent:
         return
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+    )
 
     store = None
 

@@ -8,7 +8,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
-LAYERS = [re.findall(r"`(\w+)`", row.split("|")[2]) for row in PAGE.split("|---|---|---|\n")[1].split("\n\n")[0].splitlines()]
+LAYERS = [
+    re.findall(r"`(\w+)`", row.split("|")[2]) for row in PAGE.split("|---|---|---|\n")[1].split("\n\n")[0].splitlines()
+]
 ROW = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
@@ -22,7 +24,9 @@ def imports() -> dict[str, set[str]]:
             continue
         of_mine = found.setdefault(mine, set())
         tree = ast.parse(file.read_text(encoding="utf-8"))
-        for_types = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+        for_types = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        ]
         passed_over = {id(inner) for node in for_types for inner in ast.walk(node)}
         for node in ast.walk(tree):
             if id(node) in passed_over:

@@ -10,10 +10,10 @@ import time
 
 import pytest
 
+from pctrain.common.errors import UserError
+from pctrain.config.tree import Config
 from pctrain.run import checkpoints
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
-from pctrain.config.tree import Config
-from pctrain.common.errors import UserError
 from pctrain.run.folder import RunFolder
 
 
@@ -44,9 +44,14 @@ def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
     with RunFolder.open(config, "sft", [data]) as run:
         manifest = json.loads((add_checkpoint(run, 50) / "manifest.json").read_text())
     assert manifest["step"] == 50 and manifest["kind"] == "sft" and manifest["layout"] == {"world": 1}
-    assert manifest["fingerprints"] == {str(data): "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"}  # sha256sum's
+    assert manifest["fingerprints"] == {
+        str(data): "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    }  # sha256sum's
     assert manifest["files"].keys() == {"inner/state.json", "weights.bin"}
-    assert manifest["files"]["weights.bin"] == {"bytes": 13, "sha256": "9e4c4e308291b4a49ffc30eb1bafe6c562fb0a712ca0d09654638a88998458a9"}
+    assert manifest["files"]["weights.bin"] == {
+        "bytes": 13,
+        "sha256": "9e4c4e308291b4a49ffc30eb1bafe6c562fb0a712ca0d09654638a88998458a9",
+    }
 
 
 def test_the_hash_of_the_config_is_that_of_the_run_not_of_its_layout(config):
@@ -71,8 +76,14 @@ def damage(path, how):
         (path / "manifest.json").unlink()
 
 
-@pytest.mark.parametrize("how, said", [("missing", "weights.bin is missing"), ("truncated", "weights.bin has 4 bytes, expected 14"),
-                                       ("manifest", "manifest.json is missing")])
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("missing", "weights.bin is missing"),
+        ("truncated", "weights.bin has 4 bytes, expected 14"),
+        ("manifest", "manifest.json is missing"),
+    ],
+)
 def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, said):
     with RunFolder.open(config, "sft", []) as run:
         for step in (100, 150, 200):
@@ -114,8 +125,18 @@ def test_a_checkpoint_is_never_overwritten(config):
 ALL = [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("keep_last, keep_every, left", [(None, None, ALL), (None, 3, ALL), (1, None, [6]), (2, None, [5, 6]),
-                                                         (1, 3, [3, 6]), (2, 2, [2, 4, 5, 6]), (9, None, ALL)])
+@pytest.mark.parametrize(
+    "keep_last, keep_every, left",
+    [
+        (None, None, ALL),
+        (None, 3, ALL),
+        (1, None, [6]),
+        (2, None, [5, 6]),
+        (1, 3, [3, 6]),
+        (2, 2, [2, 4, 5, 6]),
+        (9, None, ALL),
+    ],
+)
 def test_retention(config, keep_last, keep_every, left):
     config.run.keep_last, config.run.keep_every = keep_last, keep_every
     with RunFolder.open(config, "sft", []) as run:
@@ -184,8 +205,12 @@ while True:
 
 @pytest.mark.parametrize("seconds", [0.05, 0.11, 0.17])
 def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, seconds):
-    worker = subprocess.Popen([sys.executable, "-c", KILLED, str(config.run.dir)], stdout=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    worker = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(config.run.dir)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert worker.stdout.readline() == "open\n"
     time.sleep(seconds)
     worker.kill()
@@ -204,17 +229,25 @@ def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, second
 
 def test_a_state_that_no_run_wrote_is_named(tmp_path):
     sums = dict.fromkeys(sorted(checkpoints.LEDGER_SUMS), 1.0)
-    state = {"ledger": {"joint": 0.0, "totals": {"sft_update": sums}}, "validations": [[1, 0.1, 2.0, 0.1, True]], "recent_losses": [2.0],
-             "prompts": {"position": 3, "carried": [1]}}
+    state = {
+        "ledger": {"joint": 0.0, "totals": {"sft_update": sums}},
+        "validations": [[1, 0.1, 2.0, 0.1, True]],
+        "recent_losses": [2.0],
+        "prompts": {"position": 3, "carried": [1]},
+    }
     file = tmp_path / "state.json"
     file.write_text(json.dumps(state))
     assert checkpoints.read_state(tmp_path) == state
-    for changed, words in (({"ledger": 3}, "`ledger.totals` is missing"), ({"ledger": {"joint": None, "totals": {}}}, "one of its numbers"),
-                           ({"ledger": {"joint": 0, "totals": {"a": {}}}}, "`ledger.totals` must have"),
-                           ({"prompts": []}, "`prompts` must have"),
-                           ({"prompts": {"position": 1.5, "carried": []}}, "no whole number"),
-                           ({"validations": [[1]]}, "list of lists of 5"),
-                           ({"recent_losses": [float("nan")]}, "one of its numbers"), ({"skipped_in_a_row": "x"}, "no whole number")):
+    for changed, words in (
+        ({"ledger": 3}, "`ledger.totals` is missing"),
+        ({"ledger": {"joint": None, "totals": {}}}, "one of its numbers"),
+        ({"ledger": {"joint": 0, "totals": {"a": {}}}}, "`ledger.totals` must have"),
+        ({"prompts": []}, "`prompts` must have"),
+        ({"prompts": {"position": 1.5, "carried": []}}, "no whole number"),
+        ({"validations": [[1]]}, "list of lists of 5"),
+        ({"recent_losses": [float("nan")]}, "one of its numbers"),
+        ({"skipped_in_a_row": "x"}, "no whole number"),
+    ):
         file.write_text(json.dumps(state | changed))
         with pytest.raises(UserError, match=f"{file}: .*{words}"):
             checkpoints.read_state(tmp_path)

@@ -10,22 +10,29 @@ from pathlib import Path
 import pytest
 
 from pctrain.cli import main as cli
-from pctrain.config import help as config_help
-from pctrain.report.fit_options import FitOptions
-from pctrain.config.tree import Config
 from pctrain.common.errors import UserError
+from pctrain.config import help as config_help
+from pctrain.config.tree import Config
+from pctrain.report.fit_options import FitOptions
 
 ROOT = Path(__file__).parent.parent
 
 
 def pctrain(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "pctrain", *arguments], cwd=ROOT, env={**os.environ, **environment},
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-m", "pctrain", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.fixture
 def stub(monkeypatch):
     """Puts a module in the place of a command's implementation; returns what `main` was called with."""
+
     def stub(module: str, error: BaseException | None = None) -> list:
         calls = []
 
@@ -33,11 +40,15 @@ def stub(monkeypatch):
             calls.append(arguments)
             if error is not None:
                 raise error
+
         fake, (package, _, name) = types.SimpleNamespace(main=main), module.rpartition(".")
         monkeypatch.setitem(sys.modules, module, fake)
-        if package in sys.modules:  # another test may have imported the real one, which is an attribute of its package then
+        if (
+            package in sys.modules
+        ):  # another test may have imported the real one, which is an attribute of its package then
             monkeypatch.setattr(sys.modules[package], name, fake, raising=False)
         return calls
+
     return stub
 
 
@@ -53,14 +64,22 @@ def test_help_lists_the_commands_one_a_line_and_is_fast():
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys; from pctrain.cli.main import main\n"
-            "for c in [['--help'], ['sft', '--help'], ['rl', '-h'], ['fit', '--help'], ['sft', '--sft.stesp=1']]: main(c)\n"
-            "sys.exit(bool({'torch', 'numpy', 'transformers', 'vllm'} & set(sys.modules)))")
+    code = (
+        "import sys; from pctrain.cli.main import main\n"
+        "for c in [['--help'], ['sft', '--help'], ['rl', '-h'], ['fit', '--help'], ['sft', '--sft.stesp=1']]: main(c)\n"
+        "sys.exit(bool({'torch', 'numpy', 'transformers', 'vllm'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60, capture_output=True)
 
 
-@pytest.mark.parametrize("command, sections", [("sft", ["run", "model", "parallel", "data", "sft"]), ("rl", ["rl", "rollout", "reward"]),
-                                               ("run", list(Config.model_fields))])
+@pytest.mark.parametrize(
+    "command, sections",
+    [
+        ("sft", ["run", "model", "parallel", "data", "sft"]),
+        ("rl", ["rl", "rollout", "reward"]),
+        ("run", list(Config.model_fields)),
+    ],
+)
 def test_command_help_shows_every_option_with_description_and_default(capsys, monkeypatch, command, sections):
     monkeypatch.setenv("COLUMNS", "140")
     assert cli.main([command, "--help"]) == 0
@@ -75,6 +94,7 @@ def test_command_help_shows_every_option_with_description_and_default(capsys, mo
             else:
                 assert f"--{prefix}.{name} " in text
                 assert " ".join(field.description.split()) in text
+
     for name in sections:
         check(getattr(Config(), name), name)
     assert "--run.seed INT seed of data order, initial weights and sampling (>= 0) [default: 0]" in text
@@ -85,21 +105,24 @@ def test_defaults_in_help_are_those_of_their_place():
     assert [line.rpartition("[")[2] for line in lines if "default" in line] == ["default: 1e-05]", "default: 1e-06]"]
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["trian"], "unknown command 'trian'; did you mean `pctrain "),
-    (["rpeort", "x"], "did you mean `pctrain report`?"),
-    (["xyzzy"], "commands are: sft, rl, show, run, fit, report, eval, data generate"),
-    (["data"], "pctrain data needs one more word"),
-    (["data", "genrate"], "did you mean `pctrain data generate`?"),
-    (["data", "generate"], "needs --out DIR"),
-    (["sft", "--sft.stesp=3"], "unknown key sft.stesp (command line); did you mean sft.steps?"),
-    (["sft", "--config"], "--config needs a value"),
-    (["sft", "--config=a.yaml", "--config", "b.yaml"], "--config is given more than once"),
-    (["sft", "--config", "nope.yaml"], "nope.yaml does not exist"),
-    (["fit"], "usage: pctrain fit CURVES"),
-    (["fit", "a", "--oot", "b"], "unknown option --oot; did you mean --out?"),
-    (["report", "a", "b"], "usage: pctrain report SOURCE"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "unknown command 'trian'; did you mean `pctrain "),
+        (["rpeort", "x"], "did you mean `pctrain report`?"),
+        (["xyzzy"], "commands are: sft, rl, show, run, fit, report, eval, data generate"),
+        (["data"], "pctrain data needs one more word"),
+        (["data", "genrate"], "did you mean `pctrain data generate`?"),
+        (["data", "generate"], "needs --out DIR"),
+        (["sft", "--sft.stesp=3"], "unknown key sft.stesp (command line); did you mean sft.steps?"),
+        (["sft", "--config"], "--config needs a value"),
+        (["sft", "--config=a.yaml", "--config", "b.yaml"], "--config is given more than once"),
+        (["sft", "--config", "nope.yaml"], "nope.yaml does not exist"),
+        (["fit"], "usage: pctrain fit CURVES"),
+        (["fit", "a", "--oot", "b"], "unknown option --oot; did you mean --out?"),
+        (["report", "a", "b"], "usage: pctrain report SOURCE"),
+    ],
+)
 def test_bad_input_is_one_message_and_status_2(capsys, arguments, message):
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
@@ -108,7 +131,11 @@ def test_bad_input_is_one_message_and_status_2(capsys, arguments, message):
 
 def test_module_exits_2_without_a_traceback():
     done = pctrain("sft", "--sft.stesp=3")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.startswith("error: unknown key sft.stesp")
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and done.stderr.startswith("error: unknown key sft.stesp")
+    )
 
 
 def test_under_torchrun_only_rank_0_prints():
@@ -116,11 +143,13 @@ def test_under_torchrun_only_rank_0_prints():
     assert (quiet.returncode, quiet.stdout, quiet.stderr) == (2, "", "")
 
 
-@pytest.mark.parametrize("command, module", [("sft", "pctrain.sft.loop"), ("rl", "pctrain.rl.loop"), ("run", "pctrain.study.command")])
+@pytest.mark.parametrize(
+    "command, module", [("sft", "pctrain.sft.loop"), ("rl", "pctrain.rl.loop"), ("run", "pctrain.study.command")]
+)
 def test_training_commands_get_the_resolved_config(stub, command, module):
     calls = stub(module)
     assert cli.main([command, "--run.seed=3", "--run.dir", "runs/x"]) == 0
-    (config, *_), = calls
+    ((config, *_),) = calls
     assert isinstance(config, Config) and config.run.seed == 3 and config.run.dir == Path("runs/x")
 
 
@@ -159,9 +188,16 @@ def test_environment_is_set_before_the_implementation_is_imported(stub, monkeypa
 
 
 def test_data_generate(tmp_path):
-    done = pctrain("data", "generate", "--out", str(tmp_path / "d"), "--data.problems.train=20", "--data.problems.rl=30")
+    done = pctrain(
+        "data", "generate", "--out", str(tmp_path / "d"), "--data.problems.train=20", "--data.problems.rl=30"
+    )
     assert done.returncode == 0, done.stderr
-    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == ["rl.jsonl", "test.jsonl", "train.jsonl", "validation.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "d").iterdir()) == [
+        "rl.jsonl",
+        "test.jsonl",
+        "train.jsonl",
+        "validation.jsonl",
+    ]
     assert len((tmp_path / "d" / "train.jsonl").read_text().splitlines()) == 20
 
 

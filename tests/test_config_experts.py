@@ -4,11 +4,18 @@ import json
 
 import pytest
 
-from pctrain.config.load import load
 from pctrain.common.errors import UserError
+from pctrain.config.load import load
 
-CONFIG = {"architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4,
-          "num_key_value_heads": 4, "intermediate_size": 80, "max_position_embeddings": 256}
+CONFIG = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "intermediate_size": 80,
+    "max_position_embeddings": 256,
+}
 EXPERTS = {"num_experts": 6, "moe_intermediate_size": 24}
 
 
@@ -18,6 +25,7 @@ def check(tmp_path, monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", str(world))
         (tmp_path / "config.json").write_text(json.dumps({**CONFIG, **(EXPERTS if experts else {})}))
         load(None, [f"--model.path={tmp_path}", *options], sections=sections)
+
     return check
 
 
@@ -28,15 +36,18 @@ def test_accepted(check):
     check(2, "--parallel.tensor=2", experts=False)
 
 
-@pytest.mark.parametrize("world, options, experts, message", [
-    (1, ["--model.router_aux_loss=0.001"], False, "model.router_aux_loss = 0.001, but the model has no experts"),
-    (1, ["--model.router_aux_loss=-1"], True, "model.router_aux_loss (command line)"),
-    (2, ["--parallel.tensor=2"], True, "set parallel.sequence_parallel to true"),
-    (4, ["--parallel.tensor=2", "--parallel.expert=2"], True, "parallel.tensor = 2 of a mixture of experts"),
-    (2, ["--parallel.expert=2"], False, "parallel.expert = 2, but the model has no experts"),
-    (4, ["--parallel.expert=4"], True, "parallel.expert = 4 does not divide the experts: 6"),
-    (2, ["--parallel.expert=3"], True, "parallel.expert = 3 does not divide the data parallel size"),
-])
+@pytest.mark.parametrize(
+    "world, options, experts, message",
+    [
+        (1, ["--model.router_aux_loss=0.001"], False, "model.router_aux_loss = 0.001, but the model has no experts"),
+        (1, ["--model.router_aux_loss=-1"], True, "model.router_aux_loss (command line)"),
+        (2, ["--parallel.tensor=2"], True, "set parallel.sequence_parallel to true"),
+        (4, ["--parallel.tensor=2", "--parallel.expert=2"], True, "parallel.tensor = 2 of a mixture of experts"),
+        (2, ["--parallel.expert=2"], False, "parallel.expert = 2, but the model has no experts"),
+        (4, ["--parallel.expert=4"], True, "parallel.expert = 4 does not divide the experts: 6"),
+        (2, ["--parallel.expert=3"], True, "parallel.expert = 3 does not divide the data parallel size"),
+    ],
+)
 def test_refused(check, world, options, experts, message):
     with pytest.raises(UserError) as error:
         check(world, *options, experts=experts)

@@ -8,12 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from core import families
 from safetensors.torch import load_file, save_file
 
+from core import families
+from pctrain.common.errors import UserError
 from pctrain.hf import weight_files
 from pctrain.hf.config import FAMILIES, HFConfig
-from pctrain.common.errors import UserError
 
 
 def command(*arguments):
@@ -39,15 +39,21 @@ def qwen3(tmp_path_factory):
 
 def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
     checkpoint, out = tmp_path / "start" / "step-0", tmp_path / "out"
-    for result in ranks.run(command, "convert", "hf-to-mcore", qwen3, checkpoint, "--verify", "--parallel.tensor=2", world=2):
+    for result in ranks.run(
+        command, "convert", "hf-to-mcore", qwen3, checkpoint, "--verify", "--parallel.tensor=2", world=2
+    ):
         assert result[0] == 0, result[1]
     source = f"--model.path={qwen3}"
-    back = ranks.run(command, "convert", "mcore-to-hf", checkpoint, out, source, "--verify", "--parallel.pipeline=2", world=2)
+    back = ranks.run(
+        command, "convert", "mcore-to-hf", checkpoint, out, source, "--verify", "--parallel.pipeline=2", world=2
+    )
     assert [status for status, _ in back] == [0, 0], back
     assert "against transformers: largest difference" in back[0][1] and "bfloat16" in back[0][1]
     before, after = load_file(qwen3 / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
-    assert all(after[name].dtype == torch.bfloat16 and torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(
+        after[name].dtype == torch.bfloat16 and torch.equal(after[name], tensor) for name, tensor in before.items()
+    )
     assert json.loads((out / "config.json").read_text()) == json.loads((qwen3 / "config.json").read_text())
     # An RL run takes its joint from state.json, and a checkpoint without its manifest is not a checkpoint.
     assert {"manifest.json", "state.json"} <= {file.name for file in checkpoint.iterdir()}
@@ -56,8 +62,8 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
 
 
 def _verify_with_a_swapped_head(directory, other):
-    from pctrain.tools import convert
     from pctrain.config.tree import Config
+    from pctrain.tools import convert
 
     learner = convert._core(Config(), directory)
     try:
@@ -77,13 +83,17 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
     assert "differ from transformers'" in ranks.run(_verify_with_a_swapped_head, qwen3, other, world=1)[0]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["hf-to-mcore", "HF"], "expected 2 folders, got 1"),
-    (["hf-to-mcore", "HF", "out"], "expected a checkpoint folder named step-N"),
-    (["mcore-to-hf", "HF", "out"], "needs --model.path"),
-    (["mcore-to-hf", "HF", "out", "--model.path=HF"], "manifest.json is missing"),
-    (["hf-to-mcore", "HF", "step-0", "--verify", "--model.dtype=bfloat16"], "--verify compares in float32"),
-], ids=["one folder", "name", "no model.path", "no checkpoint", "bfloat16"])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["hf-to-mcore", "HF"], "expected 2 folders, got 1"),
+        (["hf-to-mcore", "HF", "out"], "expected a checkpoint folder named step-N"),
+        (["mcore-to-hf", "HF", "out"], "needs --model.path"),
+        (["mcore-to-hf", "HF", "out", "--model.path=HF"], "manifest.json is missing"),
+        (["hf-to-mcore", "HF", "step-0", "--verify", "--model.dtype=bfloat16"], "--verify compares in float32"),
+    ],
+    ids=["one folder", "name", "no model.path", "no checkpoint", "bfloat16"],
+)
 def test_convert_refuses(ranks, qwen3, tmp_path, arguments, words):
     out = str(tmp_path / "out")
     arguments = [a.replace("HF", str(qwen3)).replace("step-0", f"{tmp_path}/step-0") for a in arguments]
@@ -97,24 +107,29 @@ def test_tensor_parallel_size_must_divide_the_key_value_heads(qwen3, monkeypatch
     assert status == 2 and "parallel.tensor = 4 does not divide the key/value heads: 2" in text
 
 
-@pytest.mark.parametrize("family, change, words", [
-    ("qwen3", {"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", *FAMILIES]),
-    ("qwen3", {"use_sliding_window": True}, ["use_sliding_window = true", "expected false"]),
-    ("qwen3", {"attention_bias": True}, ["attention_bias"]),
-    ("qwen3", {"hidden_act": "gelu"}, ["hidden_act", "silu"]),
-    ("qwen3", {"hidden_size": None}, ["'hidden_size' is missing"]),
-    ("qwen3", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
-    ("mistral", {"sliding_window": 128}, ["sliding_window = 128", "max_position_embeddings = 256"]),
-    ("llama2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "llama3"]),
-    ("llama2", {"mlp_bias": True}, ["mlp_bias"]),
-    ("qwen3-moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "expected 1"]),
-    ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9"]),
-])
+@pytest.mark.parametrize(
+    "family, change, words",
+    [
+        ("qwen3", {"architectures": ["MambaForCausalLM"]}, ["MambaForCausalLM", *FAMILIES]),
+        ("qwen3", {"use_sliding_window": True}, ["use_sliding_window = true", "expected false"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias"]),
+        ("qwen3", {"hidden_act": "gelu"}, ["hidden_act", "silu"]),
+        ("qwen3", {"hidden_size": None}, ["'hidden_size' is missing"]),
+        ("qwen3", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
+        ("mistral", {"sliding_window": 128}, ["sliding_window = 128", "max_position_embeddings = 256"]),
+        ("llama2", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "llama3"]),
+        ("llama2", {"mlp_bias": True}, ["mlp_bias"]),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2", "expected 1"]),
+        ("qwen3-moe", {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9"]),
+    ],
+)
 def test_a_config_that_is_not_built_is_refused_by_its_key(tmp_path, family, change, words):
     import transformers
 
     architecture, own = families.FAMILIES[family]
-    config = getattr(transformers, architecture).config_class(**{**families.COMMON, **own}, architectures=[architecture])
+    config = getattr(transformers, architecture).config_class(
+        **{**families.COMMON, **own}, architectures=[architecture]
+    )
     config.save_pretrained(tmp_path)
     assert HFConfig.read(tmp_path).architecture == architecture
     path = tmp_path / "config.json"
@@ -127,7 +142,9 @@ def test_a_config_that_is_not_built_is_refused_by_its_key(tmp_path, family, chan
 def test_a_window_as_long_as_the_context_is_accepted(tmp_path):
     from transformers import MistralConfig
 
-    MistralConfig(**{**families.COMMON, "sliding_window": 256}, architectures=["MistralForCausalLM"]).save_pretrained(tmp_path)
+    MistralConfig(**{**families.COMMON, "sliding_window": 256}, architectures=["MistralForCausalLM"]).save_pretrained(
+        tmp_path
+    )
     assert HFConfig.read(tmp_path).context == 256
 
 
@@ -135,13 +152,22 @@ def _first_shard(folder):
     return sorted(folder.glob("*.safetensors"))[0]
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda folder: _first_shard(folder).unlink(), "not found, though model.safetensors.index.json names it"),
-    (lambda folder: _first_shard(folder).write_bytes(b"\xff" * 100), "not a readable safetensors file"),
-    (lambda folder: (folder / weight_files.INDEX).write_text("{}"), "weight_map"),
-    (lambda folder: save_file({"x": torch.zeros(1)}, _first_shard(folder)), "is not in it"),
-    (lambda folder: save_file({n: t.to(torch.int8) for n, t in load_file(_first_shard(folder)).items()}, _first_shard(folder)), "dtype I8"),
-], ids=["missing shard", "corrupt header", "index", "foreign shard", "quantised"])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda folder: _first_shard(folder).unlink(), "not found, though model.safetensors.index.json names it"),
+        (lambda folder: _first_shard(folder).write_bytes(b"\xff" * 100), "not a readable safetensors file"),
+        (lambda folder: (folder / weight_files.INDEX).write_text("{}"), "weight_map"),
+        (lambda folder: save_file({"x": torch.zeros(1)}, _first_shard(folder)), "is not in it"),
+        (
+            lambda folder: save_file(
+                {n: t.to(torch.int8) for n, t in load_file(_first_shard(folder)).items()}, _first_shard(folder)
+            ),
+            "dtype I8",
+        ),
+    ],
+    ids=["missing shard", "corrupt header", "index", "foreign shard", "quantised"],
+)
 def test_spoilt_files_are_refused_by_name(tmp_path, spoil, words):
     folder = families.make("qwen2", tmp_path / "qwen2", max_shard_size="40KB")
     with weight_files.HFReader(folder) as reader:
@@ -159,7 +185,13 @@ def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     for name, values in {"3.2": (32.0, 1.0, 4.0, 8192), "other": (3.0, 1.5, 2.5, 100)}.items():
-        rope = dict(zip(("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), values, strict=True))
+        rope = dict(
+            zip(
+                ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+                values,
+                strict=True,
+            )
+        )
         own = {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **rope}}
         families.FAMILIES[name] = ("LlamaForCausalLM", own)
         folder = families.make(name, tmp_path / name)

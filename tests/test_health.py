@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.distributed.health import watchdog
 from pctrain.common.errors import RunFault, ToBeContinued, UserError
+from pctrain.distributed.health import watchdog
 from pctrain.distributed.health.watchdog import Report, conclude
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,8 +57,14 @@ class Scene:
     def __init__(self, folder, acts, signals):
         self.folder, self.signals = folder, signals
         folder.mkdir()
-        self.ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(folder), str(rank), str(len(acts)), act],
-                                       stderr=subprocess.PIPE, text=True) for rank, act in enumerate(acts)]
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK, str(folder), str(rank), str(len(acts)), act],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, act in enumerate(acts)
+        ]
 
     def interrupt(self):
         end = time.monotonic() + 60
@@ -84,9 +90,14 @@ class Scene:
 def scenes(tmp_path_factory):
     """All at once: they sleep most of the time."""
     root = tmp_path_factory.mktemp("scenes")
-    plans = {"raises": (["raise", "wait"], {}), "hangs": (["wait", "hang"], {}), "beats": (["beat", "beat"], {}),
-             "stopped": (["hang", "wait", "wait"], {0: signal.SIGSTOP}), "killed": (["hang", "wait", "wait"], {0: signal.SIGKILL}),
-             "lost": (["lose", "hang"], {1: signal.SIGKILL})}
+    plans = {
+        "raises": (["raise", "wait"], {}),
+        "hangs": (["wait", "hang"], {}),
+        "beats": (["beat", "beat"], {}),
+        "stopped": (["hang", "wait", "wait"], {0: signal.SIGSTOP}),
+        "killed": (["hang", "wait", "wait"], {0: signal.SIGKILL}),
+        "lost": (["lose", "hang"], {1: signal.SIGKILL}),
+    }
     found = {name: Scene(root / name, *plan) for name, plan in plans.items()}
     for scene in found.values():
         scene.interrupt()
@@ -101,7 +112,9 @@ def test_a_rank_that_raises_ends_the_others_before_their_deadline(scenes):
     assert (status, other) == (1, 1) and silent == ""
     assert "rank 0 failed in phase rollout of step 7: ValueError: the engine is out of pages" in told
     assert "out of pages" in (scenes["raises"].folder / "faults/now/rank-0.txt").read_text()
-    assert "in collective" in (scenes["raises"].folder / "faults/now/rank-1.txt").read_text()  # the stack of the one that waited
+    assert (
+        "in collective" in (scenes["raises"].folder / "faults/now/rank-1.txt").read_text()
+    )  # the stack of the one that waited
     assert scenes["raises"].report(1)["kind"] == "asked"
 
 
@@ -115,7 +128,9 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(scenes):
 @pytest.mark.parametrize("how", ["stopped", "killed"])
 def test_a_rank_that_does_not_answer_is_named(scenes, how):
     (_, told), (_, silent) = scenes[how].end(1, 2)
-    assert "rank 0 does not answer: dead, stopped, or cut off. Rank 1, 2 waited for it in phase update of step 7" in told
+    assert (
+        "rank 0 does not answer: dead, stopped, or cut off. Rank 1, 2 waited for it in phase update of step 7" in told
+    )
     assert silent == ""  # one rank speaks
 
 
@@ -134,13 +149,19 @@ def report(rank, kind="asked", phase="update", waiting=True, still=3.0, cause=""
 
 
 def test_conclusions():
-    several = {0: report(0, "raised", waiting=False, cause="E: a"), 1: report(1), 2: report(2, "raised", waiting=False, cause="E: b")}
+    several = {
+        0: report(0, "raised", waiting=False, cause="E: a"),
+        1: report(1),
+        2: report(2, "raised", waiting=False, cause="E: b"),
+    }
     assert conclude(several, 3) == "rank 0 failed in phase update of step 7 (and so did rank 2): E: a"
     lost = report(0, "raised", cause="E: gloo")
     assert conclude({0: lost, 1: report(1)}, 3).startswith("rank 2 does not answer")
     mismatch = conclude({0: report(0, "silent"), 1: report(1, phase="rollout")}, 2)
     assert "do not match" in mismatch and "rank 0 in phase update" in mismatch and "rank 1 in phase rollout" in mismatch
-    assert "rank 8, 9, 10, 11, 12, 13, 14, 15 and 984 more does not" in conclude({rank: report(rank) for rank in range(8)}, 1000)
+    assert "rank 8, 9, 10, 11, 12, 13, 14, 15 and 984 more does not" in conclude(
+        {rank: report(rank) for rank in range(8)}, 1000
+    )
 
 
 def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
@@ -153,17 +174,25 @@ def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
             1 / 0
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     header = json.loads((tmp_path / "faults/now/rank-0.txt").read_text().partition("\n")[0])
-    assert header["phase"] == "reward" and header["where"].endswith("test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault")
+    assert header["phase"] == "reward" and header["where"].endswith(
+        "test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault"
+    )
 
 
-@pytest.mark.parametrize(("error", "advice"), [
-    (OSError(errno.ENOSPC, "No space left on device"), "keep fewer checkpoints (run.keep_last)"),
-    (PermissionError(errno.EACCES, "Permission denied"), "move it to where it can be (run.dir)"),
-    (OSError(errno.EROFS, "Read-only file system"), "move it to where it can be (run.dir)"),
-    (MemoryError(), "lower sft.token_budget"),
-    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "parallel.recompute"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), "rollout.kv_cache_mb"),
-])
+@pytest.mark.parametrize(
+    ("error", "advice"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "keep fewer checkpoints (run.keep_last)"),
+        (PermissionError(errno.EACCES, "Permission denied"), "move it to where it can be (run.dir)"),
+        (OSError(errno.EROFS, "Read-only file system"), "move it to where it can be (run.dir)"),
+        (MemoryError(), "lower sft.token_budget"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "parallel.recompute"),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            "rollout.kv_cache_mb",
+        ),
+    ],
+)
 def test_what_ran_out_comes_with_advice(tmp_path, error, advice):
     with pytest.raises(RunFault) as caught, watchdog.watch(tmp_path, 60, 0, 1, "now"), watchdog.phase("checkpoint"):
         raise error

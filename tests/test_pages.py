@@ -3,6 +3,7 @@
 import re
 
 import pytest
+
 from e2e.doc_pages import GUIDES, PAGES, ROOT
 
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
@@ -15,7 +16,9 @@ def without_code(text):
 
 def anchors(page):
     """Of its headings, as GitHub makes them."""
-    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M)
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
+    )
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
 
 
@@ -33,7 +36,9 @@ def test_links_and_anchors_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_are_named_exist(page):
-    named = re.findall(r"`((?:pctrain|docs|configs|launch|tests|kernels|benchmarks)/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    named = re.findall(
+        r"`((?:pctrain|docs|configs|launch|tests|kernels|benchmarks)/[\w./-]+)`", page.read_text(encoding="utf-8")
+    )
     for name in named:
         assert (ROOT / name).exists() or (page.parent / name).exists(), f"{page.name} names {name}"
 
@@ -46,7 +51,9 @@ def test_every_page_can_be_reached_from_the_readme():
             continue
         reached.add(page)
         targets = [target.partition("#")[0] for target in LINK.findall(without_code(page.read_text(encoding="utf-8")))]
-        todo += [there for there in ((page.parent / t).resolve() for t in targets if t.endswith(".md")) if there.exists()]
+        todo += [
+            there for there in ((page.parent / t).resolve() for t in targets if t.endswith(".md")) if there.exists()
+        ]
     assert {str(page.relative_to(ROOT)) for page in set(PAGES) - reached} == set()
 
 

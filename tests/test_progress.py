@@ -29,7 +29,11 @@ def test_lines_come_every_ten_seconds_with_the_time_left(capsys, monkeypatch):
             bar.advance()
         shown = capsys.readouterr().out.splitlines()
     # 4 s a step; the 20 steps of an earlier start do not count towards the rate
-    assert [line.split("  ")[0] for line in shown] == ["RL: 23/60 step (38 %)", "RL: 26/60 step (43 %)", "RL: 29/60 step (48 %)"]
+    assert [line.split("  ")[0] for line in shown] == [
+        "RL: 23/60 step (38 %)",
+        "RL: 26/60 step (43 %)",
+        "RL: 29/60 step (48 %)",
+    ]
     assert "4 s/step, 0:02:28 left" in shown[0]
 
 
@@ -71,8 +75,12 @@ with progress("outer", total=2) as outer:
 
 def test_nested_bars_share_the_terminal():
     ours, theirs = pty.openpty()
-    process = subprocess.Popen([sys.executable, "-c", NESTED], stdout=theirs, stderr=subprocess.STDOUT,
-                               env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "150"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", NESTED],
+        stdout=theirs,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "150"},
+    )
     os.close(theirs)
     shown = b""
     try:
@@ -81,4 +89,6 @@ def test_nested_bars_share_the_terminal():
     except OSError:  # the terminal is gone: the process has ended
         pass
     assert process.wait() == 0
-    assert b"outer" in shown and b"inner" in shown and b"problem/s" in shown and b"score 12.5" in shown and b"2/2" in shown
+    assert (
+        b"outer" in shown and b"inner" in shown and b"problem/s" in shown and b"score 12.5" in shown and b"2/2" in shown
+    )

@@ -4,16 +4,29 @@ import json
 import random
 
 import pytest
-import sets_cli as cli
-from e2e import tiny
 from scipy import stats
 
+import sets_cli as cli
+from e2e import tiny
 from pctrain.study.rank import Candidate, Probe, compare, rank
 
-PROBE = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
-         "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=32", "--sft.steps=40",
-         "--sft.batch_size=16", "--sft.token_budget=256", "--sft.val_every=10", "--sft.checkpoint_every=40", "--sft.optimizer.lr=1e-2",
-         "--sft.optimizer.warmup=10", "--run.tensorboard=false", "--data.workers=1"]
+PROBE = [
+    "--model.architecture.layers=1",
+    "--model.architecture.hidden=32",
+    "--model.architecture.heads=1",
+    "--model.architecture.kv_heads=1",
+    "--model.architecture.ffn=64",
+    "--model.architecture.context=32",
+    "--sft.steps=40",
+    "--sft.batch_size=16",
+    "--sft.token_budget=256",
+    "--sft.val_every=10",
+    "--sft.checkpoint_every=40",
+    "--sft.optimizer.lr=1e-2",
+    "--sft.optimizer.warmup=10",
+    "--run.tensorboard=false",
+    "--data.workers=1",
+]
 
 
 def candidate(name: str, *minima: float) -> Candidate:
@@ -21,9 +34,15 @@ def candidate(name: str, *minima: float) -> Candidate:
     return Candidate(name, f"{name}.jsonl", probes)
 
 
-@pytest.mark.parametrize("one, other, apart", [
-    ((0.50, 0.51, 0.49), (0.60, 0.61, 0.62), True), ((0.50, 0.61, 0.49), (0.52, 0.60, 0.55), False), ((0.5, 0.5), (0.5, 0.5), False),
-    ((0.5, 0.5), (0.6, 0.6), True)])
+@pytest.mark.parametrize(
+    "one, other, apart",
+    [
+        ((0.50, 0.51, 0.49), (0.60, 0.61, 0.62), True),
+        ((0.50, 0.61, 0.49), (0.52, 0.60, 0.55), False),
+        ((0.5, 0.5), (0.5, 0.5), False),
+        ((0.5, 0.5), (0.6, 0.6), True),
+    ],
+)
 def test_candidates_differ_where_welchs_interval_excludes_zero(one, other, apart):
     found = compare(candidate("a", *one), candidate("b", *other))
     assert found.told_apart is apart
@@ -46,13 +65,23 @@ def sets(tmp_path):
     draw = random.Random(0)
     good = [{"prompt": f"{i % 10}=", "response": r"\boxed{1}"} for i in range(80)]
     bad = [{**record, "response": rf"\boxed{{{draw.randrange(10)}}}"} for record in good]
-    return {name: cli.write(tmp_path / f"{name}.jsonl", records) for name, records in (("bad", bad), ("good", good), ("held", good[:20]))}
+    return {
+        name: cli.write(tmp_path / f"{name}.jsonl", records)
+        for name, records in (("bad", bad), ("good", good), ("held", good[:20]))
+    }
 
 
 def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, sets, tmp_path):
     out = tmp_path / "rank"
-    arguments = ["rank", f"--candidate=bad={sets['bad']}", f"--candidates=[{{name: good, path: {sets['good']}}}]", "--seeds=0,1",
-                 f"--data.validation={sets['held']}", f"--out={out}", *PROBE]
+    arguments = [
+        "rank",
+        f"--candidate=bad={sets['bad']}",
+        f"--candidates=[{{name: good, path: {sets['good']}}}]",
+        "--seeds=0,1",
+        f"--data.validation={sets['held']}",
+        f"--out={out}",
+        *PROBE,
+    ]
     [(status, errors)] = ranks.run(tiny.cli, "data", *arguments, world=1, deadline=200)
     assert status == 0, errors
     result = json.loads((out / "rank.json").read_text())
@@ -66,11 +95,18 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
         for seed, probe in enumerate(rows[name]["probes"]):
             folder = out / name / f"seed-{seed}"
             losses = {line["step"]: line["val_loss"] for line in tiny.metrics(folder, "val")}
-            assert probe["losses"] == {str(step): loss for step, loss in losses.items()} and sorted(losses) == [0, 10, 20, 30, 40]
+            assert probe["losses"] == {str(step): loss for step, loss in losses.items()} and sorted(losses) == [
+                0,
+                10,
+                20,
+                30,
+                40,
+            ]
             assert probe["minimum"] == min(losses.values()) and losses[probe["step"]] == probe["minimum"]
             assert probe["too_short"] == (probe["step"] == 40) and probe["steps"] == 40
-            assert probe["eflops"] == pytest.approx(sum(line["paper_flops"] for line in tiny.ledger(folder)
-                                                        if line["phase"] == "sft_update") / 1e18)
+            assert probe["eflops"] == pytest.approx(
+                sum(line["paper_flops"] for line in tiny.ledger(folder) if line["phase"] == "sft_update") / 1e18
+            )
     starts = {probe["losses"]["0"] for row in rows.values() for probe in row["probes"]}
     assert len(starts) == 1  # every probe begins at the same weights
     assert len({probe["minimum"] for probe in rows["good"]["probes"]}) == 2  # and the seed changes something
@@ -82,20 +118,26 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
     assert json.loads((out / "rank.json").read_text()) == result
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--candidate=a={good}"], "1 given, expected two or more"),
-    (["--candidate=a={good}", "--candidate=a={bad}"], "two candidates have the name 'a'"),
-    (["--candidate=a={good}", "--candidate=tokens={bad}"], "it names a folder"),
-    (["--candidate=a={good}", "--candidate=../b={bad}"], "it names a folder"),
-    (["--candidate=a={good}", "--candidate={bad}"], "expected NAME=PATH"),
-    (["--candidates=[a, b]"], "expected a list such as [{name: a, path: a.jsonl}"),
-    (["--candidate=a={good}", "--candidate=b={bad}", "--seeds=1,1"], "expected different seeds"),
-    (["--candidate=a={good}", "--candidate=b={bad}", "--data.train={good}"], "leave out --data.train"),
-    (["--candidate=a={good}", "--candidate=b={bad}", "--seeds=a"], "--seeds: expected a valid integer, got 'a'"),
-    (["{good}", "--candidate=b={bad}"], "unexpected argument"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--candidate=a={good}"], "1 given, expected two or more"),
+        (["--candidate=a={good}", "--candidate=a={bad}"], "two candidates have the name 'a'"),
+        (["--candidate=a={good}", "--candidate=tokens={bad}"], "it names a folder"),
+        (["--candidate=a={good}", "--candidate=../b={bad}"], "it names a folder"),
+        (["--candidate=a={good}", "--candidate={bad}"], "expected NAME=PATH"),
+        (["--candidates=[a, b]"], "expected a list such as [{name: a, path: a.jsonl}"),
+        (["--candidate=a={good}", "--candidate=b={bad}", "--seeds=1,1"], "expected different seeds"),
+        (["--candidate=a={good}", "--candidate=b={bad}", "--data.train={good}"], "leave out --data.train"),
+        (["--candidate=a={good}", "--candidate=b={bad}", "--seeds=a"], "--seeds: expected a valid integer, got 'a'"),
+        (["{good}", "--candidate=b={bad}"], "unexpected argument"),
+    ],
+)
 def test_what_cannot_be_ranked_is_refused(sets, tmp_path, options, message):
-    given = [option.format_map({name: str(path) for name, path in sets.items()}) if "[" not in option else option for option in options]
+    given = [
+        option.format_map({name: str(path) for name, path in sets.items()}) if "[" not in option else option
+        for option in options
+    ]
     errors = cli.refused("rank", *given, f"--data.validation={sets['held']}", f"--out={tmp_path / 'rank'}")
     assert message in errors and not (tmp_path / "rank").exists()
 

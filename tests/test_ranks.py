@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+
 from ranks import RanksFailed
 
 
@@ -49,7 +50,9 @@ def die_on_and_raise_elsewhere(rank):
 def tensor_parallel_size(size):
     from megatron.core import parallel_state
 
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=size)  # refuses to be called twice without a tear-down
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size
+    )  # refuses to be called twice without a tear-down
     return parallel_state.get_tensor_model_parallel_world_size()
 
 

@@ -15,9 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.run import folder as runfolder
-from pctrain.config.tree import Config
 from pctrain.common.errors import UserError
+from pctrain.config.tree import Config
+from pctrain.run import folder as runfolder
 from pctrain.run.folder import RunFolder, read_config
 
 
@@ -68,14 +68,25 @@ def test_another_config_is_refused_with_every_differing_key(config, data):
     with pytest.raises(UserError) as error:
         RunFolder.open(config, "sft", [data])
     message = str(error.value)
-    assert "sft.optimizer.lr: 1e-05 -> 2e-05" in message and "sft.steps: 1000 -> 2000" in message and "run.dir" in message
+    assert (
+        "sft.optimizer.lr: 1e-05 -> 2e-05" in message and "sft.steps: 1000 -> 2000" in message and "run.dir" in message
+    )
     assert "parallel" not in message
     assert tree(config.run.dir) == before
 
 
-@pytest.mark.parametrize("key, value", [
-    ("run.tensorboard", True), ("parallel.pipeline", 2), ("parallel.timeout", 5.0), ("reward.workers", 3),
-    ("rollout.kv_cache_mb", 64), ("rollout.max_sequences", 8), ("rollout.gpu_memory", 0.1)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("run.tensorboard", True),
+        ("parallel.pipeline", 2),
+        ("parallel.timeout", 5.0),
+        ("reward.workers", 3),
+        ("rollout.kv_cache_mb", 64),
+        ("rollout.max_sequences", 8),
+        ("rollout.gpu_memory", 0.1),
+    ],
+)
 def test_layout_and_sizes_of_helpers_may_change(config, data, key, value):
     RunFolder.open(config, "sft", [data]).close()
     section, name = key.split(".")
@@ -162,8 +173,13 @@ time.sleep(60)
 
 
 def test_a_folder_in_use_is_refused_until_its_process_is_killed(config):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(config.run.dir)], stdout=subprocess.PIPE, text=True,
-                              start_new_session=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(config.run.dir)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     try:
         assert holder.stdout.readline() == "open\n"
         with pytest.raises(UserError, match=f"in use by process {holder.pid} on"):
@@ -192,12 +208,23 @@ def test_a_forgotten_folder_releases_its_lock(config):
 
 def test_metrics_are_one_json_object_a_line(config):
     with RunFolder.open(config, "sft", []) as run:
-        run.record(1, "train", {"loss": torch.tensor(0.5), "tokens": np.int64(7), "lr": np.float32(0.25),
-                                "eflops_sft": 0.1, "eflops_rl": 0})
+        run.record(
+            1,
+            "train",
+            {
+                "loss": torch.tensor(0.5),
+                "tokens": np.int64(7),
+                "lr": np.float32(0.25),
+                "eflops_sft": 0.1,
+                "eflops_rl": 0,
+            },
+        )
         run.record(1, "val", {"val_loss": float("nan"), "val_tokens": 3, "other": -math.inf})
         text = (config.run.dir / "metrics.jsonl").read_text()  # flushed: readable while the run goes on
-    assert text == ('{"step": 1, "kind": "train", "eflops_sft": 0.1, "eflops_rl": 0, "loss": 0.5, "tokens": 7, "lr": 0.25}\n'
-                    '{"step": 1, "kind": "val", "val_loss": null, "val_tokens": 3, "other": null}\n')
+    assert text == (
+        '{"step": 1, "kind": "train", "eflops_sft": 0.1, "eflops_rl": 0, "loss": 0.5, "tokens": 7, "lr": 0.25}\n'
+        '{"step": 1, "kind": "val", "val_loss": null, "val_tokens": 3, "other": null}\n'
+    )
 
 
 def test_what_is_no_number_is_an_error_not_a_line(config):
@@ -229,7 +256,9 @@ def test_tensorboard_shows_the_curve_of_the_resumed_run(config):
 def write_steps(run, first, last):
     for step in range(first, last + 1):
         run.record(step, "train", {"loss": 1 / step})
-        run.record_ledger([{"step": step, "phase": "rollout", "seconds": 0.5}, {"step": step, "phase": "rl_update", "seconds": 1}])
+        run.record_ledger(
+            [{"step": step, "phase": "rollout", "seconds": 0.5}, {"step": step, "phase": "rl_update", "seconds": 1}]
+        )
         run.write_rollouts(step, [{"prompt": f"p{step}", "response": "line\u2028separator", "kept": True}])
         run.log(f"step {step:5d} | loss {1 / step:.3f}")
         run.log("a remark")
@@ -237,7 +266,10 @@ def write_steps(run, first, last):
 
 def without_times(files):
     """train.log's lines begin with the time of day."""
-    return {name: b"\n".join(line[19:] for line in data.split(b"\n")) if name == "train.log" else data for name, data in files.items()}
+    return {
+        name: b"\n".join(line[19:] for line in data.split(b"\n")) if name == "train.log" else data
+        for name, data in files.items()
+    }
 
 
 @pytest.mark.parametrize("checkpoint", [3, 1, None])
@@ -265,7 +297,7 @@ def test_a_torn_last_line_is_cut(cut):
             run.record(2, "train", {"loss": 2.0, "and": "something long enough"})
         file = config.run.dir / "metrics.jsonl"
         whole = file.read_bytes()
-        torn = whole[:len(whole) - cut]
+        torn = whole[: len(whole) - cut]
         file.write_bytes(torn)
         with RunFolder.open(config, "sft", []) as run:
             run.record(3, "train", {"loss": 3.0})
@@ -304,7 +336,12 @@ def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys)
 
 def test_neither_torch_nor_megatron_is_imported():
     program = "import sys, pctrain.run.folder, pctrain.common.progress; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
-    assert subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}).returncode == 0
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        ).returncode
+        == 0
+    )
 
 
 # ---- found by fuzzing -----------------------------------------------------------------------------------------------------
@@ -314,10 +351,13 @@ def test_hostile_files_of_a_run_are_named(config, data):
     RunFolder.open(config, "sft", [data]).close()
     file = config.run.dir / "config.yaml"
     whole = file.read_text()
-    for text, words in (("kind: sft\nfingerprints: 3\n", "`fingerprints` must give"),
-                        ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
-                        ("kind: !!int x\n", "not valid YAML"), ('kind: "\\ud800"\n', "half of a surrogate pair"),
-                        ("kind: &a [*a]\n", "an alias names what it stands in")):
+    for text, words in (
+        ("kind: sft\nfingerprints: 3\n", "`fingerprints` must give"),
+        ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
+        ("kind: !!int x\n", "not valid YAML"),
+        ('kind: "\\ud800"\n', "half of a surrogate pair"),
+        ("kind: &a [*a]\n", "an alias names what it stands in"),
+    ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             RunFolder.open(config, "sft", [data])

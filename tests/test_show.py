@@ -21,7 +21,9 @@ def run(tmp_path):
     for step in (1, 12):
         rows = [row(group, k) for group in range(3) for k in range(2)]
         rows += [row(3, k, kept=False, why="all wrong", reward=0.0, advantage=None, finish="length") for k in range(2)]
-        (folder / f"step-{step}.jsonl").write_text("".join(json.dumps(r | {"response": r["response"] + f" at {step}"}) + "\n" for r in rows))
+        (folder / f"step-{step}.jsonl").write_text(
+            "".join(json.dumps(r | {"response": r["response"] + f" at {step}"}) + "\n" for r in rows)
+        )
     (folder / "step-2.replay.npz").write_bytes(b"")
     return tmp_path
 
@@ -65,9 +67,19 @@ def test_a_folder_without_rollouts_and_a_broken_file(capsys, run, tmp_path):
     assert status == 2 and "step-12.jsonl:9: not valid JSON" in text
 
 
-@pytest.mark.parametrize("line", ["3", "null", "{}", '{"group": 0}', json.dumps(row(0, 0, reward="1")),
-                                  json.dumps(row(0, 0, response=None)),
-                                  json.dumps(row(0, 0, prompt="\ud800")), "[" * 100_000])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "3",
+        "null",
+        "{}",
+        '{"group": 0}',
+        json.dumps(row(0, 0, reward="1")),
+        json.dumps(row(0, 0, response=None)),
+        json.dumps(row(0, 0, prompt="\ud800")),
+        "[" * 100_000,
+    ],
+)
 def test_lines_that_are_no_rollouts(capsys, run, line):
     (run / "rollouts" / "step-12.jsonl").write_text(json.dumps(row(0, 0)) + "\n" + line + "\n")
     status, text = show(capsys, run)

@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from pctrain.cli import main as cli
-from pctrain.distributed.health import watchdog, phases
-from pctrain.run import stragglers
-from pctrain.report import ledger_table
 from pctrain.distributed import parallel
+from pctrain.distributed.health import phases, watchdog
+from pctrain.report import ledger_table
+from pctrain.run import stragglers
 from pctrain.run.stragglers import PHASES, WINDOW, WINDOW_SECONDS, RankTimes
 
 STEPS = max(WINDOW, int(WINDOW_SECONDS / 2))  # steps of a window where a step takes two seconds
@@ -49,10 +49,14 @@ def collectives():
             request.wait()
 
     acts = {
-        "all_reduce": lambda: dist.all_reduce(x.clone()), "asynchronous": lambda: dist.all_reduce(x.clone(), async_op=True).wait(),
-        "all_gather": lambda: dist.all_gather_into_tensor(both.clone(), x), "broadcast": lambda: dist.broadcast(x.clone(), src=1),
-        "reduce_scatter": lambda: dist.reduce_scatter_tensor(x.clone(), both), "barrier": dist.barrier,
-        "all_to_all": lambda: dist.all_to_all_single(x.clone(), x), "point to point": exchange,
+        "all_reduce": lambda: dist.all_reduce(x.clone()),
+        "asynchronous": lambda: dist.all_reduce(x.clone(), async_op=True).wait(),
+        "all_gather": lambda: dist.all_gather_into_tensor(both.clone(), x),
+        "broadcast": lambda: dist.broadcast(x.clone(), src=1),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(x.clone(), both),
+        "barrier": dist.barrier,
+        "all_to_all": lambda: dist.all_to_all_single(x.clone(), x),
+        "point to point": exchange,
         "objects": lambda: dist.all_gather_object([None, None], me),
     }
     found = {}
@@ -140,7 +144,9 @@ class Run:
 @pytest.fixture
 def times(tmp_path, monkeypatch):
     """RankTimes of four ranks: `times.at(step, seconds [world, phases])` is what end_step does with what the ranks tell."""
-    monkeypatch.setattr(stragglers.parallel, "gather", lambda place: [{"host": f"node{rank // 2}", "data": rank} for rank in range(4)])
+    monkeypatch.setattr(
+        stragglers.parallel, "gather", lambda place: [{"host": f"node{rank // 2}", "data": rank} for rank in range(4)]
+    )
     monkeypatch.setattr(stragglers.parallel, "coordinates", dict)
     found = RankTimes(Run(tmp_path))
     found.at = lambda step, own: found._add(step, own, 2.0)
@@ -158,8 +164,10 @@ def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
         times.at(step, own([1.0, 1.02, 1.5, 0.98]))
         assert len(times.run.said) == (step >= 2 * STEPS)
     [text] = times.run.said
-    assert text.startswith(f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work a step, "
-                           "the others 1 s")
+    assert text.startswith(
+        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work a step, "
+        "the others 1 s"
+    )
     for step in range(STEPS):
         times.at(step, own([1.0, 1.02, 1.0, 0.98]))
     for step in range(2 * STEPS):
@@ -197,14 +205,22 @@ def test_the_table_has_the_slowest_rank_of_every_phase(times):
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(ledger_table._ranks(SimpleNamespace(runs=[SimpleNamespace(name="rl", folder=times.run.path)])))
     rows = [line.split() for line in console.export_text().splitlines()]
-    assert "rl rollout 0 (node0, data 0) 2 1 2.00".split() in rows and "update 2 (node1, data 2) 1.5 1 1.50".split() in rows
+    assert (
+        "rl rollout 0 (node0, data 0) 2 1 2.00".split() in rows
+        and "update 2 (node1, data 2) 1.5 1 1.50".split() in rows
+    )
 
 
 def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):
     from ceiling.study_folders import make_study
 
     root = make_study(tmp_path / "study")
-    for text in ("{", "{}", '{"slowest": 3}', '{"slowest": [{"phase": "update", "rank": 0, "place": "x", "seconds": "y", "others": 1}]}'):
+    for text in (
+        "{",
+        "{}",
+        '{"slowest": 3}',
+        '{"slowest": [{"phase": "update", "rank": 0, "place": "x", "seconds": "y", "others": 1}]}',
+    ):
         (root / "sft" / "ranks.json").write_text(text)
         assert cli.main(["report", str(root), "--ledger"]) == 2
         error = capsys.readouterr().err

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from ceiling.study_folders import make_rl, make_sft, rising
 
+from ceiling.study_folders import make_rl, make_sft, rising
 from pctrain.config.load import load
 
 SETS = ("easy", "hard")
@@ -39,9 +39,17 @@ class Pretended:
     def rl(self, config, worker, role):
         self._called(config)
         start = int(config.run.dir.name.rpartition("-")[2])
-        assert config.model.checkpoint == (config.run.dir.parent / "sft" / "checkpoints" / f"step-{start}" if start else None)
-        make_rl(config.run.dir, start, role, rising(30.0, 70.0 if "hard" in str(config.run.dir) else 60.0, 4), seed=config.run.seed,
-                algorithm=config.rl.algorithm)
+        assert config.model.checkpoint == (
+            config.run.dir.parent / "sft" / "checkpoints" / f"step-{start}" if start else None
+        )
+        make_rl(
+            config.run.dir,
+            start,
+            role,
+            rising(30.0, 70.0 if "hard" in str(config.run.dir) else 60.0, 4),
+            seed=config.run.seed,
+            algorithm=config.rl.algorithm,
+        )
         self._finish(config, None)
 
     def _called(self, config):
@@ -52,7 +60,9 @@ class Pretended:
 
     @staticmethod
     def _finish(config, trajectories):
-        (config.run.dir / "summary.json").write_text(json.dumps({"summary": {"trajectories": trajectories}, "next_command": ""}))
+        (config.run.dir / "summary.json").write_text(
+            json.dumps({"summary": {"trajectories": trajectories}, "next_command": ""})
+        )
 
     def run(self, *options, **more):
         self.calls.clear()
@@ -84,7 +94,11 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
     assert "Is more data, or harder data, worth more?" in printed and "hard (105 trajectories) ended at 4" in printed
     study = json.loads((pretended.root / "report" / "study.json").read_text())
     assert [(run["set"], run["seed"], run["start_step"], run["role"]) for run in study["rl"]] == [
-        (name, seed, step, role) for seed in (0, 4) for name in SETS for step, role in ((150, "stable"), (270, "overfit"))]
+        (name, seed, step, role)
+        for seed in (0, 4)
+        for name in SETS
+        for step, role in ((150, "stable"), (270, "overfit"))
+    ]
 
     pretended.study.report.main = lambda folder: None
     pretended.run(*PLAN)
@@ -93,7 +107,11 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
 
 def test_epochs_are_counted_by_a_dry_run_alone(pretended, capsys):
     pretended.run("--study.starts=[stable]", "--sft.epochs=3", dry_run=True)
-    assert "3 epochs" in (printed := capsys.readouterr().out) and "--dry-run tells" not in printed and not pretended.root.exists()
+    assert (
+        "3 epochs" in (printed := capsys.readouterr().out)
+        and "--dry-run tells" not in printed
+        and not pretended.root.exists()
+    )
     pretended.run("--study.starts=[stable]", "--sft.epochs=3")
     assert "--dry-run tells" in capsys.readouterr().out
 
@@ -111,9 +129,16 @@ def test_a_study_goes_on_between_its_stages(pretended, capsys):
 def test_a_plan_grows(pretended):
     pretended.run("--study.policy=recommended", only=["easy"])
     assert pretended.calls == ["sets/easy/sft", "sets/easy/rl-step-150"] and not (pretended.root / "report").exists()
-    pretended.run("--study.policy=recommended", "--study.algorithms=[dapo_dc, grpo]", "--study.seeds=[0, 4]", only=["easy", "seed-4"])
-    assert pretended.calls == ["sets/easy/rl-grpo-step-150", *(f"seed-4/sets/{name}/{run}" for name in SETS for run in (
-        "sft", "rl-step-150", "rl-grpo-step-150"))]
+    pretended.run(
+        "--study.policy=recommended",
+        "--study.algorithms=[dapo_dc, grpo]",
+        "--study.seeds=[0, 4]",
+        only=["easy", "seed-4"],
+    )
+    assert pretended.calls == [
+        "sets/easy/rl-grpo-step-150",
+        *(f"seed-4/sets/{name}/{run}" for name in SETS for run in ("sft", "rl-step-150", "rl-grpo-step-150")),
+    ]
 
 
 def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monkeypatch):
@@ -128,7 +153,6 @@ def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monk
 
 def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):
     from ceiling import study_folders
-
     from pctrain.common.errors import UserError
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])

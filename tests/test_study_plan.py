@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from pctrain.cli.main import main as cli
-from pctrain.config.tree import SYNCHRONISED
-from pctrain.config.load import load
 from pctrain.common.errors import UserError
+from pctrain.config.load import load
+from pctrain.config.tree import SYNCHRONISED
 from pctrain.study.jobs import Crew, lock_file
 from pctrain.study.stages import OnDisk, Stage, chosen, stage_config, stages_of
 
@@ -35,24 +35,41 @@ def test_a_plain_study():
 
 
 def test_sets_starts_algorithms_and_seeds_multiply():
-    found = names(SETS, *DATA, "--study.starts=[stable, overfit]", "--study.algorithms=[grpo, luffy]", "--study.seeds=[3, 5]")
+    found = names(
+        SETS, *DATA, "--study.starts=[stable, overfit]", "--study.algorithms=[grpo, luffy]", "--study.seeds=[3, 5]"
+    )
     assert len(found) == 2 * 2 * (1 + 2 * 2) and found[:5] == [
-        "seed-3/easy/sft", "seed-3/easy/grpo-stable", "seed-3/easy/luffy-stable", "seed-3/easy/grpo-overfit", "seed-3/easy/luffy-overfit"]
+        "seed-3/easy/sft",
+        "seed-3/easy/grpo-stable",
+        "seed-3/easy/luffy-stable",
+        "seed-3/easy/grpo-overfit",
+        "seed-3/easy/luffy-overfit",
+    ]
 
 
 def test_rl_without_sft_is_run_once_for_all_sets():
     found = names(SETS, *DATA, "--study.checkpoints=[0, 200]")
     assert found == ["easy/sft", "rl-base", "easy/rl-step-200", "hard/sft", "hard/rl-step-200"]
-    [base] = [stage for stage in stages_of(load(None, [SETS, *DATA, "--study.checkpoints=[0, 200]"])) if stage.start == "base"]
+    [base] = [
+        stage for stage in stages_of(load(None, [SETS, *DATA, "--study.checkpoints=[0, 200]"])) if stage.start == "base"
+    ]
     assert base.needs == () and base.folder(Path("s"), 0) == Path("s/rl-step-0")
     assert names("--study.checkpoints=[0]") == ["rl-base"]  # and then no SFT is needed
 
 
 def test_compare_has_every_way_of_training():
     found = names("--study.policy=compare", "--sft.eval_every=100")
-    assert found == ["sft", "rl-base", "grpo-stable", "dapo_d-stable", "rl-stable", *(f"{name}-base" for name in SYNCHRONISED)]
-    assert names("--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo", "--sft.eval_every=100") == [
-        "sft", "rl-base", "rl-stable", "srft-base"]
+    assert found == [
+        "sft",
+        "rl-base",
+        "grpo-stable",
+        "dapo_d-stable",
+        "rl-stable",
+        *(f"{name}-base" for name in SYNCHRONISED),
+    ]
+    assert names(
+        "--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo", "--sft.eval_every=100"
+    ) == ["sft", "rl-base", "rl-stable", "srft-base"]
 
 
 def test_a_plan_that_grows_finds_what_it_has_done():
@@ -60,7 +77,11 @@ def test_a_plan_that_grows_finds_what_it_has_done():
     more = ["--study.starts=[early, stable]", "--study.algorithms=[grpo, dapo_dc]", "--study.seeds=[1, 3]"]
     sets = "--study.sets={easy: easy.jsonl, hard: hard.jsonl, third: third.jsonl}"
     large = {stage.name: stage for stage in stages_of(load(None, [sets, *DATA, *more, "--run.seed=3"]))}
-    assert len({stage.folder(Path(), 7 if stage.start == "stable" else 3) for stage in large.values()}) == len(large) == 2 * 3 * 5
+    assert (
+        len({stage.folder(Path(), 7 if stage.start == "stable" else 3) for stage in large.values()})
+        == len(large)
+        == 2 * 3 * 5
+    )
     assert all(large[stage.name] == stage for stage in small)
 
 
@@ -79,38 +100,48 @@ def test_what_a_stage_runs_with(tmp_path):
     assert [str(source.path) for source in own.data.train] == ["hard.jsonl"] and own.data.cache == tmp_path / "tokens"
     assert own.sft.stop_after == "stable" and not own.study.sets  # the plan may grow without its runs knowing
     own = stage_config(config, rl, tmp_path, 40)
-    assert own.run.dir == tmp_path / "seed-5/sets/hard/rl-grpo-step-40" and own.rl.algorithm == "grpo" and own.run.keep_last == 1
+    assert (
+        own.run.dir == tmp_path / "seed-5/sets/hard/rl-grpo-step-40"
+        and own.rl.algorithm == "grpo"
+        and own.run.keep_last == 1
+    )
     assert own.model.checkpoint == tmp_path / "seed-5/sets/hard/sft/checkpoints/step-40"
 
 
 # ---- what is refused
 
 
-@pytest.mark.parametrize("options, says", [
-    ([SETS, *DATA, "--data.train=x.jsonl"], "study.sets and data.train are both given"),
-    (["--study.sets={../up: easy.jsonl}", *DATA], "'../up' becomes the name of a folder"),
-    ([SETS, "--data.validation=v.jsonl"], "study.sets is given without data.rl and data.test"),
-    ([SETS, "--data.test=t.jsonl", "--data.rl=r.jsonl"], "study.sets is given without data.validation"),
-    (["--study.policy=compare", SETS, "--data.validation=v.jsonl"], "the problems to sample and to score on"),
-    (["--study.policy=compare", "--rl.algorithm=luffy"], "makes pure RL with it"),
-    (["--study.policy=compare"], "sft.eval_every = 0: SFT would never be scored"),
-    (["--study.policy=compare", "--study.starts=[stable]"], "read by study.policy = paper"),
-    (["--study.seeds=[1, 1]"], "study.seeds names 1 more than once"),
-    (["--study.checkpoints=[150]", "--sft.checkpoint_every=100"], "names step 150, which will have no checkpoint"),
-    (["--study.algorithms=[srft]", "--rl.kl_coef=0.1"], "not read by rl.algorithm = srft"),
-    (["--study.algorithms=[ppo]"], "study.algorithms.0 (command line): expected 'grpo'"),
-    (["--study.sets=easy.jsonl"], "study.sets (command line): expected"),
-])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ([SETS, *DATA, "--data.train=x.jsonl"], "study.sets and data.train are both given"),
+        (["--study.sets={../up: easy.jsonl}", *DATA], "'../up' becomes the name of a folder"),
+        ([SETS, "--data.validation=v.jsonl"], "study.sets is given without data.rl and data.test"),
+        ([SETS, "--data.test=t.jsonl", "--data.rl=r.jsonl"], "study.sets is given without data.validation"),
+        (["--study.policy=compare", SETS, "--data.validation=v.jsonl"], "the problems to sample and to score on"),
+        (["--study.policy=compare", "--rl.algorithm=luffy"], "makes pure RL with it"),
+        (["--study.policy=compare"], "sft.eval_every = 0: SFT would never be scored"),
+        (["--study.policy=compare", "--study.starts=[stable]"], "read by study.policy = paper"),
+        (["--study.seeds=[1, 1]"], "study.seeds names 1 more than once"),
+        (["--study.checkpoints=[150]", "--sft.checkpoint_every=100"], "names step 150, which will have no checkpoint"),
+        (["--study.algorithms=[srft]", "--rl.kl_coef=0.1"], "not read by rl.algorithm = srft"),
+        (["--study.algorithms=[ppo]"], "study.algorithms.0 (command line): expected 'grpo'"),
+        (["--study.sets=easy.jsonl"], "study.sets (command line): expected"),
+    ],
+)
 def test_plans_that_cannot_be_run_are_refused(options, says):
     with pytest.raises(UserError) as refused:
         load(None, options)
     assert says in str(refused.value)
 
 
-@pytest.mark.parametrize("options, says", [
-    ([SETS, *DATA], "data file v.jsonl does not exist"),
-    (["--only", "hrad"], "--only hrad names no stage, set or seed of this study; its stages are: sft, rl-early"),
-])
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        ([SETS, *DATA], "data file v.jsonl does not exist"),
+        (["--only", "hrad"], "--only hrad names no stage, set or seed of this study; its stages are: sft, rl-early"),
+    ],
+)
 def test_nothing_is_written_where_the_command_refuses(tmp_path, capsys, options, says):
     assert cli(["run", f"--run.dir={tmp_path}/s", *options]) == 2
     assert says in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -129,24 +160,51 @@ def test_problems_without_experts_are_refused_before_sft(tmp_path, capsys):
 
 
 def test_a_dry_run_prints_the_plan_and_its_cost(tmp_path, capsys):
-    assert cli(["run", f"--run.dir={tmp_path}/s", "--study.policy=compare", "--sft.eval_every=50", "--dry-run", "--sft.steps=100"]) == 0
+    assert (
+        cli(
+            [
+                "run",
+                f"--run.dir={tmp_path}/s",
+                "--study.policy=compare",
+                "--sft.eval_every=50",
+                "--dry-run",
+                "--sft.steps=100",
+            ]
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
-    assert "9 stages, policy compare" in printed and "prefix_rft-base" in printed and "~" in printed and "ahead about" in printed
+    assert (
+        "9 stages, policy compare" in printed
+        and "prefix_rft-base" in printed
+        and "~" in printed
+        and "ahead about" in printed
+    )
     assert not (tmp_path / "s").exists()
 
 
 def test_only_names_stages_sets_and_seeds():
     stages = stages_of(load(None, [SETS, *DATA, "--study.seeds=[1, 2]", "--study.starts=[stable]"]))
     assert [stage.name for stage in chosen(stages, ["seed-2", "seed-1/hard/sft"])] == [
-        "seed-1/hard/sft", "seed-2/easy/sft", "seed-2/easy/rl-stable", "seed-2/hard/sft", "seed-2/hard/rl-stable"]
+        "seed-1/hard/sft",
+        "seed-2/easy/sft",
+        "seed-2/easy/rl-stable",
+        "seed-2/hard/sft",
+        "seed-2/hard/rl-stable",
+    ]
     assert chosen(stages, []) == stages
 
 
 # ---- several jobs
 
 
-STAGES = [Stage("a/sft", "sft", "a", 0), Stage("a/rl", "rl", "a", 0, ("a/sft",)), Stage("b/sft", "sft", "b", 0),
-          Stage("b/rl", "rl", "b", 0, ("b/sft",)), Stage("rl-base", "rl", "", 0)]
+STAGES = [
+    Stage("a/sft", "sft", "a", 0),
+    Stage("a/rl", "rl", "a", 0, ("a/sft",)),
+    Stage("b/sft", "sft", "b", 0),
+    Stage("b/rl", "rl", "b", 0, ("b/sft",)),
+    Stage("rl-base", "rl", "", 0),
+]
 
 
 class Folder:
@@ -259,7 +317,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_killed_job_leaves_its_stage_free(tmp_path, whole):
     """It dies within a stage, after `whole` others."""
     script = KILLED.format(tests=str(Path(__file__).parent), root=str(tmp_path), whole=whole)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ})
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ}
+    )
     assert done.returncode == -signal.SIGKILL and done.stdout.strip() == STAGES[whole].name, done.stderr
     assert lock_file(tmp_path, STAGES[whole].name).exists()
     folder = Folder(tmp_path)

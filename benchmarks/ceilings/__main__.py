@@ -22,27 +22,35 @@ import numpy as np
 from benchmarks.ceilings import published, regimes, simulated
 from benchmarks.ceilings.checks import Check, show
 from pctrain.ceiling.fit import fit_ceiling
-from pctrain.files.durable import write_beside
 from pctrain.common.progress import make_console, progress, track
+from pctrain.files.durable import write_beside
 
 DRAWS, QUICK_DRAWS = 500, 4
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ceilings", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ceilings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="few simulated curves")
-    parser.add_argument("--curves", type=Path, default=published.FILE, help="the published curves, in the exchange format")
+    parser.add_argument(
+        "--curves", type=Path, default=published.FILE, help="the published curves, in the exchange format"
+    )
     parser.add_argument("--out", type=Path, help="JSON list of the checks: name, value, low, high, passed")
     options = parser.parse_args(arguments)
     console = make_console()
     console.width = max(console.width, 180)  # rows stay whole: the tables are Markdown, for benchmarks/CEILINGS.md
-    console.print(f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {version('numpy')}, "
-                  f"SciPy {version('scipy')}; load {os.getloadavg()[0]:.1f}\n")
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {version('numpy')}, "
+        f"SciPy {version('scipy')}; load {os.getloadavg()[0]:.1f}\n"
+    )
 
     curves = published.read(options.curves)
     cases = [published.case_of(curve) for curve in track(curves, "published curves", len(curves), unit="curve")]
-    sections = {"Published ceilings": published.agreement(cases), "Without published values": published.without_published(cases)}
+    sections = {
+        "Published ceilings": published.agreement(cases),
+        "Without published values": published.without_published(cases),
+    }
     sections["Time"] = [time_of_a_fit(cases)]
     for title, checks in sections.items():
         show(title, checks, console)
@@ -64,14 +72,24 @@ def time_of_a_fit(cases: list[published.Case]) -> Check:
         seconds.append(time.perf_counter() - began)
         _ = fit.prior_shift
         with_shift.append(time.perf_counter() - began)
-    return Check("one fit with its interval, seconds", float(np.median(seconds)), high=0.3, form=".3f",
-                 beside=f"with the shift under wide priors {np.median(with_shift):.3f}")
+    return Check(
+        "one fit with its interval, seconds",
+        float(np.median(seconds)),
+        high=0.3,
+        form=".3f",
+        beside=f"with the shift under wide priors {np.median(with_shift):.3f}",
+    )
 
 
-def simulate(draws: int, workers: int | None) -> tuple[list[simulated.Outcome], list[simulated.Outcome], list[simulated.Outcome]]:
+def simulate(
+    draws: int, workers: int | None
+) -> tuple[list[simulated.Outcome], list[simulated.Outcome], list[simulated.Outcome]]:
     seed = simulated.SEED
-    groups = (simulated.truths(simulated.RANGES, draws, seed), simulated.truths(simulated.RANGES_BELOW, draws, seed + 1),
-              simulated.truths((3.0,), draws, seed + 2, no_gain=True))
+    groups = (
+        simulated.truths(simulated.RANGES, draws, seed),
+        simulated.truths(simulated.RANGES_BELOW, draws, seed + 1),
+        simulated.truths((3.0,), draws, seed + 2, no_gain=True),
+    )
     found: list[simulated.Outcome] = []
     with progress("simulated curves", total=sum(map(len, groups)), unit="fit") as bar:
         for outcome in simulated.outcomes([truth for group in groups for truth in group], workers):
@@ -83,12 +101,23 @@ def simulate(draws: int, workers: int | None) -> tuple[list[simulated.Outcome], 
 
 def finish(checks: list[Check], out: Path | None, console) -> int:
     if out is not None:
-        rows = [{"name": c.name, "value": None if np.isnan(c.value) else c.value, "low": c.low, "high": c.high, "passed": c.passed}
-                for c in checks]
+        rows = [
+            {
+                "name": c.name,
+                "value": None if np.isnan(c.value) else c.value,
+                "low": c.low,
+                "high": c.high,
+                "passed": c.passed,
+            }
+            for c in checks
+        ]
         write_beside(out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     judged = [check for check in checks if check.passed is not None]
     missed = [check.name for check in judged if not check.passed]
-    console.print(f"{len(judged) - len(missed)} of {len(judged)} targets met" + (f"; missed: {'; '.join(missed)}" if missed else ""))
+    console.print(
+        f"{len(judged) - len(missed)} of {len(judged)} targets met"
+        + (f"; missed: {'; '.join(missed)}" if missed else "")
+    )
     return 1 if missed else 0
 
 

@@ -51,6 +51,8 @@ def show(title: str, checks: Sequence[Check], console: Console) -> None:
         table.add_column(name, no_wrap=name != "beside")
     for check in checks:
         value = "-" if np.isnan(check.value) else f"{check.value:{check.form}}"
-        table.add_row(check.name, value, check.target, {None: "", True: "met", False: "MISSED"}[check.passed], check.beside)
+        table.add_row(
+            check.name, value, check.target, {None: "", True: "met", False: "MISSED"}[check.passed], check.beside
+        )
     console.print(table)
     console.print()

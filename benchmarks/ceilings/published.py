@@ -11,18 +11,30 @@ import numpy as np
 from benchmarks.ceilings.checks import Check, share, width
 from pctrain.ceiling import collapse
 from pctrain.ceiling.curve import Curve
-from pctrain.report.curves import read_curves
 from pctrain.ceiling.fit import Fit, fit_ceiling
-from pctrain.report.fit_options import PAPER_SHARE
 from pctrain.ceiling.paper_fit import least_squares_fit, paper_fit
 from pctrain.ceiling.posterior import rise
+from pctrain.report.curves import read_curves
+from pctrain.report.fit_options import PAPER_SHARE
 
 FILE = Path(__file__).parents[2] / "tests" / "ceiling" / "published_curves.json"
 # Table of fitted ceilings, arXiv 2512.11470v2 (Qwen2.5-7B).
 PUBLISHED = {
-    ("S1K", 62): 77.0, ("S1K", 124): 76.9, ("S1K", 186): 76.5, ("S1K", 248): 76.4, ("S1K", 310): 75.9,
-    ("Easy102K", 360): 76.7, ("Easy102K", 720): 78.5, ("Easy102K", 1080): 78.8, ("Easy102K", 1440): 76.8, ("Easy102K", 1800): 77.8,
-    ("SFT889K", 360): 82.5, ("SFT889K", 720): 80.7, ("SFT889K", 1440): 80.3, ("SFT889K", 3600): 83.1, ("SFT889K", 7200): 84.0,
+    ("S1K", 62): 77.0,
+    ("S1K", 124): 76.9,
+    ("S1K", 186): 76.5,
+    ("S1K", 248): 76.4,
+    ("S1K", 310): 75.9,
+    ("Easy102K", 360): 76.7,
+    ("Easy102K", 720): 78.5,
+    ("Easy102K", 1080): 78.8,
+    ("Easy102K", 1440): 76.8,
+    ("Easy102K", 1800): 77.8,
+    ("SFT889K", 360): 82.5,
+    ("SFT889K", 720): 80.7,
+    ("SFT889K", 1440): 80.3,
+    ("SFT889K", 3600): 83.1,
+    ("SFT889K", 7200): 84.0,
     ("SFT889K", 14080): 84.0,
 }
 NORMAL_90 = 1.645
@@ -41,11 +53,11 @@ class Case:
 
     @property
     def seen(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.curve.eflops[:self.n], self.curve.scores[:self.n]
+        return self.curve.eflops[: self.n], self.curve.scores[: self.n]
 
     @property
     def rest(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.curve.eflops[self.n:self.collapse], self.curve.scores[self.n:self.collapse]
+        return self.curve.eflops[self.n : self.collapse], self.curve.scores[self.n : self.collapse]
 
 
 def case_of(curve: Curve) -> Case:
@@ -67,13 +79,20 @@ def agreement(all_cases: Sequence[Case]) -> list[Check]:
     for name, limits in (("early", (0.7, 1.0, 0.40)), ("full", (1.0, None, 0.50))):
         fits = [getattr(case, name) for case in all_cases]
         error = np.array([abs(fit.a_post - case.published) for fit, case in zip(fits, all_cases, strict=True)])
-        inside = np.array([fit.a_post_low <= case.published <= fit.a_post_high for fit, case in zip(fits, all_cases, strict=True)])
+        inside = np.array(
+            [fit.a_post_low <= case.published <= fit.a_post_high for fit, case in zip(fits, all_cases, strict=True)]
+        )
         known = np.array([fit.verdict == "identified" for fit in fits])
         widths = np.array([fit.a_post_high - fit.a_post_low for fit in fits])
         of = "first 71 %" if name == "early" else "all points"
         checks += [
             Check(f"{of}: median distance to published", float(np.median(error)), high=limits[0]),
-            Check(f"{of}: mean distance to published", float(error.mean()), high=limits[1], beside=f"largest {error.max():.1f}"),
+            Check(
+                f"{of}: mean distance to published",
+                float(error.mean()),
+                high=limits[1],
+                beside=f"largest {error.max():.1f}",
+            ),
             Check(f"{of}: identified", share(known), low=limits[2], beside=f"{known.sum()} of {len(known)}"),
             Check(f"{of}: worst identified", float(error[known].max(initial=0.0)), high=2.0),
             Check(f"{of}: identified, published inside", share(inside[known]), low=0.85, beside=width(widths[known])),
@@ -93,26 +112,47 @@ def without_published(all_cases: Sequence[Case]) -> list[Check]:
             beside = f"median {np.median(errors[name]):.2f}; pctrain is better on {wins} of {len(ours)} curves"
             above = float(np.nextafter(ours.mean(), np.inf))
             checks.append(Check(f"{rmse}: {name}", float(errors[name].mean()), low=above, form=".3f", beside=beside))
-    checks += [Check(f"held-out points in the predictive 90 %: {name}", share(inside[name]), low=0.80 if name == "pctrain" else None,
-                     form=".3f", beside=width(widths[name])) for name in inside]
+    checks += [
+        Check(
+            f"held-out points in the predictive 90 %: {name}",
+            share(inside[name]),
+            low=0.80 if name == "pctrain" else None,
+            form=".3f",
+            beside=width(widths[name]),
+        )
+        for name in inside
+    ]
     within = [case.early.a_post_low <= case.full.a_post <= case.early.a_post_high for case in all_cases]
     alarms = [early_alarms(case) for case in all_cases]
     checks += [
-        Check("A from all points inside the 71 % interval", share(within), low=0.85,
-              beside=width([case.early.a_post_high - case.early.a_post_low for case in all_cases])),
-        Check("collapse alarms before a collapse, points one by one", float(sum(alarms)), high=0, form=".0f",
-              beside=f"{sum(case.collapse is not None for case in all_cases)} of {len(all_cases)} curves collapse"),
+        Check(
+            "A from all points inside the 71 % interval",
+            share(within),
+            low=0.85,
+            beside=width([case.early.a_post_high - case.early.a_post_low for case in all_cases]),
+        ),
+        Check(
+            "collapse alarms before a collapse, points one by one",
+            float(sum(alarms)),
+            high=0,
+            form=".0f",
+            beside=f"{sum(case.collapse is not None for case in all_cases)} of {len(all_cases)} curves collapse",
+        ),
     ]
     return checks
 
 
 def early_alarms(case: Case) -> int:
     """Prefixes of the curve that end before its collapse, or before its end, and are called collapsed."""
-    scores = case.curve.scores[:case.collapse]
-    return sum(collapse.used_points(scores[:n], case.curve.p_sft, None)[1] is not None for n in range(1, len(scores) + 1))
+    scores = case.curve.scores[: case.collapse]
+    return sum(
+        collapse.used_points(scores[:n], case.curve.p_sft, None)[1] is not None for n in range(1, len(scores) + 1)
+    )
 
 
-def _predictions(all_cases: Sequence[Case]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+def _predictions(
+    all_cases: Sequence[Case],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
     """By method: RMSE of each curve; of all held-out points whether they are inside the 90 % interval, and its width."""
     errors: dict[str, list[float]] = {}
     inside: dict[str, list[np.ndarray]] = {}
@@ -124,11 +164,16 @@ def _predictions(all_cases: Sequence[Case]) -> tuple[dict[str, np.ndarray], dict
             if low is not None:
                 inside.setdefault(name, []).append((low <= y) & (y <= high))
                 widths.setdefault(name, []).append(high - low)
-    return ({name: np.array(values) for name, values in errors.items()}, {name: np.concatenate(values) for name, values in inside.items()},
-            {name: np.concatenate(values) for name, values in widths.items()})
+    return (
+        {name: np.array(values) for name, values in errors.items()},
+        {name: np.concatenate(values) for name, values in inside.items()},
+        {name: np.concatenate(values) for name, values in widths.items()},
+    )
 
 
-Prediction = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]  # each [n]; the bounds are None where a method has none
+Prediction = tuple[
+    np.ndarray, np.ndarray | None, np.ndarray | None
+]  # each [n]; the bounds are None where a method has none
 
 
 def _methods(case: Case, at: np.ndarray) -> Iterable[tuple[str, Prediction]]:
@@ -142,7 +187,7 @@ def _methods(case: Case, at: np.ndarray) -> Iterable[tuple[str, Prediction]]:
     yield "plain least squares", _with_residuals(sigmoid(at), y - sigmoid(x), 3)
     fit = paper_fit(x, y, case.curve.p_sft)
     yield "method paper", _with_residuals(fit.curve(at), y - fit.curve(x), 3)
-    yield "mean of the last fifth seen", (np.full(len(at), y[-max(1, len(y) // 5):].mean()), None, None)
+    yield "mean of the last fifth seen", (np.full(len(at), y[-max(1, len(y) // 5) :].mean()), None, None)
     slope, level = np.polyfit(np.log(x), y, 1)
     yield "log-linear extrapolation", (level + slope * np.log(at), None, None)
 

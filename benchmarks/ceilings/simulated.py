@@ -81,7 +81,9 @@ class Outcome:
     @property
     def right(self) -> bool:
         """Whether the verdict is true: `collapsed` and `too_short` never are, of curves that are long and do not collapse."""
-        return {"identified": self.error <= 1.5, "lower_bound": self.low <= self.a, "flat": self.gain <= 1.5}.get(self.verdict, False)
+        return {"identified": self.error <= 1.5, "lower_bound": self.low <= self.a, "flat": self.gain <= 1.5}.get(
+            self.verdict, False
+        )
 
 
 def truths(ranges: Iterable[float], draws: int, seed: int, no_gain: bool = False) -> list[Truth]:
@@ -89,8 +91,13 @@ def truths(ranges: Iterable[float], draws: int, seed: int, no_gain: bool = False
     cells = [(ar, noise, points, tails) for ar in AR for noise in NOISE for points in POINTS for tails in TAILS]
     made = []
     for at, range_c in enumerate(ranges):
-        order = np.random.default_rng((seed, at, int(no_gain))).permutation(-(-draws // len(cells)) * len(cells))[:draws]
-        made += [Truth((seed, at, int(no_gain), i), range_c, *cells[int(cell) % len(cells)], no_gain) for i, cell in enumerate(order)]
+        order = np.random.default_rng((seed, at, int(no_gain))).permutation(-(-draws // len(cells)) * len(cells))[
+            :draws
+        ]
+        made += [
+            Truth((seed, at, int(no_gain), i), range_c, *cells[int(cell) % len(cells)], no_gain)
+            for i, cell in enumerate(order)
+        ]
     return made
 
 

@@ -160,7 +160,15 @@ def _case(
     capability: int,
 ) -> Case:  # fmt: skip
     of_columns, warps = entry.launch(1 if specialisation.integers == "1" else columns)
-    return Case(kernel, entry.module, tuple(types.items()), (*constants.items(), *of_columns.items()), warps, specialisation, capability)
+    return Case(
+        kernel,
+        entry.module,
+        tuple(types.items()),
+        (*constants.items(), *of_columns.items()),
+        warps,
+        specialisation,
+        capability,
+    )
 
 
 def source(case: Case):
@@ -170,14 +178,18 @@ def source(case: Case):
     kernel = getattr(importlib.import_module(case.module), case.kernel)
     kinds, constants = dict(case.types), dict(case.constants)
     if list(kernel.arg_names) != [*kinds, *constants]:
-        raise ValueError(f"the entry of {case.kernel} has arguments {[*kinds, *constants]}, the kernel {list(kernel.arg_names)}")
+        raise ValueError(
+            f"the entry of {case.kernel} has arguments {[*kinds, *constants]}, the kernel {list(kernel.arg_names)}"
+        )
     how = case.specialisation
     signature, constexprs, attributes = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
         kind = kinds.get(name, "constexpr")
         integer = kind in ("stride", "columns")
         if integer:
-            kind = "constexpr" if how.integers == "1" else "i64" if kind == "stride" and how.integers == "wide" else "i32"
+            kind = (
+                "constexpr" if how.integers == "1" else "i64" if kind == "stride" and how.integers == "wide" else "i32"
+            )
         signature[name] = kind
         if kind == "constexpr":
             constexprs[(i,)] = constants.get(name, 1)
@@ -240,7 +252,8 @@ def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
               for row in rows if "error" not in row and (row["spills"] or row["reloads"] or row["stack"])]  # fmt: skip
     found += [f"{name} has no entry in compile_report.py" for name in sorted(launched_kernels() - ENTRIES.keys())]
     found += [
-        f"{name} has an entry in compile_report.py and is gone from the package" for name in sorted(ENTRIES.keys() - launched_kernels())
+        f"{name} has an entry in compile_report.py and is gone from the package"
+        for name in sorted(ENTRIES.keys() - launched_kernels())
     ]
     return found
 
@@ -254,7 +267,15 @@ def markdown(rows: Sequence[Mapping[str, Any]], triton_version: str) -> str:
         constants = ", ".join(f"{name} {value}" for name, value in row["constants"].items())
         measured = ([f"does not compile: {row['error'].splitlines()[0]}"] + [""] * 4 if "error" in row
                     else [row[key] for key in ("registers", "stack", "spills", "reloads", "shared")])  # fmt: skip
-        cells = [row["kernel"], row["dtypes"], constants, row["warps"], row["specialisation"], f"sm_{row['capability']}", *measured]
+        cells = [
+            row["kernel"],
+            row["dtypes"],
+            constants,
+            row["warps"],
+            row["specialisation"],
+            f"sm_{row['capability']}",
+            *measured,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 

@@ -81,7 +81,11 @@ def errors(got: Results, expected: Results) -> dict[str, float]:
 
 
 def wrong_pieces(found: Mapping[str, float], dtype: torch.dtype) -> list[str]:
-    return [name for name, error in found.items() if error > LIMITS[dtype]["gradient" if name.startswith("grad") else "value"]]
+    return [
+        name
+        for name, error in found.items()
+        if error > LIMITS[dtype]["gradient" if name.startswith("grad") else "value"]
+    ]
 
 
 def clock(device: torch.device) -> float:
@@ -145,7 +149,9 @@ def run_point(op: Op, shape: Shape, setting: Setting, seconds: float) -> list[Ro
             if setting.device.type == "cuda":
                 warm_up(step)
             results, row["peak_bytes"] = peak_bytes(step, setting.device)
-            row["result_bytes"] = sum(result.nbytes for result_name, result in results.items() if not result_name.startswith(HELD))
+            row["result_bytes"] = sum(
+                result.nbytes for result_name, result in results.items() if not result_name.startswith(HELD)
+            )
             results = {result_name.removeprefix(HELD): result for result_name, result in results.items()}
             if name != FLOOR:
                 row["errors"] = errors(problem.sample(results), expected)
@@ -183,11 +189,20 @@ def warm_up(step: Step) -> None:
 
 
 def skipped(op: Op, shape: Shape, setting: Setting, reason: str) -> list[Row]:
-    return [{"provider": name, "status": "skipped", "reason": reason, **_common(op, shape, setting)} for name in op.providers]
+    return [
+        {"provider": name, "status": "skipped", "reason": reason, **_common(op, shape, setting)}
+        for name in op.providers
+    ]
 
 
 def _common(op: Op, shape: Shape, setting: Setting) -> Row:
-    return {"op": op.name, **asdict(shape), "dtype": str(setting.dtype).removeprefix("torch."), "floor_is": op.floor, **setting.about}
+    return {
+        "op": op.name,
+        **asdict(shape),
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "floor_is": op.floor,
+        **setting.about,
+    }
 
 
 def take_turns(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, list[float]]:

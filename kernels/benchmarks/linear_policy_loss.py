@@ -23,7 +23,9 @@ def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> FromHidden:
     problem = from_hidden(mean_negative_logprob)(shape, device, dtype)
     tokens, problem.sequence = shape.tokens, min(SEQUENCE, shape.tokens)
     if tokens % problem.sequence:
-        raise ValueError(f"linear_policy_loss is measured on sequences of {SEQUENCE} tokens: T = {tokens} is no multiple of it")
+        raise ValueError(
+            f"linear_policy_loss is measured on sequences of {SEQUENCE} tokens: T = {tokens} is no multiple of it"
+        )
     problem.advantage = torch.randn(tokens // problem.sequence, device=device).repeat_interleave(problem.sequence)
     logprob = torch.cat([part.logprob for part in problem.exact(problem.coefficients)])
     # log-ratios away from the clip's edges (-0.22 and 0.25), on either side of them: rounding moves no token over an edge
@@ -52,7 +54,9 @@ def plain(hidden: Tensor, weight: Tensor, target: Tensor, old_logprob: Tensor, a
 
 
 def of(function: Callable[..., Tensor]) -> Callable[[FromHidden], Step]:
-    return loss_of_hidden(lambda hidden, weight, problem: function(hidden, weight, problem.target, problem.old_logprob, problem.advantage))
+    return loss_of_hidden(
+        lambda hidden, weight, problem: function(hidden, weight, problem.target, problem.old_logprob, problem.advantage)
+    )
 
 
 def ours(problem: FromHidden) -> Step:

@@ -107,7 +107,9 @@ CHUNKS = Op(
     make=OP.make,
     providers={FLOOR: product_floor(3)}
     | {
-        f"{mib} MiB of logits": lambda problem, mib=mib: ours(chunk_tokens=max(1, mib * 2**20 // (4 * problem.weight.shape[0])))(problem)
+        f"{mib} MiB of logits": lambda problem, mib=mib: ours(
+            chunk_tokens=max(1, mib * 2**20 // (4 * problem.weight.shape[0]))
+        )(problem)
         for mib in (1, 2, 4, 8, 16, 32, 64, 128)
     },
 )

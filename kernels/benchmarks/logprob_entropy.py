@@ -24,9 +24,12 @@ def verl(problem: FromLogits) -> Step:
     from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
     # in place it would overwrite the logits that the entropy is computed from
-    return of_logits(lambda logits, target: (logprobs_from_logits(logits, target, inplace_backward=False), entropy_from_logits(logits)))(
-        problem
-    )
+    return of_logits(
+        lambda logits, target: (
+            logprobs_from_logits(logits, target, inplace_backward=False),
+            entropy_from_logits(logits),
+        )
+    )(problem)
 
 
 OP = Op(

@@ -32,7 +32,9 @@ class Exact(NamedTuple):
     dlogits: Tensor
 
 
-def exact_rows(logits: Callable[[slice], Tensor], target: Tensor, vocab: int, coefficients: Coefficients) -> Iterator[Exact]:
+def exact_rows(
+    logits: Callable[[slice], Tensor], target: Tensor, vocab: int, coefficients: Coefficients
+) -> Iterator[Exact]:
     """The operation in float64, chunk by chunk; logits(rows) -> float64 [n, V]."""
     size = max(1, FLOAT64_BYTES // (8 * vocab))
     for start in range(0, target.shape[0], size):
@@ -50,7 +52,11 @@ def exact_rows(logits: Callable[[slice], Tensor], target: Tensor, vocab: int, co
 
 def mean_negative_logprob(tokens: int) -> Coefficients:
     """The plain loss: mean of -logprob."""
-    return lambda logprob, entropy, rows: (-logprob / tokens, torch.full_like(logprob, -1 / tokens), torch.zeros_like(entropy))
+    return lambda logprob, entropy, rows: (
+        -logprob / tokens,
+        torch.full_like(logprob, -1 / tokens),
+        torch.zeros_like(entropy),
+    )
 
 
 @dataclass
@@ -125,14 +131,19 @@ class FromHidden:
         sampled = {}
         for name, value in results.items():
             if name == "grad_weight":
-                sampled |= {"grad_weight of targets": value[self.columns[0]], "grad_weight of others": value[self.columns[1]]}
+                sampled |= {
+                    "grad_weight of targets": value[self.columns[0]],
+                    "grad_weight of others": value[self.columns[1]],
+                }
             else:
                 sampled[name] = value if value.ndim == 0 else value[self.rows]
         return sampled
 
     def exact(self, coefficients: Coefficients) -> Iterator[Exact]:
         weight = self.weight.detach().double()
-        return exact_rows(lambda rows: self.hidden[rows].detach().double() @ weight.T, self.target, weight.shape[0], coefficients)
+        return exact_rows(
+            lambda rows: self.hidden[rows].detach().double() @ weight.T, self.target, weight.shape[0], coefficients
+        )
 
     def expected(self) -> Results:
         weight = self.weight.detach().double()
@@ -152,13 +163,17 @@ class FromHidden:
 
 
 def _upstream(problem: FromLogits | FromHidden, index: Tensor | None = None) -> Coefficients:
-    upstream, entropy_upstream = (x.double() if index is None else x[index].double() for x in (problem.upstream, problem.entropy_upstream))
+    upstream, entropy_upstream = (
+        x.double() if index is None else x[index].double() for x in (problem.upstream, problem.entropy_upstream)
+    )
     return lambda logprob, entropy, rows: (None, upstream[rows], entropy_upstream[rows])
 
 
 def _values(chunks: list[tuple[Tensor, Tensor, Tensor | None]], has_loss: bool) -> Results:
     logprob, entropy, loss = zip(*chunks, strict=True)
-    return {"loss": torch.cat(loss).sum()} if has_loss else {"logprob": torch.cat(logprob), "entropy": torch.cat(entropy)}
+    return (
+        {"loss": torch.cat(loss).sum()} if has_loss else {"logprob": torch.cat(logprob), "entropy": torch.cat(entropy)}
+    )
 
 
 def _upstreams(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -175,11 +190,17 @@ def from_logits(*, has_loss: bool) -> Callable[[Shape, torch.device, torch.dtype
     return make
 
 
-def from_hidden(coefficients: Callable[[int], Coefficients] | None) -> Callable[[Shape, torch.device, torch.dtype], FromHidden]:
+def from_hidden(
+    coefficients: Callable[[int], Coefficients] | None,
+) -> Callable[[Shape, torch.device, torch.dtype], FromHidden]:
     def make(shape: Shape, device: torch.device, dtype: torch.dtype) -> FromHidden:
         torch.manual_seed(0)
         hidden = torch.randn(shape.tokens, shape.width, device=device, dtype=dtype).requires_grad_()
-        weight = torch.randn(shape.vocab, shape.width, device=device, dtype=dtype).mul_(3 / shape.width**0.5).requires_grad_()
+        weight = (
+            torch.randn(shape.vocab, shape.width, device=device, dtype=dtype)
+            .mul_(3 / shape.width**0.5)
+            .requires_grad_()
+        )
         target = torch.randint(shape.vocab, (shape.tokens,), device=device)
         return FromHidden(hidden, weight, target, *_upstreams(shape.tokens, device),
                           None if coefficients is None else coefficients(shape.tokens))  # fmt: skip

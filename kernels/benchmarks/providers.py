@@ -13,7 +13,9 @@ from torch import Tensor
 
 def of_logits(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromLogits], Step]:
     """function(logits, target) -> (logprob, entropy), differentiated with the problem's upstream gradients."""
-    return lambda problem: _with_upstream(problem, "grad_logits", (problem.logits,), lambda: function(problem.logits, problem.target))
+    return lambda problem: _with_upstream(
+        problem, "grad_logits", (problem.logits,), lambda: function(problem.logits, problem.target)
+    )
 
 
 def of_hidden(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromHidden], Step]:
@@ -22,11 +24,17 @@ def of_hidden(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromH
                                           lambda: function(*problem.leaves, problem.target))  # fmt: skip
 
 
-def _with_upstream(problem: FromLogits | FromHidden, names: str, leaves: tuple[Tensor, ...], call: Callable[[], tuple]) -> Step:
+def _with_upstream(
+    problem: FromLogits | FromHidden, names: str, leaves: tuple[Tensor, ...], call: Callable[[], tuple]
+) -> Step:
     def step() -> Results:
         logprob, entropy = call()
         grads = torch.autograd.grad((logprob, entropy), leaves, (problem.upstream, problem.entropy_upstream))
-        return {"logprob": logprob.detach(), "entropy": entropy.detach(), **dict(zip(names.split(), grads, strict=True))}
+        return {
+            "logprob": logprob.detach(),
+            "entropy": entropy.detach(),
+            **dict(zip(names.split(), grads, strict=True)),
+        }
 
     return step
 

@@ -103,14 +103,23 @@ def _bars(axis, rows: Sequence[Row], value, label: str) -> None:
     shapes = list(dict.fromkeys((row["tokens"], row["vocab"], row["width"]) for row in rows))
     providers = list(dict.fromkeys(row["provider"] for row in rows))
     timed = [name for name in providers if any(row["provider"] == name and row["status"] == "ok" for row in rows)]
-    statuses = {name: Counter(row["status"] for row in rows if row["provider"] == name and row["status"] != "ok") for name in providers}
+    statuses = {
+        name: Counter(row["status"] for row in rows if row["provider"] == name and row["status"] != "ok")
+        for name in providers
+    }
     missing = [f"{name} {status} at {count}" for name, counts in statuses.items() for status, count in counts.items()]
     width = 0.85 / max(1, len(timed))
     for i, name in enumerate(timed):
-        points = {(r["tokens"], r["vocab"], r["width"]): value(r) for r in rows if r["provider"] == name and r["status"] == "ok"}
+        points = {
+            (r["tokens"], r["vocab"], r["width"]): value(r)
+            for r in rows
+            if r["provider"] == name and r["status"] == "ok"
+        }
         at = [(shapes.index(shape) + (i - (len(timed) - 1) / 2) * width, height) for shape, height in points.items()]
         bars = axis.bar(*zip(*at, strict=True), width, label=name)
-        axis.bar_label(bars, [label.format(height) for _, height in at], fontsize=6, rotation=90 if len(at) > 3 else 0, padding=1)
+        axis.bar_label(
+            bars, [label.format(height) for _, height in at], fontsize=6, rotation=90 if len(at) > 3 else 0, padding=1
+        )
     axis.margins(y=0.15)
     axis.set_xticks(range(len(shapes)), [f"T {t}\nV {v}\nH {h}" for t, v, h in shapes], fontsize=7)
     axis.tick_params(axis="y", labelsize=7)

@@ -28,7 +28,16 @@ import report  # noqa: E402
 import torch  # noqa: E402
 from harness import Op, Row, Setting, Shape, check_memory_events, run_point, skipped  # noqa: E402
 
-OPS = {op.name: op for op in (logprob_entropy.OP, cross_entropy.OP, linear_logprob_entropy.OP, linear_token_loss.OP, linear_policy_loss.OP)}
+OPS = {
+    op.name: op
+    for op in (
+        logprob_entropy.OP,
+        cross_entropy.OP,
+        linear_logprob_entropy.OP,
+        linear_token_loss.OP,
+        linear_policy_loss.OP,
+    )
+}
 EXTRA_OPS = {linear_token_loss.CHUNKS.name: linear_token_loss.CHUNKS}  # by name only
 
 GPU_SHAPES = tuple(
@@ -74,7 +83,9 @@ def parse_shape(text: str) -> Shape:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=[*OPS, *EXTRA_OPS], default=[*OPS], metavar="NAME", help=f"of {', '.join(OPS)}")
+    parser.add_argument(
+        "--ops", nargs="+", choices=[*OPS, *EXTRA_OPS], default=[*OPS], metavar="NAME", help=f"of {', '.join(OPS)}"
+    )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,V,H", help="instead of the device's own")
     parser.add_argument("--seconds", type=float, help="of timed turns; default 240 on a GPU, 60 on a CPU")
     parser.add_argument("--limit", type=float, default=450.0, help="wall seconds after which no other point is begun")
@@ -92,9 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points = [(op, shape) for op in ops for shape in options.shapes] if options.shapes else default_points(ops, gpu)
     seconds = options.seconds if options.seconds is not None else 240.0 if gpu else 60.0
     rows = run(points, setting, seconds, options.limit, options.out / report.file_stem(setting.about))
-    ours = [row for row in rows if row["provider"].startswith("pctrain_kernels") and row["status"] not in ("ok", "skipped")]
+    ours = [
+        row for row in rows if row["provider"].startswith("pctrain_kernels") and row["status"] not in ("ok", "skipped")
+    ]
     if ours:
-        raise SystemExit(f"{len(ours)} points of pctrain_kernels have no time: {', '.join(sorted({row['op'] for row in ours}))}")
+        raise SystemExit(
+            f"{len(ours)} points of pctrain_kernels have no time: {', '.join(sorted({row['op'] for row in ours}))}"
+        )
 
 
 if __name__ == "__main__":

@@ -48,9 +48,13 @@ class HeadOptions:
     def check(self, hidden: Tensor, weight: Tensor, target: Tensor, grad_weight_out: Tensor | None) -> None:
         """Raises ValueError where shapes, dtypes or options do not fit each other."""
         if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-            raise ValueError(f"expected hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}")
+            raise ValueError(
+                f"expected hidden [T, H] and weight [V, H], got {list(hidden.shape)} and {list(weight.shape)}"
+            )
         if hidden.dtype != weight.dtype or not hidden.dtype.is_floating_point:
-            raise ValueError(f"expected hidden and weight of one floating point dtype, got {hidden.dtype} and {weight.dtype}")
+            raise ValueError(
+                f"expected hidden and weight of one floating point dtype, got {hidden.dtype} and {weight.dtype}"
+            )
         if self.sequence_parallel and self.group is None:
             raise ValueError("sequence_parallel=True needs the group over which the sequence is split")
         tokens = hidden.shape[0] * (dist.get_world_size(self.group) if self.sequence_parallel else 1)
@@ -62,7 +66,9 @@ class HeadOptions:
             raise ValueError(f"valid_vocab must be at least 1, got {self.valid_vocab}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"chunk_tokens must be at least 1, got {self.chunk_tokens}")
-        if grad_weight_out is not None and (grad_weight_out.shape != weight.shape or grad_weight_out.dtype != math_dtype(weight)):
+        if grad_weight_out is not None and (
+            grad_weight_out.shape != weight.shape or grad_weight_out.dtype != math_dtype(weight)
+        ):
             raise ValueError(
                 f"expected grad_weight_out {math_dtype(weight)} {list(weight.shape)}, "
                 f"got {grad_weight_out.dtype} {list(grad_weight_out.shape)}"
@@ -82,7 +88,9 @@ class Head(LabelledRows):
         self.options = options
         group = options.group
         self.group = None if group is None or dist.get_world_size(group) == 1 else group
-        self.hidden = gather_sequence(hidden, self.group) if options.sequence_parallel and self.group is not None else hidden
+        self.hidden = (
+            gather_sequence(hidden, self.group) if options.sequence_parallel and self.group is not None else hidden
+        )
         self.full_weight = weight
         end = weight.shape[0] if options.valid_vocab is None else options.valid_vocab - options.vocab_start
         self.weight = operand(weight[: max(0, end)])
@@ -149,7 +157,12 @@ class Chunk:
         return self.softmax.statistics()
 
     def add_gradients(
-        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, grad_hidden: Tensor | None, grad_weight: Tensor | None
+        self,
+        row: RowStatistics,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        grad_hidden: Tensor | None,
+        grad_weight: Tensor | None,
     ) -> None:
         """Writes these rows of `grad_hidden` [T, H] and adds to `grad_weight` [V_l, H], both full precision.
 

@@ -79,7 +79,12 @@ def _scattered(head: Head, row: RowStatistics) -> tuple[Tensor, Tensor | None]:
 class _LinearLogprobEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, target: Tensor, options: HeadOptions, grad_weight_out: Tensor | None
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        options: HeadOptions,
+        grad_weight_out: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         head = Head(hidden, weight, target, options)
         row = row_statistics(head)
@@ -106,10 +111,14 @@ class _LinearLogprobEntropy(torch.autograd.Function):
             chunk = head.chunk(piece)
             chunk.multiply(shift=row.max[piece])
             of_piece = RowStatistics(*(None if part is None else part[piece] for part in row))
-            chunk.add_gradients(of_piece, dlogprob[piece], None if dentropy is None else dentropy[piece], grad_hidden, grad_weight)
+            chunk.add_gradients(
+                of_piece, dlogprob[piece], None if dentropy is None else dentropy[piece], grad_hidden, grad_weight
+            )
 
         if grad_hidden is not None:
-            grad_hidden = reduce_hidden_gradient(grad_hidden, head.group, ctx.options.sequence_parallel).to(hidden.dtype)
+            grad_hidden = reduce_hidden_gradient(grad_hidden, head.group, ctx.options.sequence_parallel).to(
+                hidden.dtype
+            )
         if ctx.grad_weight_out is not None:
             grad_weight = dummy_weight_gradient(ctx.weight)
         elif grad_weight is not None:

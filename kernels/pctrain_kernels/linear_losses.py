@@ -39,7 +39,15 @@ def linear_cross_entropy(
     metrics: {"entropy": sum_i token_weight_i entropy_i} with `want_entropy`, which costs a pass over the logits; else {}.
     """
     return linear_token_loss(
-        hidden, weight, target, _nll, streams={}, denom=denom, token_weight=token_weight, want_entropy=want_entropy, **head
+        hidden,
+        weight,
+        target,
+        _nll,
+        streams={},
+        denom=denom,
+        token_weight=token_weight,
+        want_entropy=want_entropy,
+        **head,
     )
 
 
@@ -81,5 +89,13 @@ def linear_policy_loss(
     )  # fmt: skip
     streams = given_streams(advantage, old_logprob, ref_logprob, rollout_logprob, expert_mask)
     return linear_token_loss(
-        hidden, weight, target, loss, streams=streams, denom=denom, token_weight=token_weight, want_entropy=want_entropy, **head
+        hidden,
+        weight,
+        target,
+        loss,
+        streams=streams,
+        denom=denom,
+        token_weight=token_weight,
+        want_entropy=want_entropy,
+        **head,
     )

@@ -99,7 +99,12 @@ class _Sums:
     """Calls `token_loss` on pieces of the rows and adds up loss and metrics."""
 
     def __init__(
-        self, head: Head, token_loss: TokenLoss, streams: Mapping[str, Tensor], token_weight: Tensor | None, denom: float | Tensor
+        self,
+        head: Head,
+        token_loss: TokenLoss,
+        streams: Mapping[str, Tensor],
+        token_weight: Tensor | None,
+        denom: float | Tensor,
     ) -> None:
         self.token_loss = token_loss
         self.dtype = math_dtype(head.hidden)
@@ -111,7 +116,9 @@ class _Sums:
 
     def add(self, piece: slice, logprob: Tensor, entropy: Tensor | None) -> Tensor:
         """-> loss [n], with its graph where grad mode is on."""
-        loss, metrics = self.token_loss(logprob, entropy, {name: stream[piece] for name, stream in self.streams.items()})
+        loss, metrics = self.token_loss(
+            logprob, entropy, {name: stream[piece] for name, stream in self.streams.items()}
+        )
         for name, value in (("the loss", loss), *metrics.items()):
             if value.shape != logprob.shape:
                 shapes = f"{list(value.shape)}, not {list(logprob.shape)}"
@@ -131,7 +138,9 @@ class _Sums:
         with torch.enable_grad():
             loss = self.add(piece, logprob, entropy)
         if not loss.requires_grad:
-            raise ValueError("the loss of token_loss depends neither on logprob nor on entropy: there is nothing to differentiate")
+            raise ValueError(
+                "the loss of token_loss depends neither on logprob nor on entropy: there is nothing to differentiate"
+            )
         upstream = torch.ones_like(loss) if self.weights is None else self.weights[piece].to(loss.dtype)
         dlogprob, *dentropy = torch.autograd.grad(loss, leaves, upstream / self.denom, allow_unused=True)
         return torch.zeros_like(logprob) if dlogprob is None else dlogprob, dentropy[0] if dentropy else None
@@ -197,6 +206,10 @@ class _LinearTokenLoss(torch.autograd.Function):
             message = "linear_token_loss added dW to grad_weight_out already: its loss must be the end of the graph (upstream gradient 1)"
             torch._assert_async(upstream == 1, message)
             grad_weight = dummy_weight_gradient(ctx.weight)
-        elif upstream.is_cuda or upstream != 1:  # a pass over both saved; looking costs nothing on a CPU, but would wait for a GPU
-            grad_hidden, grad_weight = (None if grad is None else grad * upstream for grad in (grad_hidden, grad_weight))
+        elif (
+            upstream.is_cuda or upstream != 1
+        ):  # a pass over both saved; looking costs nothing on a CPU, but would wait for a GPU
+            grad_hidden, grad_weight = (
+                None if grad is None else grad * upstream for grad in (grad_hidden, grad_weight)
+            )
         return grad_hidden, grad_weight, *(None,) * 8

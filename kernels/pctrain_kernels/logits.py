@@ -110,14 +110,18 @@ class LogitsOptions:
     def check(self, logits: Tensor, target: Tensor) -> None:
         """Raises ValueError where shapes, dtypes or options do not fit each other."""
         if logits.ndim != 2 or not logits.dtype.is_floating_point:
-            raise ValueError(f"expected logits [T, V] of a floating point dtype, got {logits.dtype} {list(logits.shape)}")
+            raise ValueError(
+                f"expected logits [T, V] of a floating point dtype, got {logits.dtype} {list(logits.shape)}"
+            )
         if target.shape != logits.shape[:1] or target.dtype != torch.int64:
             raise ValueError(f"expected target int64 [{logits.shape[0]}], got {target.dtype} {list(target.shape)}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.valid_vocab is not None and self.valid_vocab < 1:
             raise ValueError(f"valid_vocab must be at least 1, got {self.valid_vocab}")
-        if self.inplace_backward and any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        if self.inplace_backward and any(
+            stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)
+        ):
             raise ValueError("inplace_backward=True needs memory of its own for every logit, not an expanded tensor")
 
 
@@ -183,7 +187,9 @@ class _Rows(LabelledRows):
         options, n = self.options, self.target.shape[0]
         none = torch.full((n,), -torch.inf, dtype=math_dtype(self.x), device=self.x.device)
         shard = empty_shard(none, options.want_entropy)
-        shard = RowStatistics(*(None if part is None else part.clone() for part in shard))  # written over, block by block
+        shard = RowStatistics(
+            *(None if part is None else part.clone() for part in shard)
+        )  # written over, block by block
         y_sum = torch.zeros_like(none)
         for piece in self.blocks():
             of_piece = self.softmax(piece, want_entropy=options.want_entropy).statistics()
@@ -235,7 +241,11 @@ class _LogitsValues(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: FunctionCtx, dlogprob: Tensor | None, dentropy: Tensor | None, dmean_nll: Tensor | None, dlse: Tensor | None
+        ctx: FunctionCtx,
+        dlogprob: Tensor | None,
+        dentropy: Tensor | None,
+        dmean_nll: Tensor | None,
+        dlse: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         logits, target, columns, *statistics = ctx.saved_tensors
         options, row = ctx.options, RowStatistics(*statistics)

@@ -78,7 +78,9 @@ class PolicyLoss:
 
     def __post_init__(self) -> None:
         if self.kl_kind == "k1":
-            raise ValueError("kl_kind 'k1' is no loss: subtract kl_coef * (logprob - ref_logprob), detached, from the advantage instead")
+            raise ValueError(
+                "kl_kind 'k1' is no loss: subtract kl_coef * (logprob - ref_logprob), detached, from the advantage instead"
+            )
         if self.kl_kind not in ("k2", "k3"):
             raise ValueError(f"kl_kind must be 'k2' or 'k3', got {self.kl_kind!r}")
         bounds = {"clip_low": 0, "clip_high": 0, "kl_coef": 0, "dual_clip": 1, "is_cap": 0, "expert_shaping": 0}
@@ -93,9 +95,14 @@ class PolicyLoss:
             raise ValueError(f"unknown streams {sorted(unknown)}: expected some of {', '.join(STREAMS)}")
         if "advantage" not in streams:
             raise ValueError("the stream advantage is missing")
-        for name, stream, option in (("is_cap", "rollout_logprob", self.is_cap), ("expert_shaping", "expert_mask", self.expert_shaping)):
+        for name, stream, option in (
+            ("is_cap", "rollout_logprob", self.is_cap),
+            ("expert_shaping", "expert_mask", self.expert_shaping),
+        ):
             if (option is None) != (stream not in streams):
-                raise ValueError(f"{stream} and {name} need each other: only {name if stream not in streams else stream} was given")
+                raise ValueError(
+                    f"{stream} and {name} need each other: only {name if stream not in streams else stream} was given"
+                )
         if self.kl_coef and "ref_logprob" not in streams:
             raise ValueError("kl_coef needs ref_logprob")
         if self.entropy_coef and entropy is None:
@@ -104,9 +111,13 @@ class PolicyLoss:
             raise ValueError(f"expert_mask must be bool, got {streams['expert_mask'].dtype}")
         for name, stream in streams.items():
             if stream.shape != logprob.shape:
-                raise ValueError(f"expected {name} of shape {list(logprob.shape)}, as logprob has, got {list(stream.shape)}")
+                raise ValueError(
+                    f"expected {name} of shape {list(logprob.shape)}, as logprob has, got {list(stream.shape)}"
+                )
 
-    def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(
+        self, logprob: Tensor, entropy: Tensor | None, streams: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         self._check(logprob, entropy, streams)
         advantage, expert = streams["advantage"], streams.get("expert_mask")
         current = logprob.detach()

@@ -74,7 +74,12 @@ def linear_logprob_entropy(
     """
     logits = _full_precision(hidden) @ _full_precision(weight[:valid_vocab]).T
     return vocab_parallel_logprob_entropy(
-        logits, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=want_entropy
+        logits,
+        target,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        want_entropy=want_entropy,
     )
 
 
@@ -97,16 +102,28 @@ def linear_token_loss(
     Of a metric `max/...`: the largest value_i with token_weight_i > 0.
     """
     logprob, entropy = linear_logprob_entropy(
-        hidden, weight, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=want_entropy
+        hidden,
+        weight,
+        target,
+        valid_vocab=valid_vocab,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        want_entropy=want_entropy,
     )
     labelled = target != ignore_index
     loss, metrics = token_loss(
-        logprob[labelled], None if entropy is None else entropy[labelled], {name: stream[labelled] for name, stream in streams.items()}
+        logprob[labelled],
+        None if entropy is None else entropy[labelled],
+        {name: stream[labelled] for name, stream in streams.items()},
     )
     weights = torch.ones_like(loss) if token_weight is None else token_weight[labelled]
 
     def reduced(name: str, value: Tensor) -> Tensor:
         counted = value.detach()[weights > 0].tolist()
-        return value.new_tensor(max(counted, default=-torch.inf)) if name.startswith("max/") else (weights * value).sum().detach()
+        return (
+            value.new_tensor(max(counted, default=-torch.inf))
+            if name.startswith("max/")
+            else (weights * value).sum().detach()
+        )
 
     return (weights * loss).sum() / denom, {name: reduced(name, value) for name, value in metrics.items()}

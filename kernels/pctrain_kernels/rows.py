@@ -29,4 +29,6 @@ class LabelledRows:
         end = valid_vocab if sharded else first + columns
         if end is not None and self.target.numel():
             low, high = self.target.aminmax()
-            torch._assert_async((low >= first) & (high < end), f"a target is neither ignore_index nor in [{first}, {end})")
+            torch._assert_async(
+                (low >= first) & (high < end), f"a target is neither ignore_index nor in [{first}, {end})"
+            )

@@ -23,7 +23,13 @@ class Softmax(Protocol):
         """This shard's part of the statistics of the rows, each [n]."""
 
     def gradient(
-        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+        self,
+        row: RowStatistics,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         """dlogits [n, k] in `dtype`, in the memory of the logits where it can be. The last thing that is asked for.
 
@@ -82,10 +88,18 @@ class TorchSoftmax:
 
     def statistics(self) -> RowStatistics:
         target = self.y_target if self.owned is None else self.y_target.masked_fill(~self.owned, -torch.inf)
-        return RowStatistics(self.shift, self.e.sum(1), None if self.e_y is None else self.e_y.sum(1), target.squeeze(1))
+        return RowStatistics(
+            self.shift, self.e.sum(1), None if self.e_y is None else self.e_y.sum(1), target.squeeze(1)
+        )
 
     def gradient(
-        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+        self,
+        row: RowStatistics,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         total = row.sum()
         to_row = offset(self.shift, row.max, self.temperature)

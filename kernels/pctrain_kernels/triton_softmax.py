@@ -27,9 +27,13 @@ def launch_shape(columns: int) -> tuple[int, int]:
 class TritonSoftmax:
     """`Softmax` over logits [n, k] in fp32, bf16 or fp16, columns next to each other, rows at any distance. See softmax.py."""
 
-    def __init__(self, logits: Tensor, column: Tensor, temperature: float, want_entropy: bool, keep: bool = False) -> None:
+    def __init__(
+        self, logits: Tensor, column: Tensor, temperature: float, want_entropy: bool, keep: bool = False
+    ) -> None:
         if logits.ndim != 2 or logits.stride(1) != 1 and logits.shape[1] > 1:
-            raise ValueError(f"expected logits [n, k] with columns next to each other, got {list(logits.shape)}, strides {logits.stride()}")
+            raise ValueError(
+                f"expected logits [n, k] with columns next to each other, got {list(logits.shape)}, strides {logits.stride()}"
+            )
         self.logits = logits
         self.keep = keep
         self.column = column.contiguous()
@@ -49,7 +53,13 @@ class TritonSoftmax:
         return RowStatistics(row[0], row[1], row[2] if self.want_entropy else None, row[-1])
 
     def gradient(
-        self, row: RowStatistics, dlogprob: Tensor, dentropy: Tensor | None, dtype: torch.dtype, *, out: Tensor | None = None
+        self,
+        row: RowStatistics,
+        dlogprob: Tensor,
+        dentropy: Tensor | None,
+        dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
     ) -> Tensor:
         # dlogits = e^y (constant + slope y), y taken from the maximum of the whole row; for the target another formula (softmax.py).
         scale = -1.0 / (row.sum() * self.temperature)  # e^y -> -p / temperature
@@ -121,7 +131,9 @@ def statistics_kernel(
             shifted = decay * (shifted + distance * rest) + tl.where(counted, e * y, 0.0)
         rest = decay * rest + e
         maximum = grown
-    y_target = tl.div_rn(tl.load(logits + target, mask=owned, other=-float("inf")).to(tl.float32) - maximum, temperature)
+    y_target = tl.div_rn(
+        tl.load(logits + target, mask=owned, other=-float("inf")).to(tl.float32) - maximum, temperature
+    )
     total = tl.sum(rest, axis=0)
     tl.store(out_max + row, maximum)
     # A row of -inf alone has no softmax.

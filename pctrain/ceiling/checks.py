@@ -15,7 +15,9 @@ MAX_SCORE = 100.0  # percent
 LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits
 
 
-def curve(eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_score: float) -> tuple[np.ndarray, np.ndarray, float]:
+def curve(
+    eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_score: float
+) -> tuple[np.ndarray, np.ndarray, float]:
     """`eflops` and `scores` as float64 [n], n >= 1, and `p_sft`; UserError where they are no curve."""
     try:
         x, y, p_sft = np.asarray(eflops, dtype=np.float64), np.asarray(scores, dtype=np.float64), float(p_sft)
@@ -24,7 +26,9 @@ def curve(eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_sc
     if x.ndim != 1 or x.shape != y.shape or not len(x):
         raise UserError(f"ceiling fit: need as many scores as eflops, one or more; found {y.shape} and {x.shape}")
     if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(p_sft)):
-        raise UserError("ceiling fit: eflops, scores and p_sft must be finite; leave out the points that were not measured")
+        raise UserError(
+            "ceiling fit: eflops, scores and p_sft must be finite; leave out the points that were not measured"
+        )
     if (x < 0).any() or (np.diff(x) <= 0).any() or x[-1] == 0:
         raise UserError("ceiling fit: eflops must be 0 or more, increase from point to point and end above 0")
     maximum(max_score, "ceiling fit: max_score")
@@ -35,14 +39,18 @@ def curve(eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_sc
 
 def maximum(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SCORE:  # NaN is neither
-        raise UserError(f"{where} must be the highest score there can be, in percent, above 0 and at most 100; found {value!r}")
+        raise UserError(
+            f"{where} must be the highest score there can be, in percent, above 0 and at most 100; found {value!r}"
+        )
     return float(value)
 
 
 def standard_error(value: float | None, where: str) -> None:
     if value is not None and not LEAST_SE <= value <= MAX_SCORE:  # NaN is neither
-        raise UserError(f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}, or left out where unknown; "
-                        f"found {value!r}")
+        raise UserError(
+            f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}, or left out where unknown; "
+            f"found {value!r}"
+        )
 
 
 # ---- files
@@ -57,8 +65,10 @@ def text(file: Path) -> str:
     if not data.strip():
         raise UserError(f"{file}: is empty; expected curves (JSON or CSV: pctrain fit --help)")
     if data[:1] == b"\x80" and data.rstrip()[-1:] == b".":
-        raise UserError(f"{file}: is a Python pickle; pickles are not read, as reading one runs code. Write the curves as JSON or CSV "
-                        "(pctrain fit --help)")
+        raise UserError(
+            f"{file}: is a Python pickle; pickles are not read, as reading one runs code. Write the curves as JSON or CSV "
+            "(pctrain fit --help)"
+        )
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -74,7 +84,10 @@ def parsed(content: str, where: str) -> object:
         return refuse_surrogates(json.loads(content), content, where)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except (RecursionError, ValueError) as error:  # lists in lists without end; numbers of more digits than Python converts
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # lists in lists without end; numbers of more digits than Python converts
         raise UserError(f"{where}: not JSON that can be read ({error})") from None
 
 
@@ -96,7 +109,9 @@ def refuse_surrogates(value: object, content: str, where: str) -> object:
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:
-            raise UserError(f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write it anew") from None
+            raise UserError(
+                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write it anew"
+            ) from None
     return value
 
 

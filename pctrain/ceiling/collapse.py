@@ -15,7 +15,9 @@ WINDOW, MUST = 6, 4
 DROP, DROP_SDS = 2.0, 4.0
 RUNNING = 5  # points of the running median (trailing)
 LAGS = (1, 3)
-CALM_POINTS = 7  # the noise of a possible collapse is judged by the first half of the curve, by no fewer points than this
+CALM_POINTS = (
+    7  # the noise of a possible collapse is judged by the first half of the curve, by no fewer points than this
+)
 
 
 def noise_sd(scores: np.ndarray, floor: float) -> float:
@@ -27,7 +29,7 @@ def noise_sd(scores: np.ndarray, floor: float) -> float:
     found = [floor]
     for lag in LAGS:
         if len(scores) > 2 * lag:
-            difference = scores[lag:-lag] - (scores[:-2 * lag] + scores[2 * lag:]) / 2
+            difference = scores[lag:-lag] - (scores[: -2 * lag] + scores[2 * lag :]) / 2
             found.append(1.4826 * float(np.median(np.abs(difference))) / np.sqrt(1.5))
     return max(found)
 
@@ -38,8 +40,10 @@ def isolated(scores: np.ndarray, sd: float) -> np.ndarray:
     inner = scores[SIDE:-SIDE]
     if len(inner):
         medians = np.median(sliding_window_view(scores, SIDE), axis=1)  # of the SIDE points from each on
-        before, after = medians[:len(inner)], medians[SIDE + 1:]
-        mask[SIDE:-SIDE] = np.maximum(inner - np.maximum(before, after), np.minimum(before, after) - inner) > OUTLIER_SDS * sd
+        before, after = medians[: len(inner)], medians[SIDE + 1 :]
+        mask[SIDE:-SIDE] = (
+            np.maximum(inner - np.maximum(before, after), np.minimum(before, after) - inner) > OUTLIER_SDS * sd
+        )
     return mask
 
 
@@ -66,7 +70,7 @@ def used_points(scores: np.ndarray, p_sft: float, score_se: float | None) -> tup
     sd = noise_sd(scores, floor)
     kept = np.flatnonzero(~isolated(scores, sd))
     # After a collapse the scores are wild; judged by the whole curve's noise it could hide itself.
-    calm = min(sd, noise_sd(scores[:max(CALM_POINTS, len(scores) // 2)], floor))
+    calm = min(sd, noise_sd(scores[: max(CALM_POINTS, len(scores) // 2)], floor))
     at = onset(scores[kept], p_sft, calm)
     used = np.zeros(len(scores), dtype=bool)
     used[kept[:at]] = True

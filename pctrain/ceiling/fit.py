@@ -23,7 +23,10 @@ from pctrain.ceiling.posterior import Draws, Priors, draw, rise
 
 VERDICTS = ("identified", "lower_bound", "flat", "too_short", "collapsed")
 MIN_POINTS = 12  # fewer used points: too_short
-FLAT_GAIN, FLAT_GAIN_HIGH = 1.0, 2.0  # points; noise sd and twice that where larger: median and 95 % quantile of the gain seen so far
+FLAT_GAIN, FLAT_GAIN_HIGH = (
+    1.0,
+    2.0,
+)  # points; noise sd and twice that where larger: median and 95 % quantile of the gain seen so far
 # Identified: the ceiling is this SURE to lie this NEAR to a_post (points), and at least this SHARE of the rise D is seen (5 % quantile).
 IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.89, 0.35
 LOW, MEDIAN, HIGH = QUANTILES = (0.05, 0.5, 0.95)
@@ -43,7 +46,16 @@ class Points:
     max_score: float
 
     def draws(self, used: np.ndarray, priors: Priors) -> Draws:
-        return draw(self.x[used], self.y[used], self.p_sft, self.seen(used), self.max_score, self.score_se, self.p_sft_se, priors)
+        return draw(
+            self.x[used],
+            self.y[used],
+            self.p_sft,
+            self.seen(used),
+            self.max_score,
+            self.score_se,
+            self.p_sft_se,
+            priors,
+        )
 
     def seen(self, used: np.ndarray) -> float:
         """The largest x used; where none is, of all."""
@@ -103,13 +115,34 @@ class Fit:
 
     def as_row(self, dataset: str, start_step: int | None) -> dict:
         """The row of fits.json: plain JSON values, the keys of docs/contracts.md."""
-        keys = ("p_sft", "a_post", "a_post_low", "a_post_high", "pl_rl", "c_mid", "b", "eps", "verdict", "n_points", "n_used",
-                "collapsed_at", "prior_shift")
+        keys = (
+            "p_sft",
+            "a_post",
+            "a_post_low",
+            "a_post_high",
+            "pl_rl",
+            "c_mid",
+            "b",
+            "eps",
+            "verdict",
+            "n_points",
+            "n_used",
+            "collapsed_at",
+            "prior_shift",
+        )
         return {"dataset": dataset, "start_step": start_step} | {key: getattr(self, key) for key in keys}
 
 
-def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, *, score_se: float | None = None,
-                p_sft_se: float | None = None, max_score: float = checks.MAX_SCORE, priors: Priors = Priors()) -> Fit:
+def fit_ceiling(
+    eflops: Sequence[float],
+    scores: Sequence[float],
+    p_sft: float,
+    *,
+    score_se: float | None = None,
+    p_sft_se: float | None = None,
+    max_score: float = checks.MAX_SCORE,
+    priors: Priors = Priors(),
+) -> Fit:
     """Fit one RL curve: `eflops` [n] from the joint, increasing, and `scores` [n] in percent; `p_sft` is the score at the joint.
 
     `score_se`, `p_sft_se`: standard errors of one score and of P_sft in points, where known; `max_score`: the highest score there can be,
@@ -145,13 +178,33 @@ def fit_ceiling(eflops: Sequence[float], scores: Sequence[float], p_sft: float, 
     else:
         verdict = "lower_bound"
     return Fit(
-        a_post=float(a_post), a_post_low=float(a_low), a_post_high=float(a_high), pl_rl=float(a_post - p_sft), c_mid=float(c_mid),
-        b=float(b), eps=float(draws.weight @ draws.eps), p_sft=p_sft, verdict=verdict, n_points=len(x), n_used=int(used.sum()),
-        collapsed_at=None if onset is None else float(x[onset]), share_seen=float(share_low), sigma=float(sigma), used=used, draws=draws,
-        points=points)
+        a_post=float(a_post),
+        a_post_low=float(a_low),
+        a_post_high=float(a_high),
+        pl_rl=float(a_post - p_sft),
+        c_mid=float(c_mid),
+        b=float(b),
+        eps=float(draws.weight @ draws.eps),
+        p_sft=p_sft,
+        verdict=verdict,
+        n_points=len(x),
+        n_used=int(used.sum()),
+        collapsed_at=None if onset is None else float(x[onset]),
+        share_seen=float(share_low),
+        sigma=float(sigma),
+        used=used,
+        draws=draws,
+        points=points,
+    )
 
 
 def fit_curve(curve: Curve, points: int | None = None) -> Fit:
     """`fit_ceiling` of a curve with all that it states of itself; of its first `points` points, where given."""
-    return fit_ceiling(curve.eflops[:points], curve.scores[:points], curve.p_sft, score_se=curve.score_se, p_sft_se=curve.p_sft_se,
-                       max_score=curve.max_score)
+    return fit_ceiling(
+        curve.eflops[:points],
+        curve.scores[:points],
+        curve.p_sft,
+        score_se=curve.score_se,
+        p_sft_se=curve.p_sft_se,
+        max_score=curve.max_score,
+    )

@@ -41,7 +41,11 @@ def reach(fit: Fit | PaperFit, score: float) -> Reach:
     """0 EFLOPs where the curve begins at `score` or above."""
     if isinstance(fit, PaperFit):
         level = fit.p_sft + fit.eps
-        found = None if fit.b is None or fit.c_mid is None else float(_compute(score, level, fit.a_post - level, fit.b, fit.c_mid))
+        found = (
+            None
+            if fit.b is None or fit.c_mid is None
+            else float(_compute(score, level, fit.a_post - level, fit.b, fit.c_mid))
+        )
         return Reach(float(score), None, found if found is not None and np.isfinite(found) else None, None, None)
     draws = fit.draws
     eflops = _compute(score, draws.l, draws.d, draws.b, draws.c)
@@ -50,7 +54,9 @@ def reach(fit: Fit | PaperFit, score: float) -> Reach:
     return Reach(float(score), min(probability, 1.0), median, low, high)
 
 
-def _compute(score: float, level: np.ndarray | float, gain: np.ndarray | float, b: np.ndarray | float, c: np.ndarray | float) -> np.ndarray:
+def _compute(
+    score: float, level: np.ndarray | float, gain: np.ndarray | float, b: np.ndarray | float, c: np.ndarray | float
+) -> np.ndarray:
     """x where level + gain s(x) = score; infinite where it never does."""
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         share = (score - np.asarray(level)) / np.asarray(gain)
@@ -69,7 +75,10 @@ def _quantile(fit: Fit, eflops: np.ndarray, quantile: float) -> float | None:
 def at_budgets(fit: Fit | PaperFit, eflops: Sequence[float]) -> list[AtBudget]:
     """Scores at `eflops`, 0 or more."""
     if isinstance(fit, PaperFit):
-        return [AtBudget(float(x), float(score), None, None, None, None) for x, score in zip(eflops, fit.curve(eflops), strict=True)]
+        return [
+            AtBudget(float(x), float(score), None, None, None, None)
+            for x, score in zip(eflops, fit.curve(eflops), strict=True)
+        ]
     score, low, high = fit.curve(eflops)
     _, measured_low, measured_high = fit.predict(eflops)
     columns = zip(eflops, score, low, high, measured_low, measured_high, strict=True)
@@ -96,4 +105,3 @@ def held_out(fit: Fit | PaperFit, eflops: np.ndarray, scores: np.ndarray) -> Hel
         predicted, low, high = fit.predict(eflops)
         inside = float(np.mean((low <= scores) & (scores <= high)))
     return HeldOut(len(eflops), float(np.sqrt(np.mean((scores - predicted) ** 2))), inside)
-

@@ -87,10 +87,14 @@ class Monitor:
         UserError: a loss that is not finite and above 0, or compute that does not increase.
         """
         if not (math.isfinite(loss) and loss > 0 and math.isfinite(se) and se >= 0):
-            raise UserError(f"step {step}: the validation loss is {loss:g} +- {se:g}; expected finite nats above 0. The run has diverged: "
-                            "lower sft.optimizer.lr or raise sft.optimizer.warmup")
+            raise UserError(
+                f"step {step}: the validation loss is {loss:g} +- {se:g}; expected finite nats above 0. The run has diverged: "
+                "lower sft.optimizer.lr or raise sft.optimizer.warmup"
+            )
         if self._x and eflops <= self._x[-1]:
-            raise UserError(f"step {step}: {eflops:g} EFLOPs after {self._x[-1]:g}: compute must increase from validation to validation")
+            raise UserError(
+                f"step {step}: {eflops:g} EFLOPs after {self._x[-1]:g}: compute must increase from validation to validation"
+            )
         if checkpoint and (self._start is None or loss < self._start[0]):
             self._start = loss, step
         self._x.append(eflops)
@@ -102,13 +106,15 @@ class Monitor:
         passed = trend.above_minimum(0.0)
         self._judge(passed, left, severe)
         advice: Advice = "stop" if self._level else "keep" if self._kept else "continue"
-        return Reading((STABLE, MILD, SEVERE)[self._level], passed, left, severe, advice, self._start and self._start[1])
+        return Reading(
+            (STABLE, MILD, SEVERE)[self._level], passed, left, severe, advice, self._start and self._start[1]
+        )
 
     def _window(self) -> np.ndarray:
         y = np.array(self._y)
         seen = np.arange(int(np.argmax(y <= y.min() + math.log(WINDOW))), len(y))
         if len(seen) > MOST:
-            early, late = seen[:-MOST // 2], seen[-MOST // 2:]
+            early, late = seen[: -MOST // 2], seen[-MOST // 2 :]
             thinned = early[np.linspace(0, len(early) - 1, MOST // 2 - 1).round().astype(int)]
             seen = np.union1d([*thinned, early[np.argmin(y[early])]], late)
         return seen
@@ -119,7 +125,9 @@ class Monitor:
             self._level += 1
         elif self._twice("down", self._level > 0 and down < UNSURE):
             self._level -= 1
-        if self._twice("kept", not self._kept and passed >= SURE) or self._twice("released", self._kept and passed < UNSURE):
+        if self._twice("kept", not self._kept and passed >= SURE) or self._twice(
+            "released", self._kept and passed < UNSURE
+        ):
             self._kept = not self._kept
 
     def _twice(self, what: str, holds: bool) -> bool:

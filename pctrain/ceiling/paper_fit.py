@@ -57,12 +57,23 @@ class PaperFit:
         """The row of fits.json; what this method does not know is None."""
         known = ("p_sft", "a_post", "pl_rl", "c_mid", "b", "eps", "n_points", "n_used", "collapsed_at", "train_rmse")
         unknown = ("a_post_low", "a_post_high", "verdict", "prior_shift")
-        return ({"dataset": dataset, "start_step": start_step, "method": "paper"} | {key: getattr(self, key) for key in known}
-                | dict.fromkeys(unknown))
+        return (
+            {"dataset": dataset, "start_step": start_step, "method": "paper"}
+            | {key: getattr(self, key) for key in known}
+            | dict.fromkeys(unknown)
+        )
 
 
-def paper_fit(eflops: Sequence[float], scores: Sequence[float], p_sft: float, *, tau: float = TAU, alpha: float = ALPHA,
-              eps: float = 0.0, max_score: float = 100.0) -> PaperFit:
+def paper_fit(
+    eflops: Sequence[float],
+    scores: Sequence[float],
+    p_sft: float,
+    *,
+    tau: float = TAU,
+    alpha: float = ALPHA,
+    eps: float = 0.0,
+    max_score: float = 100.0,
+) -> PaperFit:
     """Fit one RL curve: `eflops` [n] from the joint, increasing, `scores` [n] and `p_sft` in percent.
 
     Raises:
@@ -70,8 +81,10 @@ def paper_fit(eflops: Sequence[float], scores: Sequence[float], p_sft: float, *,
     """
     x, y, p_sft = checks.curve(eflops, scores, p_sft, max_score)
     if not tau > 0 or not 0.5 <= alpha <= 1 or not 0 <= eps <= max_score - p_sft:
-        raise UserError(f"paper fit: tau must be above 0, alpha 0.5 to 1, eps 0 or more and P_sft + eps at most the maximum; "
-                        f"found tau {tau}, alpha {alpha}, eps {eps}, P_sft {p_sft:g}")
+        raise UserError(
+            f"paper fit: tau must be above 0, alpha 0.5 to 1, eps 0 or more and P_sft + eps at most the maximum; "
+            f"found tau {tau}, alpha {alpha}, eps {eps}, P_sft {p_sft:g}"
+        )
     if len(x) < MIN_POINTS:
         raise UserError(f"paper fit: three numbers (A, B, C) need {MIN_POINTS} points or more, found {len(x)}")
     onset = collapse.onset(y, p_sft, collapse.noise_sd(y, collapse.NOISE_FLOOR))
@@ -80,12 +93,36 @@ def paper_fit(eflops: Sequence[float], scores: Sequence[float], p_sft: float, *,
     kept = _kept_by_z_score(x, y, p_sft + eps, tau, max_score)
     kept, (a, b, c) = _least_trimmed_squares(x, y, p_sft + eps, kept, alpha, max_score)
     residual = y[kept] - _sigmoid(x[kept], p_sft + eps, a, b, c)
-    return PaperFit(a, a - p_sft, c, b, eps, p_sft, len(x), len(kept), None, float(np.sqrt(np.mean(residual**2))), _mask(kept, len(x)))
+    return PaperFit(
+        a,
+        a - p_sft,
+        c,
+        b,
+        eps,
+        p_sft,
+        len(x),
+        len(kept),
+        None,
+        float(np.sqrt(np.mean(residual**2))),
+        _mask(kept, len(x)),
+    )
 
 
 def _collapsed(x: np.ndarray, y: np.ndarray, p_sft: float, onset: int) -> PaperFit:
     best = float(y[:onset].max(initial=p_sft))
-    return PaperFit(best, best - p_sft, None, None, 0.0, p_sft, len(x), onset, float(x[onset]), None, _mask(np.arange(onset), len(x)))
+    return PaperFit(
+        best,
+        best - p_sft,
+        None,
+        None,
+        0.0,
+        p_sft,
+        len(x),
+        onset,
+        float(x[onset]),
+        None,
+        _mask(np.arange(onset), len(x)),
+    )
 
 
 def _kept_by_z_score(x: np.ndarray, y: np.ndarray, level: float, tau: float, top: float) -> np.ndarray:
@@ -101,8 +138,9 @@ def _kept_by_z_score(x: np.ndarray, y: np.ndarray, level: float, tau: float, top
         kept = kept[inside]
 
 
-def _least_trimmed_squares(x: np.ndarray, y: np.ndarray, level: float, rest: np.ndarray, alpha: float,
-                           top: float) -> tuple[np.ndarray, tuple[float, float, float]]:
+def _least_trimmed_squares(
+    x: np.ndarray, y: np.ndarray, level: float, rest: np.ndarray, alpha: float, top: float
+) -> tuple[np.ndarray, tuple[float, float, float]]:
     """Indices kept of `rest`, and A, B, C fitted to them."""
     h = max(int(np.floor(alpha * len(rest))), min(MIN_POINTS, len(rest)))
     kept = rest

@@ -92,8 +92,16 @@ class _Cells:
     cov: np.ndarray
 
 
-def draw(x: np.ndarray, y: np.ndarray, p_sft: float, x_scale: float, max_score: float, score_se: float | None,
-         p_sft_se: float | None, priors: Priors) -> Draws:
+def draw(
+    x: np.ndarray,
+    y: np.ndarray,
+    p_sft: float,
+    x_scale: float,
+    max_score: float,
+    score_se: float | None,
+    p_sft_se: float | None,
+    priors: Priors,
+) -> Draws:
     """Draws given the points used, `x` and `y` [n], n >= 0 (none: the prior around P_sft); `x_scale` > 0 sets the prior of C.
 
     For each cell of the grid over B, C, rho, sigma, whether there is a jump, and the scale of D the posterior of (u, D), u = L - P_sft, is
@@ -125,8 +133,12 @@ def _posterior(grid: _Grid, x: np.ndarray, residual: np.ndarray, top: float, p_s
     mean_u, mean_d = var_u * linear_u + cov * linear_d, var_d * linear_d + cov * linear_u
 
     quadratic = linear_u * mean_u + linear_d * mean_d - rr / variance - eps**2 * prior_u
-    log_evidence = 0.5 * (quadratic + (log_det - np.log(determinant) + np.log(prior_u) + np.log(prior_d))) - len(x) * np.log(sigma)
-    log_inside = log_ndtr(mean_d / np.sqrt(var_d)) + log_ndtr((top - mean_u - mean_d) / np.sqrt(var_u + var_d + 2 * cov))
+    log_evidence = 0.5 * (quadratic + (log_det - np.log(determinant) + np.log(prior_u) + np.log(prior_d))) - len(
+        x
+    ) * np.log(sigma)
+    log_inside = log_ndtr(mean_d / np.sqrt(var_d)) + log_ndtr(
+        (top - mean_u - mean_d) / np.sqrt(var_u + var_d + 2 * cov)
+    )
     log_weight = log_evidence + log_inside + sum(np.ix_(*grid.log_prior))
     return _Cells(log_weight, log_inside, mean_u, mean_d, var_u, var_d, cov)
 
@@ -154,9 +166,20 @@ def _draw_from(grid: _Grid, cells: _Cells, p_sft: float, top: float, p_sft_se: f
     weight = np.exp(log_draw - log_draw.max())
     b, c, rho, sigma, jump, _ = (values[index] for values, index in zip(grid.values, cell, strict=True))
     # What of u is eps and what a misread P_sft: the mean, given u.
-    eps = jump * np.maximum(priors.eps_mean + (u - priors.eps_mean) * priors.eps_sd**2 / (priors.eps_sd**2 + p_sft_se**2), 0.0)
-    return Draws(l=p_sft + u, d=d, b=b, c=c, eps=eps, sigma=sigma, rho=rho, noise=ndtri(np.maximum(cube[:, 3], 1e-12)),
-                 weight=weight / weight.sum())
+    eps = jump * np.maximum(
+        priors.eps_mean + (u - priors.eps_mean) * priors.eps_sd**2 / (priors.eps_sd**2 + p_sft_se**2), 0.0
+    )
+    return Draws(
+        l=p_sft + u,
+        d=d,
+        b=b,
+        c=c,
+        eps=eps,
+        sigma=sigma,
+        rho=rho,
+        noise=ndtri(np.maximum(cube[:, 3], 1e-12)),
+        weight=weight / weight.sum(),
+    )
 
 
 @functools.cache
@@ -164,15 +187,36 @@ def _cube() -> np.ndarray:
     return qmc.Sobol(d=4, scramble=True, rng=0).random(DRAWS)
 
 
-def _grid(bounds: tuple[tuple[float, float], ...], sizes: tuple[int, ...], x_scale: float, score_se: float | None, priors: Priors) -> _Grid:
+def _grid(
+    bounds: tuple[tuple[float, float], ...],
+    sizes: tuple[int, ...],
+    x_scale: float,
+    score_se: float | None,
+    priors: Priors,
+) -> _Grid:
     """Evenly spaced: B, C and sigma in log (`bounds` in prior standard deviations), rho as it is. Jump and scale of D are always whole."""
     z_b, z_c, rho, z_sigma = (np.linspace(low, high, n) for (low, high), n in zip(bounds, sizes, strict=True))
-    noise, noise_log_sd = (priors.noise, priors.noise_log_sd) if score_se is None else (score_se, priors.noise_given_log_sd)
+    noise, noise_log_sd = (
+        (priors.noise, priors.noise_log_sd) if score_se is None else (score_se, priors.noise_given_log_sd)
+    )
     return _Grid(
-        (priors.b_median * np.exp(priors.b_log_sd * z_b), priors.c_share * x_scale * np.exp(priors.c_log_sd * z_c), rho,
-         noise * np.exp(noise_log_sd * z_sigma), np.array([0.0, 1.0]), np.array(priors.d_scales)),
-        (-0.5 * z_b**2, -0.5 * z_c**2, -0.5 * ((rho - priors.rho_mean) / priors.rho_sd) ** 2, -0.5 * z_sigma**2,
-         np.log([priors.eps_zero, 1 - priors.eps_zero]), np.log(priors.d_weights)))
+        (
+            priors.b_median * np.exp(priors.b_log_sd * z_b),
+            priors.c_share * x_scale * np.exp(priors.c_log_sd * z_c),
+            rho,
+            noise * np.exp(noise_log_sd * z_sigma),
+            np.array([0.0, 1.0]),
+            np.array(priors.d_scales),
+        ),
+        (
+            -0.5 * z_b**2,
+            -0.5 * z_c**2,
+            -0.5 * ((rho - priors.rho_mean) / priors.rho_sd) ** 2,
+            -0.5 * z_sigma**2,
+            np.log([priors.eps_zero, 1 - priors.eps_zero]),
+            np.log(priors.d_weights),
+        ),
+    )
 
 
 def _where_it_lies(log_weight: np.ndarray, bounds: tuple[tuple[float, float], ...]) -> tuple[tuple[float, float], ...]:

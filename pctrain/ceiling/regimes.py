@@ -45,8 +45,9 @@ def minimum(losses: Sequence[float]) -> int:
     return int(np.argmin(np.asarray(losses, dtype=np.float64)))
 
 
-def starts(steps: Sequence[int], losses: Sequence[float], checkpoints: Sequence[int], delta: float = 0.02,
-           delta2: float = 0.10) -> dict[str, int | None]:
+def starts(
+    steps: Sequence[int], losses: Sequence[float], checkpoints: Sequence[int], delta: float = 0.02, delta2: float = 0.10
+) -> dict[str, int | None]:
     """Checkpoint steps to start RL from: {"early", "stable", "overfit"} -> step, or None where no checkpoint has that role.
 
     `steps` [n] and `losses` [n]: the validation curve; `checkpoints`: steps that have a checkpoint. A checkpoint between two
@@ -66,7 +67,11 @@ def starts(steps: Sequence[int], losses: Sequence[float], checkpoints: Sequence[
     adaptive = [step for step in usable if regime_at[step] == ADAPTIVE and step < stable]
     early = min(adaptive, key=lambda step: (abs(step - stable / 2), -step), default=None)
     last = usable[-1]
-    return {"early": early, "stable": stable, "overfit": last if regime_at[last] in (MILD, SEVERE) and last != stable else None}
+    return {
+        "early": early,
+        "stable": stable,
+        "overfit": last if regime_at[last] in (MILD, SEVERE) and last != stable else None,
+    }
 
 
 def _checked(x: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +79,9 @@ def _checked(x: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, n
     if x.ndim != 1 or x.shape != loss.shape or not len(x):
         raise UserError(f"regimes: need as many losses as x values, one or more; found {loss.shape} and {x.shape}")
     if not (np.isfinite(x).all() and np.isfinite(loss).all()):
-        raise UserError("regimes: the validation curve holds a value that is not finite; leave such points out or train again")
+        raise UserError(
+            "regimes: the validation curve holds a value that is not finite; leave such points out or train again"
+        )
     if (np.diff(x) <= 0).any():
         raise UserError("regimes: x (EFLOPs or steps) of the validation curve must increase from point to point")
     if (loss <= 0).any():

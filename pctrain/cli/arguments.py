@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config
-from pctrain.common.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -7,15 +7,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from pctrain.cli import data as cli_data, evaluate as cli_eval
-from pctrain.config import load as config_load
-from pctrain.report.fit_options import FitOptions
+from pctrain.cli import data as cli_data
+from pctrain.cli import evaluate as cli_eval
 from pctrain.cli.arguments import Command, resolve_config, set_environment, take
 from pctrain.cli.options import parse
-from pctrain.config.tree import Config, Section
-from pctrain.config.help import own_option_lines
 from pctrain.common.errors import UserError
+from pctrain.config import load as config_load
+from pctrain.config.help import own_option_lines
+from pctrain.config.tree import Config, Section
 from pctrain.plan.options import PlanOptions
+from pctrain.report.fit_options import FitOptions
 
 TRAINING = ("run", "model", "parallel", "data")
 SAMPLING = ("rollout", "reward", "eval")
@@ -26,14 +27,20 @@ _VERIFY = "  --verify       compare log-probs of random sequences with transform
 class DebugOptions(Section):
     """Half a step of RL at a time."""
 
-    debug_rollout_only: bool = Field(False, description="sample the next step, write its rollouts down and stop; the run goes on from them")
+    debug_rollout_only: bool = Field(
+        False, description="sample the next step, write its rollouts down and stop; the run goes on from them"
+    )
     debug_train_only: Path | None = Field(
-        None, description="rollouts of a step (RUN/rollouts/step-N.replay.npz): train on them; no engine is started, nothing is written")
+        None,
+        description="rollouts of a step (RUN/rollouts/step-N.replay.npz): train on them; no engine is started, nothing is written",
+    )
 
 
 class DoctorOptions(Section):
     explain: Literal["gpu"] | None = Field(
-        None, description="gpu: what differs on a GPU, by which API, with its source, and how far it was run; nothing is checked then")
+        None,
+        description="gpu: what differs on a GPU, by which API, with its source, and how far it was run; nothing is checked then",
+    )
     folder: Path = Field(Path("."), description="where runs will go: is it writable, and is there room")
 
 
@@ -45,14 +52,23 @@ class ShowOptions(Section):
 
 class ReportOptions(Section):
     out: Path | None = Field(None, description="folder for the report; default: SOURCE/report, of a file NAME-report")
-    ledger: bool = Field(False, description="only print where the compute went: tokens, FLOPs and seconds by run and phase")
-    watch: bool = Field(False, description="serve the report on this machine and refresh it while the run goes on; writes nothing")
+    ledger: bool = Field(
+        False, description="only print where the compute went: tokens, FLOPs and seconds by run and phase"
+    )
+    watch: bool = Field(
+        False, description="serve the report on this machine and refresh it while the run goes on; writes nothing"
+    )
     port: int | None = Field(None, ge=1, le=65535, description="of --watch; default: any free one, which is printed")
 
 
 class StudyOptions(Section):
-    dry_run: bool = Field(False, description="print the plan, what is done of it and what the rest costs; nothing is written")
-    only: list[str] = Field([], description="a stage, or a set or seed whose stages this job runs; may be given several times")
+    dry_run: bool = Field(
+        False, description="print the plan, what is done of it and what the rest costs; nothing is written"
+    )
+    only: list[str] = Field(
+        [], description="a stage, or a set or seed whose stages this job runs; may be given several times"
+    )
+
 
 # What `pctrain fit` reads. x is training compute from the SFT/RL joint in EFLOPs (1e18), scores are in percent.
 FIT_FORMS = (
@@ -158,9 +174,13 @@ def _convert(command: Command, arguments: list[str]) -> None:
         options.append(f"--model.path={source}")  # the layout is checked against its config.json
     config = resolve_config(command, options)
     if config.model.path is None:
-        raise UserError(f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory that gives the config and the tokenizer")
+        raise UserError(
+            f"pctrain {command.name} needs --model.path=HF, the Hugging Face directory that gives the config and the tokenizer"
+        )
     if verify and config.model.dtype != "float32":
-        raise UserError(f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave it at float32 (nothing is lost)")
+        raise UserError(
+            f"--verify compares in float32, but model.dtype = {config.model.dtype}; leave it at float32 (nothing is lost)"
+        )
     from pctrain.tools import convert
 
     (convert.hf_to_mcore if to_mcore else convert.mcore_to_hf)(config, source, out, verify)
@@ -200,87 +220,168 @@ def _plan(command: Command, arguments: list[str]) -> None:
 
 COMMANDS = (
     Command(
-        "sft", "supervised fine-tuning on expert trajectories", "pctrain sft [--config FILE] [--section.key=value ...]", _sft,
-        ("pctrain sft --config configs/quickstart.yaml --run.dir=runs/sft",
-         "pctrain sft --model.path=Qwen2.5-7B --data.train=train.jsonl --data.validation=validation.jsonl",
-         "torchrun --nproc-per-node=4 -m pctrain sft --config sft.yaml --parallel.tensor=2"),
-        (*TRAINING, "sft", *SAMPLING)),
+        "sft",
+        "supervised fine-tuning on expert trajectories",
+        "pctrain sft [--config FILE] [--section.key=value ...]",
+        _sft,
+        (
+            "pctrain sft --config configs/quickstart.yaml --run.dir=runs/sft",
+            "pctrain sft --model.path=Qwen2.5-7B --data.train=train.jsonl --data.validation=validation.jsonl",
+            "torchrun --nproc-per-node=4 -m pctrain sft --config sft.yaml --parallel.tensor=2",
+        ),
+        (*TRAINING, "sft", *SAMPLING),
+    ),
     Command(
-        "rl", "reinforcement learning on problems with verifiable answers", "pctrain rl [--config FILE] [--section.key=value ...]", _rl,
-        ("pctrain rl --config configs/quickstart.yaml --run.dir=runs/rl --model.checkpoint=runs/sft/checkpoints/step-270",
-         "pctrain rl --model.path=Qwen2.5-7B --data.rl=problems.jsonl --data.test=test.jsonl --rl.algorithm=grpo",
-         "torchrun --nproc-per-node=2 -m pctrain rl --config rl.yaml --parallel.tensor=2 --rollout.tensor=2",
-         "pctrain rl --config rl.yaml --debug-rollout-only",
-         "pctrain rl --config rl.yaml --debug-train-only runs/rl/rollouts/step-1.replay.npz"),
+        "rl",
+        "reinforcement learning on problems with verifiable answers",
+        "pctrain rl [--config FILE] [--section.key=value ...]",
+        _rl,
+        (
+            "pctrain rl --config configs/quickstart.yaml --run.dir=runs/rl --model.checkpoint=runs/sft/checkpoints/step-270",
+            "pctrain rl --model.path=Qwen2.5-7B --data.rl=problems.jsonl --data.test=test.jsonl --rl.algorithm=grpo",
+            "torchrun --nproc-per-node=2 -m pctrain rl --config rl.yaml --parallel.tensor=2 --rollout.tensor=2",
+            "pctrain rl --config rl.yaml --debug-rollout-only",
+            "pctrain rl --config rl.yaml --debug-train-only runs/rl/rollouts/step-1.replay.npz",
+        ),
         (*TRAINING, "rl", *SAMPLING),
-        tuple(own_option_lines(DebugOptions))),
+        tuple(own_option_lines(DebugOptions)),
+    ),
     Command(
-        "show", "the rollouts of an RL step in the terminal: prompts, answers, rewards, advantages",
-        "pctrain show RUN [--step N] [--prompts K] [--dropped]", _show,
+        "show",
+        "the rollouts of an RL step in the terminal: prompts, answers, rewards, advantages",
+        "pctrain show RUN [--step N] [--prompts K] [--dropped]",
+        _show,
         ("pctrain show runs/quickstart/rl-step-420", "pctrain show runs/rl --step 12 --prompts 20 --dropped"),
-        notes=("  RUN            folder of an RL run", *own_option_lines(ShowOptions))),
+        notes=("  RUN            folder of an RL run", *own_option_lines(ShowOptions)),
+    ),
     Command(
-        "run", "the whole study: SFT on each set, RL from its checkpoints, ceilings, answers and a report",
-        "pctrain run [--config FILE] [--dry-run] [--only NAME ...] [--section.key=value ...]", _run,
-        ("pctrain run --config configs/quickstart.yaml",
-         "pctrain run --config configs/quickstart.yaml --run.dir=runs/second --run.seed=1",
-         "pctrain run --config study.yaml --study.starts='[stable, overfit]'",
-         "pctrain run --config study.yaml --study.policy=recommended --dry-run",
-         "pctrain run --config study.yaml --study.sets='{easy: easy.jsonl, hard: hard.jsonl}' --only hard"),
-        tuple(Config.model_fields), tuple(own_option_lines(StudyOptions))),
+        "run",
+        "the whole study: SFT on each set, RL from its checkpoints, ceilings, answers and a report",
+        "pctrain run [--config FILE] [--dry-run] [--only NAME ...] [--section.key=value ...]",
+        _run,
+        (
+            "pctrain run --config configs/quickstart.yaml",
+            "pctrain run --config configs/quickstart.yaml --run.dir=runs/second --run.seed=1",
+            "pctrain run --config study.yaml --study.starts='[stable, overfit]'",
+            "pctrain run --config study.yaml --study.policy=recommended --dry-run",
+            "pctrain run --config study.yaml --study.sets='{easy: easy.jsonl, hard: hard.jsonl}' --only hard",
+        ),
+        tuple(Config.model_fields),
+        tuple(own_option_lines(StudyOptions)),
+    ),
     Command(
-        "fit", "ceilings of score-against-compute curves, with intervals",
-        "pctrain fit CURVES [--out FILE] [--reach SCORE] [--budget EFLOPS] [--points SHARE] [--method paper]", _fit,
-        ("pctrain fit curves.json --out fits.json",
-         "pctrain fit curves.csv --reach 75 --reach 80 --budget 500",
-         "pctrain fit curves.json --points 0.71                    # fit the first 71 %, compare with the rest",
-         "pctrain fit curves.json --method paper --tau 2.5"),
-        notes=(*FIT_FORMS, *own_option_lines(FitOptions))),
+        "fit",
+        "ceilings of score-against-compute curves, with intervals",
+        "pctrain fit CURVES [--out FILE] [--reach SCORE] [--budget EFLOPS] [--points SHARE] [--method paper]",
+        _fit,
+        (
+            "pctrain fit curves.json --out fits.json",
+            "pctrain fit curves.csv --reach 75 --reach 80 --budget 500",
+            "pctrain fit curves.json --points 0.71                    # fit the first 71 %, compare with the rest",
+            "pctrain fit curves.json --method paper --tau 2.5",
+        ),
+        notes=(*FIT_FORMS, *own_option_lines(FitOptions)),
+    ),
     Command(
-        "report", "a study, a run or a file of curves as one HTML page with charts; or where the compute went",
-        "pctrain report SOURCE [--out DIR] [--ledger] [--watch [--port N]]", _report,
-        ("pctrain report runs/quickstart", "pctrain report runs/quickstart --ledger", "pctrain report runs/rl --watch",
-         "pctrain report curves.json --out curves-report"),
-        notes=("  SOURCE         folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file of curves",
-               *own_option_lines(ReportOptions),
-               "  Written are report.html (opens from the disk, loads nothing), study.json, figures/*.png and figures/*.csv.")),
+        "report",
+        "a study, a run or a file of curves as one HTML page with charts; or where the compute went",
+        "pctrain report SOURCE [--out DIR] [--ledger] [--watch [--port N]]",
+        _report,
+        (
+            "pctrain report runs/quickstart",
+            "pctrain report runs/quickstart --ledger",
+            "pctrain report runs/rl --watch",
+            "pctrain report curves.json --out curves-report",
+        ),
+        notes=(
+            "  SOURCE         folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file of curves",
+            *own_option_lines(ReportOptions),
+            "  Written are report.html (opens from the disk, loads nothing), study.json, figures/*.png and figures/*.csv.",
+        ),
+    ),
     *cli_eval.COMMANDS,
     *cli_data.COMMANDS,
     Command(
-        "convert hf-to-mcore", "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",
-        "pctrain convert hf-to-mcore HF CHECKPOINT [--verify] [--section.key=value ...]", _convert,
-        ("pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --verify",
-         "torchrun --nproc-per-node=2 -m pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --parallel.tensor=2"),
+        "convert hf-to-mcore",
+        "a Hugging Face directory as a checkpoint (weights only) that model.checkpoint takes",
+        "pctrain convert hf-to-mcore HF CHECKPOINT [--verify] [--section.key=value ...]",
+        _convert,
+        (
+            "pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --verify",
+            "torchrun --nproc-per-node=2 -m pctrain convert hf-to-mcore Qwen3-0.6B checkpoints/step-0 --parallel.tensor=2",
+        ),
         _CONVERT_OPTIONS,
-        ("  HF             Hugging Face directory: config.json, safetensors",
-         "  CHECKPOINT     new folder, named step-N", _VERIFY)),
+        (
+            "  HF             Hugging Face directory: config.json, safetensors",
+            "  CHECKPOINT     new folder, named step-N",
+            _VERIFY,
+        ),
+    ),
     Command(
-        "convert mcore-to-hf", "the weights of a checkpoint as a Hugging Face directory",
-        "pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF [--verify] [--section.key=value ...]", _convert,
-        ("pctrain convert mcore-to-hf runs/sft/checkpoints/step-270 exported --model.path=Qwen3-0.6B --verify",
-         "torchrun --nproc-per-node=2 -m pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF --parallel.pipeline=2"),
+        "convert mcore-to-hf",
+        "the weights of a checkpoint as a Hugging Face directory",
+        "pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF [--verify] [--section.key=value ...]",
+        _convert,
+        (
+            "pctrain convert mcore-to-hf runs/sft/checkpoints/step-270 exported --model.path=Qwen3-0.6B --verify",
+            "torchrun --nproc-per-node=2 -m pctrain convert mcore-to-hf CHECKPOINT OUT --model.path=HF --parallel.pipeline=2",
+        ),
         _CONVERT_OPTIONS,
-        ("  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
-         "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path", _VERIFY)),
+        (
+            "  CHECKPOINT     checkpoint folder, such as RUN/checkpoints/step-100, written at any layout",
+            "  OUT            new folder; config, tokenizer and the dtypes of the weights as in model.path",
+            _VERIFY,
+        ),
+    ),
     Command(
-        "plan", "what a config needs of memory, time and wires on so many GPUs, which layouts fit, and how to start the fastest",
-        "pctrain plan --gpus N --gpu KIND [--config FILE] [--kind sft|rl] [--out FILE] [--figure FILE] [--section.key=value ...]", _plan,
-        ("pctrain plan --config configs/retu/rl-pipeline.yaml --gpus 8 --gpu h100",
-         "pctrain plan --gpus 128 --gpu h200 --model.path=Qwen2.5-7B --model.dtype=bfloat16 --sft.batch_size=512 --sft.token_budget=16384",
-         "pctrain plan --config sft.yaml --gpus 64 --gpu a100-80 --parallel.tensor=4        # tensor stays, the rest is searched",
-         "pctrain plan --config configs/quickstart.yaml --gpus 2 --gpu cpu --kind rl"),
-        ("model", "parallel", "sft.batch_size", "sft.token_budget", "rl.algorithm", "rl.prompts", "rl.group", "rl.updates",
-         "rl.round_prompts", "rl.token_budget", "rl.kl_coef", "rl.reference_offload", "rollout.tensor", "rollout.max_prompt",
-         "rollout.max_response", "rollout.max_sequences", "rollout.gpu_memory", "rollout.kv_cache_mb"),
-        (*own_option_lines(PlanOptions),
-         "",
-         "Neither a GPU nor weights nor data are needed: of model.path only config.json is read. Layouts are all that divide and pass the",
-         "checks of `pctrain sft` and `rl`; keys of the layout given on the command line stay as they are. What each number rests on is",
-         "printed with it, and told in docs/plan.md.")),
+        "plan",
+        "what a config needs of memory, time and wires on so many GPUs, which layouts fit, and how to start the fastest",
+        "pctrain plan --gpus N --gpu KIND [--config FILE] [--kind sft|rl] [--out FILE] [--figure FILE] [--section.key=value ...]",
+        _plan,
+        (
+            "pctrain plan --config configs/retu/rl-pipeline.yaml --gpus 8 --gpu h100",
+            "pctrain plan --gpus 128 --gpu h200 --model.path=Qwen2.5-7B --model.dtype=bfloat16 --sft.batch_size=512 --sft.token_budget=16384",
+            "pctrain plan --config sft.yaml --gpus 64 --gpu a100-80 --parallel.tensor=4        # tensor stays, the rest is searched",
+            "pctrain plan --config configs/quickstart.yaml --gpus 2 --gpu cpu --kind rl",
+        ),
+        (
+            "model",
+            "parallel",
+            "sft.batch_size",
+            "sft.token_budget",
+            "rl.algorithm",
+            "rl.prompts",
+            "rl.group",
+            "rl.updates",
+            "rl.round_prompts",
+            "rl.token_budget",
+            "rl.kl_coef",
+            "rl.reference_offload",
+            "rollout.tensor",
+            "rollout.max_prompt",
+            "rollout.max_response",
+            "rollout.max_sequences",
+            "rollout.gpu_memory",
+            "rollout.kv_cache_mb",
+        ),
+        (
+            *own_option_lines(PlanOptions),
+            "",
+            "Neither a GPU nor weights nor data are needed: of model.path only config.json is read. Layouts are all that divide and pass the",
+            "checks of `pctrain sft` and `rl`; keys of the layout given on the command line stay as they are. What each number rests on is",
+            "printed with it, and told in docs/plan.md.",
+        ),
+    ),
     Command(
-        "doctor", "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
-        "pctrain doctor [--folder DIR] [--explain gpu]", _doctor,
-        ("pctrain doctor", "pctrain doctor --explain gpu",
-         "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs"),
-        notes=tuple(own_option_lines(DoctorOptions))),
+        "doctor",
+        "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
+        "pctrain doctor [--folder DIR] [--explain gpu]",
+        _doctor,
+        (
+            "pctrain doctor",
+            "pctrain doctor --explain gpu",
+            "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs",
+        ),
+        notes=tuple(own_option_lines(DoctorOptions)),
+    ),
 )

@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from pctrain.config import help as config_help
 from pctrain.cli.arguments import Command
 from pctrain.cli.commands import COMMANDS
 from pctrain.common.errors import RunFault, ToBeContinued, UserError
+from pctrain.config import help as config_help
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -63,7 +63,7 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
     for command in COMMANDS:
         words = command.name.split()
         if arguments[: len(words)] == words:
-            return command, arguments[len(words):]
+            return command, arguments[len(words) :]
     group = next((c for c in COMMANDS if c.name.split()[0] == arguments[0]), None)
     if group is not None and (len(arguments) == 1 or arguments[1].startswith("-")):
         known = [f"pctrain {c.name}" for c in COMMANDS if c.name.split()[0] == arguments[0]]
@@ -80,17 +80,26 @@ def _find_command(arguments: list[str]) -> tuple[Command, list[str]]:
 def _overview(commands: Sequence[Command] = COMMANDS) -> str:
     width = max(len(command.name) for command in commands)
     lines = [f"  pctrain {command.name:<{width}}  {command.summary}" for command in commands]
-    return "\n".join([
-        "Trains language models on expert trajectories, then by reinforcement learning, and tells the ceiling.", "", *lines, "",
-        "`pctrain COMMAND --help` shows every option with its unit and default. Start here:", "",
-        "  pctrain run --config configs/quickstart.yaml"])
+    return "\n".join(
+        [
+            "Trains language models on expert trajectories, then by reinforcement learning, and tells the ceiling.",
+            "",
+            *lines,
+            "",
+            "`pctrain COMMAND --help` shows every option with its unit and default. Start here:",
+            "",
+            "  pctrain run --config configs/quickstart.yaml",
+        ]
+    )
 
 
 def _command_help(command: Command) -> str:
     lines = [f"usage: {command.usage}", "", command.summary, ""]
     if command.options:
-        lines += ["  --config FILE  YAML file with the same tree of keys; the command line goes over it,",
-                  "                 and it over the files that its key `base` names"]
+        lines += [
+            "  --config FILE  YAML file with the same tree of keys; the command line goes over it,",
+            "                 and it over the files that its key `base` names",
+        ]
     lines += [*command.notes, "", "examples:", *(f"  {example}" for example in command.examples)]
     if command.options:
         lines += ["", *config_help.option_lines(command.options)]

@@ -13,8 +13,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import ValidationError
 
 from pctrain.cli.arguments import Command, resolve_config
-from pctrain.config.tree import Config, Section
 from pctrain.common.errors import UserError
+from pctrain.config.tree import Config, Section
 
 Options = TypeVar("Options", bound=Section)
 
@@ -26,8 +26,12 @@ def parse(command: Command, arguments: list[str], kind: type[Options]) -> tuple[
         UserError: an option that is neither the command's nor a key of the config (with the nearest name), a missing or an ill-typed value.
     """
     operands, given, rest = [], {}, []
-    for name, value in _tokens(arguments, flags={name for name, field in kind.model_fields.items() if field.annotation is bool}):
-        if name is not None and name.replace("-", "_") in kind.model_fields:  # --debug-rollout-only is debug_rollout_only
+    for name, value in _tokens(
+        arguments, flags={name for name, field in kind.model_fields.items() if field.annotation is bool}
+    ):
+        if (
+            name is not None and name.replace("-", "_") in kind.model_fields
+        ):  # --debug-rollout-only is debug_rollout_only
             name = name.replace("-", "_")
         if name is None:
             operands.append(value)
@@ -58,7 +62,9 @@ def _tokens(arguments: list[str], flags: set[str]) -> Iterator[tuple[str | None,
         token = rest.pop(0)
         if not token.startswith("--") or token == "--":
             if token.startswith("-"):
-                raise UserError(f"unexpected argument {token!r}: options have the form --name=value; a file of that name is ./{token}")
+                raise UserError(
+                    f"unexpected argument {token!r}: options have the form --name=value; a file of that name is ./{token}"
+                )
             yield None, token
             continue
         name, equals, text = token[2:].partition("=")
@@ -105,5 +111,9 @@ def _problem(command: Command, item: Any) -> str:
 
 def _unknown(command: Command, name: str, kind: type[Section]) -> str:
     near = difflib.get_close_matches(name.replace("-", "_"), [*kind.model_fields, "config"], n=1, cutoff=0.6)
-    hint = f"did you mean --{near[0]}?" if near else f"its options are: {', '.join(f'--{known}' for known in kind.model_fields)}"
+    hint = (
+        f"did you mean --{near[0]}?"
+        if near
+        else f"its options are: {', '.join(f'--{known}' for known in kind.model_fields)}"
+    )
     return f"pctrain {command.name}: unknown option --{name}; {hint}"

@@ -36,8 +36,10 @@ def load(name: str, kind: str, of_kind: Callable[[Any], bool]) -> Any:
     except (Exception, SystemExit) as error:
         own = traceback.extract_tb(error.__traceback__)[-1]
         where = "" if own.filename.startswith("<frozen") else f" ({own.filename}, line {own.lineno})"
-        raise LoadError(f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} and "
-                        "PYTHONPATH") from None
+        raise LoadError(
+            f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} and "
+            "PYTHONPATH"
+        ) from None
     found = getattr(module, wanted, None)
     if found is None:
         there = [key for key, value in vars(module).items() if of_kind(value) and value.__module__ == module_name]

@@ -68,7 +68,9 @@ class Bar:
         return f"{speed}, {_clock(left)} left" if left > 0 else f"{speed}, {_clock(elapsed)} in all"
 
     def shown_values(self) -> str:
-        return " ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.values.items())
+        return " ".join(
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.values.items()
+        )
 
 
 class _PlainBar(Bar):
@@ -96,7 +98,11 @@ class _PlainBar(Bar):
 
     def _print(self, end: str = "") -> None:
         share = 100 * self.done / self.total if self.total else 100
-        parts = [f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %)", self.pace(), self.shown_values()]
+        parts = [
+            f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %)",
+            self.pace(),
+            self.shown_values(),
+        ]
         print("  ".join(part for part in parts if part) + end, flush=True)
         self._printed_at, self._printed_done = time.monotonic(), self.done
 
@@ -112,7 +118,9 @@ class _RichBar(Bar):
         if self._outermost:
             _RichBar._display = _display()
             _RichBar._display.start()
-        self._task: TaskID = _RichBar._display.add_task(self.description, total=self.total, completed=self.done, bar=self)
+        self._task: TaskID = _RichBar._display.add_task(
+            self.description, total=self.total, completed=self.done, bar=self
+        )
 
     def resize(self, total: int) -> None:
         super().resize(total)
@@ -140,8 +148,15 @@ class _ValuesColumn(ProgressColumn):
 
 
 def _display() -> Progress:
-    return Progress(TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.completed}/{task.total}"),
-                    _PaceColumn(), _ValuesColumn(), console=make_console(), refresh_per_second=4)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed}/{task.total}"),
+        _PaceColumn(),
+        _ValuesColumn(),
+        console=make_console(),
+        refresh_per_second=4,
+    )
 
 
 @contextmanager

@@ -114,8 +114,9 @@ def paper_grpo_step(shape: ModelShape, *, batch: float, group: float, mean_lengt
     return (1.0 + TRAINING_UNITS) * batch * group * mean_length * paper_forward_per_token(shape, mean_length)
 
 
-def paper_dapo_step(shape: ModelShape, *, rounds: float, batch_generated: float, batch_trained: float, group: float,
-                    mean_length: float) -> float:
+def paper_dapo_step(
+    shape: ModelShape, *, rounds: float, batch_generated: float, batch_trained: float, group: float, mean_length: float
+) -> float:
     """FLOPs of a DAPO step: (K B_gen + 3 B_train) G S f, with K sampling rounds of B_gen prompts and B_train prompts trained on."""
     prompts = rounds * batch_generated + TRAINING_UNITS * batch_trained
     return prompts * group * mean_length * paper_forward_per_token(shape, mean_length)
@@ -123,14 +124,25 @@ def paper_dapo_step(shape: ModelShape, *, rounds: float, batch_generated: float,
 
 # Where rollouts and expert trajectories differ in length, a token costs the f of its own kind: f(S_on), f(S_off).
 
-def paper_luffy_step(shape: ModelShape, *, batch: float, group: float, length: float, experts: float, expert_length: float) -> float:
+
+def paper_luffy_step(
+    shape: ModelShape, *, batch: float, group: float, length: float, experts: float, expert_length: float
+) -> float:
     """FLOPs of a LUFFY or SRFT step: 4 [B G S_on + B N S_off] f, with G rollouts and N expert trajectories a prompt."""
     on, off = (paper_forward_per_token(shape, s) * s for s in (length, expert_length))
     return (1.0 + TRAINING_UNITS) * batch * (group * on + experts * off)
 
 
-def paper_upt_step(shape: ModelShape, *, batch: float, group: float, length: float, trained: float, experts: float,
-                   expert_length: float) -> float:
+def paper_upt_step(
+    shape: ModelShape,
+    *,
+    batch: float,
+    group: float,
+    length: float,
+    trained: float,
+    experts: float,
+    expert_length: float,
+) -> float:
     """FLOPs of a UPT step: [B G S_on + 3 (N_on S_on + N_off S_off)] f; N_on = `trained` rollouts and N_off = `experts` trajectories are
     those of the whole batch that are learnt from."""
     on, off = (paper_forward_per_token(shape, s) * s for s in (length, expert_length))
@@ -159,7 +171,9 @@ def exact_training(shape: ModelShape, lengths: ArrayLike, recompute: Recompute =
     """
     again = 0.0
     if recompute == "full":
-        again = 2.0 * float(np.sum(lengths, dtype=np.float64)) * shape.layers * shape.layer_weights + _attention(shape, lengths)
+        again = 2.0 * float(np.sum(lengths, dtype=np.float64)) * shape.layers * shape.layer_weights + _attention(
+            shape, lengths
+        )
     elif recompute == "selective":
         again = _attention(shape, lengths)
     return TRAINING_UNITS * exact_forward(shape, lengths) + again
@@ -175,13 +189,23 @@ def _feed_forward(config: Mapping, source: str) -> tuple[int, int]:
     """(width that a token passes, experts of a layer; 0: dense)."""
     if config.get("moe_intermediate_size") is None:
         return _positive_int(config, "intermediate_size", source), 0
-    for key, every in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1, None)), ("shared_expert_intermediate_size", (0, None))):
+    for key, every in (
+        ("mlp_only_layers", ([], None)),
+        ("decoder_sparse_step", (1, None)),
+        ("shared_expert_intermediate_size", (0, None)),
+    ):
         if config.get(key) not in every:
-            raise UserError(f"{source}: `{key}` = {config[key]!r}: FLOPs are counted where every layer has routed experts and no other "
-                            "feed-forward block; give the curves in EFLOPs that you have counted yourself, and leave the model out")
+            raise UserError(
+                f"{source}: `{key}` = {config[key]!r}: FLOPs are counted where every layer has routed experts and no other "
+                "feed-forward block; give the curves in EFLOPs that you have counted yourself, and leave the model out"
+            )
     # transformers 5 writes num_local_experts for what earlier versions call num_experts.
-    experts = _positive_int(config, "num_experts" if config.get("num_experts") is not None else "num_local_experts", source)
-    return _positive_int(config, "num_experts_per_tok", source) * _positive_int(config, "moe_intermediate_size", source), experts
+    experts = _positive_int(
+        config, "num_experts" if config.get("num_experts") is not None else "num_local_experts", source
+    )
+    return _positive_int(config, "num_experts_per_tok", source) * _positive_int(
+        config, "moe_intermediate_size", source
+    ), experts
 
 
 def _positive_int(config: Mapping, key: str, source: str, default: int | None = None) -> int:
@@ -189,5 +213,7 @@ def _positive_int(config: Mapping, key: str, source: str, default: int | None = 
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{source}: `{key}` must be a whole number above 0, found {value!r}; give the config.json of a Llama-like model")
+        raise UserError(
+            f"{source}: `{key}` must be a whole number above 0, found {value!r}; give the config.json of a Llama-like model"
+        )
     return value

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from pctrain.compute import flops
 from pctrain.common.errors import UserError
+from pctrain.compute import flops
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,15 @@ _SUMS = ("sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device
 class Ledger:
     """Running totals of one run. An RL run starts from `eflops_sft`, the compute spent up to the joint."""
 
-    def __init__(self, shape: flops.ModelShape, eflops_sft: float = 0.0, ranks: int = 1, recompute: flops.Recompute = "none"):
+    def __init__(
+        self, shape: flops.ModelShape, eflops_sft: float = 0.0, ranks: int = 1, recompute: flops.Recompute = "none"
+    ):
         """`ranks`: how many run together; each of them holds a device for as long as a phase takes. `recompute`: parallel.recompute."""
         self.shape, self.ranks, self.recompute = shape, ranks, recompute
         self.joint = float(eflops_sft)
-        self.entries: list[dict] = []  # for ledger.jsonl; whoever writes them there clears the list. Not part of the state
+        self.entries: list[
+            dict
+        ] = []  # for ledger.jsonl; whoever writes them there clears the list. Not part of the state
         self._totals: dict[str, dict[str, float]] = {}
 
     def add(self, step: int, phase: str, lengths: Sequence[int] | np.ndarray, seconds: float) -> dict:
@@ -98,8 +102,10 @@ class Ledger:
     def load_state_dict(self, state: dict) -> None:
         unknown = set(state["totals"]) - set(PHASES)
         if unknown:
-            raise UserError(f"ledger: unknown phases {', '.join(sorted(unknown))[:200]} in the saved state; it is another version's: go on "
-                            "with that, or begin anew")
+            raise UserError(
+                f"ledger: unknown phases {', '.join(sorted(unknown))[:200]} in the saved state; it is another version's: go on "
+                "with that, or begin anew"
+            )
         self.joint = float(state["joint"])
         self._totals = {phase: dict(total) for phase, total in state["totals"].items()}
         self.entries = []
@@ -113,4 +119,7 @@ class Ledger:
 
     def _axis(self, axis: str) -> float:
         # In the order of PHASES, not of arrival: the sum must not depend on which phase came first.
-        return sum(self._totals[p]["paper_flops"] for p, rule in PHASES.items() if rule.axis == axis and p in self._totals) / flops.EFLOP
+        return (
+            sum(self._totals[p]["paper_flops"] for p, rule in PHASES.items() if rule.axis == axis and p in self._totals)
+            / flops.EFLOP
+        )

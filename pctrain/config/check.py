@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from pctrain.config.tree import SYNCHRONISED, Config, OptimizerConfig, RLConfig
 from pctrain.common.errors import UserError
+from pctrain.config.tree import SYNCHRONISED, Config, OptimizerConfig, RLConfig
 from pctrain.reward.verifiers import check_name
 
 # The keys of core.hf_config.FAMILIES, which cannot be imported here: the core stands above this module (docs/architecture.md).
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
     if "study" in sections:
         problems += _study_problems(config)
     if "ceiling" in sections and config.ceiling.delta >= config.ceiling.delta2:
-        problems.append(f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}")
+        problems.append(
+            f"ceiling.delta = {config.ceiling.delta} must be below ceiling.delta2 = {config.ceiling.delta2}"
+        )
     if problems:
         raise UserError("\n".join(problems))
 
@@ -77,7 +85,9 @@ def model_shape(config: Config) -> Shape:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json") from None
+        raise UserError(
+            f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json"
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from None
     if not isinstance(data, dict):
@@ -86,7 +96,9 @@ def model_shape(config: Config) -> Shape:
     named = data.get("architectures")
     architecture = named[0] if isinstance(named, list) and named else "?"
     if architecture not in ARCHITECTURES:
-        raise UserError(f"model.path: {path}: architecture {str(architecture):.60} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        raise UserError(
+            f"model.path: {path}: architecture {str(architecture):.60} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
 
     def number(name: str, default: str | None = None) -> int:
         value = data.get(name, data.get(default) if default else None)
@@ -96,9 +108,15 @@ def model_shape(config: Config) -> Shape:
 
     experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0
     return Shape(
-        number("num_hidden_layers"), number("hidden_size"), number("num_attention_heads"),
-        number("num_key_value_heads", "num_attention_heads"), number("moe_intermediate_size" if experts else "intermediate_size"),
-        number("max_position_embeddings"), experts, str(path))
+        number("num_hidden_layers"),
+        number("hidden_size"),
+        number("num_attention_heads"),
+        number("num_key_value_heads", "num_attention_heads"),
+        number("moe_intermediate_size" if experts else "intermediate_size"),
+        number("max_position_embeddings"),
+        experts,
+        str(path),
+    )
 
 
 def _shape_problems(shape: Shape) -> Iterator[str]:
@@ -107,8 +125,10 @@ def _shape_problems(shape: Shape) -> Iterator[str]:
     if shape.hidden % shape.heads:
         yield f"model.architecture.heads = {shape.heads} does not divide model.architecture.hidden = {shape.hidden}"
     elif shape.hidden // shape.heads % 2:
-        yield (f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; "
-               "rotary embeddings turn pairs of channels and need an even head size")
+        yield (
+            f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; "
+            "rotary embeddings turn pairs of channels and need an even head size"
+        )
     if shape.heads % shape.kv_heads:
         yield f"model.architecture.kv_heads = {shape.kv_heads} does not divide model.architecture.heads = {shape.heads}"
 
@@ -120,9 +140,15 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
         names, sizes = "parallel.tensor x parallel.pipeline", f"{tensor} x {pipeline}"
         if context > 1:
             names, sizes = f"{names} x parallel.context", f"{sizes} x {context}"
-        yield (f"{names} = {sizes} = {ranks} does not divide the world size {world_size}; "
-               f"start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or lower them")
-    for name, value in (("attention heads", shape.heads), ("key/value heads", shape.kv_heads), ("feed-forward width", shape.ffn)):
+        yield (
+            f"{names} = {sizes} = {ranks} does not divide the world size {world_size}; "
+            f"start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or lower them"
+        )
+    for name, value in (
+        ("attention heads", shape.heads),
+        ("key/value heads", shape.kv_heads),
+        ("feed-forward width", shape.ffn),
+    ):
         if value % tensor:
             yield f"parallel.tensor = {tensor} does not divide the {name}: {value} ({shape.source})"
     yield from _spec_problems(config)
@@ -133,8 +159,10 @@ def _layout_problems(config: Config, shape: Shape, world_size: int) -> Iterator[
     elif shape.experts % expert:
         yield f"parallel.expert = {expert} does not divide the experts: {shape.experts} ({shape.source})"
     elif world_size % (tensor * pipeline * expert):
-        yield (f"parallel.expert = {expert} does not divide the data parallel size: {world_size} ranks / "
-               f"(parallel.tensor {tensor} x parallel.pipeline {pipeline})")
+        yield (
+            f"parallel.expert = {expert} does not divide the data parallel size: {world_size} ranks / "
+            f"(parallel.tensor {tensor} x parallel.pipeline {pipeline})"
+        )
     if config.parallel.sequence_parallel and tensor == 1:
         yield "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards along the sequence over the tensor parallel ranks"
 
@@ -144,24 +172,36 @@ def _spec_problems(config: Config) -> Iterator[str]:
     model = config.model
     if model.fp8 is not None and model.dtype != "bfloat16":
         yield f"model.fp8 = {model.fp8} needs model.dtype = bfloat16, not {model.dtype}"
-    given = {"parallel.context": config.parallel.context if config.parallel.context > 1 else None, "model.fp8": model.fp8}
+    given = {
+        "parallel.context": config.parallel.context if config.parallel.context > 1 else None,
+        "model.fp8": model.fp8,
+    }
     if model.spec not in ("auto", "te"):
-        yield from (f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave {key} out"
-                    for key, value in given.items() if value is not None)
+        yield from (
+            f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave {key} out"
+            for key, value in given.items()
+            if value is not None
+        )
 
 
 def _expert_problems(config: Config, shape: Shape, trains: bool) -> Iterator[str]:
     if config.model.router_aux_loss and not shape.experts:
         yield f"model.router_aux_loss = {config.model.router_aux_loss}, but the model has no experts ({shape.source}); set it to 0"
     if trains and shape.experts and config.parallel.tensor > 1 and not config.parallel.sequence_parallel:
-        yield (f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel "
-               "only: set parallel.sequence_parallel to true")
+        yield (
+            f"parallel.tensor = {config.parallel.tensor} of a mixture of experts ({shape.source}) is trained with sequence parallel "
+            "only: set parallel.sequence_parallel to true"
+        )
 
 
 def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
     """Layers over pipeline stages: the first and the last may have a number of their own, the others share the rest evenly."""
     par = config.parallel
-    given = {f"parallel.{key}": getattr(par, key) for key in ("first_stage_layers", "last_stage_layers") if getattr(par, key) is not None}
+    given = {
+        f"parallel.{key}": getattr(par, key)
+        for key in ("first_stage_layers", "last_stage_layers")
+        if getattr(par, key) is not None
+    }
     if par.pipeline == 1:
         virtual = {"parallel.virtual_pipeline": par.virtual_pipeline} if par.virtual_pipeline > 1 else {}
         yield from (f"{key} = {value} needs parallel.pipeline above 1" for key, value in (virtual | given).items())
@@ -171,13 +211,17 @@ def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
         return
     rest, stages = shape.layers - sum(given.values()), par.pipeline - len(given)
     if not given and rest % stages:
-        yield (f"parallel.pipeline = {par.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
-               "parallel.first_stage_layers and parallel.last_stage_layers take what is over")
+        yield (
+            f"parallel.pipeline = {par.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
+            "parallel.first_stage_layers and parallel.last_stage_layers take what is over"
+        )
         return
     if rest < stages or (rest % stages if stages else rest):
         taken = " and ".join(f"{key} = {value}" for key, value in given.items())
-        yield (f"{taken} leave {rest} of the {shape.layers} layers ({shape.source}) for the other {stages} of parallel.pipeline = "
-               f"{par.pipeline} stages, which must have equally many, at least one")
+        yield (
+            f"{taken} leave {rest} of the {shape.layers} layers ({shape.source}) for the other {stages} of parallel.pipeline = "
+            f"{par.pipeline} stages, which must have equally many, at least one"
+        )
         return
     for layers in {*given.values(), *([rest // stages] if stages else [])}:
         if layers % par.virtual_pipeline:
@@ -186,14 +230,25 @@ def _stage_problems(config: Config, shape: Shape) -> Iterator[str]:
 
 def _rollout_problems(config: Config, shape: Shape) -> Iterator[str]:
     if config.parallel.tensor % config.rollout.tensor:
-        yield (f"rollout.tensor = {config.rollout.tensor}: an engine spans a tensor parallel group or an even part of it; "
-               f"expected 1{f' or a divisor of parallel.tensor = {config.parallel.tensor}' if config.parallel.tensor > 1 else ''}")
-    for key, value in (("rollout.max_response", config.rollout.max_response), ("eval.max_response", config.eval.max_response)):
+        yield (
+            f"rollout.tensor = {config.rollout.tensor}: an engine spans a tensor parallel group or an even part of it; "
+            f"expected 1{f' or a divisor of parallel.tensor = {config.parallel.tensor}' if config.parallel.tensor > 1 else ''}"
+        )
+    for key, value in (
+        ("rollout.max_response", config.rollout.max_response),
+        ("eval.max_response", config.eval.max_response),
+    ):
         if value is not None and value >= shape.context:
             yield f"{key} = {value} tokens leaves no room for a prompt in the context of {shape.context} tokens ({shape.source})"
-        elif value is not None and config.rollout.max_prompt is not None and config.rollout.max_prompt + value > shape.context:
-            yield (f"rollout.max_prompt = {config.rollout.max_prompt} and {key} = {value} are together more than the context of "
-                   f"{shape.context} tokens ({shape.source})")
+        elif (
+            value is not None
+            and config.rollout.max_prompt is not None
+            and config.rollout.max_prompt + value > shape.context
+        ):
+            yield (
+                f"rollout.max_prompt = {config.rollout.max_prompt} and {key} = {value} are together more than the context of "
+                f"{shape.context} tokens ({shape.source})"
+            )
 
 
 def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
@@ -204,8 +259,10 @@ def _sft_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if sft.epochs is not None:
         return  # how many steps that is, and what they allow, is known when the data are
     if sft.val_every > sft.steps:
-        yield (f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the way; "
-               f"set sft.val_every to {sft.steps} or less")
+        yield (
+            f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the way; "
+            f"set sft.val_every to {sft.steps} or less"
+        )
     yield from schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
 
 
@@ -221,11 +278,18 @@ def _rl_problems(config: Config, data_parallel: int) -> Iterator[str]:
     if not rl.keep_low <= high <= rl.group:
         yield f"rl.keep_low = {rl.keep_low} to rl.keep_high = {high}: expected an ascending window within 0 to rl.group = {rl.group}"
     if config.rollout.max_response >= rl.token_budget:
-        yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
-               "a sequence must fit into one pack")
-    elif config.rollout.max_prompt is not None and config.rollout.max_prompt + config.rollout.max_response > rl.token_budget:
-        yield (f"rl.token_budget = {rl.token_budget} tokens cannot hold rollout.max_prompt = {config.rollout.max_prompt} and "
-               f"rollout.max_response = {config.rollout.max_response}; a sequence must fit into one pack")
+        yield (
+            f"rl.token_budget = {rl.token_budget} tokens cannot hold a prompt and rollout.max_response = {config.rollout.max_response}; "
+            "a sequence must fit into one pack"
+        )
+    elif (
+        config.rollout.max_prompt is not None
+        and config.rollout.max_prompt + config.rollout.max_response > rl.token_budget
+    ):
+        yield (
+            f"rl.token_budget = {rl.token_budget} tokens cannot hold rollout.max_prompt = {config.rollout.max_prompt} and "
+            f"rollout.max_response = {config.rollout.max_response}; a sequence must fit into one pack"
+        )
     yield from schedule_problems("rl.optimizer", rl.optimizer, rl.steps * rl.updates)
     yield from _algorithm_problems(rl, config.rollout.max_response)
 
@@ -235,15 +299,20 @@ def _algorithm_problems(rl: RLConfig, max_response: int) -> Iterator[str]:
         yield f"rl.overlong_buffer = {rl.overlong_buffer} tokens, but a response has {max_response} at most (rollout.max_response)"
     if rl.algorithm == "srft":
         given = {"rl.kl_coef": rl.kl_coef, "rl.dual_clip": rl.dual_clip}
-        yield from (f"{key} = {value} is not read by rl.algorithm = srft, whose objective has no ratio and no KL; leave it out"
-                    for key, value in given.items() if value)
+        yield from (
+            f"{key} = {value} is not read by rl.algorithm = srft, whose objective has no ratio and no KL; leave it out"
+            for key, value in given.items()
+            if value
+        )
     if rl.algorithm == "upt" and rl.upt_gamma >= rl.group:
         yield f"rl.upt_gamma = {rl.upt_gamma}: no prompt of {rl.group} rollouts (rl.group) has more right, so none is learnt from by RL"
     if rl.algorithm == "prefix_rft":
         low, end, high = rl.prefix_low_start, rl.prefix_low_end, rl.prefix_high
         if not end <= low <= high:
-            yield (f"rl.prefix_low_end = {end}, rl.prefix_low_start = {low}, rl.prefix_high = {high}: "
-                   "expected prefix_low_end <= prefix_low_start <= prefix_high")
+            yield (
+                f"rl.prefix_low_end = {end}, rl.prefix_low_start = {low}, rl.prefix_high = {high}: "
+                "expected prefix_low_end <= prefix_low_start <= prefix_high"
+            )
 
 
 def _reward_problems(config: Config) -> Iterator[str]:
@@ -252,16 +321,21 @@ def _reward_problems(config: Config) -> Iterator[str]:
     except UserError as error:
         yield str(error)
     if config.reward.timeout >= config.parallel.timeout:
-        yield (f"reward.timeout = {config.reward.timeout:g} s must be below parallel.timeout = {config.parallel.timeout:g} s: a rank that "
-               "waits that long for one verdict counts as hanging")
+        yield (
+            f"reward.timeout = {config.reward.timeout:g} s must be below parallel.timeout = {config.parallel.timeout:g} s: a rank that "
+            "waits that long for one verdict counts as hanging"
+        )
 
 
 def _budget_problems(section: str, token_budget: int, config: Config) -> Iterator[str]:
     par = config.parallel
     # What a rank gets of a pack: a part of it for every tensor parallel rank, cut into two pieces for every context parallel one; matrix
     # products in 8 bits take tokens by sixteens (in blocks of 32 for mxfp8).
-    parts = {"parallel.tensor": par.tensor, "2 x parallel.context": 2 * par.context if par.context > 1 else 1,
-             "the block of model.fp8": config.model.fp8_block}
+    parts = {
+        "parallel.tensor": par.tensor,
+        "2 x parallel.context": 2 * par.context if par.context > 1 else 1,
+        "the block of model.fp8": config.model.fp8_block,
+    }
     parts = {name: size for name, size in parts.items() if size > 1}
     if token_budget % prod(parts.values()):
         rule = " x ".join(f"{name} = {size}" if len(parts) == 1 else f"{name} ({size})" for name, size in parts.items())
@@ -273,23 +347,29 @@ def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> I
     if optimizer.min_lr > optimizer.lr:
         yield f"{section}.min_lr = {optimizer.min_lr} is above {section}.lr = {optimizer.lr}"
     if optimizer.schedule == "wsd" and not 1 <= optimizer.decay <= steps - optimizer.warmup:
-        yield (f"{section}.schedule = wsd with {section}.decay = {optimizer.decay}: expected 1 to {steps - optimizer.warmup}, "
-               f"the {steps} optimizer steps less {section}.warmup = {optimizer.warmup}")
+        yield (
+            f"{section}.schedule = wsd with {section}.decay = {optimizer.decay}: expected 1 to {steps - optimizer.warmup}, "
+            f"the {steps} optimizer steps less {section}.warmup = {optimizer.warmup}"
+        )
     if optimizer.schedule != "wsd" and optimizer.decay:
         yield f"{section}.decay = {optimizer.decay} is read by {section}.schedule = wsd alone, not by {optimizer.schedule}; set it to 0"
 
 
 def _data_problems(config: Config, sections: Collection[str]) -> Iterator[str]:
     data = config.data
-    given = "study.sets" if config.study.sets and "study" in sections else "data.train" if data.train is not None else None
+    given = (
+        "study.sets" if config.study.sets and "study" in sections else "data.train" if data.train is not None else None
+    )
     if data.problems.min_terms > data.problems.max_terms:
         yield f"data.problems.min_terms = {data.problems.min_terms} is above data.problems.max_terms = {data.problems.max_terms}"
     # Problems are generated where no trajectories are given, and then for every set that is not given (data/prepare.py).
     if "sft" in sections:
         yield from _pair_problems({given or "data.train": given, "data.validation": data.validation})
         if given and data.test is None and config.sft.eval_every > 0:
-            yield (f"{given} is given without data.test, but sft.eval_every = {config.sft.eval_every}: "
-                   "give data.test, or set sft.eval_every to 0")
+            yield (
+                f"{given} is given without data.test, but sft.eval_every = {config.sft.eval_every}: "
+                "give data.test, or set sft.eval_every to 0"
+            )
     if "rl" in sections:
         yield from _pair_problems({"data.rl": data.rl, "data.test": data.test})
         if given and data.rl is None and data.test is None:
@@ -340,11 +420,15 @@ def _study_problems(config: Config) -> Iterator[str]:
         default = type(study)()
         for key in ("starts", "checkpoints"):
             if getattr(study, key) != getattr(default, key):
-                yield (f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
-                       "leave one of them out")
+                yield (
+                    f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
+                    "leave one of them out"
+                )
     if study.policy == "compare" and config.rl.algorithm in SYNCHRONISED:
-        yield (f"rl.algorithm = {config.rl.algorithm} learns from experts, but study.policy = compare makes pure RL with it: "
-               "name grpo, dapo_d or dapo_dc")
+        yield (
+            f"rl.algorithm = {config.rl.algorithm} learns from experts, but study.policy = compare makes pure RL with it: "
+            "name grpo, dapo_d or dapo_dc"
+        )
     if study.policy == "compare" and config.sft.eval_every == 0:
         yield "study.policy = compare holds SFT alone against the rest, but sft.eval_every = 0: SFT would never be scored; set it"
     yield from _checkpoint_problems(config)
@@ -357,5 +441,7 @@ def _checkpoint_problems(config: Config) -> Iterator[str]:
     for step in config.study.checkpoints:
         due = step % sft.checkpoint_every == 0 or step == sft.steps
         if step < 0 or not due or (sft.epochs is None and step > sft.steps):
-            yield (f"study.checkpoints names step {step}, which will have no checkpoint: sft.checkpoint_every = {sft.checkpoint_every}, "
-                   f"sft.steps = {sft.steps}")
+            yield (
+                f"study.checkpoints names step {step}, which will have no checkpoint: sft.checkpoint_every = {sft.checkpoint_every}, "
+                f"sft.steps = {sft.steps}"
+            )

@@ -20,7 +20,9 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
     lines = []
     for name in Config.model_fields:
         section = getattr(Config(), name)
-        options = [o for o in _options(section, name) if any(f"{o[0]}.".startswith(f"{prefix}.") for prefix in prefixes)]
+        options = [
+            o for o in _options(section, name) if any(f"{o[0]}.".startswith(f"{prefix}.") for prefix in prefixes)
+        ]
         if options:
             lines += ["", f"{name}: {_summary(type(section))}".rstrip()]
         for key, field, value in options:
@@ -30,15 +32,22 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
 
 def reference() -> str:
     """docs/config.md: every option in a table a section. `python -m pctrain.config.help > docs/config.md` writes it anew."""
-    parts = ["# Options",
-             "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file "
-             "names one, or several, that it goes over. Made from `pctrain/config/tree.py` by `python -m pctrain.config.help > docs/config.md`."]
+    parts = [
+        "# Options",
+        "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file "
+        "names one, or several, that it goes over. Made from `pctrain/config/tree.py` by `python -m pctrain.config.help > docs/config.md`.",
+    ]
     for name in Config.model_fields:
         section = getattr(Config(), name)
         rows = ["| key | type | default | |", "|---|---|---|---|"]
         for key, field, value in _options(section, name):
             limits = _limits(field)
-            cells = key, describe_type(field.annotation), _show(value), f"{field.description}{f' ({limits})' if limits else ''}"
+            cells = (
+                key,
+                describe_type(field.annotation),
+                _show(value),
+                f"{field.description}{f' ({limits})' if limits else ''}",
+            )
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{cells[0]}`", *cells[1:])) + " |")
         parts += [f"## {name}", *filter(None, [_summary(type(section))]), "\n".join(rows)]
     return "\n\n".join(parts) + "\n"
@@ -57,8 +66,10 @@ def _lines(key: str, field: FieldInfo, ending: str) -> list[str]:
     width = max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
     limits = _limits(field)
     text = f"{field.description}{f' ({limits})' if limits else ''}  {ending}"
-    return [f"  --{key} {describe_type(field.annotation)}",
-            *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    return [
+        f"  --{key} {describe_type(field.annotation)}",
+        *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8),
+    ]
 
 
 def describe_type(annotation: Any) -> str:
@@ -99,7 +110,11 @@ def _summary(section: type[Section]) -> str:
 def _limits(field: FieldInfo) -> str:
     signs = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
     # The bound is the attribute of the rule's own name: Ge.ge, Lt.lt.
-    found = [(signs[type(rule)], getattr(rule, type(rule).__name__.lower())) for rule in field.metadata if type(rule) in signs]
+    found = [
+        (signs[type(rule)], getattr(rule, type(rule).__name__.lower()))
+        for rule in field.metadata
+        if type(rule) in signs
+    ]
     return ", ".join(f"{sign} {value:g}" for sign, value in found)
 
 

@@ -20,9 +20,9 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic import ValidationError
 
-from pctrain.config.tree import BenchmarkConfig, Config, Section, SourceConfig, Sources
-from pctrain.config.check import check_combinations
 from pctrain.common.errors import UserError
+from pctrain.config.check import check_combinations
+from pctrain.config.tree import BenchmarkConfig, Config, Section, SourceConfig, Sources
 from pctrain.files.yaml_text import Loader, composed, construct, parse
 
 SECTIONS = tuple(Config.model_fields)
@@ -103,7 +103,9 @@ def _file_settings(path: Path, above: tuple[Path, ...] = (), opened: list[Path] 
     opened = [] if opened is None else opened
     opened.append(path)
     if len(opened) > MOST_FILES:
-        raise UserError(f"config file {path}: more than {MOST_FILES} files are read for one config; name fewer under `base`")
+        raise UserError(
+            f"config file {path}: more than {MOST_FILES} files are read for one config; name fewer under `base`"
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -136,8 +138,10 @@ def _bases(loader: Loader, root: yaml.Node, path: Path) -> list[Path]:
     names = named if isinstance(named, list) else [named]
     if not names or not all(isinstance(name, str) and name and _is_text(name) for name in names):
         line = pairs[0][0].start_mark.line + 1
-        raise UserError(f"{path}:{line}: {BASE}: expected a config file, or a list of them, from the folder of this one; "
-                        f"got {_shown(named)}")
+        raise UserError(
+            f"{path}:{line}: {BASE}: expected a config file, or a list of them, from the folder of this one; "
+            f"got {_shown(named)}"
+        )
     return [path.parent / name for name in names]
 
 
@@ -151,7 +155,9 @@ def _node_settings(loader: Loader, node: yaml.Node, key: tuple[str, ...], path: 
         return
     for name_node, _ in node.value:
         if not isinstance(name_node, yaml.ScalarNode):
-            raise UserError(f"{path}:{name_node.start_mark.line + 1}: expected the name of a key, found a list or a mapping in its place")
+            raise UserError(
+                f"{path}:{name_node.start_mark.line + 1}: expected the name of a key, found a list or a mapping in its place"
+            )
     names = {str(name_node.value) for name_node, _ in node.value}
     passed_over = RUN_FOLDER_KEYS if not key and RUN_FOLDER_KEYS <= names else set()
     seen: dict[str, int] = {}
@@ -193,7 +199,11 @@ def _text_settings(key: tuple[str, ...], text: str) -> Iterator[_Setting]:
         problem = getattr(error, "problem", None) or error
         raise UserError(f"--{'.'.join(key)}: {_shown(text)} is not valid YAML: {problem}") from None
     field = _field(key)
-    if field is not None and value is not None and _takes_text(field.annotation, several=isinstance(value, (list, dict))):
+    if (
+        field is not None
+        and value is not None
+        and _takes_text(field.annotation, several=isinstance(value, (list, dict)))
+    ):
         value = text  # --run.dir=2024 is a path: a shell has no quotes left to say so
     yield from _flatten(key, value)
 
@@ -249,7 +259,9 @@ def _defaults() -> dict[str, Any]:
 def _put(data: dict[str, Any], setting: _Setting) -> None:
     if _section(setting.key) is not None:
         name = f"{setting.dotted} ({setting.origin})" if setting.key else setting.origin
-        raise UserError(f"{name}: expected {'a section' if setting.key else 'sections'} (key: value pairs), got {_shown(setting.value)}")
+        raise UserError(
+            f"{name}: expected {'a section' if setting.key else 'sections'} (key: value pairs), got {_shown(setting.value)}"
+        )
     for name in setting.key[:-1]:
         data = data[name]
     data[setting.key[-1]] = setting.value
@@ -276,10 +288,12 @@ def nearest_keys(dotted: str) -> list[str]:
     depth = next(n for n in range(len(key) - 1, -1, -1) if _section(key[:n]) is not None)
     siblings = difflib.get_close_matches(key[depth], list(_section(key[:depth]).model_fields), n=1, cutoff=0.6)
     if siblings:
-        fixed = (*key[:depth], siblings[0], *key[depth + 1:])
+        fixed = (*key[:depth], siblings[0], *key[depth + 1 :])
         if _section(fixed) is not None or _field(fixed) is not None:
             return [".".join(fixed)]
-        deeper = nearest_keys(".".join(fixed)) if _section(fixed[: depth + 1]) is not None and len(fixed) > depth + 1 else []
+        deeper = (
+            nearest_keys(".".join(fixed)) if _section(fixed[: depth + 1]) is not None and len(fixed) > depth + 1 else []
+        )
         return deeper or [".".join((*key[:depth], siblings[0]))]
     leaves = list(_leaves())
     same_name = [leaf for leaf in leaves if leaf.split(".")[-1] == key[-1]]
@@ -331,14 +345,22 @@ def _type_errors(error: ValidationError, origins: dict[tuple[str, ...], str]) ->
     lines = []
     for item in error.errors(include_url=False):
         loc = item["loc"]
-        depth = next(n for n in range(len(loc), 0, -1) if all(isinstance(part, str) for part in loc[:n]) and _field(loc[:n]) is not None)
+        depth = next(
+            n
+            for n in range(len(loc), 0, -1)
+            if all(isinstance(part, str) for part in loc[:n]) and _field(loc[:n]) is not None
+        )
         # Below the option: an item of a list or a mapping, and its key. (pydantic also appends the member of a union that failed.)
         mapping = get_origin(_field(loc[:depth]).annotation) is dict
-        inner = [str(part) for part in loc[depth:]] if mapping or any(isinstance(part, int) for part in loc[depth:]) else []
+        inner = (
+            [str(part) for part in loc[depth:]] if mapping or any(isinstance(part, int) for part in loc[depth:]) else []
+        )
         name, origin = ".".join([*loc[:depth], *inner]), origins.get(loc[:depth], "default")
         if item["type"] in ("extra_forbidden", "missing"):
             what = "unknown key" if item["type"] == "extra_forbidden" else "missing"
-            item_fields = BenchmarkConfig.model_fields if loc[:depth] == ("eval", "benchmarks") else SourceConfig.model_fields
+            item_fields = (
+                BenchmarkConfig.model_fields if loc[:depth] == ("eval", "benchmarks") else SourceConfig.model_fields
+            )
             line = f"{name} ({origin}): {what}; an item takes {', '.join(item_fields)}"
         else:
             expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")

@@ -28,10 +28,10 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from pctrain.common.errors import UserError
+from pctrain.core import optimizer as optim
 from pctrain.distributed.health import watchdog
 from pctrain.run.checkpoints import note_digests
-from pctrain.core import optimizer as optim
-from pctrain.common.errors import UserError
 
 
 class Saver:
@@ -53,8 +53,12 @@ class Saver:
         state["scheduler"] = scheduler.state_dict()
         state["rng"] = torch.get_rng_state()
         _write_in_place(state)
-        request = dist_checkpointing.save(state, str(directory), validate_access_integrity=False, async_sharded_save=True)
-        request = request._replace(async_fn=partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank()))
+        request = dist_checkpointing.save(
+            state, str(directory), validate_access_integrity=False, async_sharded_save=True
+        )
+        request = request._replace(
+            async_fn=partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank())
+        )
         request.add_finalize_fn(done)
         if self._background:
             with _children_die_with_this_process():
@@ -65,7 +69,9 @@ class Saver:
     def poll(self, *, wait: bool) -> None:
         """Calls `done` of the save whose writing has ended on all ranks; `wait`: waits for that. No save under way: nothing, no message."""
         self._queue.maybe_finalize_async_calls(blocking=False)
-        while wait and self._queue.get_num_unfinalized_calls():  # the ranks agree on what is done: all go round as often
+        while (
+            wait and self._queue.get_num_unfinalized_calls()
+        ):  # the ranks agree on what is done: all go round as often
             watchdog.beat()  # a slow disk is no fault; its writer process has no deadline
             time.sleep(0.02)
             self._queue.maybe_finalize_async_calls(blocking=False)
@@ -74,7 +80,9 @@ class Saver:
 def _serve_results() -> None:
     """megatron-core's writers report through a manager process, which would outlive a killed run: give it one that dies too."""
     if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=get_context("spawn"))  # forked, it would keep a copy of every page that training changes
+        manager = SyncManager(
+            ctx=get_context("spawn")
+        )  # forked, it would keep a copy of every page that training changes
         manager.start(initializer=_die_with, initargs=(os.getpid(),))
         filesystem_async._results_queue = manager.Queue()  # holds on to the manager
 
@@ -130,7 +138,9 @@ def load(directory: Path, chunks: list, optimizer=None, scheduler=None) -> None:
     except _UNREADABLE as error:
         raise _unreadable(Path(directory) / "metadata.json", error) from None
     if not is_one:
-        raise UserError(f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N")
+        raise UserError(
+            f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N"
+        )
     _refuse_foreign_objects(Path(directory) / ".metadata")
     _refuse_other_values(Path(directory) / "common.pt")
     state = _sharded_state(chunks, optimizer, is_loading=True)
@@ -247,7 +257,9 @@ def _refuse_other_values(common: Path) -> None:
     except FileNotFoundError:
         raise UserError(f"{common} is missing: this is no whole checkpoint; name another one") from None
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)", str(error))  # what torch says of a class or function that it refuses, among advice
+        named = re.search(
+            r"GLOBAL (\S+)", str(error)
+        )  # what torch says of a class or function that it refuses, among advice
         raise _foreign(common, named[1] if named else _first_line(error)) from None
     except (RuntimeError, *_UNREADABLE) as error:
         raise _unreadable(common, error) from None
@@ -256,13 +268,28 @@ def _refuse_other_values(common: Path) -> None:
 
 
 # How pickle, torch and megatron-core meet bytes that none of them wrote: there is no one error for it.
-_UNREADABLE = (OSError, EOFError, ValueError, LookupError, AttributeError, TypeError, ImportError, ArithmeticError, AssertionError,
-               MemoryError, RecursionError, NotImplementedError, struct.error)
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ImportError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    struct.error,
+)
 
 
 def _unreadable(path: Path, error: BaseException) -> UserError:
-    return UserError(f"{path} cannot be read as a part of this model's checkpoint ({type(error).__name__}: {_first_line(error)}): it was "
-                     "altered, or is of another model or version; take it from its source again, or name another checkpoint")
+    return UserError(
+        f"{path} cannot be read as a part of this model's checkpoint ({type(error).__name__}: {_first_line(error)}): it was "
+        "altered, or is of another model or version; take it from its source again, or name another checkpoint"
+    )
 
 
 def _first_line(error: BaseException) -> str:
@@ -270,8 +297,10 @@ def _first_line(error: BaseException) -> str:
 
 
 def _foreign(path: Path, what: str) -> UserError:
-    return UserError(f"{path} holds an object that no checkpoint holds ({what}): it was altered, and is not loaded; "
-                     "take it from its source again, or name another checkpoint")
+    return UserError(
+        f"{path} holds an object that no checkpoint holds ({what}): it was altered, and is not loaded; "
+        "take it from its source again, or name another checkpoint"
+    )
 
 
 @contextmanager

@@ -13,17 +13,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pctrain.common.device import DTYPES, on_gpu
+from pctrain.common.errors import UserError
 from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.core import checkpoint, model, optimizer, step, weight_buckets, weights
-from pctrain.core.layers import context_parallel, spec as layers
-from pctrain.distributed import parallel
-from pctrain.hf.config import HFConfig
+from pctrain.core.layers import context_parallel
+from pctrain.core.layers import spec as layers
 from pctrain.core.reference import Reference
 from pctrain.core.step import TokenLoss
 from pctrain.data.packing import MULTIPLE, PackedBatch, PackShape, pack_rows
 from pctrain.data.rows import Row, RowSet
-from pctrain.common.device import DTYPES, on_gpu
-from pctrain.common.errors import UserError
+from pctrain.distributed import parallel
+from pctrain.hf.config import HFConfig
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,11 @@ def _pack_shape(config: ModelConfig, par: ParallelConfig, hf: HFConfig) -> PackS
     """Sizes that can be cut over the tensor and context parallel ranks; of one pack for all stages of a pipeline."""
     align = context_parallel.alignment(par.context)
     return PackShape(
-        align=align, multiple=math.lcm(MULTIPLE, par.tensor * align * config.fp8_block), equal=par.pipeline > 1,
-        balanced_length=hf.shape.balanced_length)
+        align=align,
+        multiple=math.lcm(MULTIPLE, par.tensor * align * config.fp8_block),
+        equal=par.pipeline > 1,
+        balanced_length=hf.shape.balanced_length,
+    )
 
 
 class Learner:
@@ -56,7 +60,15 @@ class Learner:
     Every method is collective: all ranks call it with the same arguments (batches excepted: each holds its own packs).
     """
 
-    def __init__(self, config: ModelConfig, par: ParallelConfig, *, optimizer_config: OptimizerConfig | None, total_steps: int, seed: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        par: ParallelConfig,
+        *,
+        optimizer_config: OptimizerConfig | None,
+        total_steps: int,
+        seed: int,
+    ):
         parallel.initialize(par, seed)
         self._source, self._start_checkpoint = config.path, config.checkpoint
         self.hf = HFConfig.read(config.path)
@@ -82,11 +94,16 @@ class Learner:
 
     def describe(self) -> str:
         """One line for the start of a run: the model, the layer spec that was chosen, and the layout."""
-        tensor, pipeline = (parallel_state.get_tensor_model_parallel_world_size(), parallel_state.get_pipeline_model_parallel_world_size())
+        tensor, pipeline = (
+            parallel_state.get_tensor_model_parallel_world_size(),
+            parallel_state.get_pipeline_model_parallel_world_size(),
+        )
         context, data = parallel_state.get_context_parallel_world_size(), parallel.data_parallel()[1]
         model = f"{self.hf.architecture}, {self.hf.shape.parameters / 1e6:.4g}M parameters"
-        return (f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): tensor {tensor} x pipeline {pipeline} "
-                f"x context {context} x data {data}")
+        return (
+            f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): tensor {tensor} x pipeline {pipeline} "
+            f"x context {context} x data {data}"
+        )
 
     def pack(self, rows: Sequence[Row] | RowSet, token_budget: int, *, denominator: float | None = None) -> PackedBatch:
         """The rows as micro-batches of at most `token_budget` positions; this rank holds its data parallel share of them.
@@ -94,9 +111,13 @@ class Learner:
         `denominator`: what loss and gradients are divided by, over all ranks; None: the sum of the weights.
         """
         rank, size = parallel.data_parallel()
-        return pack_rows(rows, token_budget, dp_rank=rank, dp_size=size, shape=self._pack_shape, denominator=denominator)
+        return pack_rows(
+            rows, token_budget, dp_rank=rank, dp_size=size, shape=self._pack_shape, denominator=denominator
+        )
 
-    def step(self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True) -> Update:
+    def step(
+        self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True
+    ) -> Update:
         """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
 
         A loss or gradient that is not finite, or a norm above `optimizer.skip_above`, leaves weights and optimizer as they were, on every
@@ -111,7 +132,9 @@ class Learner:
         # Before the update, so that the first step already has a learning rate above 0.
         self._scheduler.step(1)
         lr = self._optimizer.param_groups[0]["lr"]
-        grad_norm = optimizer.global_norm(self._optimizer) if math.isfinite(loss) else None  # every rank has the same loss
+        grad_norm = (
+            optimizer.global_norm(self._optimizer) if math.isfinite(loss) else None
+        )  # every rank has the same loss
         if grad_norm is None:
             return Update(loss, metrics, math.nan, lr, skipped=True)
         if self._skip_above is not None and grad_norm > self._skip_above:
@@ -128,7 +151,12 @@ class Learner:
         return step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=False)
 
     def logprobs(
-        self, rows: Sequence[Row] | RowSet, token_budget: int, *, temperature: float = 1.0, trained_only: bool = False,
+        self,
+        rows: Sequence[Row] | RowSet,
+        token_budget: int,
+        *,
+        temperature: float = 1.0,
+        trained_only: bool = False,
         want_entropy: bool = False,
     ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
         """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it).
@@ -185,7 +213,9 @@ class Learner:
 
     def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
         """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""
-        weights.save_hf(self.modules, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes)
+        weights.save_hf(
+            self.modules, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes
+        )
         parallel.barrier()
 
     def save(self, directory: Path, done: Callable[[], None] = lambda: None) -> None:

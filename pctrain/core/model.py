@@ -13,13 +13,14 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from pctrain.common.device import DTYPES, device
 from pctrain.config.tree import ModelConfig, ParallelConfig
-from pctrain.core.patches import grad_accumulation
-from pctrain.core.layers import spec as layers, router_loss
-from pctrain.hf.config import HFConfig
+from pctrain.core.layers import router_loss
+from pctrain.core.layers import spec as layers
 from pctrain.core.layers.packed_attention import PackedLayout
 from pctrain.core.layers.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
-from pctrain.common.device import DTYPES, device
+from pctrain.core.patches import grad_accumulation
+from pctrain.hf.config import HFConfig
 
 _RECOMPUTE = {
     "none": {},
@@ -64,7 +65,11 @@ class CausalLM(GPTModel):
     def _postprocess(self, hidden_states, *args, **kwargs):
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        weight = (
+            self.shared_embedding_or_output_weight()
+            if self.share_embeddings_and_output_weights
+            else self.output_layer.weight
+        )
         return self.head(hidden_states.squeeze(1), weight)
 
 
@@ -163,7 +168,9 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     return chunks
 
 
-def _chunk(hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None) -> CausalLM:
+def _chunk(
+    hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None
+) -> CausalLM:
     """Layers of this rank's pipeline stage, or of one of its virtual stages."""
     spec = layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage)
     if hf.experts is not None:
@@ -204,10 +211,17 @@ def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
     they overlap with computation, look for NaN, or scale (never with `calculate_per_token_loss`).
     """
     config = wrapped.ddp_config
-    if config.overlap_grad_reduce or config.overlap_param_gather or config.check_for_nan_in_grad or config.check_for_large_grads:
+    if (
+        config.overlap_grad_reduce
+        or config.overlap_param_gather
+        or config.check_for_nan_in_grad
+        or config.check_for_large_grads
+    ):
         return
     for group in [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]:
-        if group.intra_distributed_optimizer_instance_size == 1 and all(b.gradient_scaling_factor == 1.0 for b in group.buckets):
+        if group.intra_distributed_optimizer_instance_size == 1 and all(
+            b.gradient_scaling_factor == 1.0 for b in group.buckets
+        ):
             group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
 
 

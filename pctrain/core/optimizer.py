@@ -11,8 +11,8 @@ from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from pctrain.config.tree import OptimizerConfig
 from pctrain.common.device import device
+from pctrain.config.tree import OptimizerConfig
 
 
 def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.dtype, total_steps: int):
@@ -39,7 +39,9 @@ def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.d
     )
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
-            group["fused"] = True  # one pass over a parameter instead of one for each operation; megatron-core has no key for it
+            group["fused"] = (
+                True  # one pass over a parameter instead of one for each operation; megatron-core has no key for it
+            )
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -83,7 +85,9 @@ def global_norm(optimizer) -> float | None:
 def apply(optimizer, clip: float, norm: float) -> None:
     """Clips the gradients that `global_norm` has seen, and updates the weights: `optimizer.step()` without a second pass over them."""
     for part in optimizer.chained_optimizers:
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()  # a stub: this rank has no parameter of that kind
+        parameters = (
+            [] if part.is_stub_optimizer else part.get_parameters()
+        )  # a stub: this rank has no parameter of that kind
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from pctrain.core.learner import Update
 from pctrain.common.errors import UserError
+from pctrain.core.learner import Update
 
 
 class SkippedUpdates:

@@ -9,22 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pctrain_kernels
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from pctrain_kernels.linear_token_loss import MAX
 
-from pctrain.distributed.health import watchdog
+import pctrain_kernels
+from pctrain.common.device import device
 from pctrain.core.layers import context_parallel, router_loss
-from pctrain.hf.config import HFConfig
 from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
-from pctrain.common.device import device
+from pctrain.distributed.health import watchdog
+from pctrain.hf.config import HFConfig
+from pctrain_kernels.linear_token_loss import MAX
 
-TokenLoss = Callable[[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+TokenLoss = Callable[
+    [torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,15 @@ class Head:
 
 
 def run_loss(
-    chunks: list, head: Head, spec: str, batch: PackedBatch, token_loss: TokenLoss, *,
-    temperature: float, want_entropy: bool, backward: bool,
+    chunks: list,
+    head: Head,
+    spec: str,
+    batch: PackedBatch,
+    token_loss: TokenLoss,
+    *,
+    temperature: float,
+    want_entropy: bool,
+    backward: bool,
 ) -> tuple[float, dict[str, float]]:
     """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.denominator` (the loss) and
     / `batch.loss_tokens` (metrics), or maxima (`max/...`).
@@ -120,7 +129,14 @@ def run_loss(
 
 
 def run_logprob(
-    chunks: list, head: Head, spec: str, batch: PackedBatch, *, temperature: float, trained_only: bool, want_entropy: bool
+    chunks: list,
+    head: Head,
+    spec: str,
+    batch: PackedBatch,
+    *,
+    temperature: float,
+    trained_only: bool,
+    want_entropy: bool,
 ) -> list[tuple[torch.Tensor, ...]]:
     """(log-probs [T],), with `want_entropy` (log-probs [T], entropies [T]), of this data parallel rank's packs, on every pipeline stage."""
     found: list[tuple[torch.Tensor, ...]] = []
@@ -133,11 +149,16 @@ def run_logprob(
     group = parallel_state.get_pipeline_model_parallel_group()
     del found[len(batch.packs) :]  # padding packs of the schedule
     if found:  # on the last stage
-        found = [tuple(context_parallel.gather(values, pack.cu_seqlens) for values in of_pack)
-                 for of_pack, pack in zip(found, batch.packs, strict=True)]
+        found = [
+            tuple(context_parallel.gather(values, pack.cu_seqlens) for values in of_pack)
+            for of_pack, pack in zip(found, batch.packs, strict=True)
+        ]
     if group.size() > 1:
         if not found:
-            found = [tuple(torch.empty(len(pack.tokens), device=device()) for _ in range(1 + want_entropy)) for pack in batch.packs]
+            found = [
+                tuple(torch.empty(len(pack.tokens), device=device()) for _ in range(1 + want_entropy))
+                for pack in batch.packs
+            ]
         last = dist.get_process_group_ranks(group)[-1]
         for values in (values for of_pack in found for values in of_pack):
             dist.broadcast(values, src=last, group=group)
@@ -213,8 +234,10 @@ def _reduce(sums: list[dict[str, torch.Tensor]], batch: PackedBatch) -> tuple[fl
     if parallel_state.is_pipeline_last_stage():
         maxima = [name for name in sums[0] if name.startswith(MAX)]
         totals = [name for name in sums[0] if not name.startswith(MAX)]
-        result[0] = {name: total / (batch.denominator if name == "loss" else batch.loss_tokens)
-                     for name, total in zip(totals, _over_ranks(sums, totals, torch.sum, dist.ReduceOp.SUM), strict=True)}
+        result[0] = {
+            name: total / (batch.denominator if name == "loss" else batch.loss_tokens)
+            for name, total in zip(totals, _over_ranks(sums, totals, torch.sum, dist.ReduceOp.SUM), strict=True)
+        }
         if maxima:
             result[0] |= zip(maxima, _over_ranks(sums, maxima, torch.amax, dist.ReduceOp.MAX), strict=True)
     if group.size() > 1:

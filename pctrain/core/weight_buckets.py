@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from pctrain.distributed.health import watchdog
 from pctrain.core import weights
-from pctrain.hf.config import HFConfig
 from pctrain.core.weights import Unit
+from pctrain.distributed.health import watchdog
+from pctrain.hf.config import HFConfig
 
 # Bytes of a bucket, gathered. Collectives of a few hundred MB run at the bandwidth of the link, and two of them are little beside a model
 # that needs sharding (slime's swap of a 30B model in 3 s uses as much).
@@ -81,7 +81,10 @@ def _buckets(table: list[Unit], tp: int, routes: list, limit: int) -> Iterator[B
     Collective: the same cuts on every rank. Where the senders change for the ranks of one stage (from a matrix of all to one of an expert
     parallel rank), they may not for those of another, who get both from the same neighbour; cut apart, they would wait for one another.
     """
-    came_to = {unit.name: tuple((group, source[unit.name]) for group, source in routes if unit.name in source) for unit in table}
+    came_to = {
+        unit.name: tuple((group, source[unit.name]) for group, source in routes if unit.name in source)
+        for unit in table
+    }
     cuts = {after.name for before, after in pairwise(table) if came_to[before.name] != came_to[after.name]}
     for group, _ in routes:
         by_rank: list = [None] * group.size()
@@ -118,10 +121,14 @@ def _send(bucket: Bucket, mine: dict, tp_group, sample: torch.Tensor) -> tuple[t
     if work is not None:
         work.wait()  # on a GPU the stream waits, not this thread
     parts = row.new_empty(tp_group.size() * bucket.row)
-    return parts.view(tp_group.size(), bucket.row), dist.all_gather_into_tensor(parts, row, group=tp_group, async_op=True)
+    return parts.view(tp_group.size(), bucket.row), dist.all_gather_into_tensor(
+        parts, row, group=tp_group, async_op=True
+    )
 
 
-def _unpack(bucket: Bucket, parts: torch.Tensor, work: dist.Work | None, hf: HFConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def _unpack(
+    bucket: Bucket, parts: torch.Tensor, work: dist.Work | None, hf: HFConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
     if work is not None:
         work.wait()
     for placed in bucket.placed:
@@ -131,4 +138,7 @@ def _unpack(bucket: Bucket, parts: torch.Tensor, work: dist.Work | None, hf: HFC
             watchdog.beat()
             yield name, full
             if hf.tied and name == "model.embed_tokens.weight":
-                yield weights.LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
+                yield (
+                    weights.LM_HEAD,
+                    full.clone(),
+                )  # an engine that shares the matrix in name only would keep its old head

@@ -17,10 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state
 
+from pctrain.common.device import on_gpu
 from pctrain.distributed.health import watchdog
 from pctrain.hf import weight_files
 from pctrain.hf.config import HFConfig
-from pctrain.common.device import on_gpu
 
 LM_HEAD = "lm_head.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -54,9 +54,17 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
         table += [
             _replicated(f"{ours}.{input_norm}", f"{theirs}.input_layernorm.weight", (H,)),
             _qkv(f"{ours}.self_attention.linear_qkv.weight", [f"{n}.weight" for n in qkv_names], (H,), hf),
-            *([_qkv(f"{ours}.self_attention.linear_qkv.bias", [f"{n}.bias" for n in qkv_names], (), hf)] if hf.qkv_bias else []),
-            *(_replicated(f"{ours}.self_attention.{p}_layernorm.weight", f"{theirs}.self_attn.{p}_norm.weight", (hf.head_dim,))
-              for p in ("qk" if hf.qk_norm else "")),
+            *(
+                [_qkv(f"{ours}.self_attention.linear_qkv.bias", [f"{n}.bias" for n in qkv_names], (), hf)]
+                if hf.qkv_bias
+                else []
+            ),
+            *(
+                _replicated(
+                    f"{ours}.self_attention.{p}_layernorm.weight", f"{theirs}.self_attn.{p}_norm.weight", (hf.head_dim,)
+                )
+                for p in ("qk" if hf.qk_norm else "")
+            ),
             _row(f"{ours}.self_attention.linear_proj.weight", f"{theirs}.self_attn.o_proj.weight", (H, attention)),
             _replicated(f"{ours}.{mlp_norm}", f"{theirs}.post_attention_layernorm.weight", (H,)),
         ]
@@ -65,7 +73,9 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
         else:
             table.append(_replicated(f"{ours}.mlp.router.weight", f"{theirs}.mlp.gate.weight", (hf.experts.count, H)))
             for j in range(hf.experts.count):
-                table += _feed_forward(f"{ours}.mlp.experts.local_experts.{j}", f"{theirs}.mlp.experts.{j}", H, hf.experts.ffn)
+                table += _feed_forward(
+                    f"{ours}.mlp.experts.local_experts.{j}", f"{theirs}.mlp.experts.{j}", H, hf.experts.ffn
+                )
     table.append(_replicated("decoder.final_layernorm.weight", "model.norm.weight", (H,)))
     if not hf.tied:
         table.append(_vocab("output_layer.weight", LM_HEAD, hf))
@@ -127,7 +137,9 @@ def _qkv(name: str, theirs: list[str], tail: tuple[int, ...], hf: HFConfig) -> U
 
     def shard(t, r, tp):
         groups = hf.kv_heads // tp
-        grouped = [x[r * groups * n : (r + 1) * groups * n].view(groups, n, *tail) for x, n in zip(t, rows, strict=True)]
+        grouped = [
+            x[r * groups * n : (r + 1) * groups * n].view(groups, n, *tail) for x, n in zip(t, rows, strict=True)
+        ]
         return torch.cat(grouped, 1).flatten(0, 1)
 
     def whole(shards):
@@ -146,22 +158,28 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
     with weight_files.HFReader(directory) as source:
         # Some writers keep the tied copy.
         source.check(
-            {name: shape for unit in table for name, shape in unit.hf.items()}, hf.architecture,
-            ignored=frozenset({LM_HEAD} if hf.tied else ()))
+            {name: shape for unit in table for name, shape in unit.hf.items()},
+            hf.architecture,
+            ignored=frozenset({LM_HEAD} if hf.tied else ()),
+        )
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
         mine = local_parameters(modules)
         for unit in table:
             targets = [mine[unit.name]] if unit.name in mine else []
             if hf.tied and unit.name == EMBEDDING and "output_layer.weight" in mine:
-                targets.append(mine["output_layer.weight"])  # the last pipeline stage keeps its own copy of a tied matrix
+                targets.append(
+                    mine["output_layer.weight"]
+                )  # the last pipeline stage keeps its own copy of a tied matrix
             for target in targets:
                 value = unit.shard([source[name] for name in unit.hf], r, tp)
                 with torch.no_grad():
                     target.copy_(value)
 
 
-def export_hf(modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_head: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+def export_hf(
+    modules: list[torch.nn.Module], hf: HFConfig, te: bool, *, tied_head: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields (Hugging Face name, full tensor on this rank, storage of its own). Collective over all ranks of a model.
 
     `tied_head`: with tied embeddings, `lm_head.weight` follows the embedding.
@@ -224,7 +242,9 @@ def _sources(held: set[str], group) -> tuple[dict[str, int], set[str]]:
     dist.all_gather_object(names, held, group=group)
     ranks = dist.get_process_group_ranks(group)
     everything, everywhere = set.union(*names), set.intersection(*names)
-    return {name: next(r for r, n in zip(ranks, names, strict=True) if name in n) for name in everything - everywhere}, everything
+    return {
+        name: next(r for r, n in zip(ranks, names, strict=True) if name in n) for name in everything - everywhere
+    }, everything
 
 
 def save_hf(
@@ -249,7 +269,9 @@ def save_hf(
         return
     temporary = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf"))
+    shutil.copytree(
+        source, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
+    )
     _set_dtype(temporary / "config.json", {entry.dtype for entry in entries})
     weight_files.write(temporary, entries, tensors, shard_bytes=shard_bytes)
     shutil.rmtree(folder, ignore_errors=True)

@@ -18,10 +18,10 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import ProblemsConfig
 from pctrain.data.records import Record
 from pctrain.files.durable import write_beside
-from pctrain.common.errors import UserError
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
 WITH_RESPONSE = ("validation", "train", "rl")  # of rl, the algorithms that learn from experts read it
@@ -42,7 +42,8 @@ def generate(problems: ProblemsConfig, seed: int) -> dict[str, list[Record]]:
         raise UserError(
             f"data.problems: {asked} records asked for (train + validation + test + rl), but only {sum(space.values())} different problems "
             f"have {problems.min_terms} to {problems.max_terms} terms with operands 1 to {problems.max_operand}; "
-            "ask for fewer, or raise data.problems.max_operand or data.problems.max_terms")
+            "ask for fewer, or raise data.problems.max_operand or data.problems.max_terms"
+        )
     taken: dict[int, set[int]] = {n: set() for n in terms}
     sets = {}
     for name in SETS:
@@ -53,7 +54,9 @@ def generate(problems: ProblemsConfig, seed: int) -> dict[str, list[Record]]:
             taken[n].update(numbers)
             drawn += [_expression(number, n, problems.max_operand) for number in numbers]
         rng.shuffle(drawn)
-        sets[name] = [_record(f"{name}-{i}", expression, rng, name in WITH_RESPONSE) for i, expression in enumerate(drawn)]
+        sets[name] = [
+            _record(f"{name}-{i}", expression, rng, name in WITH_RESPONSE) for i, expression in enumerate(drawn)
+        ]
     return sets
 
 
@@ -108,7 +111,9 @@ def _record(name: str, expression: tuple[list[int], str], rng: random.Random, wi
         result = total + operand if sign == "+" else total - operand
         steps.append(f"{total}{sign}{operand}={result}")
         total = result
-    return Record(id=name, prompt=prompt, response=_solution(steps, total, rng) if with_response else None, answer=str(total))
+    return Record(
+        id=name, prompt=prompt, response=_solution(steps, total, rng) if with_response else None, answer=str(total)
+    )
 
 
 def _solution(steps: Sequence[str], answer: int, rng: random.Random) -> str:

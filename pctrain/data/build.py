@@ -27,16 +27,16 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import DataConfig
-from pctrain.hf.chat_template import load
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
 from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_numbered
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.data.workers import HEARTBEAT, in_processes
 from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_beside
-from pctrain.common.errors import UserError
 from pctrain.files.lock import lock_folder
+from pctrain.hf.chat_template import load
 
 # A file changed within this time of being hashed may change again without a new time stamp: its hash is not remembered.
 SETTLED_SECONDS = 2.0
@@ -75,8 +75,12 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
     Reads every byte of the files the first time; their hashes are remembered in the cache by size and time of change.
     """
     hashes = _Hashes(Path(cache))
-    parts = {"format": FORMAT, "files": [[file.name, *map(hashes.of, parts_of(file))] for file in map(Path, job.files)],
-             "fields": job.data.fields.model_dump(), "encoder": Encoder(job.hf_dir, job.data, job.limit).digest}
+    parts = {
+        "format": FORMAT,
+        "files": [[file.name, *map(hashes.of, parts_of(file))] for file in map(Path, job.files)],
+        "fields": job.data.fields.model_dump(),
+        "encoder": Encoder(job.hf_dir, job.data, job.limit).digest,
+    }
     try:
         hashes.save()
     except OSError as error:
@@ -108,7 +112,9 @@ def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
 
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
-    return UserError(f"{folder}: the tokens cannot be written: {error.strerror or error}; free space, or set data.cache")
+    return UserError(
+        f"{folder}: the tokens cannot be written: {error.strerror or error}; free space, or set data.cache"
+    )
 
 
 def _wait_for_lock(file: Path) -> Iterator[Progress]:
@@ -144,7 +150,10 @@ def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[Size | 
     workers = min(missing, job.data.workers or len(os.sched_getaffinity(0)))
     if workers <= 1:  # starting a process takes longer than most small files
         encoder = Encoder(job.hf_dir, job.data, job.limit) if missing else None
-        yield from (there.get(number) or _write_shard(encoder, job.data, folder, number, part) for number, part in enumerate(parts))
+        yield from (
+            there.get(number) or _write_shard(encoder, job.data, folder, number, part)
+            for number, part in enumerate(parts)
+        )
         return
     todo = [(number, part) for number, part in enumerate(parts) if number not in there]
     written = in_processes(partial(_writer, job, folder), todo, workers)
@@ -219,13 +228,18 @@ def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
     counts: Counter[str] = Counter()
     records = dict.fromkeys(job.files, 0)
     first_dropped = dtype = None
-    with open(folder / "ids.jsonl", "w", encoding="utf-8") as ids, open(folder / "dropped.jsonl", "w", encoding="utf-8") as dropped:
+    with (
+        open(folder / "ids.jsonl", "w", encoding="utf-8") as ids,
+        open(folder / "dropped.jsonl", "w", encoding="utf-8") as dropped,
+    ):
         for number, part in enumerate(parts):
             about = _about(folder, number)
             shards.append(len(about["ids"]))
             lengths.append(np.array(about["lengths"], np.int32))
             span_counts.append(np.array([len(of_record) for of_record in about["spans"]], np.int32))
-            spans.append(np.array([span for of_record in about["spans"] for span in of_record], np.int32).reshape(-1, 2))
+            spans.append(
+                np.array([span for of_record in about["spans"] for span in of_record], np.int32).reshape(-1, 2)
+            )
             records[part.file] += len(about["ids"])
             counts.update(fault["cause"] for fault in about["dropped"])
             counts.update({"cut": about["cut"]} if about["cut"] else {})
@@ -234,25 +248,41 @@ def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
             dropped.writelines(map(json_line, about["dropped"]))
     if not sum(shards):
         raise _Refused(_nothing_left(job, counts, first_dropped))
-    index = {"shards": np.array(shards, np.int64), "lengths": np.concatenate(lengths), "span_counts": np.concatenate(span_counts),
-             "spans": np.concatenate(spans)}
+    index = {
+        "shards": np.array(shards, np.int64),
+        "lengths": np.concatenate(lengths),
+        "span_counts": np.concatenate(span_counts),
+        "spans": np.concatenate(spans),
+    }
     write_beside(folder / "index.npz", _npz(index))
     for name in ("ids.jsonl", "dropped.jsonl"):
         fsync(folder / name)
     template = load(job.hf_dir, job.data.template)
-    write_beside(folder / MANIFEST, json.dumps(plain({
-        "format": FORMAT,
-        "records": sum(shards),
-        "tokens": index["lengths"].sum(dtype=np.int64),
-        "loss_tokens": (index["spans"][:, 1] - index["spans"][:, 0]).sum(dtype=np.int64),
-        "counts": counts,
-        "dtype": dtype,
-        "files": [{"path": file, "records": count} for file, count in records.items()],
-        "columns": {str(part.file): columns_of(part, job.data.fields).describe() for part in parts},
-        "template": template and template.where,
-        "settings": {"limit": job.limit, **job.data.model_dump(include={"fields", "loss_on", "overlong", "unusable"})},
-        "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
-    }), indent=1) + "\n")
+    write_beside(
+        folder / MANIFEST,
+        json.dumps(
+            plain(
+                {
+                    "format": FORMAT,
+                    "records": sum(shards),
+                    "tokens": index["lengths"].sum(dtype=np.int64),
+                    "loss_tokens": (index["spans"][:, 1] - index["spans"][:, 0]).sum(dtype=np.int64),
+                    "counts": counts,
+                    "dtype": dtype,
+                    "files": [{"path": file, "records": count} for file, count in records.items()],
+                    "columns": {str(part.file): columns_of(part, job.data.fields).describe() for part in parts},
+                    "template": template and template.where,
+                    "settings": {
+                        "limit": job.limit,
+                        **job.data.model_dump(include={"fields", "loss_on", "overlong", "unusable"}),
+                    },
+                    "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
+                }
+            ),
+            indent=1,
+        )
+        + "\n",
+    )
     for number in range(len(parts)):  # all that they say is in the other files now
         shard_file(folder, number, "json").unlink()
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import Bar, progress
 from pctrain.config import check as config_check
 from pctrain.config.tree import Config
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of, read_chunk, read_numbered
-from pctrain.common.errors import UserError
-from pctrain.common.progress import Bar, progress
 
 FIRST_PLACES = 5  # named of each trouble
 NO_LIMIT = 1 << 40  # tokens: lengths are measured here, and compared afterwards
@@ -150,13 +150,20 @@ class Check:
         self.files[file].chats += bool(record.messages)
         self._file.append(file)
         self._number.append(number)
-        texts = [text for m in record.messages for text in (m.role, m.content)] or [record.prompt, record.response or ""]
+        texts = [text for m in record.messages for text in (m.role, m.content)] or [
+            record.prompt,
+            record.response or "",
+        ]
         self._prompt_hash.append(_hash([record.question]))
         self._record_hash.append(_hash([*texts, record.answer or ""]))
         measured = {"prompt, characters": len(record.question), "response, characters": _length(record.trajectory)}
         if tokens is not None:
             prompt, response = tokens
-            measured |= {"prompt, tokens": prompt, "response, tokens": response or -1, "sample, tokens": prompt + response}
+            measured |= {
+                "prompt, tokens": prompt,
+                "response, tokens": response or -1,
+                "sample, tokens": prompt + response,
+            }
         for name, length in measured.items():
             self._lengths[name].append(length)
 
@@ -225,7 +232,9 @@ def _read_as(chunk: Chunk, config: Config) -> str:
     return "trajectories" if any(record.trajectory for record in records) else "problems"
 
 
-def _check_chunk(found: Check, number: int, chunk: Chunk, config: Config, encoder: Encoder | None, answers: _Answers) -> None:
+def _check_chunk(
+    found: Check, number: int, chunk: Chunk, config: Config, encoder: Encoder | None, answers: _Answers
+) -> None:
     trajectories = found.files[number].read_as == "trajectories"
     for line, record in read_numbered(chunk, config.data.fields, need=("response",) if trajectories else ("answer",)):
         where = f"{chunk.file}:{line}"

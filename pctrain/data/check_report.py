@@ -15,17 +15,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pctrain.common.errors import UserError
 from pctrain.data.check import Check, Trouble
 from pctrain.files.durable import plain, write_beside
-from pctrain.common.errors import UserError
 
 PICTURE, FIGURES = "lengths.png", "check.json"
 MOST_FILES = 20  # lines of the table in the terminal; check.json has all
 BAR_WIDTH = 40
-INK, MUTED, FILL, MEDIAN, HIGH, LIMIT = "#1f2328", "#656d76", "#56b4e9", "#0072b2", "#d55e00", "#8c959f"  # Okabe and Ito's
-STYLE = {"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#9aa1a9",
-         "xtick.color": MUTED, "ytick.color": MUTED, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
-         "axes.titlesize": 10, "axes.titleweight": "bold", "legend.frameon": False, "savefig.dpi": 160}
+INK, MUTED, FILL, MEDIAN, HIGH, LIMIT = (
+    "#1f2328",
+    "#656d76",
+    "#56b4e9",
+    "#0072b2",
+    "#d55e00",
+    "#8c959f",
+)  # Okabe and Ito's
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa1a9",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "legend.frameon": False,
+    "savefig.dpi": 160,
+}
 
 
 def write(found: Check, folder: Path) -> list[Path]:
@@ -38,19 +58,29 @@ def write(found: Check, folder: Path) -> list[Path]:
         for name, content in files.items():
             write_beside(folder / name, content)
     except OSError as error:
-        raise UserError(f"{folder}: the picture cannot be written ({error.strerror}); give another folder by --out DIR") from None
+        raise UserError(
+            f"{folder}: the picture cannot be written ({error.strerror}); give another folder by --out DIR"
+        ) from None
     return [folder / name for name in sorted(files, reverse=True)]
 
 
 def as_json(found: Check) -> dict[str, Any]:
     lengths, file_of = found.lengths, found.file_of
-    return plain({
-        "passed": found.passed, "records": found.records, "unusable": found.unusable, "context": found.limit,
-        "lengths": {name: _figures(values) for name, values in lengths.items()},
-        "files": [vars(file) | {"lengths": {name: _figures(values[file_of == number]) for name, values in lengths.items()}}
-                  for number, file in enumerate(found.files)],
-        "troubles": [vars(trouble) | {"advice": trouble.advice} for trouble in found.troubles],
-    })
+    return plain(
+        {
+            "passed": found.passed,
+            "records": found.records,
+            "unusable": found.unusable,
+            "context": found.limit,
+            "lengths": {name: _figures(values) for name, values in lengths.items()},
+            "files": [
+                vars(file)
+                | {"lengths": {name: _figures(values[file_of == number]) for name, values in lengths.items()}}
+                for number, file in enumerate(found.files)
+            ],
+            "troubles": [vars(trouble) | {"advice": trouble.advice} for trouble in found.troubles],
+        }
+    )
 
 
 def _figures(values: np.ndarray) -> dict[str, float] | None:
@@ -58,8 +88,13 @@ def _figures(values: np.ndarray) -> dict[str, float] | None:
     if not len(values):
         return None
     median, high = np.percentile(values, [50, 95])
-    return {"records": len(values), "median": float(median), "percentile_95": float(high), "largest": int(values.max()),
-            "sum": int(values.sum())}
+    return {
+        "records": len(values),
+        "median": float(median),
+        "percentile_95": float(high),
+        "largest": int(values.max()),
+        "sum": int(values.sum()),
+    }
 
 
 # ---------------------------------------------------------------- the terminal
@@ -105,7 +140,9 @@ def _file_table(found: Check) -> Table:
     if len(found.files) > MOST_FILES:
         table.add_row(f"and {len(found.files) - MOST_FILES} more (in {FIGURES})", "", "", "", "")
     if len(found.files) > 1:
-        table.add_row("all", "", f"{found.records:,}", f"{sum(file.chats for file in found.files):,}", f"{found.unusable:,}")
+        table.add_row(
+            "all", "", f"{found.records:,}", f"{sum(file.chats for file in found.files):,}", f"{found.unusable:,}"
+        )
     return table
 
 
@@ -194,7 +231,14 @@ def picture(found: Check) -> bytes:
             _panel(axes, name, values, found.limit if name.startswith("sample") else None)
         names = [str(file.path) for file in found.files]
         title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        figure.suptitle(f"{title[-100:]}: {len(found.file_of):,} records", x=0.01, ha="left", fontsize=9, color=MUTED, parse_math=False)
+        figure.suptitle(
+            f"{title[-100:]}: {len(found.file_of):,} records",
+            x=0.01,
+            ha="left",
+            fontsize=9,
+            color=MUTED,
+            parse_math=False,
+        )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()

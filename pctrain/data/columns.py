@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pctrain.config.tree import FieldsConfig
 from pctrain.common.errors import UserError
+from pctrain.config.tree import FieldsConfig
 
 Form = Literal["chat", "RETU", "plain"]
 # The columns of each form. RETU publishes verl's: `prompt` there is a chat of one turn made for its rollouts, the question as such lies
@@ -58,11 +58,17 @@ def choose(fields: FieldsConfig, found: Form) -> Columns:
     Raises:
         UserError: `fields` names a chat and also a prompt or a response.
     """
-    named = {name: path for name in ("prompt", "response", "answer", "messages") if (path := getattr(fields, name)) is not None}
+    named = {
+        name: path
+        for name in ("prompt", "response", "answer", "messages")
+        if (path := getattr(fields, name)) is not None
+    }
     parts = sorted({"prompt", "response"} & named.keys())
     if "messages" in named and parts:
-        raise UserError(f"data.fields.messages = {fields.messages} and data.fields.{parts[0]} = {named[parts[0]]}: a record is a chat or a "
-                        "prompt with its response; leave one of the two out")
+        raise UserError(
+            f"data.fields.messages = {fields.messages} and data.fields.{parts[0]} = {named[parts[0]]}: a record is a chat or a "
+            "prompt with its response; leave one of the two out"
+        )
     if "messages" in named:
         found = "chat"
     elif parts and found == "chat":
@@ -102,5 +108,12 @@ def kind(value: Any) -> str:
     """`a list`, `a number`, `null`, ...: what a JSON value is, for messages."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or an infinity"
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return "null" if value is None else kinds.get(type(value), f"a value of type {type(value).__name__}")

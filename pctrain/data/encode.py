@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.config.tree import DataConfig
-from pctrain.hf import chat_template
 from pctrain.data.records import Message, Record
-from pctrain.hf.tokenizer import Tokenizer
 from pctrain.files.durable import fingerprint
+from pctrain.hf import chat_template
+from pctrain.hf.tokenizer import Tokenizer
 
 ENCODING_VERSION = 1  # raise it when the same inputs give other tokens: caches of older versions are not read again
 
@@ -76,8 +76,11 @@ class Encoder:
     def digest(self) -> str:
         """sha256, in hex, of everything but the record that its tokens depend on."""
         parts = {
-            "version": ENCODING_VERSION, "tokenizer": fingerprint(self._tokenizer_file), "eos": self.tokenizer.eos_id,
-            "template": self.template and self.template.digest, "limit": self._limit,
+            "version": ENCODING_VERSION,
+            "tokenizer": fingerprint(self._tokenizer_file),
+            "eos": self.tokenizer.eos_id,
+            "template": self.template and self.template.digest,
+            "limit": self._limit,
             **{name: getattr(self._data, name) for name in ("loss_on", "overlong", "unusable")},
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
@@ -108,21 +111,30 @@ class Encoder:
         """
         tokens, spans = self._encode_plain(record) if self.template is None else self._encode_chat(record)
         if not spans:
-            raise Unusable("no_labels", "the chat template writes nothing after the prompt, so there is nothing to train on; give another "
-                                        "template by data.template")
+            raise Unusable(
+                "no_labels",
+                "the chat template writes nothing after the prompt, so there is nothing to train on; give another "
+                "template by data.template",
+            )
         if spans[0][0] == 0:
             raise Unusable("no_prompt", "the prompt has no tokens, so nothing predicts the first one of the answer")
         length = len(tokens)
         if length > self._limit:
             if self._data.overlong != "right":
                 trained = sum(end - start for start, end in spans)
-                raise Unusable("overlong", f"the sample has {length} tokens ({length - trained} prompt, {trained} response with EOS), more "
-                                           f"than {self._limit}, the smaller of the model's context and sft.token_budget; shorten or "
-                                           "remove it, raise the limit, or set data.overlong to drop or right")
+                raise Unusable(
+                    "overlong",
+                    f"the sample has {length} tokens ({length - trained} prompt, {trained} response with EOS), more "
+                    f"than {self._limit}, the smaller of the model's context and sft.token_budget; shorten or "
+                    "remove it, raise the limit, or set data.overlong to drop or right",
+                )
             spans = [(start, min(end, self._limit)) for start, end in spans if start < self._limit]
             if not spans:
-                raise Unusable("no_labels", f"cut to {self._limit} tokens, nothing of its response is left; shorten the prompt, raise the "
-                                            "limit, or set data.unusable to drop")
+                raise Unusable(
+                    "no_labels",
+                    f"cut to {self._limit} tokens, nothing of its response is left; shorten the prompt, raise the "
+                    "limit, or set data.unusable to drop",
+                )
             tokens = tokens[: spans[-1][1]]  # what stands between the last span and the cut is of no use either
         return Sample(np.asarray(tokens, np.int32), np.asarray(spans, np.int32), length > self._limit)
 
@@ -147,7 +159,14 @@ class Encoder:
             if whole[: len(ids)] != ids:
                 raise Unusable("token_boundary", self._boundary_message(whole, ids))
             last = turn == turns[-1]
-            spans.append((len(ids), self._end(whole, len(ids)) if last else self._earlier_end(messages[: turn + 1], text, whole, len(ids))))
+            spans.append(
+                (
+                    len(ids),
+                    self._end(whole, len(ids))
+                    if last
+                    else self._earlier_end(messages[: turn + 1], text, whole, len(ids)),
+                )
+            )
         tokens = whole[: spans[-1][1]]
         if tokens[-1:] != [self.tokenizer.eos_id]:
             tokens.append(self.tokenizer.eos_id)
@@ -162,13 +181,16 @@ class Encoder:
             raise Unusable(
                 "template_prefix" if last else "template_rewrites",
                 f"the chat template does not write turn {turn + 1} after the prompt that it is sampled from: {_difference(prompt, text)}; "
-                + ("give a template whose answers follow its generation prompt by data.template" if last else _ADVICE))
+                + ("give a template whose answers follow its generation prompt by data.template" if last else _ADVICE),
+            )
         return prompt
 
     def _end(self, ids: list[int], begin: int) -> int:
         """Where the answer that ends `ids` ends: behind the special token that closes it, or at the end where the template writes none."""
         closing = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.special_ids), None)
-        if closing is None or self.tokenizer.decode(ids[closing + 1 :]).strip():  # a special token within the answer's own text
+        if (
+            closing is None or self.tokenizer.decode(ids[closing + 1 :]).strip()
+        ):  # a special token within the answer's own text
             return len(ids)
         return closing + 1
 
@@ -176,38 +198,55 @@ class Encoder:
         """The end of a turn that others follow: where it ends while it is the last one. Unusable where the template changes it later."""
         alone = self._render(messages)
         if not text.startswith(alone):
-            raise Unusable("template_rewrites", f"the chat template writes turn {len(messages)} otherwise once more turns follow: "
-                                                f"{_difference(alone, text)}; {_ADVICE}")
+            raise Unusable(
+                "template_rewrites",
+                f"the chat template writes turn {len(messages)} otherwise once more turns follow: "
+                f"{_difference(alone, text)}; {_ADVICE}",
+            )
         ids = self.tokenizer.encode(alone)
         end = self._end(ids, begin)
         if whole[:end] != ids[:end]:
-            raise Unusable("token_boundary", f"the end of turn {len(messages)} is tokenised otherwise once more turns follow; {_ADVICE}")
+            raise Unusable(
+                "token_boundary",
+                f"the end of turn {len(messages)} is tokenised otherwise once more turns follow; {_ADVICE}",
+            )
         # Some templates leave the last turn open, and close it by EOS when another one follows.
         left_open = not self.tokenizer.special_ids.intersection(ids[begin:end][-1:])
         return end + (left_open and whole[end : end + 1] == [self.tokenizer.eos_id])
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self.template.render([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt)
+            return self.template.render(
+                [{"role": m.role, "content": m.content} for m in messages], add_generation_prompt
+            )
         except chat_template.RenderError as error:
             raise Unusable("template_error", str(error)) from None
 
     def _boundary_message(self, whole: list[int], prompt: list[int]) -> str:
         at = next((i for i, (a, b) in enumerate(zip(whole, prompt)) if a != b), len(whole))
         place = slice(max(0, at - 3), at + 3)
-        chat, alone = (f"ids {ids[place]} ({self.tokenizer.decode(ids[place], special=True)!r})" for ids in (whole, prompt))
-        return (f"the tokens of the chat do not begin with those of its prompt: token {at + 1}, {chat} in the chat, {alone} in the prompt; "
-                "a token joins the end of the prompt and the answer, so no mask fits what is sampled: change how the answer begins (such "
-                "as a newline), or the template")
+        chat, alone = (
+            f"ids {ids[place]} ({self.tokenizer.decode(ids[place], special=True)!r})" for ids in (whole, prompt)
+        )
+        return (
+            f"the tokens of the chat do not begin with those of its prompt: token {at + 1}, {chat} in the chat, {alone} in the prompt; "
+            "a token joins the end of the prompt and the answer, so no mask fits what is sampled: change how the answer begins (such "
+            "as a newline), or the template"
+        )
 
 
-_ADVICE = "train on the last turn alone (data.loss_on=last), or give a template that keeps earlier turns by data.template"
+_ADVICE = (
+    "train on the last turn alone (data.loss_on=last), or give a template that keeps earlier turns by data.template"
+)
 
 
 def _plain_prompt(record: Record) -> str:
     if record.messages:
-        raise Unusable("no_template", "a chat needs a chat template, and the model's directory has none (or data.template=none); name a "
-                                      "Jinja file by data.template, or give records with a prompt and a response")
+        raise Unusable(
+            "no_template",
+            "a chat needs a chat template, and the model's directory has none (or data.template=none); name a "
+            "Jinja file by data.template, or give records with a prompt and a response",
+        )
     return record.prompt
 
 

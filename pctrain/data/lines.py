@@ -10,9 +10,9 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from pctrain.common.errors import UserError
 from pctrain.data.columns import kind
 from pctrain.data.records import Unreadable
-from pctrain.common.errors import UserError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 READ_BYTES = 256 << 10  # of an archive's text at once: what is lost before the damage in it is told
@@ -131,8 +131,10 @@ def _version(file: Path) -> tuple[str, int, int]:
 
 
 def _damaged(file: Path, compression: str, lines: int, error: OSError) -> UserError:
-    return UserError(f"{file}: the {compression} archive is cut off or damaged after line {lines} or a little later ({error}); "
-                     "make or copy it again")
+    return UserError(
+        f"{file}: the {compression} archive is cut off or damaged after line {lines} or a little later ({error}); "
+        "make or copy it again"
+    )
 
 
 def parse_lines(data: bytes, first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pctrain.data.rows import Row, RowSet
 from pctrain.common.errors import UserError
+from pctrain.data.rows import Row, RowSet
 
 NO_LABEL = -100
 # Sizes of packs are multiples of this: matrix products in half precision and in 8 bits want rows by sixteens.
@@ -25,7 +25,9 @@ class PackShape:
 
     align: int = 1  # every sequence takes a multiple of so many positions
     multiple: int = MULTIPLE  # and a pack of so many
-    equal: bool = False  # all packs of a batch have one size (the stages of a pipeline send each other tensors of one size)
+    equal: bool = (
+        False  # all packs of a batch have one size (the stages of a pipeline send each other tensors of one size)
+    )
     # Length of a sequence at which attention costs as much as the linear layers (ModelShape.balanced_length).
     balanced_length: float = 4096.0
 
@@ -57,7 +59,12 @@ class PackedBatch:
 
 
 def pack_rows(
-    rows: Sequence[Row] | RowSet, token_budget: int, *, dp_rank: int = 0, dp_size: int = 1, shape: PackShape = PackShape(),
+    rows: Sequence[Row] | RowSet,
+    token_budget: int,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    shape: PackShape = PackShape(),
     denominator: float | None = None,
 ) -> PackedBatch:
     """As few packs as first-fit decreasing needs, a multiple of `dp_size`, filled and dealt so that their costs are even.
@@ -72,12 +79,17 @@ def pack_rows(
     _check(rows.lengths, token_budget)
     room = -(-rows.lengths // shape.align) * shape.align  # positions that each sequence takes
     hands = plan(room, token_budget, dp_size, shape.balanced_length)
-    sizes = [[min(token_budget, max(1, -(-int(room[pack].sum()) // shape.multiple)) * shape.multiple) for pack in hand] for hand in hands]
+    sizes = [
+        [min(token_budget, max(1, -(-int(room[pack].sum()) // shape.multiple)) * shape.multiple) for pack in hand]
+        for hand in hands
+    ]
     if shape.equal:
         largest = max(size for hand in sizes for size in hand)
         sizes = [[largest] * len(hand) for hand in sizes]
-    packs = [_build([rows[i] for i in pack], pack, room[pack], size, rows.streams)
-             for pack, size in zip(hands[dp_rank], sizes[dp_rank], strict=True)]
+    packs = [
+        _build([rows[i] for i in pack], pack, room[pack], size, rows.streams)
+        for pack, size in zip(hands[dp_rank], sizes[dp_rank], strict=True)
+    ]
     denominator = rows.loss_tokens if denominator is None else denominator
     return PackedBatch(packs, rows.loss_tokens, denominator, int(rows.lengths.sum()), sum(map(sum, sizes)), len(rows))
 
@@ -93,14 +105,18 @@ def plan(room: np.ndarray, token_budget: int, ranks: int, balanced_length: float
     cost = room + room.astype(np.float64) ** 2 / balanced_length
     hands = _even(room, cost, places * token_budget, ranks)
     if hands is not None:
-        packed = [_packs_of_one_rank(np.array(hand, dtype=np.int64), room, cost, token_budget, places) for hand in hands]
+        packed = [
+            _packs_of_one_rank(np.array(hand, dtype=np.int64), room, cost, token_budget, places) for hand in hands
+        ]
         if None not in packed:
             return packed
     packs = first_fit + [[] for _ in range(places * ranks - len(first_fit))]
     return [[packs[i] for i in hand] for hand in deal([float(cost[pack].sum()) for pack in packs], ranks)]
 
 
-def _packs_of_one_rank(rows: np.ndarray, room: np.ndarray, cost: np.ndarray, token_budget: int, places: int) -> list[list[int]] | None:
+def _packs_of_one_rank(
+    rows: np.ndarray, room: np.ndarray, cost: np.ndarray, token_budget: int, places: int
+) -> list[list[int]] | None:
     """`places` packs of the given rows, even in cost, or else in tokens, or else as they come; None where the rows need more packs."""
     room, cost = room[rows], cost[rows]
     packs = _even(room, cost, token_budget, places) or _even(room, room, token_budget, places)
@@ -174,13 +190,22 @@ def _build(rows: Sequence[Row], indices: list[int], room: np.ndarray, size: int,
         predicted = position > 0
         before = at[predicted] - 1
         labels[before] = tokens[before + 1]
-        shifted = [(weights, [row.weights for row in rows]), *((streams[name], [row.streams[name] for row in rows]) for name in names)]
+        shifted = [
+            (weights, [row.weights for row in rows]),
+            *((streams[name], [row.streams[name] for row in rows]) for name in names),
+        ]
         for target, values in shifted:
             target[before] = np.concatenate(values)[predicted]
     return Pack(
-        torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(weights), torch.from_numpy(positions),
-        torch.from_numpy(padding), torch.from_numpy(bounds.astype(np.int32)),
-        {name: torch.from_numpy(values) for name, values in streams.items()}, list(indices))
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(weights),
+        torch.from_numpy(positions),
+        torch.from_numpy(padding),
+        torch.from_numpy(bounds.astype(np.int32)),
+        {name: torch.from_numpy(values) for name, values in streams.items()},
+        list(indices),
+    )
 
 
 def _check(lengths: np.ndarray, token_budget: int) -> None:
@@ -189,8 +214,10 @@ def _check(lengths: np.ndarray, token_budget: int) -> None:
     if not lengths.min():
         raise ValueError(f"row {int(lengths.argmin())} is empty")
     if lengths.max() > token_budget:
-        raise UserError(f"a sequence of {lengths.max()} tokens does not fit into the token budget of {token_budget}; "
-                        "raise the token_budget of its section, or allow shorter prompts and responses only")
+        raise UserError(
+            f"a sequence of {lengths.max()} tokens does not fit into the token budget of {token_budget}; "
+            "raise the token_budget of its section, or allow shorter prompts and responses only"
+        )
 
 
 def _check_rows(rows: Sequence[Row], indices: list[int], names: Sequence[str]) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pctrain.distributed.health import watchdog
 from pctrain.config.tree import Config, SourceConfig
-from pctrain.data import arithmetic, scratch_model as hf_dir
+from pctrain.data import arithmetic
+from pctrain.data import scratch_model as hf_dir
+from pctrain.distributed.health import watchdog
 from pctrain.files.lock import try_lock
 
 LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
 from pctrain.data.sources import read_records
-from pctrain.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ class Problem:
 
 
 def read_problems(
-    path: Path, fields: FieldsConfig, encoder: Encoder, *, room: int, room_name: str, expert: int | None = None,
+    path: Path,
+    fields: FieldsConfig,
+    encoder: Encoder,
+    *,
+    room: int,
+    room_name: str,
+    expert: int | None = None,
     left_out: list[str] | None = None,
 ) -> list[Problem]:
     """The problems of a file, glob or folder, with the prompts that SFT trains answers after.
@@ -46,7 +52,10 @@ def read_problems(
         try:
             ids = encoder.prompt_ids(record)
             if len(ids) > room:
-                raise Unusable("overlong", f"the prompt has {len(ids)} tokens, more than {room_name} of {room}; shorten or remove it")
+                raise Unusable(
+                    "overlong",
+                    f"the prompt has {len(ids)} tokens, more than {room_name} of {room}; shorten or remove it",
+                )
             expert_ids = [] if expert is None else _expert_ids(record, len(ids), encoder, expert)
         except Unusable as error:
             if left_out is None or error.cause != "overlong":
@@ -65,6 +74,9 @@ def _expert_ids(record: Record, prompt: int, encoder: Encoder, longest: int) -> 
     ids = sample.tokens[prompt:].tolist()
     if sample.cut or len(ids) > longest:
         more = " or more" if sample.cut else ""
-        raise Unusable("overlong", f"the expert's response has {len(ids)} tokens with EOS{more}; the longest one that is trained on here "
-                                   f"has rollout.max_response = {longest}: raise it, or shorten or remove the record")
+        raise Unusable(
+            "overlong",
+            f"the expert's response has {len(ids)} tokens with EOS{more}; the longest one that is trained on here "
+            f"has rollout.max_response = {longest}: raise it, or shorten or remove the record",
+        )
     return ids

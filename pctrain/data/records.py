@@ -95,8 +95,12 @@ def make_record(value: dict[str, Any], identity: str, columns: Columns, need: Co
     answer = _text(value, "answer", columns.answer, needed="answer" in need)
     if columns.messages is not None:
         return Record(identity, answer=answer, messages=_chat(value, columns.messages, need))
-    return Record(identity, _text(value, "prompt", columns.prompt, needed=True),
-                  _text(value, "response", columns.response, needed="response" in need), answer)
+    return Record(
+        identity,
+        _text(value, "prompt", columns.prompt, needed=True),
+        _text(value, "response", columns.response, needed="response" in need),
+        answer,
+    )
 
 
 def _text(value: dict[str, Any], name: str, path: str, *, needed: bool) -> str | None:
@@ -117,7 +121,9 @@ def _checked_text(value: dict[str, Any], name: str, path: str) -> str:
     if numbers and _is_number(content):
         content = str(content)
     if not isinstance(content, str):
-        raise Unreadable("wrong_type", f"field {path!r}: expected a string{' or a number' if numbers else ''}, got {kind(content)}")
+        raise Unreadable(
+            "wrong_type", f"field {path!r}: expected a string{' or a number' if numbers else ''}, got {kind(content)}"
+        )
     if not content.strip():
         raise Unreadable(f"empty_{name}", f"field {path!r} is empty")
     _refuse_surrogates(content, f"field {path!r}")
@@ -143,7 +149,9 @@ def _chat(value: dict[str, Any], path: str, need: Collection[str]) -> tuple[Mess
     if not any(message.content.strip() for message in asked):
         raise Unreadable("empty_prompt", f"field {path!r}: nothing is asked before the assistant's last turn")
     if "response" in need and not ends_with_assistant:
-        raise Unreadable("bad_chat", f"field {path!r}: the chat ends with a turn of role {messages[-1].role!r}; expected 'assistant'")
+        raise Unreadable(
+            "bad_chat", f"field {path!r}: the chat ends with a turn of role {messages[-1].role!r}; expected 'assistant'"
+        )
     if "response" in need and not messages[-1].content.strip():
         raise Unreadable("empty_response", f"field {path!r}: the assistant's last turn is empty")
     return messages
@@ -165,4 +173,6 @@ def _refuse_surrogates(text: str, name: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise Unreadable("surrogate", f"{name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text") from None
+        raise Unreadable(
+            "surrogate", f"{name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+        ) from None

@@ -46,7 +46,9 @@ class RowSet:
         return self.read(index)
 
 
-def make_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: Mapping[str, float] | None = None) -> Row:
+def make_row(
+    prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: Mapping[str, float] | None = None
+) -> Row:
     """Weight 1 on every token of the completion (its EOS included, where it has one), 0 on the prompt.
 
     Args:
@@ -58,4 +60,6 @@ def make_row(prompt_ids: Sequence[int], completion_ids: Sequence[int], streams: 
     tokens = np.concatenate([np.asarray(prompt_ids, np.int64), np.asarray(completion_ids, np.int64)])
     weights = np.ones(len(tokens), np.float32)
     weights[: len(prompt_ids)] = 0
-    return Row(tokens, weights, {name: np.full(len(tokens), value, np.float32) for name, value in (streams or {}).items()})
+    return Row(
+        tokens, weights, {name: np.full(len(tokens), value, np.float32) for name, value in (streams or {}).items()}
+    )

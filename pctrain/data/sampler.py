@@ -20,7 +20,9 @@ class ShuffledSampler:
     def __init__(self, sizes: Sequence[int], batch: int, seed: int, weights: Sequence[float] | None = None):
         weights = [1.0] * len(sizes) if weights is None else list(weights)
         if not sizes or min(sizes) < 1 or batch < 1 or seed < 0 or len(weights) != len(sizes) or min(weights) <= 0:
-            raise ValueError(f"sizes, batch and weights must be above 0 and seed 0 or more, got {list(sizes)}, {batch}, {weights}, {seed}")
+            raise ValueError(
+                f"sizes, batch and weights must be above 0 and seed 0 or more, got {list(sizes)}, {batch}, {weights}, {seed}"
+            )
         self.sizes, self.batch, self.seed, self.weights = list(sizes), batch, seed, weights
         self._firsts = np.concatenate([[0], np.cumsum(self.sizes)])
         self._epochs: dict[int, np.ndarray] = {}
@@ -72,5 +74,9 @@ class ShuffledSampler:
         for number in range(start // size, -(-stop // size)):
             a, b = max(start - number * size, 0), min(stop - number * size, size)
             whole = b - a == size
-            pieces.append(np.arange(size) if whole else np.random.default_rng([self.seed, number, source, 1]).permutation(size)[a:b])
+            pieces.append(
+                np.arange(size)
+                if whole
+                else np.random.default_rng([self.seed, number, source, 1]).permutation(size)[a:b]
+            )
         return np.concatenate(pieces)

@@ -1,9 +1,9 @@
 """A Hugging Face directory for a model made from scratch: trainer, vLLM and transformers load the same files.
 
-    config.json            LlamaForCausalLM of `model.architecture`
-    tokenizer.model        SentencePiece, trained from the training text
-    tokenizer.json         the same tokenizer as `tokenizers` reads it, and tokenizer_config.json
-    model.safetensors      random initial weights, float32
+config.json            LlamaForCausalLM of `model.architecture`
+tokenizer.model        SentencePiece, trained from the training text
+tokenizer.json         the same tokenizer as `tokenizers` reads it, and tokenizer_config.json
+model.safetensors      random initial weights, float32
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import ArchitectureConfig, Config
 from pctrain.data.sources import read_records
 from pctrain.hf.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_sentencepiece
-from pctrain.common.errors import UserError
 
 INITIAL_STD = 0.02
 
@@ -28,13 +28,21 @@ INITIAL_STD = 0.02
 def make(config: Config, folder: Path) -> Path:
     """The directory for a config without `model.path`: `model.architecture`, and a tokenizer trained from `data.train`."""
     if config.data.train is None:
-        raise UserError("data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path")
-    records = [r for source in config.data.train for r in read_records(source.path, config.data.fields, need=("response",))]
+        raise UserError(
+            "data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path"
+        )
+    records = [
+        r for source in config.data.train for r in read_records(source.path, config.data.fields, need=("response",))
+    ]
     texts = [text for r in records for text in (r.question, r.trajectory)]
-    return make_hf_dir(folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed)
+    return make_hf_dir(
+        folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed
+    )
 
 
-def make_hf_dir(folder: Path, architecture: ArchitectureConfig, texts: Iterable[str], *, vocab_size: int, seed: int) -> Path:
+def make_hf_dir(
+    folder: Path, architecture: ArchitectureConfig, texts: Iterable[str], *, vocab_size: int, seed: int
+) -> Path:
     """Writes the directory beside `folder` and renames it: it is there whole or not at all.
 
     Args:
@@ -54,7 +62,11 @@ def make_hf_dir(folder: Path, architecture: ArchitectureConfig, texts: Iterable[
         tokenizer = _write_tokenizer(beside, sentencepiece_model, architecture.context)
         _write_config(beside, architecture, tokenizer.vocab_size)
         # transformers wants to be told the framework that a file was made for.
-        save_file(initial_weights(architecture, tokenizer.vocab_size, seed), beside / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            initial_weights(architecture, tokenizer.vocab_size, seed),
+            beside / "model.safetensors",
+            metadata={"format": "pt"},
+        )
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -101,7 +113,8 @@ def _write_tokenizer(folder: Path, sentencepiece_model: bytes, context: int) -> 
 
     (folder / "tokenizer.model").write_bytes(sentencepiece_model)
     converted = LlamaTokenizer.from_pretrained(
-        folder, legacy=False, add_prefix_space=False, add_bos_token=False, add_eos_token=False, model_max_length=context)
+        folder, legacy=False, add_prefix_space=False, add_bos_token=False, add_eos_token=False, model_max_length=context
+    )
     converted.save_pretrained(folder)
     # save_pretrained lists every added token as special, \boxed{ among them; a decoder that goes by this list would leave the box out.
     path = folder / "tokenizer_config.json"
@@ -115,8 +128,19 @@ def _write_config(folder: Path, architecture: ArchitectureConfig, vocab_size: in
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        architectures=["LlamaForCausalLM"], vocab_size=vocab_size, hidden_size=architecture.hidden, intermediate_size=architecture.ffn,
-        num_hidden_layers=architecture.layers, num_attention_heads=architecture.heads, num_key_value_heads=architecture.kv_heads,
-        max_position_embeddings=architecture.context, tie_word_embeddings=architecture.tied, initializer_range=INITIAL_STD,
-        bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=None, dtype="float32")
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocab_size,
+        hidden_size=architecture.hidden,
+        intermediate_size=architecture.ffn,
+        num_hidden_layers=architecture.layers,
+        num_attention_heads=architecture.heads,
+        num_key_value_heads=architecture.kv_heads,
+        max_position_embeddings=architecture.context,
+        tie_word_embeddings=architecture.tied,
+        initializer_range=INITIAL_STD,
+        bos_token_id=BOS_ID,
+        eos_token_id=EOS_ID,
+        pad_token_id=None,
+        dtype="float32",
+    )
     config.save_pretrained(folder)

@@ -1,10 +1,10 @@
 """Records from files: what a path names, the records in it, and the parts that worker processes read by themselves.
 
-    files_of("data/*.jsonl")            -> the files
-    chunks(file)                        -> parts of a file: picklable, bounded
-    read_chunk(chunk, fields, need)     -> its records, and the faults of those that cannot be used, in order
-    iter_records, read_records          -> the same over all files of a path
-    iter_raw(path)                      -> the objects as they are, for what copies or edits a data set (`writing.write_records`)
+files_of("data/*.jsonl")            -> the files
+chunks(file)                        -> parts of a file: picklable, bounded
+read_chunk(chunk, fields, need)     -> its records, and the faults of those that cannot be used, in order
+iter_records, read_records          -> the same over all files of a path
+iter_raw(path)                      -> the objects as they are, for what copies or edits a data set (`writing.write_records`)
 """
 
 from __future__ import annotations
@@ -17,17 +17,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import Columns, Form, choose, form_of
 from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
-from pctrain.data.tables import GroupPart, RowGroups, StreamRows, data_set_files, data_set_pieces, is_data_set, parquet_pieces
+from pctrain.data.tables import (
+    GroupPart,
+    RowGroups,
+    StreamRows,
+    data_set_files,
+    data_set_pieces,
+    is_data_set,
+    parquet_pieces,
+)
 from pctrain.files.durable import fingerprint
-from pctrain.common.errors import UserError
 
 CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
 # Suffix, and the compression where there is one.
-LINES = {".jsonl": None, ".json": None, ".jsonl.gz": "gzip", ".json.gz": "gzip", ".jsonl.zst": "zstd", ".json.zst": "zstd"}
+LINES = {
+    ".jsonl": None,
+    ".json": None,
+    ".jsonl.gz": "gzip",
+    ".json.gz": "gzip",
+    ".jsonl.zst": "zstd",
+    ".json.zst": "zstd",
+}
 FORMATS = ".jsonl (also .gz, .zst), .parquet, or a folder written by datasets' save_to_disk"
 Piece = ByteRange | ArchivePart | RowGroups | GroupPart | StreamRows
 
@@ -64,7 +79,9 @@ def files_of(path: Path | str) -> list[Path]:
     else:
         found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
         # A pattern matches folders by the way, and the files inside a data set, which is read as one.
-        found = [file for file in found if (file.is_file() or is_data_set(file)) and not any(map(is_data_set, file.parents))]
+        found = [
+            file for file in found if (file.is_file() or is_data_set(file)) and not any(map(is_data_set, file.parents))
+        ]
         if not found:
             hint = " ([ and ] stand for one character of those between them)" if "[" in str(path) else ""
             raise UserError(f"{path}: no file matches this pattern{hint}")

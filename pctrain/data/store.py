@@ -24,13 +24,15 @@ from typing import IO
 
 import numpy as np
 
-from pctrain.files import npz
-from pctrain.data.rows import Row
 from pctrain.common.errors import UserError
+from pctrain.data.rows import Row
+from pctrain.files import npz
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-OPEN_FILES = 64  # of a store at a time: a set of 889K trajectories has hundreds of shards, and a process commonly 1024 files
+OPEN_FILES = (
+    64  # of a store at a time: a set of 889K trajectories has hundreds of shards, and a process commonly 1024 files
+)
 
 
 def shard_file(folder: Path, number: int, suffix: str) -> Path:
@@ -83,7 +85,9 @@ class TokenStore:
             stream = self._stream(shard)
             read = os.preadv(stream.fileno(), [tokens], int(begin) * self._dtype.itemsize)
         if read != tokens.nbytes:
-            raise UserError(f"{stream.name} is shorter than {MANIFEST} says; delete {self.folder}, and it is made again")
+            raise UserError(
+                f"{stream.name} is shorter than {MANIFEST} says; delete {self.folder}, and it is made again"
+            )
         weights = np.zeros(len(tokens), np.float32)
         for start, end in self._spans[self._first_span[index] : self._first_span[index + 1]]:
             weights[start:end] = 1
@@ -95,7 +99,9 @@ class TokenStore:
             with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
                 return str(json.loads(next(islice(lines, index, None))))
         except (OSError, ValueError, RecursionError, StopIteration):
-            raise UserError(f"{self.folder / 'ids.jsonl'} is damaged; delete {self.folder}, and it is made again") from None
+            raise UserError(
+                f"{self.folder / 'ids.jsonl'} is damaged; delete {self.folder}, and it is made again"
+            ) from None
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._first_record, index, side="right")) - 1
@@ -126,7 +132,9 @@ def _read_manifest(folder: Path) -> dict:
     counts, tokens = manifest.get("counts"), manifest.get("tokens")
     whole = isinstance(counts, dict) and all(type(count) is int for count in (tokens, *counts.values()))
     if not whole or manifest.get("dtype") not in ("uint16", "int32"):
-        raise UserError(f"{folder / MANIFEST} is not as it was written (counts, tokens, dtype); delete {folder}, and it is made again")
+        raise UserError(
+            f"{folder / MANIFEST} is not as it was written (counts, tokens, dtype); delete {folder}, and it is made again"
+        )
     return manifest
 
 
@@ -138,7 +146,11 @@ def _read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nd
         npz.check("lengths", lengths, "i", (None,))
         npz.check("span_counts", span_counts, "i", (len(lengths),))
         npz.check("shards", shards, "i", (None,))
-        if min(lengths.min(initial=1), span_counts.min(initial=1)) < 1 or shards.min(initial=0) < 0 or shards.sum() != len(lengths):
+        if (
+            min(lengths.min(initial=1), span_counts.min(initial=1)) < 1
+            or shards.min(initial=0) < 0
+            or shards.sum() != len(lengths)
+        ):
             raise ValueError("its counts are not those of its records")
         npz.check("spans", spans, "i", (int(span_counts.sum(dtype=np.int64)), 2))
         ends = np.repeat(lengths, span_counts)

@@ -17,13 +17,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pctrain.data.records import Unreadable
 from pctrain.common.errors import UserError
+from pctrain.data.records import Unreadable
 
 PIECE_ROWS = 4096
 # A row group of up to this many pieces is one: it can only be decoded from its beginning.
 PIECES_IN_A_GROUP = 8
-READ_BYTES = 1 << 20  # of a column at once; without a bound pyarrow reads a whole row group, which may be the whole file
+READ_BYTES = (
+    1 << 20
+)  # of a column at once; without a bound pyarrow reads a whole row group, which may be the whole file
 BATCH_BYTES = 1 << 20  # of text turned into Python objects at once
 _NAME = re.compile(r"(?!\.+$)[^/\0\ud800-\udfff]{1,255}")  # of a file in the same folder
 
@@ -110,7 +112,10 @@ def parquet_pieces(file: Path, size: int) -> Iterator[tuple[RowGroups | GroupPar
                 step = _between(size // average, 1, PIECE_ROWS)
                 for start in range(0, rows, step):
                     taken = min(step, rows - start)
-                    yield GroupPart(file, first + start, group, start, taken, _batch_rows(average)), done(first + start + taken)
+                    yield (
+                        GroupPart(file, first + start, group, start, taken, _batch_rows(average)),
+                        done(first + start + taken),
+                    )
             else:
                 yield RowGroups(file, first, groups, _batch_rows(average)), done(first + rows)
             first, group = first + rows, groups.stop
@@ -175,7 +180,14 @@ def _rows_of_group(part: GroupPart, paths: Collection[str] | None) -> tuple[list
 
 def _version(part: GroupPart, paths: Collection[str] | None) -> tuple:
     state = part.file.stat()
-    return str(part.file), state.st_size, state.st_mtime_ns, part.group, part.batch_rows, None if paths is None else tuple(paths)
+    return (
+        str(part.file),
+        state.st_size,
+        state.st_mtime_ns,
+        part.group,
+        part.batch_rows,
+        None if paths is None else tuple(paths),
+    )
 
 
 # ---------------------------------------------------------------- data sets on disk
@@ -193,13 +205,23 @@ def data_set_files(folder: Path) -> list[Path]:
         UserError: it is a DatasetDict, no data set, or a file of it is missing.
     """
     if (folder / "dataset_dict.json").is_file():
-        splits = _names(_read_json(folder / "dataset_dict.json").get("splits", []), folder / "dataset_dict.json", "splits")
-        raise UserError(f"{folder} holds several splits; name one of them: {', '.join(str(folder / split) for split in splits)}")
+        splits = _names(
+            _read_json(folder / "dataset_dict.json").get("splits", []), folder / "dataset_dict.json", "splits"
+        )
+        raise UserError(
+            f"{folder} holds several splits; name one of them: {', '.join(str(folder / split) for split in splits)}"
+        )
     if not is_data_set(folder):
-        raise UserError(f"{folder} is a folder, but no data set that datasets' save_to_disk wrote (there is no state.json in it); "
-                        f"for the files in it give a pattern, such as {folder / '*.jsonl'}")
+        raise UserError(
+            f"{folder} is a folder, but no data set that datasets' save_to_disk wrote (there is no state.json in it); "
+            f"for the files in it give a pattern, such as {folder / '*.jsonl'}"
+        )
     entries = _read_json(folder / "state.json").get("_data_files", [])
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries] if isinstance(entries, list) else entries
+    names = (
+        [entry.get("filename") if isinstance(entry, dict) else None for entry in entries]
+        if isinstance(entries, list)
+        else entries
+    )
     files = [folder / name for name in _names(names, folder / "state.json", "_data_files")]
     for file in files:
         if not file.is_file():
@@ -231,7 +253,9 @@ def data_set_pieces(folder: Path, size: int) -> Iterator[tuple[StreamRows, int]]
 def _names(names: Any, file: Path, key: str) -> list[str]:
     """Of files beside `file`: nothing else is read because a data set says so."""
     if not isinstance(names, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names):
-        raise UserError(f"{file}: expected under {key!r} the names of files or folders beside it; copy the data set again")
+        raise UserError(
+            f"{file}: expected under {key!r} the names of files or folders beside it; copy the data set again"
+        )
     return names
 
 
@@ -250,7 +274,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _wanted(names: list[str], paths: Collection[str] | None) -> list[str] | None:
     """The top-level columns that the dotted paths lead into; None: all."""
-    return None if paths is None else [name for name in names if any(path == name or path.split(".")[0] == name for path in paths)]
+    return (
+        None
+        if paths is None
+        else [name for name in names if any(path == name or path.split(".")[0] == name for path in paths)]
+    )
 
 
 def _refuse_twice(names: list[str]) -> None:
@@ -260,7 +288,9 @@ def _refuse_twice(names: list[str]) -> None:
         raise pa.ArrowInvalid(f"two of its columns have the name {twice!r}")
 
 
-def _rows(batches: Iterator[pa.RecordBatch], names: list[str], first: int) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
+def _rows(
+    batches: Iterator[pa.RecordBatch], names: list[str], first: int
+) -> Iterator[tuple[int, dict[str, Any] | Unreadable]]:
     """Every row as an object. Columns that were not read are None in it: a message names them, nobody looks at their content."""
     blank = dict.fromkeys(names)
     for batch in batches:
@@ -275,8 +305,14 @@ def _objects(batch: pa.RecordBatch) -> list[dict[str, Any] | Unreadable]:
     except UnicodeDecodeError as error:  # pyarrow does not look at the bytes of a string before somebody asks for them
         fault = Unreadable("not_utf8", f"not UTF-8 at byte {error.start + 1} of a text; write the column as UTF-8")
     except (OverflowError, ValueError) as error:  # such as a date beyond the year 9999
-        fault = Unreadable("wrong_type", f"a column holds a value that cannot be read ({error}); mend it, or leave the column out")
-    return [fault] if batch.num_rows == 1 else [row for at in range(batch.num_rows) for row in _objects(batch.slice(at, 1))]
+        fault = Unreadable(
+            "wrong_type", f"a column holds a value that cannot be read ({error}); mend it, or leave the column out"
+        )
+    return (
+        [fault]
+        if batch.num_rows == 1
+        else [row for at in range(batch.num_rows) for row in _objects(batch.slice(at, 1))]
+    )
 
 
 def _batch_rows(average: int) -> int:
@@ -291,6 +327,12 @@ def _between(value: int, low: int, high: int) -> int:
 def _named(file: Path) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last: a name in the file's own table of contents
+    except (
+        pa.ArrowException,
+        OSError,
+        UnicodeDecodeError,
+    ) as error:  # the last: a name in the file's own table of contents
         kind = "parquet file" if file.suffix == ".parquet" else "Arrow file"
-        raise UserError(f"{kind} {file} cannot be read: {str(error).strip()}; it may be cut off or of another format") from None
+        raise UserError(
+            f"{kind} {file} cannot be read: {str(error).strip()}; it may be cut off or of another format"
+        ) from None

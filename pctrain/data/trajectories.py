@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import SourceConfig
 from pctrain.data.rows import Row, RowSet
 from pctrain.data.store import TokenStore
-from pctrain.common.errors import UserError
 
 SOURCE = "source"  # the stream that tells the loss which source a token is of
 
@@ -66,7 +66,9 @@ class Trajectories:
             counts = "".join(f", {count} {cause}" for cause, count in store.counts.items())
             weighted = f", weight {weight:g}" if weight != 1 else ""
             trained = int(store.loss_tokens.sum(dtype=np.int64))
-            lines.append(f"{name}: {len(store)} trajectories, {store.tokens} tokens, {trained} trained on{weighted}{counts}")
+            lines.append(
+                f"{name}: {len(store)} trajectories, {store.tokens} tokens, {trained} trained on{weighted}{counts}"
+            )
         return lines
 
 
@@ -75,7 +77,9 @@ def source_names(sources: Sequence[SourceConfig]) -> list[str]:
     names = [source.name or _name_of(source.path) for source in sources]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"two sources of data.train or data.validation have the name {twice[0]!r}; give each a `name` of its own")
+        raise UserError(
+            f"two sources of data.train or data.validation have the name {twice[0]!r}; give each a `name` of its own"
+        )
     return names
 
 

@@ -42,7 +42,9 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], work
             yield result[0]
 
 
-def in_processes(prepare: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int) -> Iterator[tuple[Result] | None]:
+def in_processes(
+    prepare: Callable[[], Callable[[Item], Result]], items: Iterable[Item], workers: int
+) -> Iterator[tuple[Result] | None]:
     """(function(item),) of every item, in order, by `workers` processes; None at least every HEARTBEAT seconds that nothing is ready.
 
     `prepare()` makes the function, once in each process. Of several items that fail the first one's exception is raised, whichever
@@ -83,7 +85,9 @@ def in_processes(prepare: Callable[[], Callable[[Item], Result]], items: Iterabl
                 idle.append(connection)
             yield None
     except (EOFError, ConnectionError):
-        raise UserError("a worker process has died (killed by the system, for its memory?): start again, with fewer data.workers") from None
+        raise UserError(
+            "a worker process has died (killed by the system, for its memory?): start again, with fewer data.workers"
+        ) from None
     finally:
         for process in processes:
             process.kill()

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pctrain.files.durable import fsync
 from pctrain.common.errors import UserError
+from pctrain.files.durable import fsync
 
 BATCH_ROWS = 1000  # of a parquet file's row groups
 # One line after the other; what is read again and again should unpack fast more than it should be small.
@@ -73,7 +73,10 @@ def _write_gzip(file: Path, records: Iterable[dict[str, Any]], path: Path) -> in
 
 
 def _write_zstd(file: Path, records: Iterable[dict[str, Any]], path: Path) -> int:
-    with open(file, "wb") as raw, zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(raw) as stream:
+    with (
+        open(file, "wb") as raw,
+        zstandard.ZstdCompressor(ZSTD_LEVEL, write_checksum=True).stream_writer(raw) as stream,
+    ):
         return _write_lines(stream, records, path)
 
 
@@ -84,7 +87,9 @@ def _write_lines(stream: IO[bytes], records: Iterable[dict[str, Any]], path: Pat
         try:
             stream.write(_line(record))
         except TypeError as error:
-            raise UserError(f"{path}: record {count} cannot be written as JSON ({error}); leave it out, or write .parquet") from None
+            raise UserError(
+                f"{path}: record {count} cannot be written as JSON ({error}); leave it out, or write .parquet"
+            ) from None
     return count
 
 
@@ -137,8 +142,10 @@ def _spool(file: Path, records: Iterable[dict[str, Any]], path: Path) -> tuple[l
             try:
                 array = pa.array(rows)
             except (pa.ArrowException, OverflowError, UnicodeEncodeError) as error:
-                raise UserError(f"{path}: one of the records {count + 1} to {count + len(rows)} does not fit into a column of the others "
-                                f"({error}); a parquet column holds one type: make the values alike, or write .jsonl") from None
+                raise UserError(
+                    f"{path}: one of the records {count + 1} to {count + len(rows)} does not fit into a column of the others "
+                    f"({error}); a parquet column holds one type: make the values alike, or write .jsonl"
+                ) from None
             batch = pa.RecordBatch.from_struct_array(array)
             with pa.ipc.new_stream(stream, batch.schema) as writer:
                 writer.write_batch(batch)
@@ -161,9 +168,15 @@ def _joined(one: pa.DataType, other: pa.DataType, path: Path, name: str = "") ->
         return pa.struct(list(fields.items()))
     if pa.types.is_list(one) and pa.types.is_list(other):
         return pa.list_(_joined(one.value_type, other.value_type, path, name))
-    raise UserError(f"{path}: column {name!r} is {one} in some records and {other} in others; a parquet column holds one type: make the "
-                    "values alike, or write .jsonl")
+    raise UserError(
+        f"{path}: column {name!r} is {one} in some records and {other} in others; a parquet column holds one type: make the "
+        "values alike, or write .jsonl"
+    )
 
 
 FORMATS: dict[str, Callable[[Path, Iterable[dict[str, Any]], Path], int]] = {
-    ".jsonl": _write_jsonl, ".jsonl.gz": _write_gzip, ".jsonl.zst": _write_zstd, ".parquet": _write_parquet}
+    ".jsonl": _write_jsonl,
+    ".jsonl.gz": _write_gzip,
+    ".jsonl.zst": _write_zstd,
+    ".parquet": _write_parquet,
+}

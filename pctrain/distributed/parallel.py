@@ -12,11 +12,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pctrain.distributed.health import watchdog
+from pctrain.common.device import device, on_gpu
 from pctrain.config.tree import ParallelConfig
 from pctrain.core.patches import cpu as cpu_patches
 from pctrain.distributed import waits
-from pctrain.common.device import device, on_gpu
+from pctrain.distributed.health import watchdog
 
 SIGN_OF_LIFE = 2.0  # seconds between two words of rank 0 to those that wait for it
 
@@ -59,7 +59,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> None:
     )
     wanted = (parallel.tensor, parallel.pipeline, virtual, parallel.context, parallel.expert)
     if layout != wanted:
-        raise RuntimeError(f"this process already runs tensor x pipeline x virtual stages x context x expert = {layout}, not {wanted}")
+        raise RuntimeError(
+            f"this process already runs tensor x pipeline x virtual stages x context x expert = {layout}, not {wanted}"
+        )
     seed_all(seed)
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
@@ -98,11 +100,13 @@ def coordinates() -> dict[str, int]:
     """Where this rank stands in the layout: its rank in each group of several."""
     from megatron.core import parallel_state as state
 
-    groups = {"tensor": (state.get_tensor_model_parallel_rank, state.get_tensor_model_parallel_world_size),
-              "pipeline": (state.get_pipeline_model_parallel_rank, state.get_pipeline_model_parallel_world_size),
-              "context": (state.get_context_parallel_rank, state.get_context_parallel_world_size),
-              "expert": (state.get_expert_model_parallel_rank, state.get_expert_model_parallel_world_size),
-              "data": (state.get_data_parallel_rank, state.get_data_parallel_world_size)}
+    groups = {
+        "tensor": (state.get_tensor_model_parallel_rank, state.get_tensor_model_parallel_world_size),
+        "pipeline": (state.get_pipeline_model_parallel_rank, state.get_pipeline_model_parallel_world_size),
+        "context": (state.get_context_parallel_rank, state.get_context_parallel_world_size),
+        "expert": (state.get_expert_model_parallel_rank, state.get_expert_model_parallel_world_size),
+        "data": (state.get_data_parallel_rank, state.get_data_parallel_world_size),
+    }
     return {name: rank() for name, (rank, size) in groups.items() if size() > 1}
 
 

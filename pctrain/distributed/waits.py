@@ -15,14 +15,33 @@ from collections.abc import Callable
 import torch
 from torch.distributed import ProcessGroup, Work
 
-from pctrain.distributed.health import phases
 from pctrain.common.device import on_gpu
+from pctrain.distributed.health import phases
 
 COLLECTIVES = (
-    "allreduce", "allreduce_coalesced", "reduce", "broadcast", "barrier", "send", "recv", "recv_anysource", "gather", "scatter",
-    "allgather", "allgather_coalesced", "_allgather_base", "allgather_into_tensor_coalesced", "all_gather_single",
-    "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "reduce_scatter_single",
-    "alltoall", "alltoall_base", "all_to_all_single", "_end_coalescing",
+    "allreduce",
+    "allreduce_coalesced",
+    "reduce",
+    "broadcast",
+    "barrier",
+    "send",
+    "recv",
+    "recv_anysource",
+    "gather",
+    "scatter",
+    "allgather",
+    "allgather_coalesced",
+    "_allgather_base",
+    "allgather_into_tensor_coalesced",
+    "all_gather_single",
+    "reduce_scatter",
+    "_reduce_scatter_base",
+    "reduce_scatter_tensor_coalesced",
+    "reduce_scatter_single",
+    "alltoall",
+    "alltoall_base",
+    "all_to_all_single",
+    "_end_coalescing",
 )
 
 _installed = False

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pctrain.config.tree import Config
-from pctrain.distributed import parallel
 from pctrain.data.problems import Problem
+from pctrain.distributed import parallel
 from pctrain.hf.tokenizer import Tokenizer
 from pctrain.reward import VerifierPool, cause_counts, fault_line
 from pctrain.reward.verdict import FAULTS
@@ -47,7 +47,9 @@ class Score:
         }
 
 
-def evaluate(engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, problems: list[Problem], config: Config) -> Score:
+def evaluate(
+    engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, problems: list[Problem], config: Config
+) -> Score:
     """Scores the weights that the engine holds. Collective.
 
     The seeds do not depend on the step: two evaluations of one model give one number, and checkpoints are compared on the same draws.
@@ -55,14 +57,20 @@ def evaluate(engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer
     began = time.perf_counter()
     samples = config.eval.samples
     requests = [
-        Request(p.prompt_ids, sampling_seed(config.run.seed, "eval", 0, p.index, sample)) for p in problems for sample in range(samples)
+        Request(p.prompt_ids, sampling_seed(config.run.seed, "eval", 0, p.index, sample))
+        for p in problems
+        for sample in range(samples)
     ]
     completions = engine.generate(
-        requests, temperature=config.eval.temperature, top_p=config.eval.top_p,
-        max_response=config.eval.max_response or config.rollout.max_response)
+        requests,
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_response=config.eval.max_response or config.rollout.max_response,
+    )
     answers = [p.answer for p in problems for _ in range(samples)]
     verdicts = parallel.map_over_ranks(
-        verifier.score, [(tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
+        verifier.score,
+        [(tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)],
     )
     right = np.array([v.reward for v in verdicts]).reshape(len(problems), samples).mean(1)
     n = len(problems)

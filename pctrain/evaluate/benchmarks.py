@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import BenchmarkConfig, Config, FieldsConfig
 from pctrain.data.columns import choose, form_of
 from pctrain.data.records import Record, Unreadable, make_record
 from pctrain.data.sources import content_hash, iter_raw
-from pctrain.common.errors import UserError
 from pctrain.reward.boxed import last_boxed
 
 LETTERS = "ABCDEFGHIJ"  # what the verifier `choice` reads
@@ -74,8 +74,10 @@ def read_benchmarks(config: Config) -> list[Benchmark]:
         UserError: there is none; a file is missing or empty; a record is not of a known layout, or has no answer.
     """
     if not config.eval.benchmarks:
-        raise UserError("pctrain eval needs eval.benchmarks, such as --eval.benchmarks='{math500: math500.jsonl, aime24: {path: "
-                        "aime24.parquet, samples: 16}}', or the same in the --config file")
+        raise UserError(
+            "pctrain eval needs eval.benchmarks, such as --eval.benchmarks='{math500: math500.jsonl, aime24: {path: "
+            "aime24.parquet, samples: 16}}', or the same in the --config file"
+        )
     return [_read_benchmark(name, benchmark, config) for name, benchmark in config.eval.benchmarks.items()]
 
 
@@ -97,18 +99,37 @@ def _read_benchmark(name: str, benchmark: BenchmarkConfig, config: Config) -> Be
     if not found:
         raise UserError(f"{benchmark.path}: eval.benchmarks.{name} has no record")
     if len(choices) > 1:
-        raise UserError(f"{benchmark.path}: eval.benchmarks.{name} mixes multiple choice with other problems; make two benchmarks of it")
+        raise UserError(
+            f"{benchmark.path}: eval.benchmarks.{name} mixes multiple choice with other problems; make two benchmarks of it"
+        )
     is_choice = choices.pop()
-    instruction = benchmark.instruction if benchmark.instruction is not None else (
-        CHOICE_INSTRUCTION if is_choice else config.eval.instruction)
+    instruction = (
+        benchmark.instruction
+        if benchmark.instruction is not None
+        else (CHOICE_INSTRUCTION if is_choice else config.eval.instruction)
+    )
     questions = [Question(where, _instructed(record, instruction, where), record.answer) for where, record in found]
     verifier = benchmark.verifier or ("choice" if is_choice else config.reward.verifier)
-    return Benchmark(name, benchmark.samples or config.eval.samples, verifier, instruction or None, questions, content_hash(benchmark.path))
+    return Benchmark(
+        name,
+        benchmark.samples or config.eval.samples,
+        verifier,
+        instruction or None,
+        questions,
+        content_hash(benchmark.path),
+    )
 
 
 def _identity(value: Mapping[str, Any], where: str) -> str:
     own = {key.lower(): content for key, content in value.items()}
-    named = next((own[key] for key in ("id", "record id", "unique_id") if isinstance(own.get(key), (str, int)) and own[key] != ""), None)
+    named = next(
+        (
+            own[key]
+            for key in ("id", "record id", "unique_id")
+            if isinstance(own.get(key), (str, int)) and own[key] != ""
+        ),
+        None,
+    )
     return Path(where).name if named is None else str(named)
 
 
@@ -116,8 +137,10 @@ def _instructed(record: Record, instruction: str | None, where: str) -> Record:
     if not instruction:
         return record
     if record.messages:
-        raise UserError(f"{where}: a chat takes no instruction: leave eval.instruction out for it (instruction: '' of its benchmark), and "
-                        "write what it says into the messages")
+        raise UserError(
+            f"{where}: a chat takes no instruction: leave eval.instruction out for it (instruction: '' of its benchmark), and "
+            "write what it says into the messages"
+        )
     return Record(record.id, prompt=f"{record.prompt}\n\n{instruction}", answer=record.answer)
 
 
@@ -140,9 +163,11 @@ def _by_layout(value: dict[str, Any], identity: str) -> tuple[Record, bool]:
             return Record(identity, prompt=problem.prompt, answer=problem.answer), problem.choice
     form = form_of(value)
     if form == "plain" and not {"prompt", "answer"} <= value.keys():
-        raise Unknown(f"no layout is known that has the columns {', '.join(sorted(value)) or 'of nothing'}; known are "
-                      f"{'; '.join(' + '.join(names) for names, _ in LAYOUTS)}; prompt + answer. Name its columns by "
-                      "fields: {prompt: ..., answer: ...} of the benchmark")
+        raise Unknown(
+            f"no layout is known that has the columns {', '.join(sorted(value)) or 'of nothing'}; known are "
+            f"{'; '.join(' + '.join(names) for names, _ in LAYOUTS)}; prompt + answer. Name its columns by "
+            "fields: {prompt: ..., answer: ...} of the benchmark"
+        )
     return make_record(value, identity, choose(FieldsConfig(), form), ("answer",)), False
 
 
@@ -158,7 +183,9 @@ def _arc(columns: Mapping[str, Any]) -> _Read:
     question, choices = columns["question"], columns["choices"]
     if isinstance(choices, Mapping) and {"text", "label"} <= choices.keys():
         texts, labels = list(choices["text"]), [str(label) for label in choices["label"]]
-    elif isinstance(choices, list) and all(isinstance(item, Mapping) and {"text", "label"} <= item.keys() for item in choices):
+    elif isinstance(choices, list) and all(
+        isinstance(item, Mapping) and {"text", "label"} <= item.keys() for item in choices
+    ):
         texts, labels = [item["text"] for item in choices], [str(item["label"]) for item in choices]
     else:
         raise Unknown("choices: expected {text: [...], label: [...]}")
@@ -188,7 +215,9 @@ def _olympiad(columns: Mapping[str, Any]) -> _Read:
     if columns.get("context"):  # what several questions of one physics problem have in common
         question = f"{_text(columns, 'context')}\n{question}"
     if _PICTURE.search(question):
-        raise Unknown("its question shows a picture, which a language model does not see: take the sets whose name has TO (text only)")
+        raise Unknown(
+            "its question shows a picture, which a language model does not see: take the sets whose name has TO (text only)"
+        )
     return _Read(question, parts[0] if len(parts) == 1 else ", ".join(part.strip("$") for part in parts))
 
 
@@ -215,7 +244,9 @@ def _text(columns: Mapping[str, Any], name: str) -> str:
 def _as_text(value: Any, name: str) -> str:
     if isinstance(value, str):
         return value
-    if isinstance(value, float) and value.is_integer():  # what a table makes of whole numbers where one of them is missing
+    if (
+        isinstance(value, float) and value.is_integer()
+    ):  # what a table makes of whole numbers where one of them is missing
         return str(int(value))
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)

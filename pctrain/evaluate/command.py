@@ -1,7 +1,7 @@
 """`pctrain eval MODEL...`: models on benchmarks, one engine for all of them, every sample kept.
 
-    OUT/results.json, results.csv, scores.png, curves.json (of RL runs)
-    OUT/MODEL/BENCHMARK/samples.jsonl, disagreements.jsonl, settings.json
+OUT/results.json, results.csv, scores.png, curves.json (of RL runs)
+OUT/MODEL/BENCHMARK/samples.jsonl, disagreements.jsonl, settings.json
 """
 
 from __future__ import annotations
@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pctrain.run import checkpoints, resume
-from pctrain.distributed.health import watchdog
-from pctrain.config.tree import Config
-from pctrain.distributed import parallel
-from pctrain.hf.config import HFConfig
-from pctrain.data.encode import Encoder
-from pctrain.files.durable import fingerprint
 from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console, progress
+from pctrain.config.tree import Config
+from pctrain.data.encode import Encoder
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.evaluate import results
 from pctrain.evaluate.benchmarks import Benchmark, read_benchmarks
 from pctrain.evaluate.disagreements import write_disagreements
@@ -28,8 +26,10 @@ from pctrain.evaluate.resumable import weights_of
 from pctrain.evaluate.samples import Prompts, SampleFile, Verifiers, draw, encode
 from pctrain.evaluate.summary import Scores, read_scores
 from pctrain.evaluate.targets import Target
+from pctrain.files.durable import fingerprint
 from pctrain.files.lock import holder, try_lock
-from pctrain.common.progress import make_console, progress
+from pctrain.hf.config import HFConfig
+from pctrain.run import checkpoints, resume
 
 MAX_RESPONSE = 8192  # the paper's; where eval.max_response says nothing
 LOCK = ".eval.lock"  # its presence says whose folder it is
@@ -47,11 +47,17 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
     models = parallel.agree(lambda: _readers(targets, benchmarks, config, hf))
     wanted = config.eval.max_response or MAX_RESPONSE
     longest = max(len(ids) for model in models for prompts in model.prompts for ids in prompts.ids)
-    with (_held(out), watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
-          Verifiers(config.reward) as verifiers, Engine(config, hf, min(hf.context, longest + wanted)) as engine):
+    with (
+        _held(out),
+        watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
+        Verifiers(config.reward) as verifiers,
+        Engine(config, hf, min(hf.context, longest + wanted)) as engine,
+    ):
         if longest + wanted > hf.context:
-            _say(f"the context of {hf.context} tokens holds the longest problem ({longest}) and {hf.context - longest} tokens of an "
-                 f"answer, not {wanted}: answers are cut where the context ends")
+            _say(
+                f"the context of {hf.context} tokens holds the longest problem ({longest}) and {hf.context - longest} tokens of an "
+                f"answer, not {wanted}: answers are cut where the context ends"
+            )
         _start_functions(benchmarks, verifiers, config)
         _sample(models, engine, verifiers, config, wanted, out)
         for model in models:
@@ -70,18 +76,30 @@ class _Reader:
         self.target = target
         self.encoder = Encoder(target.hf_dir, config.data, hf.context)
         if self.encoder.tokenizer.eos_id != hf.eos_id:
-            raise UserError(f"{target.hf_dir}: its tokenizer ends a text with token {self.encoder.tokenizer.eos_id}, its config.json with "
-                            f"{hf.eos_id} (eos_token_id): an answer would not end; mend one of them")
+            raise UserError(
+                f"{target.hf_dir}: its tokenizer ends a text with token {self.encoder.tokenizer.eos_id}, its config.json with "
+                f"{hf.eos_id} (eos_token_id): an answer would not end; mend one of them"
+            )
         self.prompts = [encode(benchmark, self.encoder, hf.context) for benchmark in benchmarks]
 
     def settings(self, prompts: Prompts, weights: dict[str, str], config: Config, max_response: int) -> dict[str, Any]:
         """All that decides the samples."""
         benchmark, template = prompts.benchmark, self.encoder.template
-        return {"model": weights, "template": template and template.digest, "benchmark": benchmark.content,
-                "fields": config.eval.benchmarks[benchmark.name].fields.model_dump(exclude_none=True), "instruction": benchmark.instruction,
-                "verifier": benchmark.verifier, "levenshtein": config.reward.levenshtein, "samples": benchmark.samples,
-                "seed": config.run.seed, "temperature": config.eval.temperature, "top_p": config.eval.top_p, "max_response": max_response,
-                "dtype": config.model.dtype}
+        return {
+            "model": weights,
+            "template": template and template.digest,
+            "benchmark": benchmark.content,
+            "fields": config.eval.benchmarks[benchmark.name].fields.model_dump(exclude_none=True),
+            "instruction": benchmark.instruction,
+            "verifier": benchmark.verifier,
+            "levenshtein": config.reward.levenshtein,
+            "samples": benchmark.samples,
+            "seed": config.run.seed,
+            "temperature": config.eval.temperature,
+            "top_p": config.eval.top_p,
+            "max_response": max_response,
+            "dtype": config.model.dtype,
+        }
 
 
 def _readers(targets: Sequence[Target], benchmarks: Sequence[Benchmark], config: Config, hf: HFConfig) -> list[_Reader]:
@@ -115,7 +133,11 @@ def _take(out: Path) -> Callable[[], None]:
 def _start_functions(benchmarks: Sequence[Benchmark], verifiers: Verifiers, config: Config) -> None:
     """A function that cannot be imported is told of now, not after hours of sampling."""
     for benchmark in benchmarks:
-        key = f"eval.benchmarks.{benchmark.name}.verifier" if config.eval.benchmarks[benchmark.name].verifier else "reward.verifier"
+        key = (
+            f"eval.benchmarks.{benchmark.name}.verifier"
+            if config.eval.benchmarks[benchmark.name].verifier
+            else "reward.verifier"
+        )
         parallel.agree(lambda key=key, name=benchmark.verifier: verifiers.start(key, name))
     if config.eval.judge is not None:
         parallel.agree(lambda: verifiers.start("eval.judge", config.eval.judge))
@@ -124,13 +146,19 @@ def _start_functions(benchmarks: Sequence[Benchmark], verifiers: Verifiers, conf
 # ---- the samples -----------------------------------------------------------------------------------------------------------
 
 
-def _sample(models: Sequence[_Reader], engine: Engine, verifiers: Verifiers, config: Config, max_response: int, out: Path) -> None:
+def _sample(
+    models: Sequence[_Reader], engine: Engine, verifiers: Verifiers, config: Config, max_response: int, out: Path
+) -> None:
     """All that is not there yet. A model whose samples are all there is not loaded."""
     files = []
     for model in models:
         settings = parallel.from_rank_zero(lambda model=model: _settings(model, config, max_response))
-        files.append([SampleFile(out / model.target.name / prompts.benchmark.name, of)
-                      for prompts, of in zip(model.prompts, settings, strict=True)])
+        files.append(
+            [
+                SampleFile(out / model.target.name / prompts.benchmark.name, of)
+                for prompts, of in zip(model.prompts, settings, strict=True)
+            ]
+        )
     total = sum(prompts.samples for model in models for prompts in model.prompts)
     done = sum(file.done for of_model in files for file in of_model)
     with progress("evaluation", total=total, start=done, unit="sample", rank=parallel.rank()) as bar:
@@ -139,7 +167,10 @@ def _sample(models: Sequence[_Reader], engine: Engine, verifiers: Verifiers, con
                 bar.advance(0, model=model.target.name, benchmark=prompts.benchmark.name)
                 if not file.complete:
                     held = engine.holding(model.target) if file.done < prompts.samples else None
-                    file.fill(draw(prompts, file.done, held, verifiers, model.encoder.tokenizer.decode, config, max_response), bar)
+                    file.fill(
+                        draw(prompts, file.done, held, verifiers, model.encoder.tokenizer.decode, config, max_response),
+                        bar,
+                    )
 
 
 def _settings(model: _Reader, config: Config, max_response: int) -> list[dict[str, Any]]:
@@ -149,19 +180,25 @@ def _settings(model: _Reader, config: Config, max_response: int) -> list[dict[st
         weights = weights_of(target.hf_dir)
     else:
         files = checkpoints.read_manifest(target.checkpoint)["files"]
-        weights = {**{name: entry["sha256"] for name, entry in files.items()},
-                   **{name: fingerprint(target.hf_dir / name) for name in ("config.json", "tokenizer.json")}}
+        weights = {
+            **{name: entry["sha256"] for name, entry in files.items()},
+            **{name: fingerprint(target.hf_dir / name) for name in ("config.json", "tokenizer.json")},
+        }
     return [model.settings(prompts, weights, config, max_response) for prompts in model.prompts]
 
 
 # ---- the end ---------------------------------------------------------------------------------------------------------------
 
 
-def _conclude(targets: list[Target], benchmarks: Sequence[Benchmark], config: Config, max_response: int, out: Path, began: float) -> None:
+def _conclude(
+    targets: list[Target], benchmarks: Sequence[Benchmark], config: Config, max_response: int, out: Path, began: float
+) -> None:
     def scores_of(target: Target, benchmark: Benchmark) -> Scores:
         return read_scores(out / target.name / benchmark.name, benchmark.samples, judged=config.eval.judge is not None)
 
-    scores = {target.name: {benchmark.name: scores_of(target, benchmark) for benchmark in benchmarks} for target in targets}
+    scores = {
+        target.name: {benchmark.name: scores_of(target, benchmark) for benchmark in benchmarks} for target in targets
+    }
     found = results.Results(targets, scores, results.settings_of(config, benchmarks, max_response))
     said = results.write(found, out)
     results.show(found, said, out, time.monotonic() - began)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pctrain.distributed.health import watchdog
 from pctrain.distributed import parallel
-from pctrain.files.durable import json_line, write_beside
+from pctrain.distributed.health import watchdog
 from pctrain.evaluate.samples import SAMPLES, Verifiers, read, verdict_of
+from pctrain.files.durable import json_line, write_beside
 from pctrain.reward.verdict import FAULTS
 
 DISAGREEMENTS = "disagreements.jsonl"
@@ -22,10 +22,16 @@ def write_disagreements(folder: Path, verifiers: Verifiers, judge: str | None) -
         with watchdog.phase("reward"):
             asked = [(line["response"], line["answer"], line["prompt"]) for line in found]
             verdicts = verifiers.score(judge, asked) if judge is not None else [None] * len(found)
-        lines = [{**{key: line[key] for key in ("id", "index", "sample", "prompt")}, "response_tail": line["response"][-TAIL:],
-                  **{key: line[key] for key in ("answer", "strict", "lenient")},
-                  "judge": judge, "judged": verdict_of(verdict) if verdict is not None else None}
-                 for line, verdict in zip(found, verdicts, strict=True)]
+        lines = [
+            {
+                **{key: line[key] for key in ("id", "index", "sample", "prompt")},
+                "response_tail": line["response"][-TAIL:],
+                **{key: line[key] for key in ("answer", "strict", "lenient")},
+                "judge": judge,
+                "judged": verdict_of(verdict) if verdict is not None else None,
+            }
+            for line, verdict in zip(found, verdicts, strict=True)
+        ]
         parallel.from_rank_zero(lambda: write_beside(folder / DISAGREEMENTS, "".join(map(json_line, lines))))
 
 

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pctrain.run import checkpoints, resume
-from pctrain.distributed.health import watchdog
-from pctrain.config.tree import Config
-from pctrain.distributed import parallel
-from pctrain.hf.config import HFConfig
-from pctrain.hf.weight_files import HFReader
 from pctrain.common.device import DTYPES
 from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.config.tree import Config
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.evaluate.targets import Target
+from pctrain.hf.config import HFConfig
+from pctrain.hf.weight_files import HFReader
 from pctrain.rollout import RolloutEngine
 from pctrain.rollout.weight_stream import LM_HEAD
+from pctrain.run import checkpoints, resume
 
 if TYPE_CHECKING:
     from pctrain.core import Learner
@@ -32,11 +32,16 @@ def one_architecture(targets: Sequence[Target]) -> HFConfig:
     first = HFConfig.read(targets[0].hf_dir)
     for target in targets[1:]:
         other = HFConfig.read(target.hf_dir)
-        apart = [f"{f.name} {getattr(first, f.name)} and {getattr(other, f.name)}" for f in fields(first)
-                 if getattr(first, f.name) != getattr(other, f.name)]
+        apart = [
+            f"{f.name} {getattr(first, f.name)} and {getattr(other, f.name)}"
+            for f in fields(first)
+            if getattr(first, f.name) != getattr(other, f.name)
+        ]
         if apart:
-            raise UserError(f"{targets[0].path} and {target.path} are of two architectures ({', '.join(apart)}): one engine cannot hold "
-                            "both; evaluate them in two calls")
+            raise UserError(
+                f"{targets[0].path} and {target.path} are of two architectures ({', '.join(apart)}): one engine cannot hold "
+                "both; evaluate them in two calls"
+            )
     return first
 
 
@@ -56,8 +61,13 @@ class Engine:
     def holding(self, target: Target) -> RolloutEngine:
         """The engine with this model's weights."""
         if self._engine is None:
-            self._engine = RolloutEngine(target.hf_dir, self._config.rollout, dtype=self._config.model.dtype, context=self._context,
-                                         eos_id=self._hf.eos_id)
+            self._engine = RolloutEngine(
+                target.hf_dir,
+                self._config.rollout,
+                dtype=self._config.model.dtype,
+                context=self._context,
+                eos_id=self._hf.eos_id,
+            )
             self._held = target if target.checkpoint is None else None
         if self._held != target:
             self._engine.load_weights(self._weights(target))
@@ -72,7 +82,9 @@ class Engine:
         resume.verify(target.checkpoint, checkpoints.damaged_start)
         if self._core is None:
             model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})
-            self._core = Learner(model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed)
+            self._core = Learner(
+                model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
+            )
         else:
             checkpoint.load(target.checkpoint, self._core.chunks)
         return self._core.hf_weights()

@@ -15,18 +15,20 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain import __version__
+from pctrain.common.progress import make_console
 from pctrain.config.tree import Config
-from pctrain.files.durable import plain, write_beside
 from pctrain.evaluate import rl_curves, score_figure
 from pctrain.evaluate.benchmarks import Benchmark
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, VERDICTS, Scores, differences, means
 from pctrain.evaluate.targets import Target
-from pctrain.common.progress import make_console
+from pctrain.files.durable import plain, write_beside
 
-METHOD = ("percent, with 95 % intervals whose sampled unit is the problem: Agresti-Coull over problem means (the variance between "
-          "problems, z^2 pseudo-problems); paired differences by Agresti-Min; means over benchmarks by MOVER; pass@k unbiased (Chen et al. "
-          "2021)")
+METHOD = (
+    "percent, with 95 % intervals whose sampled unit is the problem: Agresti-Coull over problem means (the variance between "
+    "problems, z^2 pseudo-problems); paired differences by Agresti-Min; means over benchmarks by MOVER; pass@k unbiased (Chen et al. "
+    "2021)"
+)
 
 
 @dataclass(frozen=True)
@@ -52,21 +54,34 @@ class Results:
         return {
             "method": METHOD,
             "settings": self.settings,
-            "models": [{
-                **{key: getattr(target, key) for key in ("name", "path", "step", "eflops_sft", "eflops_rl")},
-                "benchmarks": {name: scores.document() for name, scores in self.scores[target.name].items()},
-                **{key: {verdict: means(list(self.scores[target.name].values()), verdict)[key].percent() for verdict in self.verdicts}
-                   for key in MEANS},
-            } for target in self.targets],
-            "differences": [{"model": name, "against": first, **{key: estimate.percent() for key, estimate in found.items()}}
-                            for name, found in self.differences().items()],
+            "models": [
+                {
+                    **{key: getattr(target, key) for key in ("name", "path", "step", "eflops_sft", "eflops_rl")},
+                    "benchmarks": {name: scores.document() for name, scores in self.scores[target.name].items()},
+                    **{
+                        key: {
+                            verdict: means(list(self.scores[target.name].values()), verdict)[key].percent()
+                            for verdict in self.verdicts
+                        }
+                        for key in MEANS
+                    },
+                }
+                for target in self.targets
+            ],
+            "differences": [
+                {"model": name, "against": first, **{key: estimate.percent() for key, estimate in found.items()}}
+                for name, found in self.differences().items()
+            ],
             "versions": {"pctrain": __version__, "math-verify": version("math-verify")},
         }
 
 
 def write(results: Results, out: Path) -> list[str]:
     """Writes everything but the samples; returns what has to be said."""
-    write_beside(out / "results.json", json.dumps(plain(results.document()), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_beside(
+        out / "results.json",
+        json.dumps(plain(results.document()), indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+    )
     write_beside(out / "results.csv", _csv(results))
     write_beside(out / "scores.png", score_figure.draw(results.scores))
     overall = {name: means(list(scores.values()))["weighted"] for name, scores in results.scores.items()}
@@ -84,21 +99,37 @@ def _csv(results: Results) -> str:
     ks = sorted({k for scores in results.scores.values() for one in scores.values() for k in one.passes()})
     counts = list(next(iter(next(iter(results.scores.values())).values())).counts)
     estimates = [*results.verdicts, *(f"pass@{k}" for k in ks)]
-    columns = ["model", "benchmark", "problems", "samples", *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high")),
-               *counts]
+    columns = [
+        "model",
+        "benchmark",
+        "problems",
+        "samples",
+        *(f"{name}{end}" for name in estimates for end in ("", "_low", "_high")),
+        *counts,
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     for model, by_benchmark in results.scores.items():
         for name, scores in by_benchmark.items():
-            row = {"model": model, "benchmark": name, "problems": scores.problems, "samples": scores.samples, **scores.counts}
+            row = {
+                "model": model,
+                "benchmark": name,
+                "problems": scores.problems,
+                "samples": scores.samples,
+                **scores.counts,
+            }
             for verdict in results.verdicts:
                 row |= _cells(verdict, scores.average(verdict))
             for k, estimate in scores.passes().items():
                 row |= _cells(f"pass@{k}", estimate)
             writer.writerow(row)
         for key, name in MEANS.items():
-            row = {"model": model, "benchmark": name, "problems": sum(scores.problems for scores in by_benchmark.values())}
+            row = {
+                "model": model,
+                "benchmark": name,
+                "problems": sum(scores.problems for scores in by_benchmark.values()),
+            }
             for verdict in results.verdicts:
                 row |= _cells(verdict, means(list(by_benchmark.values()), verdict)[key])
             writer.writerow(row)
@@ -120,20 +151,31 @@ def show(results: Results, said: Sequence[str], out: Path, seconds: float) -> No
     for line in said:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     samples = sum(one.problems * one.samples for scores in results.scores.values() for one in scores.values())
-    console.print(f"{len(results.scores)} model(s), {len(next(iter(results.scores.values())))} benchmark(s), {samples:,} samples in "
-                  f"{seconds:.0f} s -> {out}/results.json, results.csv, scores.png, MODEL/BENCHMARK/samples.jsonl, disagreements.jsonl",
-                  markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(results.scores)} model(s), {len(next(iter(results.scores.values())))} benchmark(s), {samples:,} samples in "
+        f"{seconds:.0f} s -> {out}/results.json, results.csv, scores.png, MODEL/BENCHMARK/samples.jsonl, disagreements.jsonl",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     if (out / "curves.json").exists():
         console.print("Next:", style="bold")
-        console.print(f"  pctrain fit {out / 'curves.json'} --out {out / 'fits.json'}   # the ceilings of the RL runs", markup=False,
-                      soft_wrap=True)
+        console.print(
+            f"  pctrain fit {out / 'curves.json'} --out {out / 'fits.json'}   # the ceilings of the RL runs",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _table(results: Results) -> Table:
     """Intervals of the strict score alone: all others stand in results.csv."""
     others = results.verdicts[1:]
-    table = Table(title="pctrain eval: percent right", title_justify="left", caption_justify="left",
-                  caption="strict: the benchmark's own verifier; differ: samples on which the two disagree; cut, no box: share of samples")
+    table = Table(
+        title="pctrain eval: percent right",
+        title_justify="left",
+        caption_justify="left",
+        caption="strict: the benchmark's own verifier; differ: samples on which the two disagree; cut, no box: share of samples",
+    )
     table.add_column("model", overflow="fold")
     table.add_column("benchmark", overflow="fold")
     for name in ("n x k", "avg@k strict [95 %]", *others, "pass@k", "differ", "cut", "no box", "faults"):
@@ -141,15 +183,28 @@ def _table(results: Results) -> Table:
     for model, by_benchmark in results.scores.items():
         for name, scores in by_benchmark.items():
             counts, best = scores.counts, scores.passes()[scores.samples]
-            table.add_row(Text(model), Text(name), f"{scores.problems:,} x {scores.samples}",
-                          shown(scores.average()), *(f"{100 * scores.average(verdict).value:.1f}" for verdict in others),
-                          f"{100 * best.value:.1f}" if scores.samples > 1 else "", f"{counts['disagreements']:,}",
-                          *(f"{100 * counts[key]:.0f} %" for key in ("truncated_share", "no_box_share")),
-                          f"{counts['verifier_faults'] + counts.get('judge_faults', 0):,}")
+            table.add_row(
+                Text(model),
+                Text(name),
+                f"{scores.problems:,} x {scores.samples}",
+                shown(scores.average()),
+                *(f"{100 * scores.average(verdict).value:.1f}" for verdict in others),
+                f"{100 * best.value:.1f}" if scores.samples > 1 else "",
+                f"{counts['disagreements']:,}",
+                *(f"{100 * counts[key]:.0f} %" for key in ("truncated_share", "no_box_share")),
+                f"{counts['verifier_faults'] + counts.get('judge_faults', 0):,}",
+            )
         for key, name in MEANS.items():
             found = {verdict: means(list(by_benchmark.values()), verdict)[key] for verdict in results.verdicts}
-            table.add_row(Text(model), Text(name), "", shown(found["strict"]), *(f"{100 * found[verdict].value:.1f}" for verdict in others),
-                          style="bold", end_section=key == "weighted")
+            table.add_row(
+                Text(model),
+                Text(name),
+                "",
+                shown(found["strict"]),
+                *(f"{100 * found[verdict].value:.1f}" for verdict in others),
+                style="bold",
+                end_section=key == "weighted",
+            )
     return table
 
 
@@ -173,7 +228,21 @@ def shown(estimate: Estimate, signed: bool = False) -> Text:
 
 def settings_of(config: Config, benchmarks: Sequence[Benchmark], max_response: int) -> dict[str, Any]:
     """What all models of a call share, for results.json."""
-    return {"seed": config.run.seed, "temperature": config.eval.temperature, "top_p": config.eval.top_p, "max_response": max_response,
-            "dtype": config.model.dtype, "judge": config.eval.judge,
-            "benchmarks": {b.name: {"path": str(config.eval.benchmarks[b.name].path), "sha256": b.content, "samples": b.samples,
-                                    "verifier": b.verifier, "instruction": b.instruction} for b in benchmarks}}
+    return {
+        "seed": config.run.seed,
+        "temperature": config.eval.temperature,
+        "top_p": config.eval.top_p,
+        "max_response": max_response,
+        "dtype": config.model.dtype,
+        "judge": config.eval.judge,
+        "benchmarks": {
+            b.name: {
+                "path": str(config.eval.benchmarks[b.name].path),
+                "sha256": b.content,
+                "samples": b.samples,
+                "verifier": b.verifier,
+                "instruction": b.instruction,
+            }
+            for b in benchmarks
+        },
+    }

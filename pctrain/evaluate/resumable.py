@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import RolloutConfig
 from pctrain.distributed import parallel
 from pctrain.files.durable import fingerprint, json_line
-from pctrain.common.errors import UserError
 
-WAVES = 4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
+WAVES = (
+    4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
+)
 Item = TypeVar("Item")
 
 
@@ -51,12 +53,21 @@ def weights_of(hf_dir: Path) -> dict[str, str]:
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, what: str) -> None:
     """UserError that says which settings of the call that began `folder` differ from this one's, with short values."""
-    changed = {key: (before.get(key), now.get(key)) for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)}
+    changed = {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    }
     if changed:
-        raise UserError(f"{folder} holds the {what} of a call with other {', '.join(_told(*one) for one in changed.items())}; repeat that "
-                        "call to go on, delete the folder to begin anew, or name another --out")
+        raise UserError(
+            f"{folder} holds the {what} of a call with other {', '.join(_told(*one) for one in changed.items())}; repeat that "
+            "call to go on, delete the folder to begin anew, or name another --out"
+        )
 
 
 def _told(key: str, values: tuple[Any, Any]) -> str:
-    short = all(value is None or isinstance(value, (int, float, str)) for value in values) and len("".join(map(str, values))) < 80
+    short = (
+        all(value is None or isinstance(value, (int, float, str)) for value in values)
+        and len("".join(map(str, values))) < 80
+    )
     return f"{key} ({values[0]} there, {values[1]} now)" if short else key

@@ -23,16 +23,26 @@ def curves_of(targets: Sequence[Target], scores: Mapping[str, Estimate]) -> tupl
     curves, said = [], []
     runs = dict.fromkeys(target.run.resolve() for target in targets if target.kind == "rl" and target.run is not None)
     for run in runs:
-        points = {target.eflops_rl: scores[target.name] for target in sorted(_of(run, targets), key=lambda t: t.eflops_rl)
-                  if target.eflops_rl > 0}
+        points = {
+            target.eflops_rl: scores[target.name]
+            for target in sorted(_of(run, targets), key=lambda t: t.eflops_rl)
+            if target.eflops_rl > 0
+        }
         joint = _joint(run, targets)
         if joint is None:
             said.append(f"{run.name}: no curve, for its start {_start(run)} is not among the models: give it as well")
         elif points:
             errors = [estimate.se for estimate in points.values()]
-            curves.append({"name": run.name, "p_sft": 100 * scores[joint.name].value, "p_sft_se": 100 * scores[joint.name].se,
-                           "eflops": list(points), "scores": [100 * estimate.value for estimate in points.values()],
-                           "score_se": 100 * float(np.median(errors))})
+            curves.append(
+                {
+                    "name": run.name,
+                    "p_sft": 100 * scores[joint.name].value,
+                    "p_sft_se": 100 * scores[joint.name].se,
+                    "eflops": list(points),
+                    "scores": [100 * estimate.value for estimate in points.values()],
+                    "score_se": 100 * float(np.median(errors)),
+                }
+            )
     names = [curve["name"] for curve in curves]
     for curve, run in zip(curves, [run for run in runs if _joint(run, targets) is not None], strict=False):
         if names.count(curve["name"]) > 1:
@@ -45,7 +55,9 @@ def document(curves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _of(run: Path, targets: Sequence[Target]) -> list[Target]:
-    return [target for target in targets if target.kind == "rl" and target.run is not None and target.run.resolve() == run]
+    return [
+        target for target in targets if target.kind == "rl" and target.run is not None and target.run.resolve() == run
+    ]
 
 
 def _start(run: Path) -> Path | None:

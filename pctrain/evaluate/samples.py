@@ -14,18 +14,18 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
-from pctrain.distributed.health import watchdog
-from pctrain.run import resume
-from pctrain.config.tree import Config, RewardConfig
-from pctrain.distributed import parallel
-from pctrain.data.encode import Encoder, Unusable
-from pctrain.files.durable import cut_torn_line, json_line, write_beside
 from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.common.progress import Bar
+from pctrain.config.tree import Config, RewardConfig
+from pctrain.data.encode import Encoder, Unusable
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.evaluate.benchmarks import Benchmark, Question
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
-from pctrain.common.progress import Bar
+from pctrain.files.durable import cut_torn_line, json_line, write_beside
 from pctrain.reward import Verdict, VerifierPool
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
+from pctrain.run import resume
 
 SAMPLES, SETTINGS = "samples.jsonl", "settings.json"
 
@@ -51,8 +51,10 @@ def encode(benchmark: Benchmark, encoder: Encoder, context: int) -> Prompts:
         except Unusable as error:
             raise UserError(f"{question.where}: {error}") from None
         if len(tokens) >= context:
-            raise UserError(f"{question.where}: the problem has {len(tokens)} tokens, which leaves no room for an answer in the model's "
-                            f"context of {context}; remove it from eval.benchmarks.{benchmark.name}, for all models that are compared")
+            raise UserError(
+                f"{question.where}: the problem has {len(tokens)} tokens, which leaves no room for an answer in the model's "
+                f"context of {context}; remove it from eval.benchmarks.{benchmark.name}, for all models that are compared"
+            )
         ids.append(tokens)
     return Prompts(benchmark, ids)
 
@@ -74,7 +76,9 @@ class Verifiers:
     def pool(self, verifier: str) -> VerifierPool:
         if verifier not in self._pools:
             levenshtein = self._config.levenshtein and verifier == self._config.verifier
-            self._pools[verifier] = VerifierPool(self._config.model_copy(update={"verifier": verifier, "levenshtein": levenshtein}))
+            self._pools[verifier] = VerifierPool(
+                self._config.model_copy(update={"verifier": verifier, "levenshtein": levenshtein})
+            )
         return self._pools[verifier]
 
     def score(self, verifier: str, pairs: list[tuple[str, ...]]) -> list[Verdict]:
@@ -110,7 +114,9 @@ class SampleFile:
         file = self.folder / SETTINGS
         if not file.exists():
             write_beside(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        refuse_other(json.loads(file.read_text(encoding="utf-8")), json.loads(json_line(settings)), self.folder, "samples")
+        refuse_other(
+            json.loads(file.read_text(encoding="utf-8")), json.loads(json_line(settings)), self.folder, "samples"
+        )
         if self.path.exists():
             return sum(1 for _ in open(self.path, "rb"))
         cut_torn_line(self._partial)
@@ -130,13 +136,20 @@ class SampleFile:
                 self.done += len(batch)
                 bar.advance(len(batch))
                 if resume.asked_to_stop():
-                    raise ToBeContinued(f"to be continued: {self.folder} was asked to stop and has {self.done} samples; the same command "
-                                        "goes on from there")
+                    raise ToBeContinued(
+                        f"to be continued: {self.folder} was asked to stop and has {self.done} samples; the same command "
+                        "goes on from there"
+                    )
         parallel.from_rank_zero(lambda: os.replace(self._partial, self.path))
 
 
 def draw(
-    prompts: Prompts, done: int, engine: RolloutEngine | None, verifiers: Verifiers, decode: Callable[[Sequence[int]], str], config: Config,
+    prompts: Prompts,
+    done: int,
+    engine: RolloutEngine | None,
+    verifiers: Verifiers,
+    decode: Callable[[Sequence[int]], str],
+    config: Config,
     max_response: int,
 ) -> Iterator[list[dict[str, Any]]]:
     """Collective. The lines of `samples.jsonl` from number `done` on, in batches. engine: None where all are done.
@@ -147,12 +160,17 @@ def draw(
     if engine is None:
         return
     every = ((index, sample) for index in range(len(prompts.ids)) for sample in range(benchmark.samples))
-    asked = (((index, sample), Request(prompts.ids[index], sampling_seed(config.run.seed, "eval", 0, index, sample)))
-             for index, sample in islice(every, done, None))
+    asked = (
+        ((index, sample), Request(prompts.ids[index], sampling_seed(config.run.seed, "eval", 0, index, sample)))
+        for index, sample in islice(every, done, None)
+    )
     ahead, todo = tee(batches(asked, requests_a_batch(config.rollout)))
     sampled = engine.generate_batches(
         ([request for _, request in batch] for batch in ahead),
-        temperature=config.eval.temperature, top_p=config.eval.top_p, max_response=max_response)
+        temperature=config.eval.temperature,
+        top_p=config.eval.top_p,
+        max_response=max_response,
+    )
     for batch in todo:
         with watchdog.phase("evaluation"):
             completions = next(sampled)
@@ -161,15 +179,30 @@ def draw(
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
         with watchdog.phase("reward"):
             verdicts = verifiers.both(benchmark.verifier, pairs)
-        yield [_line(question, place, request.seed, response, completion, strict, lenient)
-               for question, (place, request), response, completion, strict, lenient
-               in zip(questions, batch, responses, completions, *verdicts, strict=True)]
+        yield [
+            _line(question, place, request.seed, response, completion, strict, lenient)
+            for question, (place, request), response, completion, strict, lenient in zip(
+                questions, batch, responses, completions, *verdicts, strict=True
+            )
+        ]
 
 
-def _line(question: Question, place: tuple[int, int], seed: int, response: str, completion, strict: Verdict, lenient: Verdict) -> dict:
-    return {"id": question.record.id, "index": place[0], "sample": place[1], "prompt": question.record.question, "response": response,
-            "answer": question.answer, "strict": verdict_of(strict), "lenient": verdict_of(lenient), "tokens": len(completion.token_ids),
-            "finish": completion.finish, "seed": seed}
+def _line(
+    question: Question, place: tuple[int, int], seed: int, response: str, completion, strict: Verdict, lenient: Verdict
+) -> dict:
+    return {
+        "id": question.record.id,
+        "index": place[0],
+        "sample": place[1],
+        "prompt": question.record.question,
+        "response": response,
+        "answer": question.answer,
+        "strict": verdict_of(strict),
+        "lenient": verdict_of(lenient),
+        "tokens": len(completion.token_ids),
+        "finish": completion.finish,
+        "seed": seed,
+    }
 
 
 def verdict_of(verdict: Verdict) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pctrain.report.looks import GRID, PALETTE, STYLE
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, Scores, means
+from pctrain.report.looks import GRID, PALETTE, STYLE
 
 COLUMNS = 4
 
@@ -30,7 +30,7 @@ def draw(scores: Mapping[str, Mapping[str, Scores]]) -> bytes:
         places = list(grid.flat)
         for axes, (name, by_model) in zip(places, panels.items(), strict=False):
             _panel(axes, name, by_model, headline=name == MEANS["weighted"])
-        for axes in places[len(panels):]:
+        for axes in places[len(panels) :]:
             axes.remove()
         figure.supxlabel("Percent right, 95 % interval", fontsize=9)
         buffer = io.BytesIO()

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pctrain.run import checkpoints
+from pctrain.common.errors import UserError
 from pctrain.compute.flops import ModelShape
 from pctrain.compute.ledger import Ledger
-from pctrain.common.errors import UserError
+from pctrain.run import checkpoints
 from pctrain.run.folder import HF_FOLDER, read_config
 
 
@@ -49,7 +49,9 @@ def find(paths: Sequence[str | Path], model_path: Path | None) -> list[Target]:
     names = [_name(target, depth) for target in targets]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two of the models would both be called {name}; rename a folder, or evaluate them in two calls")
+            raise UserError(
+                f"two of the models would both be called {name}; rename a folder, or evaluate them in two calls"
+            )
     return [replace(target, name=name) for target, name in zip(targets, names, strict=True)]
 
 
@@ -61,16 +63,22 @@ def _find(path: Path, model_path: Path | None) -> Target:
     if (path / checkpoints.MANIFEST).is_file():
         return _of_checkpoint(path, model_path)
     if not path.exists():
-        raise UserError(f"{path}: no such folder; expected a Hugging Face directory, a run folder, or a checkpoint RUN/checkpoints/step-N")
-    raise UserError(f"{path}: neither a Hugging Face directory (config.json), nor a run folder (config.yaml), nor a checkpoint "
-                    f"({checkpoints.MANIFEST})")
+        raise UserError(
+            f"{path}: no such folder; expected a Hugging Face directory, a run folder, or a checkpoint RUN/checkpoints/step-N"
+        )
+    raise UserError(
+        f"{path}: neither a Hugging Face directory (config.json), nor a run folder (config.yaml), nor a checkpoint "
+        f"({checkpoints.MANIFEST})"
+    )
 
 
 def _of_run(run: Path) -> Target:
     folder, found = run / HF_FOLDER, checkpoints.list_checkpoints(run)
     if not (folder / "config.json").is_file():
         such = f", such as {found[-1]}" if found else ""
-        raise UserError(f"{run}: the run has not finished, so it has no {HF_FOLDER}/; let it end, or name a checkpoint{such}")
+        raise UserError(
+            f"{run}: the run has not finished, so it has no {HF_FOLDER}/; let it end, or name a checkpoint{such}"
+        )
     target = Target("", run, folder)
     return _with_ledger(target, found[-1]) if found else target
 
@@ -82,8 +90,16 @@ def _of_checkpoint(path: Path, model_path: Path | None) -> Target:
     for hf_dir in (own, model_path):
         if hf_dir is not None and (hf_dir / "config.json").is_file():
             return _with_ledger(Target("", path, hf_dir, checkpoint=path), path)
-    why = f"{path.parent.parent} has no config.yaml that names its model" if own is None else f"the model of its run, {own}, is not there"
-    given = f"model.path = {model_path} has no config.json" if model_path is not None else "give its Hugging Face directory by --model.path"
+    why = (
+        f"{path.parent.parent} has no config.yaml that names its model"
+        if own is None
+        else f"the model of its run, {own}, is not there"
+    )
+    given = (
+        f"model.path = {model_path} has no config.json"
+        if model_path is not None
+        else "give its Hugging Face directory by --model.path"
+    )
     raise UserError(f"{path}: {why}; {given}")
 
 
@@ -100,13 +116,22 @@ def _with_ledger(target: Target, checkpoint: Path) -> Target:
         ledger = Ledger(ModelShape.from_hf_config(config, str(target.hf_dir / "config.json")))
         ledger.load_state_dict(state)
     except FileNotFoundError as error:
-        raise UserError(f"checkpoint {checkpoint}: {error.filename} is missing; copy it again, or name another") from None
+        raise UserError(
+            f"checkpoint {checkpoint}: {error.filename} is missing; copy it again, or name another"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"checkpoint {checkpoint}: manifest.json or state.json is damaged ({error}); copy it again, or name "
-                        "another") from None
+        raise UserError(
+            f"checkpoint {checkpoint}: manifest.json or state.json is damaged ({error}); copy it again, or name another"
+        ) from None
     run = checkpoint.parent.parent
-    return replace(target, run=run if (run / "config.yaml").is_file() else None, kind=kind if kind in ("sft", "rl") else "",
-                   step=checkpoints.checkpoint_step(checkpoint), eflops_sft=ledger.eflops_sft, eflops_rl=ledger.eflops_rl)
+    return replace(
+        target,
+        run=run if (run / "config.yaml").is_file() else None,
+        kind=kind if kind in ("sft", "rl") else "",
+        step=checkpoints.checkpoint_step(checkpoint),
+        eflops_sft=ledger.eflops_sft,
+        eflops_rl=ledger.eflops_rl,
+    )
 
 
 def _name(target: Target, depth: int) -> str:

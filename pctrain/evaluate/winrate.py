@@ -18,22 +18,22 @@ from typing import Any
 
 import numpy as np
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 from pctrain.config.tree import Config
-from pctrain.distributed import parallel
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import parts_of
-from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
-from pctrain.common.errors import UserError
+from pctrain.distributed import parallel
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
-from pctrain.rollout.worker import RolloutWorker
-from pctrain.common.progress import progress
+from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
+from pctrain.rollout.worker import RolloutWorker
 
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
 
@@ -53,10 +53,14 @@ def main(request: Request[WinrateOptions]) -> None:
 
 def _check(config: Config) -> None:
     if config.model.path is None:
-        raise UserError("pctrain data winrate needs --model.path=HF, the Hugging Face directory of the model that answers")
+        raise UserError(
+            "pctrain data winrate needs --model.path=HF, the Hugging Face directory of the model that answers"
+        )
     if config.model.checkpoint is not None:
-        raise UserError(f"model.checkpoint = {config.model.checkpoint}: the attempts are sampled from a Hugging Face directory; "
-                        "make one by `pctrain convert mcore-to-hf` and give it as model.path")
+        raise UserError(
+            f"model.checkpoint = {config.model.checkpoint}: the attempts are sampled from a Hugging Face directory; "
+            "make one by `pctrain convert mcore-to-hf` and give it as model.path"
+        )
 
 
 # ---- what there is to do ---------------------------------------------------------------------------------------------------
@@ -83,12 +87,22 @@ def _survey(data: Data) -> Survey:
             continue
         there = [column for column in COLUMNS if column in item.value]
         if there:
-            raise UserError(f"{item.where}: the record has a column {there[0]!r} already; rename or remove it, nothing is written over")
-        counts["answers" if item.record.answer is not None else "boxed" if answer_of(item.record) is not None else "unanswered"] += 1
+            raise UserError(
+                f"{item.where}: the record has a column {there[0]!r} already; rename or remove it, nothing is written over"
+            )
+        counts[
+            "answers"
+            if item.record.answer is not None
+            else "boxed"
+            if answer_of(item.record) is not None
+            else "unanswered"
+        ] += 1
     data.refuse_empty(counts["answers"] + counts["boxed"] + counts["unanswered"], fault)
     if not counts["answers"] + counts["boxed"]:
-        raise UserError(f"{', '.join(map(str, data.files))}: no record has an answer to judge by: neither the field "
-                        rf"{data.fields.answer or 'answer'!r} nor a \boxed{{}} in its trajectory; name the field by --data.fields.answer")
+        raise UserError(
+            f"{', '.join(map(str, data.files))}: no record has an answer to judge by: neither the field "
+            rf"{data.fields.answer or 'answer'!r} nor a \boxed{{}} in its trajectory; name the field by --data.fields.answer"
+        )
     return Survey(counts["read"], counts["answers"], counts["boxed"], counts["unanswered"])
 
 
@@ -103,12 +117,21 @@ def answer_of(record: Record) -> str | None:
 def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarray:
     """int64, the places that an earlier start rated. UserError where that start sampled something else."""
     config, options = request.config, request.options
-    about = json.loads(json_line({
-        "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
-        "model": weights_of(config.model.path),
-        "attempts": options.attempts, "seed": config.run.seed, "temperature": config.eval.temperature, "max_response": max_response(config),
-        "dtype": config.model.dtype, "fields": config.data.fields.model_dump(), "template": config.data.template,
-    }))
+    about = json.loads(
+        json_line(
+            {
+                "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
+                "model": weights_of(config.model.path),
+                "attempts": options.attempts,
+                "seed": config.run.seed,
+                "temperature": config.eval.temperature,
+                "max_response": max_response(config),
+                "dtype": config.model.dtype,
+                "fields": config.data.fields.model_dump(),
+                "template": config.data.template,
+            }
+        )
+    )
     if not file.exists():
         write_beside(file, json_line(about))
         return np.empty(0, np.int64)
@@ -132,13 +155,22 @@ class _Task:
     answer: str
 
 
-def _rate(data: Data, request: Request[WinrateOptions], worker: RolloutWorker, survey: Survey, done: np.ndarray, outputs: Outputs | None) -> None:
+def _rate(
+    data: Data,
+    request: Request[WinrateOptions],
+    worker: RolloutWorker,
+    survey: Survey,
+    done: np.ndarray,
+    outputs: Outputs | None,
+) -> None:
     """Collective: attempts at every record that is not done yet, a batch at a time."""
     config, attempts = request.config, request.options.attempts
     size = max(1, requests_a_batch(config.rollout) // attempts)
     todo = survey.answers + survey.boxed
-    with (progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
-          open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file):
+    with (
+        progress("win rates", total=todo, start=min(todo, len(done)), unit="record", rank=parallel.rank()) as bar,
+        open(outputs.folder / PROGRESS, "a", encoding="utf-8") if outputs else nullcontext() as file,
+    ):
         ahead, todo = tee(batches(_tasks(data, worker, set(done.tolist())), size))
         sampled = _sampled(ahead, worker, config, attempts)
         for batch in todo:
@@ -165,12 +197,23 @@ def _tasks(data: Data, worker: RolloutWorker, done: set[int]) -> Iterator[_Task]
             yield _Task(item.place, prompt_ids if len(prompt_ids) <= room else [], answer)
 
 
-def _sampled(batches: Iterator[list[_Task]], worker: RolloutWorker, config: Config, attempts: int) -> Iterator[list[Completion]]:
+def _sampled(
+    batches: Iterator[list[_Task]], worker: RolloutWorker, config: Config, attempts: int
+) -> Iterator[list[Completion]]:
     """Of each batch: all attempts at its first task, at its second, ... The engine starts with the first batch that is asked for."""
     yield from worker.engine.generate_batches(
-        ([Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample))
-          for task in batch if task.prompt_ids for sample in range(attempts)] for batch in batches),
-        temperature=config.eval.temperature, max_response=max_response(config))
+        (
+            [
+                Sample(task.prompt_ids, sampling_seed(config.run.seed, "winrate", 0, task.place, sample))
+                for task in batch
+                if task.prompt_ids
+                for sample in range(attempts)
+            ]
+            for batch in batches
+        ),
+        temperature=config.eval.temperature,
+        max_response=max_response(config),
+    )
 
 
 def _judged(tasks: list[_Task], completions: list[Completion], worker: RolloutWorker) -> dict[int, float]:
@@ -180,7 +223,9 @@ def _judged(tasks: list[_Task], completions: list[Completion], worker: RolloutWo
     attempts = len(completions) // len(tasks)
     answers = [task.answer for task in tasks for _ in range(attempts)]
     pairs = [(worker.tokenizer.decode(c.token_ids), answer) for c, answer in zip(completions, answers, strict=True)]
-    right = np.array([v.reward for v in parallel.map_over_ranks(worker.verifier.score, pairs)]).reshape(len(tasks), attempts)
+    right = np.array([v.reward for v in parallel.map_over_ranks(worker.verifier.score, pairs)]).reshape(
+        len(tasks), attempts
+    )
     return {task.place: float(share) for task, share in zip(tasks, right.mean(1), strict=True)}
 
 
@@ -194,17 +239,28 @@ def _write(data: Data, request: Request[WinrateOptions], survey: Survey, outputs
     levels: Counter[float] = Counter(rate for rate in rates.values() if rate is not None)
     outputs.write(_rated(data, rates, request, outputs))
     too_long = sum(rate is None for rate in rates.values())
-    figures = {"answers": {"own": survey.answers, "boxed": survey.boxed, "none": survey.unanswered}, "prompts_too_long": too_long,
-               "model": about["model"], "win_rates": {f"{level:g}": levels[level] for level in sorted(levels)}}
+    figures = {
+        "answers": {"own": survey.answers, "boxed": survey.boxed, "none": survey.unanswered},
+        "prompts_too_long": too_long,
+        "model": about["model"],
+        "win_rates": {f"{level:g}": levels[level] for level in sorted(levels)},
+    }
     outputs.report(outputs.finish(survey.read, **figures), *_rows(survey, too_long, levels))
 
 
-def _rated(data: Data, rates: dict[int, float | None], request: Request[WinrateOptions], outputs: Outputs) -> Iterator[dict[str, Any]]:
+def _rated(
+    data: Data, rates: dict[int, float | None], request: Request[WinrateOptions], outputs: Outputs
+) -> Iterator[dict[str, Any]]:
     model = str(request.config.model.path)
     for item in data.items("writing"):
         if isinstance(item, Item):
             rate = rates.get(item.place)
-            yield {**item.value, "win_rate": rate, "attempts": request.options.attempts if rate is not None else 0, "win_rate_model": model}
+            yield {
+                **item.value,
+                "win_rate": rate,
+                "attempts": request.options.attempts if rate is not None else 0,
+                "win_rate_model": model,
+            }
         else:
             outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
 

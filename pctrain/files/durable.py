@@ -48,7 +48,9 @@ def cut_torn_line(file: Path) -> None:
         try:
             data = file.read_bytes()
         except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir") from None
+            raise UserError(
+                f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir"
+            ) from None
         if not data.endswith(b"\n"):
             os.truncate(file, data.rfind(b"\n") + 1)
 
@@ -57,7 +59,9 @@ def rewrite_lines(file: Path, keep: Callable[[list[str], Path], list[str]]) -> N
     """Replace a file, where it exists, by `keep(its lines with their newlines, file)`, whole or not at all."""
     if file.exists():
         try:
-            with open(file, encoding="utf-8", newline="\n") as stream:  # str.splitlines would cut at U+2028, which JSON strings may hold
+            with open(
+                file, encoding="utf-8", newline="\n"
+            ) as stream:  # str.splitlines would cut at U+2028, which JSON strings may hold
                 lines = list(stream)
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; mend it, or set another run.dir") from None

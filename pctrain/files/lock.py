@@ -20,8 +20,10 @@ def lock_folder(file: Path) -> Callable[[], None]:
     """
     release = try_lock(file)
     if release is None:
-        raise UserError(f"{file.parent} is in use by {(who := holder(file))}; wait for it to end or stop it (kill {who.split()[1]}), "
-                        "or set another run.dir")
+        raise UserError(
+            f"{file.parent} is in use by {(who := holder(file))}; wait for it to end or stop it (kill {who.split()[1]}), "
+            "or set another run.dir"
+        )
     return release
 
 

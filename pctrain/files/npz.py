@@ -11,8 +11,21 @@ from pathlib import Path
 import numpy as np
 
 # How zipfile, zlib and NumPy meet bytes that none of them wrote; MemoryError: a header that promises more than there is.
-_UNREADABLE = (OSError, EOFError, ValueError, LookupError, TypeError, OverflowError, RuntimeError, NotImplementedError, MemoryError,
-               SyntaxError, struct.error, zipfile.BadZipFile, zlib.error)
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    NotImplementedError,
+    MemoryError,
+    SyntaxError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 def read(file: Path, names: Sequence[str]) -> list[np.ndarray]:

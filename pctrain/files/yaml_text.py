@@ -18,12 +18,18 @@ class Loader(yaml.SafeLoader):
 
 
 Loader.yaml_implicit_resolvers = {
-    letter: [(tag, regexp) for tag, regexp in resolvers if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")]
+    letter: [
+        (tag, regexp)
+        for tag, regexp in resolvers
+        if tag not in ("tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:float")
+    ]
     for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"),
+    re.compile(
+        r"^(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
     list("-+0123456789."),
 )
 
@@ -60,7 +66,10 @@ def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]]) -> 
         parts = node.value if isinstance(node, yaml.SequenceNode) else []
         parts = [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else parts
         measured = [_measure(part, depth + 1, known) for part in parts]
-        known[id(node)] = 1 + sum(values for values, _ in measured), 1 + max((levels for _, levels in measured), default=0)
+        known[id(node)] = (
+            1 + sum(values for values, _ in measured),
+            1 + max((levels for _, levels in measured), default=0),
+        )
     values, levels = known.get(id(node), (1, 1))
     if depth + levels > MOST_DEPTH:
         raise yaml.YAMLError(f"nested deeper than {MOST_DEPTH} levels, or an alias names what it stands in")
@@ -73,6 +82,13 @@ def construct(loader: Loader, node: yaml.Node) -> Any:
     """The value of a node. yaml.YAMLError, with its place, where it has none."""
     try:
         return loader.construct_object(node, deep=True)
-    except (ValueError, LookupError, AttributeError, TypeError):  # PyYAML at `!!int x`, `!!bool maybe`, `!!timestamp x`, 5,000 digits
+    except (
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ):  # PyYAML at `!!int x`, `!!bool maybe`, `!!timestamp x`, 5,000 digits
         kind = node.tag.rpartition(":")[2]
-        raise yaml.constructor.ConstructorError(None, None, f"{str(node.value):.60} cannot be read as {kind}", node.start_mark) from None
+        raise yaml.constructor.ConstructorError(
+            None, None, f"{str(node.value):.60} cannot be read as {kind}", node.start_mark
+        ) from None

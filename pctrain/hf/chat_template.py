@@ -23,8 +23,8 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from pctrain.hf.tokenizer import read_json
 from pctrain.common.errors import UserError
+from pctrain.hf.tokenizer import read_json
 
 
 class RenderError(ValueError):
@@ -40,11 +40,18 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise UserError(f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
-                            "mend it, or give another by data.template") from None
-        except (RecursionError, SyntaxError) as error:  # a template becomes a Python program, which has bounds of its own
-            raise UserError(f"{where}: the chat template cannot be compiled, most likely for what is nested in it ({error}); "
-                            "simplify it, or give another by data.template") from None
+            raise UserError(
+                f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
+                "mend it, or give another by data.template"
+            ) from None
+        except (
+            RecursionError,
+            SyntaxError,
+        ) as error:  # a template becomes a Python program, which has bounds of its own
+            raise UserError(
+                f"{where}: the chat template cannot be compiled, most likely for what is nested in it ({error}); "
+                "simplify it, or give another by data.template"
+            ) from None
 
     @cached_property
     def digest(self) -> str:
@@ -60,21 +67,30 @@ class ChatTemplate:
             RenderError: the template refuses the messages (`raise_exception`) or fails.
         """
         try:
-            text = self._template.render(messages=list(messages), tools=None, documents=None,
-                                         add_generation_prompt=add_generation_prompt, **self.special_tokens)
+            text = self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
+            )
             text.encode()  # half of a surrogate pair ("\ud83d" in the template) is no text for a tokenizer
             return text
         except jinja2.UndefinedError as error:
-            raise RenderError(f"{self.where}: the chat template uses what it is not given: {error.message}"
-                              + (_NO_DATE if "strftime_now" in str(error.message) else "")) from None
+            raise RenderError(
+                f"{self.where}: the chat template uses what it is not given: {error.message}"
+                + (_NO_DATE if "strftime_now" in str(error.message) else "")
+            ) from None
         except jinja2.TemplateError as error:
             raise RenderError(f"{self.where}: the chat template refuses the messages: {error.message}") from None
         except Exception as error:  # a template is a program: adding None to text, a missing key of a dict, ...
             raise RenderError(f"{self.where}: the chat template fails: {type(error).__name__}: {error}") from None
 
 
-_NO_DATE = ("; the date of today would make the data depend on the day: replace strftime_now by a fixed date in a copy of the template, "
-            "and name that by data.template")
+_NO_DATE = (
+    "; the date of today would make the data depend on the day: replace strftime_now by a fixed date in a copy of the template, "
+    "and name that by data.template"
+)
 
 
 def load(hf_dir: Path, setting: str) -> ChatTemplate | None:
@@ -92,7 +108,9 @@ def load(hf_dir: Path, setting: str) -> ChatTemplate | None:
     if setting != "auto":
         path = Path(setting)
         if not path.is_file():
-            raise UserError(f"data.template: the file {path} does not exist; expected auto, none, or the path of a Jinja file")
+            raise UserError(
+                f"data.template: the file {path} does not exist; expected auto, none, or the path of a Jinja file"
+            )
         return ChatTemplate(_read(path), _special_tokens(hf_dir), str(path))
     beside = hf_dir / "chat_template.jinja"
     if beside.is_file():  # it goes before the config, as in transformers
@@ -106,11 +124,15 @@ def _of_config(entry: Any, config: Path) -> str | None:
     if isinstance(entry, list):
         named = {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
         if "default" not in named:
-            raise UserError(f"{config}: chat_template lists {', '.join(map(str, named)) or 'no templates'}, but none is named 'default'; "
-                            "write the one to use into a file, and name that by data.template")
+            raise UserError(
+                f"{config}: chat_template lists {', '.join(map(str, named)) or 'no templates'}, but none is named 'default'; "
+                "write the one to use into a file, and name that by data.template"
+            )
         entry = named["default"]
     if entry is not None and not isinstance(entry, str):
-        raise UserError(f"{config}: chat_template: expected text, or a list of {{name, template}}; give another by data.template")
+        raise UserError(
+            f"{config}: chat_template: expected text, or a list of {{name, template}}; give another by data.template"
+        )
     return entry
 
 
@@ -126,12 +148,18 @@ def _special_tokens(hf_dir: Path) -> dict[str, str]:
     config does not list the added tokens: transformers' rule."""
     config = read_json(hf_dir / "tokenizer_config.json")
     entries = config if "added_tokens_decoder" in config else config | read_json(hf_dir / "special_tokens_map.json")
-    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in entries.items() if key.endswith("_token")}
+    texts = {
+        key: value.get("content") if isinstance(value, dict) else value
+        for key, value in entries.items()
+        if key.endswith("_token")
+    }
     return {key: text for key, text in sorted(texts.items()) if isinstance(text, str)}
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
     return environment
@@ -151,7 +179,9 @@ class _Generation(jinja2.ext.Extension):
         return [jinja2.nodes.Scope(body, lineno=line)]
 
 
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False) -> str:
+def _tojson(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     """Jinja's own filter would escape < and > for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pctrain.compute.flops import ModelShape
 from pctrain.common.errors import UserError
+from pctrain.compute.flops import ModelShape
 
 LARGEST = 2**40  # of a size
 
@@ -33,10 +33,13 @@ FAMILIES = {
     "MistralForCausalLM": Family(defaults={"sliding_window": 4096}),
     "Qwen2ForCausalLM": Family(qkv_bias=True, only={"use_sliding_window": False}),
     "Qwen3ForCausalLM": Family(
-        qk_norm=True, only={"use_sliding_window": False, "attention_bias": False}, defaults={"head_dim": 128}),
+        qk_norm=True, only={"use_sliding_window": False, "attention_bias": False}, defaults={"head_dim": 128}
+    ),
     "Qwen3MoeForCausalLM": Family(
-        qk_norm=True, experts=True,
-        only={"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []}),
+        qk_norm=True,
+        experts=True,
+        only={"use_sliding_window": False, "attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    ),
 }
 
 
@@ -94,14 +97,20 @@ class HFConfig:
             raise UserError(f"{path}: architecture {name:.60} is not supported; supported: {', '.join(FAMILIES)}")
         raw = {**family.defaults, **raw}
         _refuse_what_is_not_built(raw, family, path)
-        rope = {"rope_theta": raw.get("rope_theta"), **_object(raw, "rope_scaling", path), **_object(raw, "rope_parameters", path)}
+        rope = {
+            "rope_theta": raw.get("rope_theta"),
+            **_object(raw, "rope_scaling", path),
+            **_object(raw, "rope_parameters", path),
+        }
         heads, hidden = _count(raw, "num_attention_heads", path), _count(raw, "hidden_size", path)
         if "eos_token_id" not in raw:
             raise UserError(f"{path}: key 'eos_token_id' is missing")
         eos = raw["eos_token_id"]
         eos = eos[0] if isinstance(eos, list) and eos else eos
         if type(eos) is not int or eos < 0:
-            raise UserError(f"{path}: expected the number of a token under 'eos_token_id', or a list of them, found {_shown(eos)}")
+            raise UserError(
+                f"{path}: expected the number of a token under 'eos_token_id', or a list of them, found {_shown(eos)}"
+            )
         return cls(
             architecture=name,
             layers=_count(raw, "num_hidden_layers", path),
@@ -125,8 +134,12 @@ class HFConfig:
     @property
     def shape(self) -> ModelShape:
         """What the ledger counts FLOPs by. Of a mixture of experts: the experts that a token passes, and the router."""
-        ffn, experts = (self.experts.per_token * self.experts.ffn, self.experts.count) if self.experts else (self.ffn, 0)
-        return ModelShape(self.layers, self.hidden, ffn, self.heads, self.kv_heads, self.head_dim, self.vocab, self.tied, experts)
+        ffn, experts = (
+            (self.experts.per_token * self.experts.ffn, self.experts.count) if self.experts else (self.ffn, 0)
+        )
+        return ModelShape(
+            self.layers, self.hidden, ffn, self.heads, self.kv_heads, self.head_dim, self.vocab, self.tied, experts
+        )
 
     def padded_vocab(self, tensor_parallel: int) -> int:
         """Rows of the embedding over all ranks: every tensor parallel rank holds the same number."""
@@ -140,7 +153,11 @@ def _read_json(path: Path) -> dict:
         raise UserError(f"{path}: not found; model.path must be a Hugging Face directory with config.json") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from None
-    except (OSError, ValueError, RecursionError) as error:  # no UTF-8, numbers of thousands of digits, nested without end
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # no UTF-8, numbers of thousands of digits, nested without end
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object")
@@ -153,15 +170,21 @@ def _refuse_what_is_not_built(raw: dict, family: Family, path: Path) -> None:
         if value is not None and value != built:
             raise UserError(f"{path}: {key} = {_shown(value)} is not supported; expected {json.dumps(built)}")
     if raw.get("quantization_config"):
-        raise UserError(f"{path}: quantization_config: quantised weights cannot be trained; give the directory of the unquantised model")
+        raise UserError(
+            f"{path}: quantization_config: quantised weights cannot be trained; give the directory of the unquantised model"
+        )
     window, context = raw.get("sliding_window"), raw.get("max_position_embeddings") or 0
     if type(context) is not int or type(window) not in (int, type(None)):
-        raise UserError(f"{path}: expected whole numbers under 'max_position_embeddings' and 'sliding_window' (or null there), found "
-                        f"{_shown(context)} and {_shown(window)}")
+        raise UserError(
+            f"{path}: expected whole numbers under 'max_position_embeddings' and 'sliding_window' (or null there), found "
+            f"{_shown(context)} and {_shown(window)}"
+        )
     # The Qwen families switch their window by use_sliding_window, refused above; Mistral's applies wherever it is set.
     if "use_sliding_window" not in family.only and window is not None and window < context:
-        raise UserError(f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window is not "
-                        f"supported: set max_position_embeddings to {window}, up to which the window changes nothing")
+        raise UserError(
+            f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window is not "
+            f"supported: set max_position_embeddings to {window}, up to which the window changes nothing"
+        )
     kinds = raw.get("layer_types") or []
     if isinstance(kinds, list) and "sliding_attention" in kinds and "use_sliding_window" in family.only:
         raise UserError(f"{path}: layer_types names sliding_attention; attention within a window is not supported")
@@ -170,28 +193,39 @@ def _refuse_what_is_not_built(raw: dict, family: Family, path: Path) -> None:
 def _rope_scaling(rope: dict, path: Path) -> Llama3Rope | None:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if rope.get("partial_rotary_factor") not in (None, 1, 1.0):
-        raise UserError(f"{path}: partial_rotary_factor = {_shown(rope['partial_rotary_factor'])} is not supported; expected 1.0")
+        raise UserError(
+            f"{path}: partial_rotary_factor = {_shown(rope['partial_rotary_factor'])} is not supported; expected 1.0"
+        )
     if kind == "default":
         return None
     if kind != "llama3":
         raise UserError(f"{path}: rope_type {kind!r:.60} is not supported; supported: default, llama3")
     factors = {key: _number(rope, key, path) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     if factors["high_freq_factor"] <= factors["low_freq_factor"]:
-        raise UserError(f"{path}: high_freq_factor = {factors['high_freq_factor']} must be above low_freq_factor = "
-                        f"{factors['low_freq_factor']}")
-    return Llama3Rope(**factors, original_max_position_embeddings=_count(rope, "original_max_position_embeddings", path))
+        raise UserError(
+            f"{path}: high_freq_factor = {factors['high_freq_factor']} must be above low_freq_factor = "
+            f"{factors['low_freq_factor']}"
+        )
+    return Llama3Rope(
+        **factors, original_max_position_embeddings=_count(rope, "original_max_position_embeddings", path)
+    )
 
 
 def _experts(raw: dict, path: Path) -> Experts:
     # transformers 5 writes num_local_experts for what earlier versions call num_experts.
     key = "num_experts" if raw.get("num_experts") is not None else "num_local_experts"
     experts = Experts(
-        _count(raw, key, path), _count(raw, "num_experts_per_tok", path), _count(raw, "moe_intermediate_size", path),
-        bool(raw.get("norm_topk_prob", False)))
+        _count(raw, key, path),
+        _count(raw, "num_experts_per_tok", path),
+        _count(raw, "moe_intermediate_size", path),
+        bool(raw.get("norm_topk_prob", False)),
+    )
     if experts.per_token > experts.count:
         raise UserError(f"{path}: num_experts_per_tok = {experts.per_token} is above {key} = {experts.count}")
     if experts.per_token == 1 and experts.normalised:
-        raise UserError(f"{path}: num_experts_per_tok = 1 with norm_topk_prob = true: every weight is 1, the router cannot learn")
+        raise UserError(
+            f"{path}: num_experts_per_tok = 1 with norm_topk_prob = true: every weight is 1, the router cannot learn"
+        )
     return experts
 
 

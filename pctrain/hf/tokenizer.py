@@ -30,7 +30,8 @@ class Tokenizer:
         if not path.is_file():
             raise UserError(
                 f"{path} does not exist; pctrain, vLLM and transformers share this file. Where a directory has only tokenizer.model, "
-                "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it")
+                "transformers' AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR) makes it"
+            )
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
@@ -41,7 +42,9 @@ class Tokenizer:
         self.eos_id = _eos_id(Path(hf_dir), self._backend)
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.largest_id = max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
-        self.special_ids = frozenset(i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        self.special_ids = frozenset(
+            i for i, token in self._backend.get_added_tokens_decoder().items() if token.special
+        )
         _refuse_ids_without_embedding(Path(hf_dir), self._backend)
 
     def encode(self, text: str) -> list[int]:
@@ -72,18 +75,34 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size, hard_vocab_limit=False,
-            byte_fallback=True, split_digits=True, character_coverage=1.0, user_defined_symbols=[BOX],
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            unk_id=UNKNOWN_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=-1,
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=1.0,
+            user_defined_symbols=[BOX],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            unk_id=UNKNOWN_ID,
+            bos_id=BOS_ID,
+            eos_id=EOS_ID,
+            pad_id=-1,
             # Longer lines would be left out without a word; 4192 is the library's default.
             max_sentence_length=max(4192, *(1 + len(line.encode()) for line in lines)),
-            num_threads=1, minloglevel=2)
+            num_threads=1,
+            minloglevel=2,
+        )
     except RuntimeError as error:
         needed = 256 + 4 + len({character for line in lines for character in line})
         if vocab_size < needed:
-            raise UserError(f"data.problems.vocab_size = {vocab_size} is too small for the characters of the training text; "
-                            f"{needed} is enough for single characters, more for words") from None
+            raise UserError(
+                f"data.problems.vocab_size = {vocab_size} is too small for the characters of the training text; "
+                f"{needed} is enough for single characters, more for words"
+            ) from None
         raise UserError(f"SentencePiece could not train a tokenizer: {error}") from None
     return model.getvalue()
 
@@ -92,8 +111,10 @@ def _refuse_ids_without_embedding(hf_dir: Path, backend: tokenizers.Tokenizer) -
     rows = read_json(hf_dir / "config.json").get("vocab_size")
     token, largest = max(backend.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", -1))
     if isinstance(rows, int) and largest >= rows:
-        raise UserError(f"{hf_dir / 'tokenizer.json'}: token {token!r} has id {largest}, but the embedding has {rows} rows (vocab_size of "
-                        "config.json): tokenizer and model do not belong together, or the embedding has to be resized first")
+        raise UserError(
+            f"{hf_dir / 'tokenizer.json'}: token {token!r} has id {largest}, but the embedding has {rows} rows (vocab_size of "
+            "config.json): tokenizer and model do not belong together, or the embedding has to be resized first"
+        )
 
 
 def _eos_id(hf_dir: Path, backend: tokenizers.Tokenizer) -> int:
@@ -103,13 +124,17 @@ def _eos_id(hf_dir: Path, backend: tokenizers.Tokenizer) -> int:
     if isinstance(token, str):
         eos_id = backend.token_to_id(token)
         if eos_id is None:
-            raise UserError(f"{hf_dir / 'tokenizer_config.json'}: eos_token {token!r} is not in the vocabulary of tokenizer.json")
+            raise UserError(
+                f"{hf_dir / 'tokenizer_config.json'}: eos_token {token!r} is not in the vocabulary of tokenizer.json"
+            )
         return eos_id
     number = read_json(hf_dir / "config.json").get("eos_token_id")
     number = number[0] if isinstance(number, list) and number else number
     if type(number) is int and 0 <= number < 2**31:
         return number
-    raise UserError(f"{hf_dir}: no EOS token: expected eos_token in tokenizer_config.json or eos_token_id in config.json")
+    raise UserError(
+        f"{hf_dir}: no EOS token: expected eos_token in tokenizer_config.json or eos_token_id in config.json"
+    )
 
 
 def read_json(path: Path) -> dict:

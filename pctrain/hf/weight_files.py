@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pctrain.files.durable import fsync
 from pctrain.common.errors import UserError
+from pctrain.files.durable import fsync
 
 INDEX = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -70,7 +70,9 @@ class HFReader:
         first, end, _ = rows.indices(shape[0])
         row_bytes = prod(shape[1:]) * dtype.itemsize  # columns lie in the same pages as the rest of their row
         step = max(1, _MAPPED_BYTES // max(1, row_bytes))
-        values = torch.empty((end - first, *(len(range(n)[c]) for n, c in zip(shape[1:], columns or [slice(None)]))), dtype=dtype)
+        values = torch.empty(
+            (end - first, *(len(range(n)[c]) for n, c in zip(shape[1:], columns or [slice(None)]))), dtype=dtype
+        )
         for begin in range(first, end, step):
             piece = slice(begin, min(begin + step, end))
             values[piece.start - first : piece.stop - first] = self.slice(name)[(piece, *columns)]
@@ -83,10 +85,14 @@ class HFReader:
     def dtype(self, name: str) -> torch.dtype:
         found = self.slice(name).get_dtype()
         if found not in DTYPES:
-            raise UserError(f"{self.directory / self.files[name]}: {name} has dtype {found}; supported: {', '.join(DTYPES)}")
+            raise UserError(
+                f"{self.directory / self.files[name]}: {name} has dtype {found}; supported: {', '.join(DTYPES)}"
+            )
         return DTYPES[found]
 
-    def check(self, expected: Mapping[str, tuple[int, ...]], architecture: str, *, ignored: frozenset[str] = frozenset()) -> None:
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], architecture: str, *, ignored: frozenset[str] = frozenset()
+    ) -> None:
         """Raises UserError that lists what is missing and what is unknown, or names a tensor of another shape or dtype.
 
         `ignored`: names that may be there or not.
@@ -94,7 +100,9 @@ class HFReader:
         present = {name for name in self.files if name not in ignored and not name.endswith("rotary_emb.inv_freq")}
         missing, unknown = sorted(set(expected) - present), sorted(present - set(expected))
         if missing or unknown:
-            raise UserError(f"{self.directory}: tensors do not fit {architecture}; missing: {_some(missing)}; unknown: {_some(unknown)}")
+            raise UserError(
+                f"{self.directory}: tensors do not fit {architecture}; missing: {_some(missing)}; unknown: {_some(unknown)}"
+            )
         for name, shape in expected.items():
             self.dtype(name)
             found = tuple(self.slice(name).get_shape())
@@ -136,7 +144,9 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write(folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
+def write(
+    folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, torch.Tensor]], *, shard_bytes: int = SHARD_BYTES
+) -> None:
     """Writes `tensors`, in the order of `entries`, into one file, or several of at most `shard_bytes` (or one tensor) and their index.
 
     A tensor is cast to the dtype of its entry. Memory: one tensor.
@@ -160,10 +170,16 @@ def write(folder: Path, entries: list[Entry], tensors: Iterable[tuple[str, torch
 
 
 def _write_file(path: Path, shard: list[Entry], stream) -> None:
-    header: dict = {"__metadata__": {"format": "pt"}}  # transformers wants to be told the framework that a file was made for
+    header: dict = {
+        "__metadata__": {"format": "pt"}
+    }  # transformers wants to be told the framework that a file was made for
     offset = 0
     for entry in shard:
-        header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": [offset, offset + entry.nbytes]}
+        header[entry.name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, offset + entry.nbytes],
+        }
         offset += entry.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
@@ -182,10 +198,14 @@ def _write_file(path: Path, shard: list[Entry], stream) -> None:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not isinstance(files, dict) or not all(isinstance(file, str) and _FILE.fullmatch(file) for file in files.values()):
+        if not isinstance(files, dict) or not all(
+            isinstance(file, str) and _FILE.fullmatch(file) for file in files.values()
+        ):
             raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f'{index}: expected JSON with "weight_map": {{tensor: file beside it}}; download it again') from None
+        raise UserError(
+            f'{index}: expected JSON with "weight_map": {{tensor: file beside it}}; download it again'
+        ) from None
     return files
 
 

@@ -72,7 +72,9 @@ class Activations:
     def _angles(self) -> float:
         """Cosines and sines of every position, for queries and keys: made once a pack (the torch specs)."""
         hf = self.hf
-        return 0.0 if self.te else 2 * self.tokens * self.size * (hf.heads + hf.kv_heads) * hf.head_dim / self.par.tensor
+        return (
+            0.0 if self.te else 2 * self.tokens * self.size * (hf.heads + hf.kv_heads) * hf.head_dim / self.par.tensor
+        )
 
     def backward_of_layer(self) -> float:
         """Made and thrown away: gradients through the widest block, and the layer again where it is recomputed."""
@@ -91,8 +93,12 @@ class Activations:
         budget = CPU_LOGITS if self.gpu.is_cpu else GPU_LOGITS
         chunk = min(budget, self.tokens * rows * FP32)
         buffers = 2 if self.gpu.is_cpu and self.entropy else 1
-        hidden = self.tokens * hf.hidden * (FP32 + 3 * self.size)  # normed, scaled; the gradient in float32, and in the model's dtype
-        weight = 0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size  # gradient that autograd is handed
+        hidden = (
+            self.tokens * hf.hidden * (FP32 + 3 * self.size)
+        )  # normed, scaled; the gradient in float32, and in the model's dtype
+        weight = (
+            0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size
+        )  # gradient that autograd is handed
         return chunk * buffers + hidden + weight
 
     def embedding(self) -> float:

@@ -16,9 +16,15 @@ def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequen
     """{gpu, gpus, kind, work, layouts [{name, parallel, fits, memory {phase: {part: bytes}}, seconds {part: seconds}, ...}], ...}; bytes,
     seconds, FLOPs. Written beside and renamed."""
     content = {
-        "gpu": asdict(planner.gpu), "gpus": planner.options.gpus, "kind": planner.kind, "work": asdict(planner.work),
-        "layouts": [_layout(plan) for plan in plans], "options": list(options), "launch": launch,
-        "assumptions": list(assumptions(planner)), "warnings": list(warnings(planner, plans[0])),
+        "gpu": asdict(planner.gpu),
+        "gpus": planner.options.gpus,
+        "kind": planner.kind,
+        "work": asdict(planner.work),
+        "layouts": [_layout(plan) for plan in plans],
+        "options": list(options),
+        "launch": launch,
+        "assumptions": list(assumptions(planner)),
+        "warnings": list(warnings(planner, plans[0])),
     }
     write_beside(path, (json.dumps(content, indent=1) + "\n").encode())
 
@@ -27,11 +33,21 @@ def _layout(plan: Plan) -> dict:
     speed = plan.speed
     phases = dict.fromkeys(moment.phase for moment in plan.memory.moments)
     return {
-        "name": plan.name, "parallel": plan.layout.parallel.model_dump(mode="json"), "rollout_tensor": plan.config.rollout.tensor,
-        "data": plan.layout.data, "fits": plan.fits, "share": plan.share, "fullest": plan.memory.peak.phase,
+        "name": plan.name,
+        "parallel": plan.layout.parallel.model_dump(mode="json"),
+        "rollout_tensor": plan.config.rollout.tensor,
+        "data": plan.layout.data,
+        "fits": plan.fits,
+        "share": plan.share,
+        "fullest": plan.memory.peak.phase,
         "memory": {phase: plan.memory.of(phase).parts for phase in phases},
-        "seconds": speed.parts, "step_seconds": speed.seconds, "tokens": speed.tokens, "flops": speed.flops, "bubble": speed.bubble,
-        "micro_batches": speed.micro_batches, "traffic": [asdict(one) for one in speed.traffic],
+        "seconds": speed.parts,
+        "step_seconds": speed.seconds,
+        "tokens": speed.tokens,
+        "flops": speed.flops,
+        "bubble": speed.bubble,
+        "micro_batches": speed.micro_batches,
+        "traffic": [asdict(one) for one in speed.traffic],
         "engine": None if plan.engine is None else {**asdict(plan.engine), "tokens": plan.engine.tokens},
         "rollouts": None if speed.rollouts is None else asdict(speed.rollouts),
     }

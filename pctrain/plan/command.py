@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from pctrain.common.progress import make_console
 from pctrain.config.tree import Config
 from pctrain.plan import figure
 from pctrain.plan.as_json import as_json
@@ -12,7 +13,6 @@ from pctrain.plan.launching import launch_line, layout_options
 from pctrain.plan.options import PlanOptions
 from pctrain.plan.page import one_of_each, show
 from pctrain.plan.planner import Planner
-from pctrain.common.progress import make_console
 
 
 def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[str], arguments: Sequence[str]) -> None:
@@ -25,7 +25,11 @@ def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[
     changed = layout_options(best, base, planner.kind)
     line = launch_line(best, planner.kind, options.gpus_per_node, arguments, changed)
     if best.fits:
-        for text, style in (("", None), ("Start it on each node:" if "NNODES" in line else "Start it:", "bold"), (f"  {line}", None)):
+        for text, style in (
+            ("", None),
+            ("Start it on each node:" if "NNODES" in line else "Start it:", "bold"),
+            (f"  {line}", None),
+        ):
             console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
     shown = one_of_each([plan for plan in plans if plan.fits] or plans)[: options.top]
     if options.out is not None:

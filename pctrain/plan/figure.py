@@ -10,8 +10,16 @@ from pctrain.files.durable import write_beside
 from pctrain.plan.gpus import GIB
 from pctrain.plan.planner import Plan
 
-COLOURS = {"weights": "#2f6f9f", "gradients": "#7fb2d6", "optimizer": "#1b3f5c", "reference": "#9a6fb0", "activations": "#d98a3d",
-           "workspace": "#f0c08a", "engine": "#4f9d69", "reserve": "#c3cad2"}
+COLOURS = {
+    "weights": "#2f6f9f",
+    "gradients": "#7fb2d6",
+    "optimizer": "#1b3f5c",
+    "reference": "#9a6fb0",
+    "activations": "#d98a3d",
+    "workspace": "#f0c08a",
+    "engine": "#4f9d69",
+    "reserve": "#c3cad2",
+}
 
 
 def draw(path: Path, plans: Sequence[Plan]) -> None:
@@ -31,8 +39,11 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
             axes.barh(range(len(plans)), widths, left=left, color=COLOURS[name], label=name, height=0.66)
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axes.axvline(plans[0].gpu.memory / GIB, color="#b3261e", lw=1.4, label=f"{plans[0].gpu.name}")
-        axes.set_yticks(range(len(plans)), [f"{plan.name}\n{plan.layout.parallel.recompute}, {plan.memory.peak.phase}" for plan in plans],
-                        fontsize=8)
+        axes.set_yticks(
+            range(len(plans)),
+            [f"{plan.name}\n{plan.layout.parallel.recompute}, {plan.memory.peak.phase}" for plan in plans],
+            fontsize=8,
+        )
         axes.invert_yaxis()
         axes.set(xlabel="GiB of the fullest GPU", title="Memory at its fullest moment")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)

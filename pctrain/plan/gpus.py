@@ -32,13 +32,34 @@ class Gpu:
 
 # Memory: "has a total capacity of ... GiB" of torch's out-of-memory message on such a GPU, the smallest value seen. Rates: NVIDIA's data
 # sheets, dense figures; NVLink's are for both directions together there. Network: one adapter a GPU, as in NVIDIA's DGX of that kind.
-GPUS = {gpu.name: gpu for gpu in (
-    Gpu("h200", 139.7 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s a GPU"),
-    Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s a GPU"),
-    Gpu("a100-80", 79.1 * GIB, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, "A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU"),
-    Gpu("a100-40", 39.4 * GIB, 312e12, 19.5e12, 1.555e12, 300e9, 25e9, "A100 40GB SXM data sheet; DGX A100: 200 Gb/s a GPU"),
-    Gpu("b200", 178.3 * GIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, "HGX B200 data sheet; DGX B200: 400 Gb/s a GPU"),
-)}
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        Gpu("h200", 139.7 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s a GPU"),
+        Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s a GPU"),
+        Gpu(
+            "a100-80",
+            79.1 * GIB,
+            312e12,
+            19.5e12,
+            2.039e12,
+            300e9,
+            25e9,
+            "A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU",
+        ),
+        Gpu(
+            "a100-40",
+            39.4 * GIB,
+            312e12,
+            19.5e12,
+            1.555e12,
+            300e9,
+            25e9,
+            "A100 40GB SXM data sheet; DGX A100: 200 Gb/s a GPU",
+        ),
+        Gpu("b200", 178.3 * GIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, "HGX B200 data sheet; DGX B200: 400 Gb/s a GPU"),
+    )
+}
 
 
 def find(name: str, ranks: int) -> Gpu:
@@ -46,7 +67,9 @@ def find(name: str, ranks: int) -> Gpu:
     if name == "cpu":
         return _this_machine(ranks)
     if name not in GPUS:
-        raise UserError(f"--gpu {name}: this kind of GPU is not known; known: {', '.join(GPUS)}, and cpu for this machine")
+        raise UserError(
+            f"--gpu {name}: this kind of GPU is not known; known: {', '.join(GPUS)}, and cpu for this machine"
+        )
     return GPUS[name]
 
 
@@ -60,5 +83,12 @@ def _this_machine(ranks: int) -> Gpu:
     share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns
     copied = copy_bandwidth() * share
     rates = [peak_flops(dtype) * share for dtype in ("bfloat16", "float32")]
-    return Gpu("cpu", (memory_left() or 0) / ranks, *rates, copied, copied / 4, copied / 4,
-               "measured now: matrix products, a copy in memory; exchange: a quarter of the copy, assumed")
+    return Gpu(
+        "cpu",
+        (memory_left() or 0) / ranks,
+        *rates,
+        copied,
+        copied / 4,
+        copied / 4,
+        "measured now: matrix products, a copy in memory; exchange: a quarter of the copy, assumed",
+    )

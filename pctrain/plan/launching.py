@@ -10,9 +10,17 @@ from pctrain.plan.planner import Plan
 from pctrain.plan.work import Kind
 
 LAYOUT_KEYS = (
-    "parallel.tensor", "parallel.pipeline", "parallel.context", "parallel.expert", "parallel.sequence_parallel",
-    "parallel.virtual_pipeline", "parallel.first_stage_layers", "parallel.last_stage_layers", "parallel.recompute",
-    "parallel.overlap_grad_reduce")
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "parallel.sequence_parallel",
+    "parallel.virtual_pipeline",
+    "parallel.first_stage_layers",
+    "parallel.last_stage_layers",
+    "parallel.recompute",
+    "parallel.overlap_grad_reduce",
+)
 
 
 def value_of(config: Config, key: str):

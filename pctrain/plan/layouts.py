@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
 
-from pctrain.config.tree import Config, ParallelConfig
-from pctrain.config.check import check_combinations
-from pctrain.hf.config import HFConfig
 from pctrain.common.errors import UserError
+from pctrain.config.check import check_combinations
+from pctrain.config.tree import Config, ParallelConfig
+from pctrain.hf.config import HFConfig
 from pctrain.plan.work import Kind
 
 CHECKED = ("model", "parallel", "rollout")
@@ -34,7 +34,9 @@ def problem(config: Config, gpus: int, kind: Kind) -> str | None:
     return None
 
 
-def candidates(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool) -> Iterator[Config]:
+def candidates(
+    config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool
+) -> Iterator[Config]:
     """Configs that pass the checks, each with another layout; recomputation, which no check asks for, is as given.
 
     `pinned`: keys (`parallel.tensor`) that stay as they are.
@@ -44,7 +46,9 @@ def candidates(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Coll
             yield one
 
 
-def _thought_of(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool) -> Iterator[Config]:
+def _thought_of(
+    config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool
+) -> Iterator[Config]:
     def choose(key: str, values: list) -> list:
         section, name = key.split(".")
         return [getattr(getattr(config, section), name)] if key in pinned else values
@@ -57,10 +61,19 @@ def _thought_of(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Col
             for context in choose("parallel.context", divisors(left) if te else [1]):
                 for expert in choose("parallel.expert", divisors(gcd(left, hf.experts.count)) if hf.experts else [1]):
                     for stages in _stages(hf, pipeline, choose, config):
-                        parallel = config.parallel.model_copy(update={
-                            "tensor": tensor, "pipeline": pipeline, "context": context, "expert": expert,
-                            "sequence_parallel": choose("parallel.sequence_parallel", [tensor > 1])[0],
-                            "overlap_grad_reduce": choose("parallel.overlap_grad_reduce", [not cpu and left > 1])[0], **stages})
+                        parallel = config.parallel.model_copy(
+                            update={
+                                "tensor": tensor,
+                                "pipeline": pipeline,
+                                "context": context,
+                                "expert": expert,
+                                "sequence_parallel": choose("parallel.sequence_parallel", [tensor > 1])[0],
+                                "overlap_grad_reduce": choose("parallel.overlap_grad_reduce", [not cpu and left > 1])[
+                                    0
+                                ],
+                                **stages,
+                            }
+                        )
                         for engine in choose("rollout.tensor", divisors(tensor)) if kind == "rl" else [1]:
                             yield with_layout(config, parallel, engine)
 
@@ -68,10 +81,14 @@ def _thought_of(config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Col
 def _stages(hf: HFConfig, pipeline: int, choose, config: Config) -> Iterator[dict]:
     """Layers of the first and the last stage, where they are not all alike, and virtual stages."""
     first, last = even_ends(hf.layers, pipeline)
-    given = {"first_stage_layers": choose("parallel.first_stage_layers", [first])[0],
-             "last_stage_layers": choose("parallel.last_stage_layers", [last])[0]}
+    given = {
+        "first_stage_layers": choose("parallel.first_stage_layers", [first])[0],
+        "last_stage_layers": choose("parallel.last_stage_layers", [last])[0],
+    }
     most = -(-hf.layers // pipeline)
-    for virtual in choose("parallel.virtual_pipeline", [v for v in divisors(most) if v <= MOST_VIRTUAL] if pipeline > 1 else [1]):
+    for virtual in choose(
+        "parallel.virtual_pipeline", [v for v in divisors(most) if v <= MOST_VIRTUAL] if pipeline > 1 else [1]
+    ):
         yield {"virtual_pipeline": virtual, **given}
 
 
@@ -108,8 +125,14 @@ def limits(config: Config, hf: HFConfig, gpus: int, kind: Kind) -> list[Limit]:
     tensor = gcd(hf.heads, hf.kv_heads, width)
     of_tensor = f"{hf.heads} heads, {hf.kv_heads} key/value heads, feed-forward width {width}"
     even = [n for n in divisors(gpus) if hf.layers % n == 0]
-    found = [Limit("parallel.tensor", divisors(gcd(tensor, gpus)), of_tensor),
-             Limit("parallel.pipeline", even, f"{hf.layers} layers in equal stages; others by first_stage_layers, last_stage_layers")]
+    found = [
+        Limit("parallel.tensor", divisors(gcd(tensor, gpus)), of_tensor),
+        Limit(
+            "parallel.pipeline",
+            even,
+            f"{hf.layers} layers in equal stages; others by first_stage_layers, last_stage_layers",
+        ),
+    ]
     if hf.experts is not None:
         found.append(Limit("parallel.expert", divisors(gcd(hf.experts.count, gpus)), f"{hf.experts.count} experts"))
     name, batch = "sft.batch_size", config.sft.batch_size

@@ -58,8 +58,17 @@ def in_flight(layout: Layout, stage: int, micro_batches: int) -> float:
 
 
 def memory(
-    hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, *, tokens: int, micro_batches: int, reserve: float, engine: Engine | None,
-    reference: bool, offload: bool,
+    hf: HFConfig,
+    config: Config,
+    layout: Layout,
+    gpu: Gpu,
+    *,
+    tokens: int,
+    micro_batches: int,
+    reserve: float,
+    engine: Engine | None,
+    reference: bool,
+    offload: bool,
 ) -> Memory:
     """`tokens`: positions of a micro-batch; `micro_batches` of one update on one data parallel rank; `reserve`: bytes; `engine`: of RL."""
     activations = Activations(hf, config, layout, gpu, tokens, entropy=engine is not None)
@@ -71,11 +80,21 @@ def memory(
         kept = {"reference": float(parameters)} if reference else {}
         resident = {} if offload and not gpu.is_cpu else kept
         asleep = {"engine": engine.asleep} if engine is not None else {}
-        moments.append(Moment("update", stage, {**held, **resident, **asleep, **_update(activations, layout, stage, hf, micro_batches)}))
+        moments.append(
+            Moment(
+                "update",
+                stage,
+                {**held, **resident, **asleep, **_update(activations, layout, stage, hf, micro_batches)},
+            )
+        )
         if reference:
-            moments.append(Moment("reference", stage, {**held, **kept, **asleep, "workspace": activations.forward_alone()}))
+            moments.append(
+                Moment("reference", stage, {**held, **kept, **asleep, "workspace": activations.forward_alone()})
+            )
         if engine is not None:
-            gathered = SWAP_BUCKETS if layout.parallel.tensor * layout.parallel.pipeline * layout.parallel.expert > 1 else 0
+            gathered = (
+                SWAP_BUCKETS if layout.parallel.tensor * layout.parallel.pipeline * layout.parallel.expert > 1 else 0
+            )
             gathered = min(gathered, 2 * engine.model_bytes)
             waking = min(engine.weights + engine.asleep, engine.awake)  # its weights come first, the cache after them
             moments.append(Moment("swap", stage, {**held, **resident, "engine": waking, "workspace": gathered}))
@@ -110,7 +129,10 @@ def _update(activations: Activations, layout: Layout, stage: int, hf: HFConfig, 
     at_the_end = max(activations.backward_of_layer(), activations.head() if stage == pipeline - 1 else 0.0)
     found = {"activations": one * count, "workspace": at_the_end}
     if stage == 0:
-        others = {"activations": one * max(0.0, count - 1), "workspace": activations.embedding() + activations.backward_of_layer()}
+        others = {
+            "activations": one * max(0.0, count - 1),
+            "workspace": activations.embedding() + activations.backward_of_layer(),
+        }
         found = max(found, others, key=lambda parts: sum(parts.values()))
     return found
 

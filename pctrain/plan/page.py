@@ -53,15 +53,20 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 
 def _title(planner: Planner) -> str:
     options, work, hf, gpu = planner.options, planner.work, planner.hf, planner.gpu
-    return (f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x {gpu.name} "
-            f"({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + {work.response} tokens in the mean, "
-            f"packs of {work.token_budget}")
+    return (
+        f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x {gpu.name} "
+        f"({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + {work.response} tokens in the mean, "
+        f"packs of {work.token_budget}"
+    )
 
 
 def _layouts(console: Console, plans: Sequence[Plan], configured: Plan | str) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     sampling = ["rollout"] if plans[0].engine is not None else []
-    words, numbers = ("layout", "recompute", "fullest"), ("s/step", "compute", "bubble", "wires", *sampling, "other", "tok/s/GPU")
+    words, numbers = (
+        ("layout", "recompute", "fullest"),
+        ("s/step", "compute", "bubble", "wires", *sampling, "other", "tok/s/GPU"),
+    )
     for name in (*words[:2], "GiB", "of GPU", words[2], *numbers):
         table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
     for plan in plans:
@@ -77,9 +82,20 @@ def _row(plan: Plan, name: str) -> list[str]:
     other = sum(parts.get(key, 0.0) for key in OTHER)
     share = f"{plan.share:.0%}" + ("" if plan.share <= 1 else " !")
     sampling = [_seconds(parts["rollout"])] if "rollout" in parts else []
-    return [name, plan.layout.parallel.recompute, gib(plan.memory.peak.total), share, plan.memory.peak.phase, _seconds(speed.seconds),
-            _seconds(parts["compute"]), f"{speed.bubble:.0%}", _seconds(parts["wires"]), *sampling, _seconds(other),
-            f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}"]
+    return [
+        name,
+        plan.layout.parallel.recompute,
+        gib(plan.memory.peak.total),
+        share,
+        plan.memory.peak.phase,
+        _seconds(speed.seconds),
+        _seconds(parts["compute"]),
+        f"{speed.bubble:.0%}",
+        _seconds(parts["wires"]),
+        *sampling,
+        _seconds(other),
+        f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}",
+    ]
 
 
 def nothing_fits(best: Plan) -> str:
@@ -87,14 +103,22 @@ def nothing_fits(best: Plan) -> str:
     if best.share <= 1:
         return f"Nothing starts: {_too_small_a_cache(best)}. What would help, each by itself:"
     over = best.memory.peak.total - best.gpu.memory
-    return (f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB over the "
-            f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by itself:")
+    return (
+        f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB over the "
+        f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by itself:"
+    )
 
 
 def _too_small_a_cache(plan: Plan) -> str:
-    sequence = "the longest prompt and response" if plan.config.rollout.max_prompt else "the whole context (less with rollout.max_prompt)"
-    return (f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
-            f"sequence of {sequence}, {plan.context} tokens")
+    sequence = (
+        "the longest prompt and response"
+        if plan.config.rollout.max_prompt
+        else "the whole context (less with rollout.max_prompt)"
+    )
+    return (
+        f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
+        f"sequence of {sequence}, {plan.context} tokens"
+    )
 
 
 def _memory(console: Console, plan: Plan) -> None:
@@ -122,7 +146,9 @@ def _wires(console: Console, plan: Plan) -> None:
     for name in ("group", "ranks", "GB", "wire", "seconds", "waited for"):
         table.add_column(name, justify="left" if name in ("group", "wire") else "right")
     for one in plan.speed.traffic:
-        table.add_row(one.group, str(one.ranks), f"{one.sent / 1e9:,.2f}", one.wire, _seconds(one.seconds), _seconds(one.waited))
+        table.add_row(
+            one.group, str(one.ranks), f"{one.sent / 1e9:,.2f}", one.wire, _seconds(one.seconds), _seconds(one.waited)
+        )
     console.print(table)
 
 
@@ -131,9 +157,11 @@ def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
         return
     sampled, engine, rollout = plan.speed.rollouts, plan.engine, plan.config.rollout
     longest = planner.work.prompt + rollout.max_response
-    yield (f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of {rollout.tensor} "
-           f"GPU(s), {sampled.at_once} at once; a KV cache of {gib(engine.cache)} GiB holds {engine.tokens} tokens: "
-           f"{engine.sequences(longest)} sequences of the longest kind ({longest} tokens).")
+    yield (
+        f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of {rollout.tensor} "
+        f"GPU(s), {sampled.at_once} at once; a KV cache of {gib(engine.cache)} GiB holds {engine.tokens} tokens: "
+        f"{engine.sequences(longest)} sequences of the longest kind ({longest} tokens)."
+    )
 
 
 def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
@@ -142,15 +170,22 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     if not plan.starts and plan.share <= 1:
         yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
     if plan.engine is not None and plan.starts:
-        wanted = min(rollout.max_sequences, -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines))
+        wanted = min(
+            rollout.max_sequences,
+            -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines),
+        )
         room = plan.engine.sequences(planner.work.prompt + rollout.max_response)
         if room < wanted:
-            yield (f"warning: rollouts will not all fit: {wanted} sequences are decoded at once, but the KV cache holds {room} of the "
-                   "longest; the others are put off and computed again. Raise rollout.gpu_memory or rollout.tensor, or set "
-                   f"rollout.max_sequences to {max(1, room)}")
+            yield (
+                f"warning: rollouts will not all fit: {wanted} sequences are decoded at once, but the KV cache holds {room} of the "
+                "longest; the others are put off and computed again. Raise rollout.gpu_memory or rollout.tensor, or set "
+                f"rollout.max_sequences to {max(1, room)}"
+            )
     if plan.speed.bubble > BUSY:
-        yield (f"warning: {plan.speed.bubble:.0%} of the time the pipeline's stages wait: {plan.speed.micro_batches} micro-batch(es) of "
-               f"{planner.work.token_budget} tokens for {par.pipeline} stages; smaller packs, a larger batch, or fewer stages")
+        yield (
+            f"warning: {plan.speed.bubble:.0%} of the time the pipeline's stages wait: {plan.speed.micro_batches} micro-batch(es) of "
+            f"{planner.work.token_budget} tokens for {par.pipeline} stages; smaller packs, a larger batch, or fewer stages"
+        )
     if plan.config.model.dtype == "float32" and not plan.gpu.is_cpu:
         yield "warning: model.dtype = float32 on a GPU reaches a fraction of its speed; bfloat16 is what it is made for"
 
@@ -159,9 +194,11 @@ def assumptions(planner: Planner) -> Iterator[str]:
     """What each number rests on."""
     options, gpu, work = planner.options, planner.gpu, planner.work
     yield _rates(gpu, planner)
-    yield (f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
-           "a call; FLOPs are exact "
-           "(recomputation included), for sequences all of the mean length; packs are full")
+    yield (
+        f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
+        "a call; FLOPs are exact "
+        "(recomputation included), for sequences all of the mean length; packs are full"
+    )
     if gpu.is_cpu:
         holes = f"{cpu_holes(options.gpus):.0%} for what glibc keeps of freed tensors"
         reserve = f"{CPU_RUNTIME / 1e6:g} MB that torch maps at its first steps, {holes}"
@@ -173,16 +210,20 @@ def assumptions(planner: Planner) -> Iterator[str]:
         rl, longest = planner.config.rl, planner.config.rollout.max_response
         rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""
         beside = f"{LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside"
-        yield (f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "
-               f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}")
+        yield (
+            f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "
+            f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}"
+        )
     yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts take no time here"
 
 
 def _rates(gpu: Gpu, planner: Planner) -> str:
     dtype = planner.config.model.dtype
-    return (f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within a node "
-            f"{gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; {planner.options.gpus_per_node} GPUs a node "
-            f"(--gpus-per-node). {gpu.source}")
+    return (
+        f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within a node "
+        f"{gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; {planner.options.gpus_per_node} GPUs a node "
+        f"(--gpus-per-node). {gpu.source}"
+    )
 
 
 def _seconds(value: float) -> str:

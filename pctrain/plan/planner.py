@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import floor, log
 
-from pctrain.config.tree import Config
-from pctrain.config.check import check_combinations
-from pctrain.hf.config import HFConfig
 from pctrain.common.errors import UserError
+from pctrain.config.check import check_combinations
+from pctrain.config.tree import Config
+from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu, find
 from pctrain.plan.layouts import candidates, limits, problem
 from pctrain.plan.memory import Memory, memory
@@ -105,8 +105,17 @@ class Planner:
         sampler = engine(hf, config, gpu) if self.kind == "rl" else None
         how_fast = speed(hf, config, layout, gpu, step, sampler, mfu=options.mfu, per_node=options.gpus_per_node)
         needs = memory(
-            hf, config, layout, gpu, tokens=step.micro_batch(layout.data), micro_batches=how_fast.micro_batches,
-            reserve=options.reserve * GIB, engine=sampler, reference="reference" in step.passes, offload=config.rl.reference_offload)
+            hf,
+            config,
+            layout,
+            gpu,
+            tokens=step.micro_batch(layout.data),
+            micro_batches=how_fast.micro_batches,
+            reserve=options.reserve * GIB,
+            engine=sampler,
+            reference="reference" in step.passes,
+            offload=config.rl.reference_offload,
+        )
         return Plan(config, layout, gpu, config.longest_rollout(hf.context), needs, how_fast, sampler)
 
     def plans(self, gpus: int | None = None) -> list[Plan]:

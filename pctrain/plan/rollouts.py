@@ -10,7 +10,9 @@ from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters
 
-ASLEEP = 1.5 * GIB  # of a sleeping engine on a GPU: captured graphs, work space of its kernels, buffers of its own communicator
+ASLEEP = (
+    1.5 * GIB
+)  # of a sleeping engine on a GPU: captured graphs, work space of its kernels, buffers of its own communicator
 PREFILL = 8192  # tokens of one pass that vLLM sets room aside for (max_num_batched_tokens of its defaults on such GPUs)
 CPU_ENGINE = 85e6  # on a CPU: code that is imported at its start, buffers
 BANDWIDTH = 0.6  # share of a memory's bandwidth that decoding reaches
@@ -69,8 +71,19 @@ class Rollouts:
 
 
 def rollouts(
-    hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, of: Engine, *, prompt: float, response: float, rounds: int, prompts: int,
-    group: int, mfu: float, forward_flops: float,
+    hf: HFConfig,
+    config: Config,
+    layout: Layout,
+    gpu: Gpu,
+    of: Engine,
+    *,
+    prompt: float,
+    response: float,
+    rounds: int,
+    prompts: int,
+    group: int,
+    mfu: float,
+    forward_flops: float,
 ) -> Rollouts:
     """Of `rounds` rounds of `prompts` x `group` sequences each.
 

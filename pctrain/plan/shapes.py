@@ -23,9 +23,21 @@ def hf_config(config: Config) -> HFConfig:
         return HFConfig.read(config.model.path)
     a = config.model.architecture
     return HFConfig(
-        architecture="LlamaForCausalLM", layers=a.layers, hidden=a.hidden, heads=a.heads, kv_heads=a.kv_heads, head_dim=a.hidden // a.heads,
-        ffn=a.ffn, vocab=config.data.problems.vocab_size, context=a.context, rope_theta=10000.0, norm_eps=1e-6, tied=a.tied, qkv_bias=False,
-        eos_id=2)
+        architecture="LlamaForCausalLM",
+        layers=a.layers,
+        hidden=a.hidden,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.hidden // a.heads,
+        ffn=a.ffn,
+        vocab=config.data.problems.vocab_size,
+        context=a.context,
+        rope_theta=10000.0,
+        norm_eps=1e-6,
+        tied=a.tied,
+        qkv_bias=False,
+        eos_id=2,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,9 @@ def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[Chunk]:
 
 
 @lru_cache  # a search asks for the same again and again
-def _chunk(hf: HFConfig, tensor: int, ranks_of_experts: int, layers: int, first: bool, last: bool, tied_over_stages: bool) -> Chunk:
+def _chunk(
+    hf: HFConfig, tensor: int, ranks_of_experts: int, layers: int, first: bool, last: bool, tied_over_stages: bool
+) -> Chunk:
     embedding = hf.padded_vocab(tensor) // tensor * hf.hidden
     dense, expert = [embedding] if first else [], []
     own = 0 if first and tied_over_stages else None

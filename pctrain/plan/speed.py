@@ -34,7 +34,17 @@ class Speed:
         return sum(self.parts.values())
 
 
-def speed(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, work: Work, engine: Engine | None, *, mfu: float, per_node: int) -> Speed:
+def speed(
+    hf: HFConfig,
+    config: Config,
+    layout: Layout,
+    gpu: Gpu,
+    work: Work,
+    engine: Engine | None,
+    *,
+    mfu: float,
+    per_node: int,
+) -> Speed:
     par = layout.parallel
     rate = gpu.flops(config.model.dtype) * mfu
     count = _packs(work, layout)
@@ -42,19 +52,37 @@ def speed(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, work: Work, en
     slowest = layout.gpus * _slowest_stage(hf, layout)
     computing = training / slowest / rate
     bubble = bubble_share(layout, count)
-    held = max((buffers(hf, layout, stage) for stage in {0, par.pipeline // 2, par.pipeline - 1}), key=lambda b: b.elements)
+    held = max(
+        (buffers(hf, layout, stage) for stage in {0, par.pipeline // 2, par.pipeline - 1}), key=lambda b: b.elements
+    )
     sent = traffic(hf, config, layout, gpu, work, held, per_node=per_node, computing=computing, micro_batches=count)
-    parts = {"compute": computing, "bubble": computing * bubble / (1 - bubble), "wires": sum(one.waited for one in sent),
-             # The shard of masters and moments read and written, gradients read, weights written.
-             "optimizer": work.updates * (held.owned * 28 + held.elements * 8) / gpu.bandwidth}
+    parts = {
+        "compute": computing,
+        "bubble": computing * bubble / (1 - bubble),
+        "wires": sum(one.waited for one in sent),
+        # The shard of masters and moments read and written, gradients read, weights written.
+        "optimizer": work.updates * (held.owned * 28 + held.elements * 8) / gpu.bandwidth,
+    }
     sampled = None
     if engine is not None:
         one = work.forward(hf, work.sequences) / slowest / rate / (1 - bubble)
         for name in work.passes:
             parts[name] = one
         prompt = flops.exact_forward(hf.shape, np.array([work.prompt]))
-        sampled = rollouts(hf, config, layout, gpu, engine, prompt=work.prompt, response=work.response, rounds=work.rounds,
-                           prompts=work.prompts, group=work.group, mfu=mfu, forward_flops=prompt)
+        sampled = rollouts(
+            hf,
+            config,
+            layout,
+            gpu,
+            engine,
+            prompt=work.prompt,
+            response=work.response,
+            rounds=work.rounds,
+            prompts=work.prompts,
+            group=work.group,
+            mfu=mfu,
+            forward_flops=prompt,
+        )
         parts["rollout"] = sampled.seconds
         parts["swap"] = _swap(hf, config, layout, gpu, per_node)
     return Speed(parts, bubble, sent, training, work.tokens, count, sampled)

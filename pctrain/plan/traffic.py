@@ -36,7 +36,15 @@ class Traffic:
 
 
 def traffic(
-    hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, work: Work, held: Buffers, *, per_node: int, computing: float,
+    hf: HFConfig,
+    config: Config,
+    layout: Layout,
+    gpu: Gpu,
+    work: Work,
+    held: Buffers,
+    *,
+    per_node: int,
+    computing: float,
     micro_batches: int,
 ) -> list[Traffic]:
     """Of the updates of a step, on the stage that holds `held`. `computing`: seconds of its forward and backward passes."""
@@ -55,7 +63,9 @@ def traffic(
     stream = tokens * hf.hidden * size
     if par.tensor > 1:
         times = _tensor(hf, par, layers)
-        found.append(over("tensor", par.tensor, par.tensor, times * stream * (par.tensor - 1) / par.tensor, times * packs))
+        found.append(
+            over("tensor", par.tensor, par.tensor, times * stream * (par.tensor - 1) / par.tensor, times * packs)
+        )
     if par.context > 1:
         keys = tokens * 2 * hf.kv_heads * hf.head_dim / par.tensor * size
         # Keys and values go round the ring forwards, they and their gradients backwards; Transformer Engine does it beside attention.
@@ -65,7 +75,9 @@ def traffic(
     if par.expert > 1:
         routed = stream / par.tensor * hf.experts.per_token * (par.expert - 1) / par.expert
         times = 4 + 2 * (par.recompute == "full")  # there and back, forwards and backwards
-        found.append(over("expert", par.expert, par.tensor * par.expert, layers * routed * times, layers * times * packs))
+        found.append(
+            over("expert", par.expert, par.tensor * par.expert, layers * routed * times, layers * times * packs)
+        )
     if par.pipeline > 1:
         stride = layout.gpus // par.pipeline
         cut = par.tensor if par.sequence_parallel else 1
@@ -87,7 +99,9 @@ def attention_share(hf: HFConfig, work: Work) -> float:
 
 def _tensor(hf: HFConfig, par: ParallelConfig, layers: int) -> float:
     """Passes of the whole stream round the ring, forwards and backwards: of each layer its two blocks, and of the ends."""
-    gathered = 2 if par.sequence_parallel else 0  # the inputs of both blocks once more, for the gradients of their weights
+    gathered = (
+        2 if par.sequence_parallel else 0
+    )  # the inputs of both blocks once more, for the gradients of their weights
     blocks = 2 * (2 + 2) + gathered
     again = 4 if par.recompute == "full" else 0
     if hf.experts is not None:
@@ -107,4 +121,6 @@ def _data(hf: HFConfig, layout: Layout, size: int, held: Buffers, work: Work, la
         return both
     # Overlapped with the backward pass of the last micro-batch, two thirds of its time.
     reducing = both.seconds * 4 / (4 + size)
-    return Traffic(both.group, both.ranks, both.sent, both.wire, both.seconds, min(reducing, last_backward * work.updates * 2 / 3))
+    return Traffic(
+        both.group, both.ranks, both.sent, both.wire, both.seconds, min(reducing, last_backward * work.updates * 2 / 3)
+    )

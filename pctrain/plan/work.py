@@ -91,5 +91,16 @@ def _rl(config: Config, hf: HFConfig, prompt: int, response: int | None) -> Work
     if rl.algorithm in DYNAMIC:
         rounds, prompts = min(rl.max_rounds, ceil(rl.prompts / (KEPT * rl.round_prompts))), rl.round_prompts
     group = rl.group - (rl.algorithm in ("luffy", "srft"))
-    return Work("rl", rl.prompts * rl.group, rl.updates, prompt, response, min(longest, prompt + rollout.max_response), rl.token_budget,
-                passes(rl, config.model.dtype), rounds, prompts, group)
+    return Work(
+        "rl",
+        rl.prompts * rl.group,
+        rl.updates,
+        prompt,
+        response,
+        min(longest, prompt + rollout.max_response),
+        rl.token_budget,
+        passes(rl, config.model.dtype),
+        rounds,
+        prompts,
+        group,
+    )

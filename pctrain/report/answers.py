@@ -120,14 +120,18 @@ def _switch(study: Study, name: str, algorithm: str, starts: dict[str, list[RLRu
     minimum, text = _minimum(study, name)
     evidence["minimum_passed"] = minimum
     if len(ranked) == 1:
-        text += f" RL was started from there alone ({_steps(at[best])}) and ended at {ends[best]}: that another start ends lower is the " \
+        text += (
+            f" RL was started from there alone ({_steps(at[best])}) and ended at {ends[best]}: that another start ends lower is the "
             "paper's finding, not this study's."
+        )
         return Answer(question, text.strip(), evidence)
     lead = _difference(ends[best], ends[ranked[1]])
     evidence["lead"] = vars(lead)
     regime = starts[best][0].start_regime
-    text += f" RL from {_named(best)} ({_steps(at[best])}{', ' + regime if regime else ''}) ended highest, at {ends[best]}, " \
+    text += (
+        f" RL from {_named(best)} ({_steps(at[best])}{', ' + regime if regime else ''}) ended highest, at {ends[best]}, "
         f"{lead} against {_named(ranked[1])}"
+    )
     text += ": switch there." if lead.told_apart else ": the interval holds 0, so these two starts are not told apart."
     return Answer(question, text.strip(), evidence, lead.told_apart)
 
@@ -143,7 +147,10 @@ def _minimum(study: Study, name: str) -> tuple[float | None, str]:
     text = f"The validation loss was lowest at {steps} ({loss:.3f} nats a token); "
     if passed >= SURE:
         return passed, text + f"the minimum is passed (confidence {passed:.0%})."
-    return passed, text + f"it is not sure that the minimum is passed (confidence {passed:.0%}), so more SFT may move it."
+    return (
+        passed,
+        text + f"it is not sure that the minimum is passed (confidence {passed:.0%}), so more SFT may move it.",
+    )
 
 
 def minimum_passed(run: SFTRun) -> float:
@@ -165,16 +172,29 @@ def _what_is_left(study: Study) -> list[Answer]:
     for run in fitted:
         fit, last = run.fit, run.last.score
         left = [fit.a_post_low - last, fit.a_post - last, fit.a_post_high - last]
-        rows.append({"run": run.name, "verdict": fit.verdict, "last": last, "ceiling": [fit.a_post_low, fit.a_post, fit.a_post_high]})
+        rows.append(
+            {
+                "run": run.name,
+                "verdict": fit.verdict,
+                "last": last,
+                "ceiling": [fit.a_post_low, fit.a_post, fit.a_post_high],
+            }
+        )
         if fit.verdict == "identified":
-            said.append(f"RL from {run.label} has a ceiling of {fit.a_post:.1f} % (90 % interval {fit.a_post_low:.1f} to "
-                        f"{fit.a_post_high:.1f}): more of it gives {left[1]:+.1f} points ({left[0]:+.1f} to {left[2]:+.1f}) on the last "
-                        f"score of {last:.1f} %.")
+            said.append(
+                f"RL from {run.label} has a ceiling of {fit.a_post:.1f} % (90 % interval {fit.a_post_low:.1f} to "
+                f"{fit.a_post_high:.1f}): more of it gives {left[1]:+.1f} points ({left[0]:+.1f} to {left[2]:+.1f}) on the last "
+                f"score of {last:.1f} %."
+            )
         elif fit.verdict == "lower_bound":
-            said.append(f"RL from {run.label} still rises: its ceiling is at least {fit.a_post_low:.1f} %, how much more is not known.")
+            said.append(
+                f"RL from {run.label} still rises: its ceiling is at least {fit.a_post_low:.1f} %, how much more is not known."
+            )
         elif fit.verdict == "collapsed":
-            said.append(f"RL from {run.label} collapsed; before that it was heading for {fit.a_post:.1f} % ({fit.a_post_low:.1f} to "
-                        f"{fit.a_post_high:.1f}).")
+            said.append(
+                f"RL from {run.label} collapsed; before that it was heading for {fit.a_post:.1f} % ({fit.a_post_low:.1f} to "
+                f"{fit.a_post_high:.1f})."
+            )
     silent = len(study.rl) - len(said)
     if silent:
         said.append(f"Nothing is said about {silent} of {len(study.rl)} RL runs: too few scores, or no rise yet.")
@@ -195,7 +215,11 @@ def _which_way(study: Study) -> list[Answer]:
             spent.setdefault(f"SFT alone{_on(run.set)}", []).append(run.scores[-1].eflops_sft)
     for run in study.rl:
         if run.last:
-            way = f"{run.algorithm} without SFT" if not run.start_step else f"SFT{_on(run.set)} then {run.algorithm} from {_start(run)}"
+            way = (
+                f"{run.algorithm} without SFT"
+                if not run.start_step
+                else f"SFT{_on(run.set)} then {run.algorithm} from {_start(run)}"
+            )
             ways.setdefault(way, []).append((run.last.score, run.last.score_se))
             spent.setdefault(way, []).append(run.eflops_total)
     if not any(run.start_step == 0 for run in study.rl) or len(ways) < 2:
@@ -206,8 +230,12 @@ def _which_way(study: Study) -> list[Answer]:
     totals = {way: math.fsum(values) / len(values) for way, values in spent.items()}
     text = f"{ranked[0]} ended highest, at {scores[ranked[0]]}, {lead} against {ranked[1]}"
     text += "." if lead.told_apart else ": not told apart."
-    text += " In order: " + ", ".join(f"{way} {scores[way].mean:.1f} %" for way in ranked) + ". Each at its own compute: the least spent " \
+    text += (
+        " In order: "
+        + ", ".join(f"{way} {scores[way].mean:.1f} %" for way in ranked)
+        + ". Each at its own compute: the least spent "
         f"{min(totals.values()):.3g} EFLOPs, the most {max(totals.values()):.3g}."
+    )
     evidence = {"scores": {way: vars(scores[way]) for way in ranked}, "eflops": totals, "lead": vars(lead)}
     return [Answer("Which way of training ends highest?", text, evidence, lead.told_apart)]
 
@@ -230,7 +258,11 @@ class SetResult:
     @property
     def told(self) -> str:
         parts = [f"{self.size} trajectories"] if self.size else []
-        return self.name + (f" ({', '.join(parts + ([self.difficulty] if self.difficulty else []))})" if parts or self.difficulty else "")
+        return self.name + (
+            f" ({', '.join(parts + ([self.difficulty] if self.difficulty else []))})"
+            if parts or self.difficulty
+            else ""
+        )
 
 
 def _results(study: Study) -> list[SetResult]:
@@ -243,10 +275,21 @@ def _results(study: Study) -> list[SetResult]:
         for run in rl:
             by_way.setdefault((run.algorithm, run.role, run.start_step if run.role == "none" else 0), []).append(run)
         ends = [_score([(run.last.score, run.last.score_se) for run in runs]) for runs in by_way.values()]
-        ceilings = [math.fsum(run.fit.a_post for run in runs) / len(runs) for runs in by_way.values()
-                    if all(run.fit and run.fit.verdict == "identified" for run in runs)]
-        found.append(SetResult(name, sft[0].size, sft[0].difficulty, math.fsum(losses) / len(losses) if losses else None,
-                               max(ends, key=lambda end: end.mean, default=None), max(ceilings, default=None)))
+        ceilings = [
+            math.fsum(run.fit.a_post for run in runs) / len(runs)
+            for runs in by_way.values()
+            if all(run.fit and run.fit.verdict == "identified" for run in runs)
+        ]
+        found.append(
+            SetResult(
+                name,
+                sft[0].size,
+                sft[0].difficulty,
+                math.fsum(losses) / len(losses) if losses else None,
+                max(ends, key=lambda end: end.mean, default=None),
+                max(ceilings, default=None),
+            )
+        )
     return found
 
 
@@ -255,7 +298,7 @@ def _more_or_harder(study: Study) -> Answer:
     question, results = "Is more data, or harder data, worth more?", [r for r in _results(study) if r.end]
     more, harder = [], []
     for i, a in enumerate(results):
-        for b in results[i + 1:]:
+        for b in results[i + 1 :]:
             small, large = sorted((a, b), key=lambda r: r.size or 0)
             if not (a.size and b.size and a.difficulty and b.difficulty):
                 continue
@@ -266,11 +309,15 @@ def _more_or_harder(study: Study) -> Answer:
                 order = ("easy", "uniform", "hard")
                 easy, hard = sorted((a, b), key=lambda r: order.index(r.difficulty))
                 harder.append((hard, easy, _difference(hard.end, easy.end)))
-    evidence = {"sets": [{"set": r.name, "size": r.size, "difficulty": r.difficulty, "end": vars(r.end)} for r in results]}
+    evidence = {
+        "sets": [{"set": r.name, "size": r.size, "difficulty": r.difficulty, "end": vars(r.end)} for r in results]
+    }
     ends = "; ".join(f"{r.told} ended at {r.end}" for r in sorted(results, key=lambda r: -r.end.mean))
     if not more and not harder:
-        why = "that takes sets of one difficulty and several sizes, and of one size and several difficulties, both of them known " \
+        why = (
+            "that takes sets of one difficulty and several sizes, and of one size and several difficulties, both of them known "
             "(`pctrain data select` writes them down)"
+        )
         return Answer(question, f"Not told by these sets: {why}. Best ends: {ends or 'none'}.", evidence)
     said = [f"more of the same: {large.told} against {small.told} {d}" for large, small, d in more]
     said += [f"harder: {hard.told} against {easy.told} {d}" for hard, easy, d in harder]
@@ -298,13 +345,17 @@ def _which_set_first(study: Study) -> Answer:
     text = f"{ranked[0].name}: its minimum validation loss is the lowest ({losses})."
     identified = all(r.ceiling is not None for r in ranked)
     heights = [(r.loss, r.ceiling if identified else r.end.mean) for r in ranked if identified or r.end]
-    what = "highest identified ceiling" if identified else "highest last score (not every set has an identified ceiling)"
+    what = (
+        "highest identified ceiling" if identified else "highest last score (not every set has an identified ceiling)"
+    )
     if len(heights) < 2:
         text += " RL was run on fewer than two sets: whether the loss predicts its height is not tested here."
         return Answer(question, text, evidence)
     pearson, spearman = (correlate(*zip(*heights), kind) for kind in ("pearson", "spearman"))
     evidence |= {"against": what, "pearson": vars(pearson), "spearman": vars(spearman), "sets": len(heights)}
-    text += f" Against the {what} over {len(heights)} sets the loss correlates by Pearson {pearson}, Spearman {spearman}"
+    text += (
+        f" Against the {what} over {len(heights)} sets the loss correlates by Pearson {pearson}, Spearman {spearman}"
+    )
     text += _weight(pearson, len(heights))
     return Answer(question, text, evidence, pearson.high is not None and pearson.high < 0)
 
@@ -356,7 +407,11 @@ def _steps(steps: Sequence[int]) -> str:
 
 
 def _named(start: str) -> str:
-    return {"early": "the early checkpoint", "stable": "the validation minimum", "overfit": "the overfit checkpoint"}.get(start, start)
+    return {
+        "early": "the early checkpoint",
+        "stable": "the validation minimum",
+        "overfit": "the overfit checkpoint",
+    }.get(start, start)
 
 
 def _start(run: RLRun) -> str:

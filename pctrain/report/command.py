@@ -15,17 +15,27 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from pctrain.report import charts, curve_report, figures, findings, page
-from pctrain.report import held_out
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
+from pctrain.files.durable import plain, write_beside
+from pctrain.report import charts, curve_report, figures, findings, held_out, page
 from pctrain.report.answers import answers
 from pctrain.report.looks import ceiling_text
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import Study, as_json
-from pctrain.files.durable import plain, write_beside
-from pctrain.common.errors import UserError
-from pctrain.common.progress import make_console
 
-PACKAGES = ("pctrain", "numpy", "scipy", "matplotlib", "plotly", "torch", "megatron-core", "vllm", "transformers", "math-verify")
+PACKAGES = (
+    "pctrain",
+    "numpy",
+    "scipy",
+    "matplotlib",
+    "plotly",
+    "torch",
+    "megatron-core",
+    "vllm",
+    "transformers",
+    "math-verify",
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +88,12 @@ def make(source: Path) -> Report:
 
 def contents(study: Study) -> dict[str, Any]:
     """What study.json holds."""
-    return as_json(study) | {"answers": plain(answers(study)), "findings": findings.findings(study), "not_shown": findings.not_shown(study),
-                             "versions": versions()}
+    return as_json(study) | {
+        "answers": plain(answers(study)),
+        "findings": findings.findings(study),
+        "not_shown": findings.not_shown(study),
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -101,15 +115,25 @@ def _print_summary(report: Report, out: Path, n_figures: int) -> None:
     for name in ("start", "regime", "first", "last", "gain", "SFT alone*", "fit"):
         table.add_column(name, justify="left" if name in ("start", "regime", "fit") else "right", no_wrap=name != "fit")
     for run in study.rl:
-        first, last, alone = ("-" if value is None else f"{value:.1f}" for value in (
-            run.first and run.first.score, run.last and run.last.score, run.sft_equal.value))
+        first, last, alone = (
+            "-" if value is None else f"{value:.1f}"
+            for value in (run.first and run.first.score, run.last and run.last.score, run.sft_equal.value)
+        )
         gain = "-" if run.gain.value is None else f"{run.gain.value:+.1f} ± {run.gain.se:.1f}"
-        table.add_row(Text(run.label), run.start_regime or "-", first, last, gain, alone, ceiling_text(run).replace("\n", ", "))
+        table.add_row(
+            Text(run.label), run.start_regime or "-", first, last, gain, alone, ceiling_text(run).replace("\n", ", ")
+        )
     if study.rl:
         console.print(table)
         console.print("* score of the SFT run at the same total training compute", style="dim")
     console.print(report.words["headline"], highlight=False, markup=False)
     missing = len(report.values["not_shown"])
-    console.print(f"What this does not show: {missing} {'point' if missing == 1 else 'points'} in the report.", highlight=False)
-    console.print(f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in {out / 'figures'}.",
-                  highlight=False, markup=False, soft_wrap=True)
+    console.print(
+        f"What this does not show: {missing} {'point' if missing == 1 else 'points'} in the report.", highlight=False
+    )
+    console.print(
+        f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in {out / 'figures'}.",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

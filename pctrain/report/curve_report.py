@@ -11,15 +11,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pctrain.report import curves
-from pctrain.compute import flops
 from pctrain.ceiling import regimes
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.fit import fit_curve
-from pctrain.report.study_data import Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study
-from pctrain.config.tree import CeilingConfig
 from pctrain.common.errors import UserError
 from pctrain.common.progress import track
+from pctrain.compute import flops
+from pctrain.config.tree import CeilingConfig
+from pctrain.report import curves
+from pctrain.report.study_data import Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study
 
 
 def read(file: Path) -> Study:
@@ -27,7 +27,12 @@ def read(file: Path) -> Study:
     found = curves.read_curves(file)
     document = {} if file.suffix.lower() == ".csv" else json.loads(file.read_text(encoding="utf-8"))
     if "meta" not in document:  # curves alone, without benchmarks or SFT
-        return Study(file.stem, file.parent, [], [_plain(file, curve) for curve in track(found, "fits", total=len(found), unit="curve")])
+        return Study(
+            file.stem,
+            file.parent,
+            [],
+            [_plain(file, curve) for curve in track(found, "fits", total=len(found), unit="curve")],
+        )
     problems = document["meta"]["benchmarks"]
     model = document["meta"].get("model")
     shape = flops.QWEN2_5_7B if model is None else flops.ModelShape.from_hf_config(model, f"{file}: meta.model")
@@ -39,7 +44,15 @@ def read(file: Path) -> Study:
             if curve.scores.tobytes() in pure:
                 continue
             pure.add(curve.scores.tobytes())
-        rl.append(_rl(file, curve, document["datasets"][curve.dataset]["rl"][str(curve.start_step)], named[curve.dataset], problems))
+        rl.append(
+            _rl(
+                file,
+                curve,
+                document["datasets"][curve.dataset]["rl"][str(curve.start_step)],
+                named[curve.dataset],
+                problems,
+            )
+        )
     return Study(file.stem, file.parent, sft, rl)
 
 
@@ -48,9 +61,23 @@ def _plain(file: Path, curve: Curve) -> RLRun:
     fit = fit_curve(curve)
     joint_se, score_se = curve.p_sft_se or fit.sigma, curve.score_se or fit.sigma
     points = [RLPoint(0, 0.0, curve.p_sft, joint_se)]
-    points += [RLPoint(i, float(x), float(y), score_se) for i, (x, y) in enumerate(zip(curve.eflops, curve.scores, strict=True), 1)]
-    return RLRun(curve.dataset, file, {}, "", {}, set=curve.dataset, varies=frozenset({"set"}), algorithm="RL", points=points,
-                 p_sft=Estimate(curve.p_sft, joint_se), fit=fit)
+    points += [
+        RLPoint(i, float(x), float(y), score_se)
+        for i, (x, y) in enumerate(zip(curve.eflops, curve.scores, strict=True), 1)
+    ]
+    return RLRun(
+        curve.dataset,
+        file,
+        {},
+        "",
+        {},
+        set=curve.dataset,
+        varies=frozenset({"set"}),
+        algorithm="RL",
+        points=points,
+        p_sft=Estimate(curve.p_sft, joint_se),
+        fit=fit,
+    )
 
 
 def _sft(file: Path, name: str, data: dict[str, Any], shape: flops.ModelShape, problems: dict[str, float]) -> SFTRun:
@@ -60,11 +87,30 @@ def _sft(file: Path, name: str, data: dict[str, Any], shape: flops.ModelShape, p
     told = [i for i, loss in enumerate(losses) if loss is not None]
     x, known = [data["sft"][i]["eflops"] for i in told], [losses[i] for i in told]
     regime = dict(zip(told, regimes.classify(x, known, deltas.delta, deltas.delta2), strict=True)) if told else {}
-    points = [SFTPoint(int(step), entry["eflops"], losses[i], 0.0 if losses[i] is not None else None, *_score(entry["scores"], problems),
-                       regime.get(i), _benchmarks(entry["scores"], problems))
-              for i, (step, entry) in enumerate(zip(steps, data["sft"], strict=True))]
-    return SFTRun(f"{name}/sft", file, {}, "", {}, set=name, varies=frozenset({"set"}), points=points, delta=deltas.delta,
-                  delta2=deltas.delta2)
+    points = [
+        SFTPoint(
+            int(step),
+            entry["eflops"],
+            losses[i],
+            0.0 if losses[i] is not None else None,
+            *_score(entry["scores"], problems),
+            regime.get(i),
+            _benchmarks(entry["scores"], problems),
+        )
+        for i, (step, entry) in enumerate(zip(steps, data["sft"], strict=True))
+    ]
+    return SFTRun(
+        f"{name}/sft",
+        file,
+        {},
+        "",
+        {},
+        set=name,
+        varies=frozenset({"set"}),
+        points=points,
+        delta=deltas.delta,
+        delta2=deltas.delta2,
+    )
 
 
 def _steps(data: dict[str, Any], shape: flops.ModelShape) -> list[int]:
@@ -83,13 +129,28 @@ def _steps(data: dict[str, Any], shape: flops.ModelShape) -> list[int]:
 def _rl(file: Path, curve: Curve, entries: list[dict[str, Any]], sft: SFTRun, problems: dict[str, float]) -> RLRun:
     joint = min(sft.points, key=lambda p: abs(p.eflops_sft - curve.eflops_sft))
     points = [RLPoint(0, 0.0, curve.p_sft, joint.score_se, joint.benchmarks)]
-    points += [RLPoint(i, entry["eflops"], *_score(entry["scores"], problems), _benchmarks(entry["scores"], problems))
-               for i, entry in enumerate(entries, 1)]
+    points += [
+        RLPoint(i, entry["eflops"], *_score(entry["scores"], problems), _benchmarks(entry["scores"], problems))
+        for i, entry in enumerate(entries, 1)
+    ]
     total = curve.eflops_sft + points[-1].eflops_rl
-    return RLRun(f"{curve.dataset}/rl-step-{curve.start_step}", file, {}, "", {}, set=curve.dataset if curve.start_step else "",
-                 varies=frozenset({"set"}), start_step=curve.start_step, algorithm="RL", eflops_sft=curve.eflops_sft, points=points,
-                 start_regime=joint.regime if curve.start_step else None, p_sft=Estimate(curve.p_sft, joint.score_se),
-                 fit=fit_curve(curve), sft_equal=sft.score_at(total))
+    return RLRun(
+        f"{curve.dataset}/rl-step-{curve.start_step}",
+        file,
+        {},
+        "",
+        {},
+        set=curve.dataset if curve.start_step else "",
+        varies=frozenset({"set"}),
+        start_step=curve.start_step,
+        algorithm="RL",
+        eflops_sft=curve.eflops_sft,
+        points=points,
+        start_regime=joint.regime if curve.start_step else None,
+        p_sft=Estimate(curve.p_sft, joint.score_se),
+        fit=fit_curve(curve),
+        sft_equal=sft.score_at(total),
+    )
 
 
 def _score(scores: dict[str, float], problems: dict[str, float]) -> tuple[float, float]:

@@ -22,11 +22,11 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.ceiling import checks
-from pctrain.compute import flops
-from pctrain.run import layout
-from pctrain.report import plain_curves
 from pctrain.ceiling.curve import Curve
 from pctrain.common.errors import UserError
+from pctrain.compute import flops
+from pctrain.report import plain_curves
+from pctrain.run import layout
 
 # A checkpoint without an `sft` entry within this share of its EFLOPs has no P_sft; files round EFLOPs to two decimals.
 NEAREST_SHARE, NEAREST_EFLOPS = 0.10, 0.005
@@ -43,9 +43,13 @@ def read_curves(path: Path | str) -> list[Curve]:
         raise UserError(f"{path}: no such file or folder; give a curves file (JSON or CSV) or a run folder")
     if (path / "metrics.jsonl").is_file():
         return [read_run_folder(path)]
-    places = [place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()]
+    places = [
+        place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()
+    ]
     if not places:
-        raise UserError(f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl)")
+        raise UserError(
+            f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl)"
+        )
     return [replace(read_run_folder(place.folder), dataset=_name(path, place)) for place in places]
 
 
@@ -70,13 +74,21 @@ def read_run_folder(folder: Path) -> Curve:
     """Curve from the `kind` = eval lines of an RL run's metrics.jsonl; its line at eflops_rl 0 is the score at the joint, P_sft."""
     file = folder / "metrics.jsonl"
     lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
-    points = [(checks.number(line, "eflops_rl", where), checks.percent(line, "score", where), checks.spread(line, "score_se", where))
-              for where, line in lines]
+    points = [
+        (
+            checks.number(line, "eflops_rl", where),
+            checks.percent(line, "score", where),
+            checks.spread(line, "score_se", where),
+        )
+        for where, line in lines
+    ]
     joint = next((p for p in points if p[0] == 0), None)
     after = [p for p in points if p[0] > 0]
     if joint is None or not after:
         what = "at eflops_rl = 0, the joint" if joint is None else "with eflops_rl > 0"
-        raise UserError(f"{file}: no `kind` = eval line {what}; give the folder of an RL run that has been scored at its start and later")
+        raise UserError(
+            f"{file}: no `kind` = eval line {what}; give the folder of an RL run that has been scored at its start and later"
+        )
     start = _start(folder)
     errors = [p[2] for p in after if p[2] is not None]
     return Curve(
@@ -94,7 +106,9 @@ def read_run_folder(folder: Path) -> Curve:
 def _start(folder: Path) -> dict:
     file = folder / "start.json"
     if not file.is_file():
-        raise UserError(f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)")
+        raise UserError(
+            f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)"
+        )
     start = checks.mapping(checks.json_of(file), str(file))
     if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
         raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
@@ -109,20 +123,28 @@ def _exchange_curves(document: dict, file: Path) -> list[Curve]:
     benchmarks = checks.mapping(checks.need(meta, "benchmarks", f"{file}: meta"), f"{file}: meta.benchmarks")
     counts = {name: checks.number(benchmarks, name, f"{file}: meta.benchmarks") for name in benchmarks}
     if not counts or min(counts.values()) <= 0 or max(counts.values()) > MAX_PROBLEMS:
-        raise UserError(f"{file}: meta.benchmarks must give a number of problems above 0 (at most 1e12) for each of one or more benchmarks")
+        raise UserError(
+            f"{file}: meta.benchmarks must give a number of problems above 0 (at most 1e12) for each of one or more benchmarks"
+        )
     top = checks.maximum(meta.get("max_score", checks.MAX_SCORE), f"{file}: meta.max_score")
     shape = flops.QWEN2_5_7B
     if meta.get("model") is not None:
         where = f"{file}: meta.model"
         shape = flops.ModelShape.from_hf_config(checks.mapping(meta["model"], where), where)
     datasets = checks.mapping(checks.need(document, "datasets", str(file)), f"{file}: datasets")
-    curves = [c for name, data in datasets.items() for c in _dataset_curves(name, data, counts, top, shape, f"{file}: datasets.{name}")]
+    curves = [
+        c
+        for name, data in datasets.items()
+        for c in _dataset_curves(name, data, counts, top, shape, f"{file}: datasets.{name}")
+    ]
     if not curves:
         raise UserError(f"{file}: no RL curve below datasets.*.rl")
     return curves
 
 
-def _dataset_curves(name: str, data: object, counts: dict[str, float], top: float, shape: flops.ModelShape, where: str) -> list[Curve]:
+def _dataset_curves(
+    name: str, data: object, counts: dict[str, float], top: float, shape: flops.ModelShape, where: str
+) -> list[Curve]:
     data = checks.mapping(data, where)
     sft_x, sft_scores = _points(checks.need(data, "sft", where), counts, top, f"{where}.sft")
     curves = []
@@ -149,20 +171,25 @@ def _sft_entry(step: int, data: Mapping, sft_x: np.ndarray, shape: flops.ModelSh
         raise UserError(
             f"{where}.sft: no entry near the checkpoint at step {step} ({x:.4g} EFLOPs; the nearest is at {sft_x[nearest]:.4g}), so its "
             "P_sft is unknown; check batch_size and mean_seq_len, give meta.model (fields of its config.json), or list checkpoint_steps "
-            "one per sft entry")
+            "one per sft entry"
+        )
     return nearest
 
 
 def _points(points: object, counts: dict[str, float], top: float, where: str) -> tuple[np.ndarray, np.ndarray]:
     """EFLOPs [n], increasing, and overall scores [n] of a list of measured points."""
     if not isinstance(points, list) or not points:
-        raise UserError(f"{where}: must be a list of one or more points {{eflops, scores}}, found {type(points).__name__}")
+        raise UserError(
+            f"{where}: must be a list of one or more points {{eflops, scores}}, found {type(points).__name__}"
+        )
     x, scores = [], []
     for i, point in enumerate(points):
         here = f"{where}[{i}]"
         point = checks.mapping(point, here)
         x.append(checks.number(point, "eflops", here))
         by_name = checks.mapping(checks.need(point, "scores", here), f"{here}.scores")
-        overall = sum(n * checks.percent(by_name, name, f"{here}.scores") for name, n in counts.items()) / sum(counts.values())
+        overall = sum(n * checks.percent(by_name, name, f"{here}.scores") for name, n in counts.items()) / sum(
+            counts.values()
+        )
         scores.append(checks.at_most(overall, top, f"{here}: the overall score"))
     return checks.increasing(x, f"{where}: eflops"), np.array(scores)

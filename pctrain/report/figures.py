@@ -24,8 +24,14 @@ DASHED = (0, (4, 2))
 
 def draw_all(charts: Sequence[Chart]) -> dict[str, bytes]:
     """`{file name: PNG}`."""
-    drawn = {"validation_loss": validation_loss, "score_vs_compute": score_vs_compute, "ceilings": ceilings,
-             "ceiling_vs_loss": ceiling_vs_loss, "benchmarks": benchmarks, "compute": compute}
+    drawn = {
+        "validation_loss": validation_loss,
+        "score_vs_compute": score_vs_compute,
+        "ceilings": ceilings,
+        "ceiling_vs_loss": ceiling_vs_loss,
+        "benchmarks": benchmarks,
+        "compute": compute,
+    }
     with matplotlib.rc_context(STYLE):
         return {f"{chart.name}.png": _png(drawn[chart.name](chart)) for chart in charts}
 
@@ -46,16 +52,40 @@ def validation_loss(chart: Chart) -> Figure:
         axes.scatter(x, y, s=12 if len(x) < 60 else 4, c=edge, edgecolors=colour, linewidths=0.7, zorder=4)
         axes.plot(series["minimum"]["x"], series["minimum"]["y"], "o", ms=14, mfc="none", mec=colour, mew=1.3, zorder=5)
         if several:
-            axes.annotate(series["name"], (x[-1], y[-1]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5,
-                          color=colour, fontweight="bold", annotation_clip=False)
+            axes.annotate(
+                series["name"],
+                (x[-1], y[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=colour,
+                fontweight="bold",
+                annotation_clip=False,
+            )
     first = spec["series"][0]
-    axes.set_xlim(min(s["x"][0] for s in spec["series"]), max([s["x"][-1] for s in spec["series"]] + [first["x"][0] + 1e-9]))
+    axes.set_xlim(
+        min(s["x"][0] for s in spec["series"]), max([s["x"][-1] for s in spec["series"]] + [first["x"][0] + 1e-9])
+    )
     axes.set_ylim(low, high)
     if not several:
         _shade(axes, first)
-    handles = [Patch(color=colour, alpha=0.35, lw=0, label=name) for name, colour in REGIME_COLOURS.items() if name in seen]
-    handles.append(Line2D([], [], ls="", marker="o", ms=9, mfc="none", mec=INK, mew=1.3,
-                          label="minimum" if several else f"minimum, step {first['minimum']['step']}"))
+    handles = [
+        Patch(color=colour, alpha=0.35, lw=0, label=name) for name, colour in REGIME_COLOURS.items() if name in seen
+    ]
+    handles.append(
+        Line2D(
+            [],
+            [],
+            ls="",
+            marker="o",
+            ms=9,
+            mfc="none",
+            mec=INK,
+            mew=1.3,
+            label="minimum" if several else f"minimum, step {first['minimum']['step']}",
+        )
+    )
     _legend_below(figure, handles, columns=6)
     return figure
 
@@ -67,12 +97,27 @@ def _shade(axes: Axes, series: dict[str, Any]) -> None:
         patch = axes.axvspan(band["from"], band["to"], color=REGIME_COLOURS[band["regime"]], alpha=0.20, lw=0)
         patch.set_gid(f"regime-{band['regime']}")
         if (band["to"] - band["from"]) / span > 0.012 * len(band["regime"]) + 0.02:
-            axes.text((band["from"] + band["to"]) / 2, 0.975, band["regime"], transform=axes.get_xaxis_transform(), ha="center", va="top",
-                      fontsize=9)
+            axes.text(
+                (band["from"] + band["to"]) / 2,
+                0.975,
+                band["regime"],
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=9,
+            )
     for bound, side in zip(series["bounds"], ("top", "bottom"), strict=True):
         axes.axhline(bound, color=MUTED, lw=0.8, ls=(0, (2, 3)))
-        axes.annotate(f"min + {100 * (bound / series['minimum']['y'] - 1):.3g} %", (1, bound), xycoords=("axes fraction", "data"),
-                      xytext=(4, 0), textcoords="offset points", va=side, fontsize=7.5, color=MUTED)
+        axes.annotate(
+            f"min + {100 * (bound / series['minimum']['y'] - 1):.3g} %",
+            (1, bound),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va=side,
+            fontsize=7.5,
+            color=MUTED,
+        )
     previous, level = float("-inf"), 0
     for start in series["starts"]:  # labels of close neighbours stand one above the other
         at, height = start["x"], start["y"]
@@ -81,13 +126,40 @@ def _shade(axes: Axes, series: dict[str, Any]) -> None:
         late = at > axes.get_xlim()[0] + 0.8 * span
         high = axes.transAxes.inverted().transform(axes.transData.transform((at, height)))[1] > 0.75
         colour = _hex(start["colour"])
-        axes.plot(at, height, marker=MARKERS[start["marker"]], ms=8, color=colour, mec="white", mew=1.2, zorder=6, clip_on=False)
+        axes.plot(
+            at,
+            height,
+            marker=MARKERS[start["marker"]],
+            ms=8,
+            color=colour,
+            mec="white",
+            mew=1.2,
+            zorder=6,
+            clip_on=False,
+        )
         halo = withStroke(linewidth=2.5, foreground="white", alpha=0.75)
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.9, "shrinkB": 6, "shrinkA": 1, "relpos": (float(late), float(high))}
-        axes.annotate(start["name"].replace("RL from ", "RL from\n"), (at, height), textcoords="offset points",
-                      xytext=(-8 if late else 4, -26 if high else 28 + 26 * level), ha="right" if late else "left",
-                      va="top" if high else "bottom", fontsize=8.5, fontweight="bold", color=colour, path_effects=[halo], zorder=7,
-                      arrowprops=line)
+        line = {
+            "arrowstyle": "-",
+            "color": colour,
+            "lw": 0.9,
+            "shrinkB": 6,
+            "shrinkA": 1,
+            "relpos": (float(late), float(high)),
+        }
+        axes.annotate(
+            start["name"].replace("RL from ", "RL from\n"),
+            (at, height),
+            textcoords="offset points",
+            xytext=(-8 if late else 4, -26 if high else 28 + 26 * level),
+            ha="right" if late else "left",
+            va="top" if high else "bottom",
+            fontsize=8.5,
+            fontweight="bold",
+            color=colour,
+            path_effects=[halo],
+            zorder=7,
+            arrowprops=line,
+        )
 
 
 def _loss_axis(axes: Axes, loss: Sequence[float]) -> tuple[float, float]:
@@ -95,7 +167,11 @@ def _loss_axis(axes: Axes, loss: Sequence[float]) -> tuple[float, float]:
     low, high = min(loss), max(loss)
     if low > 0 and high / low > 4:
         axes.set_yscale("log")
-        ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50) if low * 0.9 <= t <= high * 1.1]
+        ticks = [
+            t
+            for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50)
+            if low * 0.9 <= t <= high * 1.1
+        ]
         axes.yaxis.set_major_locator(FixedLocator(ticks))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -122,15 +198,34 @@ def score_vs_compute(chart: Chart) -> Figure:
         groups = list({s["group"]: s for s in shown}.values())
         if name is None and len(groups) <= 6:
             axes.set_xlim(0, 1.02 * max(s["joint"] + s["x"][-1] for s in shown))
-            _label_ends(axes, [(s["joint"] + s["x"][-1], s["fit"]["median"][-1] if s.get("fit") else s["y"][-1], s["group"],
-                                _hex(s["alone"])) for s in groups])
+            _label_ends(
+                axes,
+                [
+                    (
+                        s["joint"] + s["x"][-1],
+                        s["fit"]["median"][-1] if s.get("fit") else s["y"][-1],
+                        s["group"],
+                        _hex(s["alone"]),
+                    )
+                    for s in groups
+                ],
+            )
         else:
-            handles = [Line2D([], [], color=_hex(s["alone"]), marker=MARKERS[s["marker"]], ms=4, lw=1.4, label=s["group"]) for s in groups]
+            handles = [
+                Line2D([], [], color=_hex(s["alone"]), marker=MARKERS[s["marker"]], ms=4, lw=1.4, label=s["group"])
+                for s in groups
+            ]
             axes.legend(handles=handles, fontsize=7, loc="lower right")
     fitted = any(s.get("fit") for s in spec["series"])
-    keys = [Line2D([], [], color=MUTED, lw=1.8, label="fit, ceiling identified"),
+    keys = (
+        [
+            Line2D([], [], color=MUTED, lw=1.8, label="fit, ceiling identified"),
             Line2D([], [], color=MUTED, lw=1.8, ls=DASHED, label="fit, ceiling not identified"),
-            Patch(color=MUTED, alpha=0.25, lw=0, label="90 % interval of the curve")] if fitted else []
+            Patch(color=MUTED, alpha=0.25, lw=0, label="90 % interval of the curve"),
+        ]
+        if fitted
+        else []
+    )
     if any(s.get("equal") for s in spec["series"]):
         keys.append(Line2D([], [], ls="", marker="D", mfc="white", mec=MUTED, mew=1.5, label="pure SFT at equal total"))
     keys.append(Line2D([], [], ls="", marker="|", ms=11, mew=1.2, color=MUTED, label="± one standard error of a score"))
@@ -153,10 +248,28 @@ def _score_series(axes: Axes, series: dict[str, Any], colour: str, means: Sequen
         axes.fill_between(at, fit["low"], fit["high"], color=colour, alpha=0.14, lw=0, zorder=2)
         axes.plot(at, fit["median"], color=colour, lw=2, ls="-" if fit["identified"] else DASHED, zorder=6)
     else:
-        axes.plot(x, y, color=colour, lw=1.6 if series["kind"] == "sft" else 1, alpha=1 if series["kind"] == "sft" else 0.6, zorder=4)
-    axes.errorbar(x, y, yerr=series["se"] if len(x) <= 40 else None, color=colour, ls="", marker=MARKERS[series["marker"]],
-                  ms=5.5 if len(x) <= 12 else 4 if len(x) <= 40 else 2.5, mec="white", mew=0.5, elinewidth=0.8,
-                  alpha=0.75 if len(x) <= 30 else 0.4, zorder=5)
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            lw=1.6 if series["kind"] == "sft" else 1,
+            alpha=1 if series["kind"] == "sft" else 0.6,
+            zorder=4,
+        )
+    axes.errorbar(
+        x,
+        y,
+        yerr=series["se"] if len(x) <= 40 else None,
+        color=colour,
+        ls="",
+        marker=MARKERS[series["marker"]],
+        ms=5.5 if len(x) <= 12 else 4 if len(x) <= 40 else 2.5,
+        mec="white",
+        mew=0.5,
+        elinewidth=0.8,
+        alpha=0.75 if len(x) <= 30 else 0.4,
+        zorder=5,
+    )
     if series.get("equal"):
         axes.plot(x[-1], series["equal"]["y"], marker="D", ms=6.5, mfc="white", mec=colour, mew=1.5, zorder=7)
 
@@ -166,9 +279,20 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
     bottom, top = axes.get_ylim()
     heights = _spread([y for _, y, _, _ in ends], 0.065 * (top - bottom), bottom, top)
     for (x, y, text, colour), height in zip(ends, heights):
-        axes.annotate(text, (x, y), xycoords="data", xytext=(1.02, height), textcoords=("axes fraction", "data"), va="center", ha="left",
-                      fontsize=9, color=colour, fontweight="bold", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.4, "shrinkA": 2, "shrinkB": 4})
+        axes.annotate(
+            text,
+            (x, y),
+            xycoords="data",
+            xytext=(1.02, height),
+            textcoords=("axes fraction", "data"),
+            va="center",
+            ha="left",
+            fontsize=9,
+            color=colour,
+            fontweight="bold",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.7, "alpha": 0.4, "shrinkA": 2, "shrinkB": 4},
+        )
 
 
 def _spread(values: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -196,9 +320,15 @@ def ceilings(chart: Chart) -> Figure:
     axes.set_yticks(range(len(bars)), [bar["name"].removeprefix("RL from ").replace(" (", "\n(") for bar in bars])
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
-    _legend_below(figure, [Patch(color=BASE, label="P_sft, before RL"), Patch(color=MUTED, label="PL_rl, ceiling identified"),
-                           Patch(facecolor="#e3e6e9", edgecolor=MUTED, lw=0, hatch="////", label="PL_rl, not identified"),
-                           Patch(facecolor="none", edgecolor=MUTED, ls=(0, (2, 2)), label="measured gain, no ceiling")])
+    _legend_below(
+        figure,
+        [
+            Patch(color=BASE, label="P_sft, before RL"),
+            Patch(color=MUTED, label="PL_rl, ceiling identified"),
+            Patch(facecolor="#e3e6e9", edgecolor=MUTED, lw=0, hatch="////", label="PL_rl, not identified"),
+            Patch(facecolor="none", edgecolor=MUTED, ls=(0, (2, 2)), label="measured gain, no ceiling"),
+        ],
+    )
     return figure
 
 
@@ -207,24 +337,64 @@ def _ceiling_bar(axes: Axes, row: int, bar: dict[str, Any], begin: float) -> Non
     width = axes.get_xlim()[1] - begin
     axes.barh(row, base - begin, left=begin, height=0.56, color=BASE)
     inside = base - begin > 0.12 * width
-    axes.text((begin + base) / 2 if inside else begin + 0.01 * width, row, f"{base:.1f}", ha="center" if inside else "left", va="center",
-              fontsize=9)
+    axes.text(
+        (begin + base) / 2 if inside else begin + 0.01 * width,
+        row,
+        f"{base:.1f}",
+        ha="center" if inside else "left",
+        va="center",
+        fontsize=9,
+    )
     if ceiling:
         top = max(ceiling["a"], base)
-        axes.barh(row, top - base, left=base, height=0.56, color=colour, alpha=0.85 if bar["solid"] else 0.28,
-                  hatch=None if bar["solid"] else "////", edgecolor="white" if bar["solid"] else colour, lw=0)
+        axes.barh(
+            row,
+            top - base,
+            left=base,
+            height=0.56,
+            color=colour,
+            alpha=0.85 if bar["solid"] else 0.28,
+            hatch=None if bar["solid"] else "////",
+            edgecolor="white" if bar["solid"] else colour,
+            lw=0,
+        )
         if bar["solid"] and top - base > 0.08 * width:
-            axes.text(base + 0.012 * width, row, f"{ceiling['a'] - base:+.1f}", ha="left", va="center", fontsize=9, color="white",
-                      fontweight="bold")
+            axes.text(
+                base + 0.012 * width,
+                row,
+                f"{ceiling['a'] - base:+.1f}",
+                ha="left",
+                va="center",
+                fontsize=9,
+                color="white",
+                fontweight="bold",
+            )
         axes.plot([ceiling["low"], ceiling["high"]], [row, row], color=INK, lw=1.3, zorder=5)
         axes.plot(ceiling["low"], row, marker="|", ms=9, mew=1.3, color=INK, zorder=5)
         # An arrow where only the lower end means anything.
         end = {"marker": ">", "ms": 5} if ceiling["verdict"] == "lower_bound" else {"marker": "|", "ms": 9}
         axes.plot(ceiling["high"], row, mew=1.3, color=INK, zorder=5, clip_on=False, **end)
     elif bar["measured"] > base:
-        axes.barh(row, bar["measured"] - base, left=base, height=0.56, facecolor="none", edgecolor=colour, lw=1.2, ls=(0, (2, 2)))
-    axes.text(1.02, row, bar["text"].replace(", ", "\n", 1), transform=axes.get_yaxis_transform(), va="center", ha="left", fontsize=8.5,
-              linespacing=1.3)
+        axes.barh(
+            row,
+            bar["measured"] - base,
+            left=base,
+            height=0.56,
+            facecolor="none",
+            edgecolor=colour,
+            lw=1.2,
+            ls=(0, (2, 2)),
+        )
+    axes.text(
+        1.02,
+        row,
+        bar["text"].replace(", ", "\n", 1),
+        transform=axes.get_yaxis_transform(),
+        va="center",
+        ha="left",
+        fontsize=8.5,
+        linespacing=1.3,
+    )
 
 
 def ceiling_vs_loss(chart: Chart) -> Figure:
@@ -233,9 +403,26 @@ def ceiling_vs_loss(chart: Chart) -> Figure:
     axes.set(xlabel=spec["x"], ylabel=spec["y"])
     for p in spec["points"]:
         colour = _hex(p["colour"])
-        axes.errorbar(p["x"], p["y"], yerr=[[p["y"] - p["low"]], [p["high"] - p["y"]]], color=colour, marker="o", ms=8, capsize=4,
-                      mfc=colour if p["verdict"] == "identified" else "white", mew=1.6)
-        axes.annotate(p["name"], (p["x"], p["y"]), xytext=(8, 6), textcoords="offset points", color=colour, fontweight="bold", fontsize=9)
+        axes.errorbar(
+            p["x"],
+            p["y"],
+            yerr=[[p["y"] - p["low"]], [p["high"] - p["y"]]],
+            color=colour,
+            marker="o",
+            ms=8,
+            capsize=4,
+            mfc=colour if p["verdict"] == "identified" else "white",
+            mew=1.6,
+        )
+        axes.annotate(
+            p["name"],
+            (p["x"], p["y"]),
+            xytext=(8, 6),
+            textcoords="offset points",
+            color=colour,
+            fontweight="bold",
+            fontsize=9,
+        )
     axes.margins(x=0.2, y=0.15)
     return figure
 
@@ -247,14 +434,27 @@ def benchmarks(chart: Chart) -> Figure:
     for name, axes in zip(spec["names"], panels):
         for series in spec["series"]:
             y = [float("nan") if value is None else value for value in series["y"][name]]
-            axes.plot(series["x"], y, color=_hex(series["colour"]), lw=1.2 if series["kind"] == "rl" else 1.8, alpha=0.8,
-                      marker=MARKERS[series["marker"]], ms=2.5)
+            axes.plot(
+                series["x"],
+                y,
+                color=_hex(series["colour"]),
+                lw=1.2 if series["kind"] == "rl" else 1.8,
+                alpha=0.8,
+                marker=MARKERS[series["marker"]],
+                ms=2.5,
+            )
         axes.set_title(name)
         axes.set(xlabel=spec["x"], ylabel=spec["y"])
     groups = {s["group"]: s for s in spec["series"]}
     shown = {s["set"] or s["group"]: s for s in spec["series"]} if spec["sets"] else groups
-    _legend_below(figure, [Line2D([], [], color=_hex(s["colour"]), marker=MARKERS[s["marker"]], ms=4, label=name)
-                           for name, s in shown.items()], columns=4)
+    _legend_below(
+        figure,
+        [
+            Line2D([], [], color=_hex(s["colour"]), marker=MARKERS[s["marker"]], ms=4, label=name)
+            for name, s in shown.items()
+        ],
+        columns=4,
+    )
     return figure
 
 
@@ -271,8 +471,16 @@ def compute(chart: Chart) -> Figure:
         totals = [0.0] * len(spec["phases"])
         for run, values in zip(spec["runs"], metric["values"]):
             for row, value in enumerate(values):
-                axes.barh(row, value, left=totals[row], height=0.62, color=_hex(run["colour"]), alpha=0.45 if spec["measuring"][row] else 1,
-                          edgecolor="white", lw=0.4)
+                axes.barh(
+                    row,
+                    value,
+                    left=totals[row],
+                    height=0.62,
+                    color=_hex(run["colour"]),
+                    alpha=0.45 if spec["measuring"][row] else 1,
+                    edgecolor="white",
+                    lw=0.4,
+                )
                 totals[row] += value
         for row, value in enumerate(totals):
             axes.text(value, row, f" {value:.3g}", va="center", fontsize=8)
@@ -288,11 +496,14 @@ def compute(chart: Chart) -> Figure:
 
 # -- shared looks ------------------------------------------------------------------------------------------------------------------
 
+
 def _panels(chart: Chart, count: int, height: float = 4.6, share_y: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure of up to three panels in a row, one scale for a row."""
     columns = min(count, 3)
     rows = -(-count // columns)
-    figure = Figure(figsize=(8.4 if count == 1 else 4.4 * columns, height if rows == 1 else 3.2 * rows + 0.8), layout="constrained")
+    figure = Figure(
+        figsize=(8.4 if count == 1 else 4.4 * columns, height if rows == 1 else 3.2 * rows + 0.8), layout="constrained"
+    )
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.07)
     axes = figure.subplots(rows, columns, sharey=share_y and count > 1, squeeze=False).ravel()
     for place in axes:
@@ -309,7 +520,9 @@ def _hex(colour: str) -> str:
 
 
 def _legend_below(figure: Figure, handles: list, columns: int = 5) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.6, columnspacing=1.6)
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=columns, fontsize=8, handlelength=1.6, columnspacing=1.6
+    )
 
 
 def _png(figure: Figure) -> bytes:

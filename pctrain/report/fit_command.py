@@ -12,16 +12,16 @@ import numpy as np
 from rich.console import Console
 
 from pctrain.ceiling import collapse
-from pctrain.report import fit_tables
 from pctrain.ceiling.curve import Curve
-from pctrain.report.curves import read_curves
 from pctrain.ceiling.fit import VERDICTS, Fit, fit_curve
-from pctrain.report.fit_options import PAPER_SHARE, FitOptions
 from pctrain.ceiling.forecast import AtBudget, HeldOut, Reach, at_budgets, held_out, reach
 from pctrain.ceiling.paper_fit import MIN_POINTS, PaperFit, paper_fit
-from pctrain.files.durable import write_beside
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
+from pctrain.files.durable import write_beside
+from pctrain.report import fit_tables
+from pctrain.report.curves import read_curves
+from pctrain.report.fit_options import PAPER_SHARE, FitOptions
 
 MIN_CURVE_POINTS = {"bayes": 2, "paper": MIN_POINTS}  # to fit; one reading after the joint is no curve
 
@@ -59,8 +59,10 @@ def main(path: Path | str, options: FitOptions, console: Console | None = None) 
     skipped = [curve for curve in curves if curve.first(share) < MIN_CURVE_POINTS[options.method]]
     if not fitted:
         more = f", or fit a larger share than --points={share:g}" if share < 1 else ""
-        raise UserError(f"{path}: no curve has {MIN_CURVE_POINTS[options.method]} points to fit after the joint; score the RL run more "
-                        f"often (rl.eval_every){more}")
+        raise UserError(
+            f"{path}: no curve has {MIN_CURVE_POINTS[options.method]} points to fit after the joint; score the RL run more "
+            f"often (rl.eval_every){more}"
+        )
 
     results = []
     with progress("fits", total=len(fitted), unit="curve") as bar:
@@ -100,20 +102,30 @@ def _print(results: list[Result], skipped: list[Curve], share: float, options: F
     for curve in skipped:
         n = len(curve.eflops)
         of = f", {curve.first(share)} of them in the first {share:.0%}" if share < 1 else ""
-        console.print(f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the joint{of}; "
-                      f"{MIN_CURVE_POINTS[options.method]} are needed", highlight=False, markup=False)
+        console.print(
+            f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the joint{of}; "
+            f"{MIN_CURVE_POINTS[options.method]} are needed",
+            highlight=False,
+            markup=False,
+        )
     said = ""
     if options.method == "bayes":
         count = Counter(result.fit.verdict for result in results)
         said = f" ({', '.join(f'{count[verdict]} {verdict}' for verdict in VERDICTS if count[verdict])})"
-    console.print(f"{len(results)} curves fitted{said}, {len(skipped)} skipped -> {options.out}", highlight=False, markup=False,
-                  soft_wrap=True)
+    console.print(
+        f"{len(results)} curves fitted{said}, {len(skipped)} skipped -> {options.out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _check_options(options: FitOptions) -> None:
     given = [name for name in ("tau", "alpha", "eps") if getattr(options, name) is not None]
     if given and options.method != "paper":
-        raise UserError(f"pctrain fit: --{given[0]} belongs to --method=paper; the Bayesian fit has no settings, the same for every curve")
+        raise UserError(
+            f"pctrain fit: --{given[0]} belongs to --method=paper; the Bayesian fit has no settings, the same for every curve"
+        )
     for name in ("reach", "budget"):
         for value in getattr(options, name):
             if not np.isfinite(value) or value < 0:

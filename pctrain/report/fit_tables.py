@@ -19,13 +19,16 @@ if TYPE_CHECKING:
 BAYES_LEGEND = (
     "A_post: median and 90 % interval of the posterior, percent. shift: points A_post moves by under wide priors, so what of it is theirs. "
     "collapsed: EFLOPs from the joint; fitted to the points before. points: used/all where some were left out. lower_bound: only the lower "
-    "end of the interval means anything; flat: no gain yet, not a ceiling; too_short: the prior speaks. C_mid, B and eps: in the file.")
+    "end of the interval means anything; flat: no gain yet, not a ceiling; too_short: the prior speaks. C_mid, B and eps: in the file."
+)
 PAPER_LEGEND = (
     "The pipeline of arXiv 2512.11470, appendix F: no interval, no verdict; docs/ceilings.md says how far off it can be. points: "
-    "kept/given. rmse: of the points kept. A collapsed curve has no sigmoid: its ceiling is the best score before.")
+    "kept/given. rmse: of the points kept. A collapsed curve has no sigmoid: its ceiling is the best score before."
+)
 FORECAST_LEGEND = (
     "Medians and 90 % intervals, EFLOPs from the joint. P: probability that any compute is enough. measured: one score, with its noise. "
-    "All of a curve that goes on as a sigmoid: no collapse and no second rise is foreseen.")
+    "All of a curve that goes on as a sigmoid: no collapse and no second rise is foreseen."
+)
 
 
 def show(results: Sequence[Result], method: str, console: Console) -> None:
@@ -33,8 +36,11 @@ def show(results: Sequence[Result], method: str, console: Console) -> None:
     console.print(BAYES_LEGEND if method == "bayes" else PAPER_LEGEND, style="dim", highlight=False)
     if any(result.held_out is not None for result in results):
         console.print(_held_out(results))
-        console.print("Points that the fit did not see, without those after a collapse. inside: share in the predictive 90 % interval.",
-                      style="dim", highlight=False)
+        console.print(
+            "Points that the fit did not see, without those after a collapse. inside: share in the predictive 90 % interval.",
+            style="dim",
+            highlight=False,
+        )
     asked = [table(results) for name, table in (("reach", _reach), ("budget", _budget)) if getattr(results[0], name)]
     for table in asked:
         console.print(table)
@@ -48,8 +54,16 @@ def _bayes(results: Sequence[Result]) -> Table:
         fit = result.fit
         assert isinstance(fit, Fit)
         verdict = fit.verdict if fit.collapsed_at is None else f"{fit.verdict}, {fit.collapsed_at:.3g}"
-        table.add_row(*_name(result), f"{fit.p_sft:.1f}", f"{fit.a_post:.1f}", f"{fit.a_post_low:.1f}-{fit.a_post_high:.1f}",
-                      f"{fit.prior_shift:+.1f}", f"{fit.pl_rl:.1f}", _points(fit), verdict)
+        table.add_row(
+            *_name(result),
+            f"{fit.p_sft:.1f}",
+            f"{fit.a_post:.1f}",
+            f"{fit.a_post_low:.1f}-{fit.a_post_high:.1f}",
+            f"{fit.prior_shift:+.1f}",
+            f"{fit.pl_rl:.1f}",
+            _points(fit),
+            verdict,
+        )
     return table
 
 
@@ -59,8 +73,17 @@ def _paper(results: Sequence[Result]) -> Table:
         fit = result.fit
         assert isinstance(fit, PaperFit)
         collapsed = "" if fit.collapsed_at is None else f"collapsed, {fit.collapsed_at:.3g}"
-        table.add_row(*_name(result), f"{fit.p_sft:.1f}", f"{fit.a_post:.1f}", f"{fit.pl_rl:.1f}", _number(fit.c_mid, ".3g"),
-                      _number(fit.b, ".2f"), _number(fit.train_rmse, ".2f"), _points(fit), collapsed)
+        table.add_row(
+            *_name(result),
+            f"{fit.p_sft:.1f}",
+            f"{fit.a_post:.1f}",
+            f"{fit.pl_rl:.1f}",
+            _number(fit.c_mid, ".3g"),
+            _number(fit.b, ".2f"),
+            _number(fit.train_rmse, ".2f"),
+            _points(fit),
+            collapsed,
+        )
     return table
 
 
@@ -79,8 +102,13 @@ def _reach(results: Sequence[Result]) -> Table:
         for entry in result.reach:
             low, high = (_number(value, ".3g", "never") for value in (entry.eflops_low, entry.eflops_high))
             interval = "" if entry.probability is None else "never" if entry.eflops_low is None else f"{low} - {high}"
-            table.add_row(*_name(result), f"{entry.score:g}", _number(entry.probability, ".2f", ""), _number(entry.eflops, ".3g", "never"),
-                          interval)
+            table.add_row(
+                *_name(result),
+                f"{entry.score:g}",
+                _number(entry.probability, ".2f", ""),
+                _number(entry.eflops, ".3g", "never"),
+                interval,
+            )
     return table
 
 
@@ -88,8 +116,13 @@ def _budget(results: Sequence[Result]) -> Table:
     table = _table(results, ("EFLOPs", "score", "5 - 95 %", "measured"))
     for result in results:
         for entry in result.budget:
-            table.add_row(*_name(result), f"{entry.eflops:g}", f"{entry.score:.1f}", _interval(entry.low, entry.high),
-                          _interval(entry.measured_low, entry.measured_high))
+            table.add_row(
+                *_name(result),
+                f"{entry.eflops:g}",
+                f"{entry.score:.1f}",
+                _interval(entry.low, entry.high),
+                _interval(entry.measured_low, entry.measured_high),
+            )
     return table
 
 

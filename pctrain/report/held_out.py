@@ -33,7 +33,9 @@ def predict(run: RLRun) -> HeldOut | None:
     kept = first_points(len(x), PAPER_SHARE)
     if kept < MIN_POINTS or kept == len(x):
         return None
-    fit = fit_ceiling(x[:kept], y[:kept], given.p_sft, score_se=given.score_se, p_sft_se=given.p_sft_se, max_score=given.max_score)
+    fit = fit_ceiling(
+        x[:kept], y[:kept], given.p_sft, score_se=given.score_se, p_sft_se=given.p_sft_se, max_score=given.max_score
+    )
     grid = np.linspace(0.0, x[-1], CURVE_POINTS)
     median, (_, low, high) = fit.curve(grid)[0], fit.predict(grid)
     predicted, below, above = fit.predict(x[kept:])
@@ -41,6 +43,10 @@ def predict(run: RLRun) -> HeldOut | None:
     before = slice(0, max(0, end - kept))
     miss = y[kept:][before] - predicted[before]
     outside = (y[kept:][before] < below[before]) | (y[kept:][before] > above[before])
-    return HeldOut(len(run.points) - len(x) + kept,
-                   {"eflops_rl": grid.tolist(), "median": median.tolist(), "low": low.tolist(), "high": high.tolist()}, predicted.tolist(),
-                   float(np.sqrt(np.mean(miss**2))) if len(miss) else None, int(outside.sum()))
+    return HeldOut(
+        len(run.points) - len(x) + kept,
+        {"eflops_rl": grid.tolist(), "median": median.tolist(), "low": low.tolist(), "high": high.tolist()},
+        predicted.tolist(),
+        float(np.sqrt(np.mean(miss**2))) if len(miss) else None,
+        int(outside.sum()),
+    )

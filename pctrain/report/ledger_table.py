@@ -10,18 +10,22 @@ from rich.table import Table
 from rich.text import Text
 
 from pctrain.ceiling import checks
-from pctrain.run.layout import RANKS_FILE
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 from pctrain.compute.ledger import PHASES
 from pctrain.report.looks import PHASE_NAMES, flops_text
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import LEDGER_KEYS, Study, sum_ledgers
-from pctrain.common.errors import UserError
-from pctrain.common.progress import make_console
+from pctrain.run.layout import RANKS_FILE
 
-LEGEND = ("paper: by the paper's formulas, the x of all curves; exact: with causal attention and every pass that was made. shares: of the "
-          "exact FLOPs and of the device seconds (wall seconds x ranks) of all runs. * measuring, never in x.")
-RANKS_LEGEND = ("s a step: the rank's own work at a phase, without what it waited for other ranks there; others: the median of the other "
-                "ranks; since the run was last started.")
+LEGEND = (
+    "paper: by the paper's formulas, the x of all curves; exact: with causal attention and every pass that was made. shares: of the "
+    "exact FLOPs and of the device seconds (wall seconds x ranks) of all runs. * measuring, never in x."
+)
+RANKS_LEGEND = (
+    "s a step: the rank's own work at a phase, without what it waited for other ranks there; others: the median of the other "
+    "ranks; since the run was last started."
+)
 
 
 def main(source: Path, console: Console | None = None) -> None:
@@ -33,8 +37,14 @@ def main(source: Path, console: Console | None = None) -> None:
     if not whole:
         raise UserError(f"{source}: the ledger is empty; the run has not finished its first step")
     totals = {key: sum(row[key] for row in whole.values()) for key in ("exact_flops", "device_seconds")}
-    table = Table(title=Text(f"{study.name}: where the compute went"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(
+        title=Text(f"{study.name}: where the compute went"),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     table.add_column("run", overflow="fold", min_width=8)
     table.add_column("phase", no_wrap=True)
     for name in ("tokens", "paper", "exact", "share", "wall s", "device s", "share"):
@@ -54,8 +64,14 @@ def main(source: Path, console: Console | None = None) -> None:
 
 def _ranks(study: Study) -> Table:
     """The slowest rank of each run and phase, of the runs on several ranks."""
-    table = Table(title=Text("the slowest rank"), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0),
-                  show_edge=False)
+    table = Table(
+        title=Text("the slowest rank"),
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
     for name in ("run", "phase", "rank"):
         table.add_column(name, overflow="fold")
     for name in ("s a step", "others", "times"):
@@ -64,8 +80,14 @@ def _ranks(study: Study) -> Table:
         file = run.folder / RANKS_FILE
         for i, row in enumerate(_slowest(file) if file.exists() else []):
             times = f"{row['seconds'] / row['others']:.2f}" if row["others"] else "-"
-            table.add_row(Text(run.name if i == 0 else ""), Text(row["phase"]), Text(f"{row['rank']} ({row['place']})"),
-                          f"{row['seconds']:.3g}", f"{row['others']:.3g}", times)
+            table.add_row(
+                Text(run.name if i == 0 else ""),
+                Text(row["phase"]),
+                Text(f"{row['rank']} ({row['place']})"),
+                f"{row['seconds']:.3g}",
+                f"{row['others']:.3g}",
+                times,
+            )
     return table
 
 
@@ -75,8 +97,13 @@ def _slowest(file: Path) -> list[dict]:
     if not isinstance(rows, list):
         raise UserError(f"{where} must be a list, found {type(rows).__name__}")
     rows = [checks.mapping(row, where) for row in rows]
-    return [{**{key: str(checks.need(row, key, where)) for key in ("phase", "rank", "place")},
-             **{key: checks.number(row, key, where) for key in ("seconds", "others")}} for row in rows]
+    return [
+        {
+            **{key: str(checks.need(row, key, where)) for key in ("phase", "rank", "place")},
+            **{key: checks.number(row, key, where) for key in ("seconds", "others")},
+        }
+        for row in rows
+    ]
 
 
 def _rows(table: Table, name: str, ledger: dict[str, dict[str, float]], totals: dict[str, float]) -> None:
@@ -91,5 +118,12 @@ def _rows(table: Table, name: str, ledger: dict[str, dict[str, float]], totals: 
 
 def _cells(row: dict[str, float], totals: dict[str, float]) -> list[str]:
     shares = {key: f"{100 * row[key] / total:.1f} %" if total else "-" for key, total in totals.items()}
-    return [f"{row['tokens']:,.0f}", flops_text(row["paper_flops"] / 1e18), flops_text(row["exact_flops"] / 1e18), shares["exact_flops"],
-            f"{row['seconds']:,.1f}", f"{row['device_seconds']:,.1f}", shares["device_seconds"]]
+    return [
+        f"{row['tokens']:,.0f}",
+        flops_text(row["paper_flops"] / 1e18),
+        flops_text(row["exact_flops"] / 1e18),
+        shares["exact_flops"],
+        f"{row['seconds']:,.1f}",
+        f"{row['device_seconds']:,.1f}",
+        shares["device_seconds"],
+    ]

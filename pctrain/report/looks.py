@@ -15,25 +15,63 @@ if TYPE_CHECKING:  # SciPy comes with it
 
 # name: (on light, on dark)
 PALETTE = {
-    "ink": ("#3d444d", "#d5dae0"), "blue": ("#0072b2", "#56a8e0"), "green": ("#009e73", "#2fc497"), "vermillion": ("#d55e00", "#ff8f4a"),
-    "purple": ("#cc79a7", "#e39cc4"), "orange": ("#e69f00", "#f2bb44"), "sky": ("#56b4e9", "#8fd0f7"), "grey": ("#6e7781", "#a3adb8"),
+    "ink": ("#3d444d", "#d5dae0"),
+    "blue": ("#0072b2", "#56a8e0"),
+    "green": ("#009e73", "#2fc497"),
+    "vermillion": ("#d55e00", "#ff8f4a"),
+    "purple": ("#cc79a7", "#e39cc4"),
+    "orange": ("#e69f00", "#f2bb44"),
+    "sky": ("#56b4e9", "#8fd0f7"),
+    "grey": ("#6e7781", "#a3adb8"),
 }
-REGIME_COLOURS = {"adaptive": "#56b4e9", "stable": "#009e73", "mild": "#f0c419", "severe": "#d55e00", "transient": "#8c959f"}
+REGIME_COLOURS = {
+    "adaptive": "#56b4e9",
+    "stable": "#009e73",
+    "mild": "#f0c419",
+    "severe": "#d55e00",
+    "transient": "#8c959f",
+}
 ROLE_COLOURS = {"early": "blue", "stable": "green", "overfit": "vermillion"}
 OTHER_COLOURS = ["purple", "orange", "blue", "green", "vermillion", "sky"]
 SET_COLOURS = ["blue", "vermillion", "green", "purple", "orange", "sky"]
 MARKERS = ("o", "s", "^", "D", "v", "P")  # matplotlib's; charts.js.j2 has plotly's in the same order
 INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
 STYLE = {  # of a figure, for matplotlib.rc_context
-    "font.family": "DejaVu Sans", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": "#9aa1a9",
-    "xtick.color": MUTED, "ytick.color": MUTED, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.linewidth": 0.8,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "figure.facecolor": "white", "axes.facecolor": "white",
-    "axes.titlelocation": "left", "axes.titlesize": 11, "axes.titleweight": "bold", "axes.titlepad": 10, "legend.frameon": False,
-    "hatch.linewidth": 0.7, "savefig.dpi": 200, "text.parse_math": False,  # names come from files: $ is a dollar
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9aa1a9",
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 10,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.7,
+    "savefig.dpi": 200,
+    "text.parse_math": False,  # names come from files: $ is a dollar
 }
-PHASE_NAMES = {"sft_update": "SFT updates", "rollout": "Rollouts", "rollout_rejected": "Rollouts rejected", "logprob": "Log-prob passes",
-               "reference": "Reference passes", "expert": "Expert's tokens", "rl_update": "RL updates", "validation": "Validation",
-               "evaluation": "Evaluation"}
+PHASE_NAMES = {
+    "sft_update": "SFT updates",
+    "rollout": "Rollouts",
+    "rollout_rejected": "Rollouts rejected",
+    "logprob": "Log-prob passes",
+    "reference": "Reference passes",
+    "expert": "Expert's tokens",
+    "rl_update": "RL updates",
+    "validation": "Validation",
+    "evaluation": "Evaluation",
+}
 
 
 @dataclass(frozen=True)
@@ -49,12 +87,16 @@ def run_looks(study: Study) -> dict[str, Look]:
     """`{run.name: Look}` of all runs. Seeds of one experiment look alike; RL without SFT is grey where sets have the colours."""
     sets = _distinct(run.set for run in study.runs if run.set)
     many_sets = len(sets) > 1
-    starts = {name: _distinct(run.start_step for run in study.rl if run.set == name) for name in {run.set for run in study.rl}}
+    starts = {
+        name: _distinct(run.start_step for run in study.rl if run.set == name) for name in {run.set for run in study.rl}
+    }
     looks = {run.name: Look(_pick(SET_COLOURS, sets, run.set) if many_sets else "ink", "ink", 0) for run in study.sft}
     for run in study.rl:
         alone = "grey" if many_sets and run.set not in sets else _colour_in_set(study, run)
         of_set = _pick(SET_COLOURS, sets, run.set) if run.set in sets else alone
-        looks[run.name] = Look(of_set if many_sets else alone, alone, starts[run.set].index(run.start_step) % len(MARKERS))
+        looks[run.name] = Look(
+            of_set if many_sets else alone, alone, starts[run.set].index(run.start_step) % len(MARKERS)
+        )
     return looks
 
 
@@ -101,7 +143,11 @@ def _colour_in_set(study: Study, run: RLRun) -> str:
         return ROLE_COLOURS[run.role]
     fellows = [other for other in study.rl if other.set == run.set]
     free = [colour for colour in OTHER_COLOURS if colour not in {ROLE_COLOURS.get(other.role) for other in fellows}]
-    return _pick(free or OTHER_COLOURS, _distinct(other.start_step for other in fellows if other.role not in ROLE_COLOURS), run.start_step)
+    return _pick(
+        free or OTHER_COLOURS,
+        _distinct(other.start_step for other in fellows if other.role not in ROLE_COLOURS),
+        run.start_step,
+    )
 
 
 def _distinct(values) -> list:

@@ -18,13 +18,19 @@ import yaml
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from pctrain.compute.ledger import PHASES
 from pctrain.report.charts import Chart
 from pctrain.report.held_out import HeldOut
-from pctrain.compute.ledger import PHASES
 from pctrain.report.looks import PALETTE, PHASE_NAMES, REGIME_COLOURS, ceiling_text, flops_text, run_looks
 from pctrain.report.study_data import Study
 
-SECTIONS = ("summary", "charts", "tables", "rollouts", "config")  # blocks of the template, each in an element `section-NAME`
+SECTIONS = (
+    "summary",
+    "charts",
+    "tables",
+    "rollouts",
+    "config",
+)  # blocks of the template, each in an element `section-NAME`
 _WAITING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'"><meta name="color-scheme" content="light dark">
@@ -46,11 +52,19 @@ def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: An
     plotly = _plotly()
     connect = "; connect-src 'self'" if variables["live"] else ""
     # Plotly sets style attributes, and adds a style element that is empty and is filled by rules.
-    policy = (f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src {_hash(css)} {_hash('')}; "
-              f"style-src-attr 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'{connect}")
+    policy = (
+        f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src {_hash(css)} {_hash('')}; "
+        f"style-src-attr 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'{connect}"
+    )
     return environment.get_template("report.html.j2").render(
-        variables, policy=policy, css=css, script=script, plotly=plotly, data=page_data(charts, variables["live"]),
-        plotly_styles=_style_ids())
+        variables,
+        policy=policy,
+        css=css,
+        script=script,
+        plotly=plotly,
+        data=page_data(charts, variables["live"]),
+        plotly_styles=_style_ids(),
+    )
 
 
 def sections(study: Study, values: dict[str, Any], charts: list[Chart], **more: Any) -> dict[str, str]:
@@ -67,28 +81,58 @@ def waiting(name: str, why: str, seconds: float) -> str:
 
 def page_data(charts: list[Chart], live: dict[str, Any] | None) -> dict[str, Any]:
     """The JSON that the page's scripts draw from."""
-    return {"charts": {chart.name: {"title": chart.title, "spec": chart.spec, "csv": chart.csv()} for chart in charts},
-            "palette": PALETTE, "regimes": REGIME_COLOURS, "live": live}
+    return {
+        "charts": {chart.name: {"title": chart.title, "spec": chart.spec, "csv": chart.csv()} for chart in charts},
+        "palette": PALETTE,
+        "regimes": REGIME_COLOURS,
+        "live": live,
+    }
 
 
-def _variables(study: Study, values: dict[str, Any], charts: list[Chart], *, headline: str, held: dict[str, HeldOut | None],
-               live: dict[str, Any] | None = None) -> dict[str, Any]:
+def _variables(
+    study: Study,
+    values: dict[str, Any],
+    charts: list[Chart],
+    *,
+    headline: str,
+    held: dict[str, HeldOut | None],
+    live: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     phases = [phase for phase in PHASES if phase in values["ledger"]]
-    return {"study": study, "values": values, "charts": charts, "headline": headline, "held": held, "live": live,
-            "cards": study.rl if len(study.rl) <= MOST_CARDS else [], "looks": run_looks(study),
-            "samples": any(run.samples for run in study.rl),
-            "phases": phases, "phase_names": PHASE_NAMES, "measuring": [phase for phase in phases if PHASES[phase].axis is None],
-            "exact_flops": sum(row["exact_flops"] for row in values["ledger"].values()), "ceiling_text": ceiling_text}
+    return {
+        "study": study,
+        "values": values,
+        "charts": charts,
+        "headline": headline,
+        "held": held,
+        "live": live,
+        "cards": study.rl if len(study.rl) <= MOST_CARDS else [],
+        "looks": run_looks(study),
+        "samples": any(run.samples for run in study.rl),
+        "phases": phases,
+        "phase_names": PHASE_NAMES,
+        "measuring": [phase for phase in phases if PHASES[phase].axis is None],
+        "exact_flops": sum(row["exact_flops"] for row in values["ledger"].values()),
+        "ceiling_text": ceiling_text,
+    }
 
 
 @functools.cache
 def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"), undefined=jinja2.StrictUndefined,
-                                     autoescape=lambda name: name == "report.html.j2", trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=jinja2.StrictUndefined,
+        autoescape=lambda name: name == "report.html.j2",
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {"flops": lambda value: flops_text(value / 1e18), "eflops": flops_text,
-                            "opening": _opening,
-                            "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)}
+    environment.filters |= {
+        "flops": lambda value: flops_text(value / 1e18),
+        "eflops": flops_text,
+        "opening": _opening,
+        "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100),
+    }
     return environment
 
 
@@ -97,7 +141,7 @@ def _opening(text: str) -> tuple[str, str]:
     if len(text) <= 1.5 * OPENING:
         return text, ""
     cut = max(text.rfind(". ", OPENING // 4, OPENING), 0) or text.find(". ", OPENING)
-    return (text[:cut + 1], text[cut + 1:].strip()) if cut > 0 else (text, "")
+    return (text[: cut + 1], text[cut + 1 :].strip()) if cut > 0 else (text, "")
 
 
 @functools.cache

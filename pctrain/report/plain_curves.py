@@ -50,23 +50,42 @@ def read_csv(file: Path) -> list[Curve]:
 
 
 def _check_header(header: list[str], file: Path) -> None:
-    missing, unknown = [name for name in ("eflops", "score") if name not in header], [name for name in header if name not in COLUMNS]
+    missing, unknown = (
+        [name for name in ("eflops", "score") if name not in header],
+        [name for name in header if name not in COLUMNS],
+    )
     if missing or unknown or len(set(header)) != len(header):
-        raise UserError(f"{file}, line 1: the header must name the columns eflops and score, and may name curve and score_se, each once; "
-                        f"found {', '.join(map(repr, header))}")
+        raise UserError(
+            f"{file}, line 1: the header must name the columns eflops and score, and may name curve and score_se, each once; "
+            f"found {', '.join(map(repr, header))}"
+        )
 
 
 def _csv_curve(name: str, lines: list[tuple[str, dict[str, str]]], where: str) -> Curve:
     x = checks.increasing([_csv_number(values, "eflops", place) for place, values in lines], f"{where}: eflops")
-    scores = [checks.at_most(_csv_number(values, "score", place), checks.MAX_SCORE, f"{place}: `score`") for place, values in lines]
+    scores = [
+        checks.at_most(_csv_number(values, "score", place), checks.MAX_SCORE, f"{place}: `score`")
+        for place, values in lines
+    ]
     if x[0] != 0 or len(x) == 1:
         what = "no row at 0 EFLOPs, the score at the joint (P_sft)" if x[0] != 0 else "no row after the joint"
         raise UserError(f"{where}: {what}")
-    errors = [_csv_number(values, "score_se", place) if values.get("score_se", "").strip() else 0.0 for place, values in lines]
+    errors = [
+        _csv_number(values, "score_se", place) if values.get("score_se", "").strip() else 0.0 for place, values in lines
+    ]
     for error, (place, _) in zip(errors, lines, strict=True):
         checks.standard_error(error or None, f"{place}: `score_se`")
     stated = [error for error in errors[1:] if error > 0]
-    return Curve(name, None, None, scores[0], x[1:], np.array(scores[1:]), errors[0] or None, float(np.median(stated)) if stated else None)
+    return Curve(
+        name,
+        None,
+        None,
+        scores[0],
+        x[1:],
+        np.array(scores[1:]),
+        errors[0] or None,
+        float(np.median(stated)) if stated else None,
+    )
 
 
 def _csv_number(values: dict[str, str], key: str, where: str) -> float:
@@ -103,8 +122,16 @@ def _json_curve(entry: object, where: str) -> Curve:
     for at, score in enumerate(y):
         checks.at_most(score, top, f"{where}: scores[{at}]")
     errors = [checks.spread(entry, key, where) for key in ("p_sft_se", "score_se")]
-    return Curve(name, None, None, checks.percent(entry, "p_sft", where, top), checks.increasing(x, f"{where}: eflops"), np.array(y),
-                 *errors, max_score=top)
+    return Curve(
+        name,
+        None,
+        None,
+        checks.percent(entry, "p_sft", where, top),
+        checks.increasing(x, f"{where}: eflops"),
+        np.array(y),
+        *errors,
+        max_score=top,
+    )
 
 
 def _numbers(values: object, where: str) -> list[float]:

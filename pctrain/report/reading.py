@@ -13,14 +13,25 @@ from typing import Any
 import numpy as np
 import yaml
 
-from pctrain.files import yaml_text
 from pctrain.ceiling import checks, regimes
-from pctrain.report import curves
 from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
-from pctrain.run.layout import find_runs
-from pctrain.compute.ledger import PHASES
-from pctrain.report.study_data import LEDGER_KEYS, Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study, sft_of, sum_ledgers, typical_se
 from pctrain.common.errors import UserError
+from pctrain.compute.ledger import PHASES
+from pctrain.files import yaml_text
+from pctrain.report import curves
+from pctrain.report.study_data import (
+    LEDGER_KEYS,
+    Estimate,
+    RLPoint,
+    RLRun,
+    SFTPoint,
+    SFTRun,
+    Study,
+    sft_of,
+    sum_ledgers,
+    typical_se,
+)
+from pctrain.run.layout import find_runs
 
 NO_JOINT = "the checkpoint was not scored before RL"
 NO_SFT_RUN = "there is no SFT run in this folder"
@@ -30,12 +41,16 @@ ROLES = ("early", "stable", "overfit", "none")
 def read_study(folder: Path) -> Study:
     """A study folder (layout.py) or one run folder. UserError names what is missing or malformed."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder. Give a study folder (with sft/ and rl-step-N/) or a single run folder.")
+        raise UserError(
+            f"{folder}: no such folder. Give a study folder (with sft/ and rl-step-N/) or a single run folder."
+        )
     name = folder.resolve().name
     if found := find_runs(folder):
         places = [place for place in found if _has_recorded(place.folder)]
         if not places:
-            raise UserError(f"{folder}: its runs have only just begun and have recorded nothing yet; ask again in a moment")
+            raise UserError(
+                f"{folder}: its runs have only just begun and have recorded nothing yet; ask again in a moment"
+            )
         begun = tuple(place.folder.relative_to(folder).as_posix() for place in found if place not in places)
         sft = [read_sft(place.folder, place.set) for place in places if place.kind == "sft"]
         rl = [read_rl(place.folder, sft, place.set) for place in places if place.kind == "rl"]
@@ -44,8 +59,10 @@ def read_study(folder: Path) -> Study:
         if read_config(folder)[0]["kind"] == "rl":
             return Study(name, folder, [], [read_rl(folder, [])])
         return Study(name, folder, [read_sft(folder)], [])
-    raise UserError(f"{folder}: no runs here. Expected sft/ or rl-step-N/ below it (a study), or metrics.jsonl (a run). "
-                    f"`pctrain run` writes a study, `pctrain sft` and `pctrain rl` write a run.")
+    raise UserError(
+        f"{folder}: no runs here. Expected sft/ or rl-step-N/ below it (a study), or metrics.jsonl (a run). "
+        f"`pctrain run` writes a study, `pctrain sft` and `pctrain rl` write a run."
+    )
 
 
 def _has_recorded(run: Path) -> bool:
@@ -56,11 +73,16 @@ def _has_recorded(run: Path) -> bool:
 
 def _told_apart(study: Study) -> Study:
     """With the names of the runs relative to the study, and what differs among them."""
-    values = {"set": [run.set for run in study.sft], "seed": [run.seed for run in study.runs],
-              "algorithm": [run.algorithm for run in study.rl]}
+    values = {
+        "set": [run.set for run in study.sft],
+        "seed": [run.seed for run in study.runs],
+        "algorithm": [run.algorithm for run in study.rl],
+    }
     varies = frozenset(key for key, found in values.items() if len(set(found)) > 1)
-    sft, rl = ([replace(run, name=run.folder.relative_to(study.folder).as_posix(), varies=varies) for run in runs]
-               for runs in (study.sft, study.rl))
+    sft, rl = (
+        [replace(run, name=run.folder.relative_to(study.folder).as_posix(), varies=varies) for run in runs]
+        for runs in (study.sft, study.rl)
+    )
     return replace(study, sft=sft, rl=rl)
 
 
@@ -77,10 +99,16 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
             if row.get("val_loss", 0) is None:  # how a run folder writes nan and infinity
                 not_finite += 1
             else:
-                point |= {"val_loss": _number(row, "val_loss", where), "val_loss_se": _number(row, "val_loss_se", where)}
+                point |= {
+                    "val_loss": _number(row, "val_loss", where),
+                    "val_loss_se": _number(row, "val_loss_se", where),
+                }
         else:
-            point |= {"score": _number(row, "score", where), "score_se": _number(row, "score_se", where),
-                      "benchmarks": _benchmarks(row, where)}
+            point |= {
+                "score": _number(row, "score", where),
+                "score_se": _number(row, "score_se", where),
+                "benchmarks": _benchmarks(row, where),
+            }
     ordered = sorted((p for p in points.values() if "val_loss" in p or "score" in p), key=lambda p: p["step"])
     valid = [p for p in ordered if "val_loss" in p]
     if valid:
@@ -91,9 +119,21 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
         for point, label in zip(valid, labels, strict=True):
             point["regime"] = str(label)
     seed = int(_number_setting(folder, config, "run", "seed"))
-    return SFTRun(folder.name, folder, config, text, read_ledger(folder), set=set_name, seed=seed,
-                  points=[SFTPoint(**p) for p in ordered], delta=delta, delta2=delta2, not_finite=not_finite,
-                  size=_trajectories(folder), difficulty=_difficulty(folder, config))
+    return SFTRun(
+        folder.name,
+        folder,
+        config,
+        text,
+        read_ledger(folder),
+        set=set_name,
+        seed=seed,
+        points=[SFTPoint(**p) for p in ordered],
+        delta=delta,
+        delta2=delta2,
+        not_finite=not_finite,
+        size=_trajectories(folder),
+        difficulty=_difficulty(folder, config),
+    )
 
 
 def _trajectories(folder: Path) -> int | None:
@@ -101,7 +141,9 @@ def _trajectories(folder: Path) -> int | None:
     path = folder / "summary.json"
     if not path.exists():
         return None
-    summary = checks.mapping(checks.need(checks.mapping(checks.json_of(path), str(path)), "summary", str(path)), f"{path}: summary")
+    summary = checks.mapping(
+        checks.need(checks.mapping(checks.json_of(path), str(path)), "summary", str(path)), f"{path}: summary"
+    )
     trajectories = summary.get("trajectories")
     if trajectories is not None and (isinstance(trajectories, bool) or not isinstance(trajectories, int)):
         raise UserError(f"{path}: `trajectories` must be a whole number, found {trajectories!r:.60}")
@@ -111,15 +153,21 @@ def _trajectories(folder: Path) -> int | None:
 def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
     """What `pctrain data select --take` wrote beside the files of the set, where all of them have the same."""
     try:
-        manifests = [Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []]
+        manifests = [
+            Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []
+        ]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`") from None
+        raise UserError(
+            f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`"
+        ) from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
 
 
 def _taken(manifest: Path) -> str | None:
-    options = checks.mapping(checks.mapping(checks.json_of(manifest), str(manifest)).get("options") or {}, f"{manifest}: options")
+    options = checks.mapping(
+        checks.mapping(checks.json_of(manifest), str(manifest)).get("options") or {}, f"{manifest}: options"
+    )
     take = options.get("take")
     if take is not None and not isinstance(take, str):
         raise UserError(f"{manifest}: `take` must be a word, found {take!r:.60}")
@@ -135,8 +183,15 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     points, train, last_eval = [], [], {}
     for row, where in _metrics(folder):
         if row["kind"] == "eval":
-            points.append(RLPoint(row["step"], row["eflops_rl"], _number(row, "score", where), _number(row, "score_se", where),
-                                  _benchmarks(row, where)))
+            points.append(
+                RLPoint(
+                    row["step"],
+                    row["eflops_rl"],
+                    _number(row, "score", where),
+                    _number(row, "score_se", where),
+                    _benchmarks(row, where),
+                )
+            )
             last_eval = row
         elif row["kind"] == "train":
             train.append(row)
@@ -150,11 +205,28 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
-    return RLRun(folder.name, folder, config, text, read_ledger(folder), set=set_name, seed=seed, start_step=step, role=role,
-                 algorithm=str(_setting(folder, config, "rl", "algorithm")), eflops_sft=eflops_sft, points=points,
-                 start_regime=_regime_at(sft, step), p_sft=joint, fit=fit, fit_reason=reason,
-                 sft_equal=sft.score_at(total) if sft else Estimate(None, reason=without),
-                 counts=_counts(train, last_eval), samples=samples, samples_step=samples_step)
+    return RLRun(
+        folder.name,
+        folder,
+        config,
+        text,
+        read_ledger(folder),
+        set=set_name,
+        seed=seed,
+        start_step=step,
+        role=role,
+        algorithm=str(_setting(folder, config, "rl", "algorithm")),
+        eflops_sft=eflops_sft,
+        points=points,
+        start_regime=_regime_at(sft, step),
+        p_sft=joint,
+        fit=fit,
+        fit_reason=reason,
+        sft_equal=sft.score_at(total) if sft else Estimate(None, reason=without),
+        counts=_counts(train, last_eval),
+        samples=samples,
+        samples_step=samples_step,
+    )
 
 
 def _benchmarks(row: dict[str, Any], where: str) -> dict[str, float]:
@@ -169,8 +241,13 @@ def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
         return None, NO_JOINT
     if not after:
         return None, "the run was not scored after its start"
-    return fit_ceiling([p.eflops_rl for p in after], [p.score for p in after], joint.score, score_se=typical_se(points),
-                       p_sft_se=joint.score_se or None), None
+    return fit_ceiling(
+        [p.eflops_rl for p in after],
+        [p.score for p in after],
+        joint.score,
+        score_se=typical_se(points),
+        p_sft_se=joint.score_se or None,
+    ), None
 
 
 def fit_run(folder: Path) -> Fit:
@@ -186,26 +263,38 @@ def _regime_at(sft: SFTRun | None, step: int) -> str | None:
 
 def _counts(train: list[dict], last_eval: dict) -> dict[str, float]:
     """What was dropped, carried over and cut short, over the whole run; only what the run recorded."""
-    counts = {key: float(sum(row[key] for row in train)) for key in ("kept_prompts", "dropped_prompts", "carried_prompts", "rounds")
-              if train and all(key in row for row in train)}
+    counts = {
+        key: float(sum(row[key] for row in train))
+        for key in ("kept_prompts", "dropped_prompts", "carried_prompts", "rounds")
+        if train and all(key in row for row in train)
+    }
     if train and all("truncated_share" in row for row in train):
         counts["train_truncated_share"] = float(np.mean([row["truncated_share"] for row in train]))
-    return counts | {f"eval_{key}": float(last_eval[key]) for key in ("truncated_share", "no_box_share", "problems") if key in last_eval}
+    return counts | {
+        f"eval_{key}": float(last_eval[key])
+        for key in ("truncated_share", "no_box_share", "problems")
+        if key in last_eval
+    }
 
 
 def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[str, Any]]]:
     """Up to `limit` rollouts of the last step: first one of each cause, then in the file's order."""
-    files = {int(m[1]): path for path in (folder / "rollouts").glob("step-*.jsonl") if (m := re.fullmatch(r"step-(\d+)\.jsonl", path.name))}
+    files = {
+        int(m[1]): path
+        for path in (folder / "rollouts").glob("step-*.jsonl")
+        if (m := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
+    }
     if not files:
         return None, []
     rows = [row for row, _ in read_lines(files[max(files)])]
     first_of_cause = {row.get("cause"): i for i, row in reversed(list(enumerate(rows)))}
     chosen = sorted(first_of_cause.values())[:limit]
-    chosen += [i for i in range(len(rows)) if i not in chosen][:limit - len(chosen)]
+    chosen += [i for i in range(len(rows)) if i not in chosen][: limit - len(chosen)]
     return max(files), [rows[i] for i in sorted(chosen)]
 
 
 # -- files -------------------------------------------------------------------------------------------------------------------------
+
 
 def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
@@ -218,8 +307,10 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
                 except (ValueError, RecursionError) as error:
                     if not line.endswith("\n"):
                         return
-                    raise UserError(f"{where}: not JSON ({error}). Expected one object a line; a run that was killed here mends its "
-                                    f"files when the same command is started again.") from None
+                    raise UserError(
+                        f"{where}: not JSON ({error}). Expected one object a line; a run that was killed here mends its "
+                        f"files when the same command is started again."
+                    ) from None
                 yield checks.mapping(row, where), where
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
@@ -230,7 +321,9 @@ def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
-        raise UserError(f"{path}: missing. The run has recorded nothing yet; start it again with the same command, then report.")
+        raise UserError(
+            f"{path}: missing. The run has recorded nothing yet; start it again with the same command, then report."
+        )
     for row, where in read_lines(path):
         if row.get("kind") not in ("train", "val", "eval"):
             raise UserError(f"{where}: `kind` must be train, val or eval, found {row.get('kind')!r}.")
@@ -244,7 +337,9 @@ def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     path = folder / "config.yaml"
     if not path.exists():
-        raise UserError(f"{path}: missing. Every run folder has the resolved config of its run; is {folder} a run folder?")
+        raise UserError(
+            f"{path}: missing. Every run folder has the resolved config of its run; is {folder} a run folder?"
+        )
     text = checks.text(path)
     try:
         config = yaml_text.parse(text)
@@ -259,8 +354,10 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
     try:
         return config[section][key]
     except (KeyError, TypeError):
-        raise UserError(f"{folder / 'config.yaml'}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
-                        f"key.") from None
+        raise UserError(
+            f"{folder / 'config.yaml'}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
+            f"key."
+        ) from None
 
 
 def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:

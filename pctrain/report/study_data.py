@@ -16,8 +16,10 @@ import numpy as np
 
 from pctrain.ceiling.fit import Fit
 
-GAIN_FORMULA = ("gain = last score - first score; its standard error = sqrt(se_first^2 + se_last^2), both binomial. Both readings are of "
-                "the same problems; the formula treats them as independent, which as a rule overstates the error of their difference.")
+GAIN_FORMULA = (
+    "gain = last score - first score; its standard error = sqrt(se_first^2 + se_last^2), both binomial. Both readings are of "
+    "the same problems; the formula treats them as independent, which as a rule overstates the error of their difference."
+)
 LEDGER_KEYS = ("paper_flops", "exact_flops", "tokens", "sequences", "seconds", "device_seconds")
 CURVE_POINTS = 121  # samples of a fitted curve for drawing; a sigmoid is smooth, more would not be seen
 
@@ -33,7 +35,9 @@ class SFTPoint:
     score: float | None = None
     score_se: float | None = None
     regime: str | None = None
-    benchmarks: dict[str, float] = field(default_factory=dict)  # scores of single benchmarks, percent, where the run recorded them
+    benchmarks: dict[str, float] = field(
+        default_factory=dict
+    )  # scores of single benchmarks, percent, where the run recorded them
 
 
 @dataclass(frozen=True)
@@ -162,7 +166,9 @@ class RLRun(Run):
         """Last score minus first, in points (GAIN_FORMULA)."""
         if len(self.points) < 2:
             return Estimate(None, reason="the run was scored fewer than two times")
-        return difference(Estimate(self.last.score, self.last.score_se), Estimate(self.first.score, self.first.score_se))
+        return difference(
+            Estimate(self.last.score, self.last.score_se), Estimate(self.first.score, self.first.score_se)
+        )
 
     def curve(self) -> dict[str, list[float]] | None:
         """The fitted sigmoid over the measured range: `{eflops_rl, median, low, high}`, or None where nothing was fitted."""
@@ -198,24 +204,49 @@ class Study:
 
 def as_json(study: Study) -> dict[str, Any]:
     """What study.json holds, but for the sentences. Compute in EFLOPs (`*_flops`: FLOPs), scores in percent, seconds."""
-    return {"name": study.name, "gain_formula": GAIN_FORMULA, "sft": [_sft_json(run) for run in study.sft],
-            "rl": [_rl_json(run, study.name) for run in study.rl], "ledger": study.ledger()}
+    return {
+        "name": study.name,
+        "gain_formula": GAIN_FORMULA,
+        "sft": [_sft_json(run) for run in study.sft],
+        "rl": [_rl_json(run, study.name) for run in study.rl],
+        "ledger": study.ledger(),
+    }
 
 
 def _sft_json(run: SFTRun) -> dict[str, Any]:
-    return {"folder": run.name, "set": run.set, "seed": run.seed, "size": run.size,
-            "difficulty": run.difficulty, "delta": run.delta, "delta2": run.delta2,
-            "points": [asdict(p) for p in run.points], "bands": run.bands(), "minimum_step": run.best and run.best.step,
-            "losses_not_finite": run.not_finite, "ledger": run.ledger}
+    return {
+        "folder": run.name,
+        "set": run.set,
+        "seed": run.seed,
+        "size": run.size,
+        "difficulty": run.difficulty,
+        "delta": run.delta,
+        "delta2": run.delta2,
+        "points": [asdict(p) for p in run.points],
+        "bands": run.bands(),
+        "minimum_step": run.best and run.best.step,
+        "losses_not_finite": run.not_finite,
+        "ledger": run.ledger,
+    }
 
 
 def _rl_json(run: RLRun, dataset: str) -> dict[str, Any]:
     values = {
-        "folder": run.name, "set": run.set, "seed": run.seed, "start_step": run.start_step, "role": run.role,
-        "regime": run.start_regime, "algorithm": run.algorithm,
-        "eflops_sft": run.eflops_sft, "eflops_total": run.eflops_total, "points": [asdict(p) for p in run.points],
-        "fit": run.fit and run.fit.as_row(run.set or dataset, run.start_step), "fit_reason": run.fit_reason, "curve": run.curve(),
-        "counts": run.counts, "ledger": run.ledger,
+        "folder": run.name,
+        "set": run.set,
+        "seed": run.seed,
+        "start_step": run.start_step,
+        "role": run.role,
+        "regime": run.start_regime,
+        "algorithm": run.algorithm,
+        "eflops_sft": run.eflops_sft,
+        "eflops_total": run.eflops_total,
+        "points": [asdict(p) for p in run.points],
+        "fit": run.fit and run.fit.as_row(run.set or dataset, run.start_step),
+        "fit_reason": run.fit_reason,
+        "curve": run.curve(),
+        "counts": run.counts,
+        "ledger": run.ledger,
     }
     for name, estimate in (("p_sft", run.p_sft), ("gain", run.gain), ("sft_at_equal_total", run.sft_equal)):
         values |= {name: estimate.value, f"{name}_se": estimate.se, f"{name}_reason": estimate.reason}

@@ -19,9 +19,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from pctrain.report import page, command as report
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
+from pctrain.report import command as report
+from pctrain.report import page
 
 POLL_SECONDS = 3.0  # between two questions of the page
 READING_SHARE = 0.1  # of one processor, at most, goes into reading and fitting
@@ -34,8 +35,12 @@ def main(source: Path, port: int = 0) -> None:
     server = serve(source, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
-    console.print(f"Watching {source}: http://{LOCALHOST}:{server.server_port}/   (Ctrl-C ends it)", highlight=False, markup=False,
-                  soft_wrap=True)
+    console.print(
+        f"Watching {source}: http://{LOCALHOST}:{server.server_port}/   (Ctrl-C ends it)",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
     sys.stdout.flush()
     try:
         server.serve_forever(poll_interval=0.2)
@@ -52,7 +57,9 @@ def serve(source: Path, port: int) -> _Server:
     try:
         server = _Server((LOCALHOST, port), _Handler)
     except OSError as error:
-        raise UserError(f"--port={port}: cannot be listened at ({error.strerror}); give another one, or none for any free port") from None
+        raise UserError(
+            f"--port={port}: cannot be listened at ({error.strerror}); give another one, or none for any free port"
+        ) from None
     server.watched = Watched(source)
     return server
 
@@ -138,7 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", watched.note + "\n")
         if self.headers.get("If-None-Match") == watched.tag:
             return self._answer(HTTPStatus.NOT_MODIFIED, "application/json", "", tag=watched.tag)
-        self._answer(HTTPStatus.OK, "application/json", json.dumps(watched.data(), ensure_ascii=False, allow_nan=False), tag=watched.tag)
+        self._answer(
+            HTTPStatus.OK,
+            "application/json",
+            json.dumps(watched.data(), ensure_ascii=False, allow_nan=False),
+            tag=watched.tag,
+        )
 
     def _is_ours(self) -> bool:
         port = self.server.server_port
@@ -147,8 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, status: HTTPStatus, kind: str, text: str, tag: str | None = None) -> None:
         body = text.encode()
         self.send_response(status)
-        headers = {"Content-Type": f"{kind}; charset=utf-8", "Content-Length": str(len(body)), "Cache-Control": "no-store",
-                   "X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cross-Origin-Resource-Policy": "same-origin"}
+        headers = {
+            "Content-Type": f"{kind}; charset=utf-8",
+            "Content-Length": str(len(body)),
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "X-Frame-Options": "DENY",
+            "Cross-Origin-Resource-Policy": "same-origin",
+        }
         for name, value in (headers | ({"ETag": tag} if tag else {})).items():
             self.send_header(name, value)
         self.end_headers()

@@ -20,7 +20,9 @@ from pctrain.reward.verdict import NO_BOX, PARSE_ERROR, RIGHT, WRONG, Verdict
 _WRAPPED = re.compile(r"(?:\\(?:text|textbf|textit|mathrm|mathbf|mbox|bf|rm) ?\{?|[({\[* ])*([A-Ja-j])[)}\]*.: ]*")
 _LETTER = r"(?:[(\[*]{1,3}(?P<closed>[A-J])[)\]*]{1,3}|(?P<bare>[B-HJ])\b|(?P<last>[AI])(?=\s*(?:[.,;:!]|$)))"
 _MORE = r"(?P<more>\s*(?:,|/|or|and|&)\s*[(\[*]{0,3}[A-J]\b)?"
-_STATED = re.compile(rf"(?:(?P<label>(?i:\b(?:answer|choice|option)\b))(?:\s+(?i:is))?\s*:?[\s*]*|^\s*){_LETTER}{_MORE}", re.MULTILINE)
+_STATED = re.compile(
+    rf"(?:(?P<label>(?i:\b(?:answer|choice|option)\b))(?:\s+(?i:is))?\s*:?[\s*]*|^\s*){_LETTER}{_MORE}", re.MULTILINE
+)
 _ALONE = re.compile(r"[.)\]*: ]*$", re.MULTILINE)
 
 

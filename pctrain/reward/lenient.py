@@ -28,7 +28,9 @@ SIMILAR = 0.6  # a candidate at least this like the gold answer, exclusive
 LONGEST_SIMILAR = 200  # characters; the comparison is quadratic
 
 _STATED = re.compile(r"(?:\banswer\b[ \t]*(?:is|:|=)[ \t]*:?|####)[ \t]*([^\n]{1,2000})", re.IGNORECASE)
-_DECORATION = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s{}$*~]")
+_DECORATION = re.compile(
+    r"\\(?:text|textbf|mathrm|mathbf|mbox|left|right|displaystyle)(?![A-Za-z])|\\[,;:! ]|[\s{}$*~]"
+)
 
 
 def settle(response: str, answer: str) -> Verdict | tuple[str, str]:
@@ -39,7 +41,12 @@ def settle(response: str, answer: str) -> Verdict | tuple[str, str]:
     verdict = compare(candidate, gold)
     if verdict == RIGHT:
         return verdict
-    if _same_latex(candidate, gold) or _same_number(candidate, gold) or _is_choice(gold) and choice.settle(response, answer) == RIGHT:
+    if (
+        _same_latex(candidate, gold)
+        or _same_number(candidate, gold)
+        or _is_choice(gold)
+        and choice.settle(response, answer) == RIGHT
+    ):
         return RIGHT
     return verdict
 
@@ -93,6 +100,8 @@ def _same_number(candidate: str, gold: str) -> bool:
     if given.units and expected.units and given.units - {"%"} != expected.units - {"%"}:
         return False
     percent = ["%" in candidate, "%" in gold]
-    values = [number.value / 100 if sign and percent[0] != percent[1] else number.value
-              for number, sign in zip((given, expected), percent, strict=True)]
+    values = [
+        number.value / 100 if sign and percent[0] != percent[1] else number.value
+        for number, sign in zip((given, expected), percent, strict=True)
+    ]
     return values[0] == values[1] or expected.places > 0 and round(values[0], expected.places) == values[1]

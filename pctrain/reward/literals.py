@@ -32,29 +32,73 @@ _WORDS = re.compile(r"[A-Za-z]+")
 
 # re.ASCII: \d would take the digits of every script. Bounded: int() refuses very long strings, and no gold answer is that long.
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3}){1,100}(?:\.\d{0,400})?|\d{1,400}(?:\.\d{0,400})?|\.\d{1,400})"
-_FRACTION = (rf"(?P<top>{_DECIMAL}) ?/ ?(?P<bottom>{_DECIMAL})"
-             rf"|(?P<whole>\d{{0,9}}) ?\\frac ?(?:\{{ ?(?P<top2>[+-]? ?{_DECIMAL}) ?\}} ?\{{ ?(?P<bottom2>{_DECIMAL}) ?\}}"
-             r"|(?P<top3>\d) ?(?P<bottom3>\d))")
+_FRACTION = (
+    rf"(?P<top>{_DECIMAL}) ?/ ?(?P<bottom>{_DECIMAL})"
+    rf"|(?P<whole>\d{{0,9}}) ?\\frac ?(?:\{{ ?(?P<top2>[+-]? ?{_DECIMAL}) ?\}} ?\{{ ?(?P<bottom2>{_DECIMAL}) ?\}}"
+    r"|(?P<top3>\d) ?(?P<bottom3>\d))"
+)
 _POWER = r"(?: ?(?:\\times|\\cdot) ?10 ?\^ ?(?:\{ ?(?P<power>[+-]?\d{1,3}) ?\}|(?P<power1>\d)))"
 # « and » mark what stood in \text{}: words, a unit or prose.
 _NAME = r"(?:« ?(?P<title>[^«»]*)» ?:? ?)?(?:(?P<name>(?:[A-Za-z\\{}()' ]|_\{?\d{1,3}\}?)+)[=:] ?)?"
 _WORD = r"(?: ?«[^«»]*»| [A-Za-z]+)(?: ?\^ ?(?:[23]|\{ ?[23] ?\}))?"
 _UNIT = rf"(?P<unit>(?:{_WORD}| ?\\?%| ?\^ ?(?:\\circ|\{{ ?\\circ ?\}}))*)"
-_NUMBER = re.compile(rf"{_NAME}(?P<sign>[+-]?) ?(?:\\?\$ ?)?(?:{_FRACTION}|(?P<decimal>{_DECIMAL}){_POWER}?){_UNIT} ?\.?", re.ASCII)
+_NUMBER = re.compile(
+    rf"{_NAME}(?P<sign>[+-]?) ?(?:\\?\$ ?)?(?:{_FRACTION}|(?P<decimal>{_DECIMAL}){_POWER}?){_UNIT} ?\.?", re.ASCII
+)
 
 # Words that change the number, or say that it is not the answer.
-_CHANGING = frozenset("""
+_CHANGING = frozenset(
+    """
     or and not no nor neither either to between about around than less more least most below above under over greater except nearly
     approximately hundred thousand million billion trillion dozen half third quarter double twice triple negative minus plus times divided
     by squared cubed square cube power root factorial pi infinity inf infty nan base binary octal hex hexadecimal mod modulo neg ne neq lnot
     sin cos tan cot sec csc log ln exp sqrt max min gcd lcm det abs floor ceil
-""".split())
+""".split()
+)
 _UNITS = {
-    "mm": "mm", "millimeters": "mm", "cm": "cm", "centimeters": "cm", "m": "m", "meter": "m", "meters": "m", "km": "km", "kilometers": "km",
-    "in": "in", "inch": "in", "inches": "in", "ft": "ft", "foot": "ft", "feet": "ft", "yards": "yd", "miles": "mi", "mg": "mg", "g": "g",
-    "grams": "g", "kg": "kg", "kilograms": "kg", "pounds": "lb", "s": "s", "seconds": "s", "min": "minute", "minutes": "minute", "h": "h",
-    "hour": "h", "hours": "h", "day": "day", "days": "day", "weeks": "week", "months": "month", "years": "year", "ml": "ml", "l": "l",
-    "liters": "l", "cents": "cent", "dollars": "dollar", "degrees": "degree", "radians": "radian", "percent": "%",
+    "mm": "mm",
+    "millimeters": "mm",
+    "cm": "cm",
+    "centimeters": "cm",
+    "m": "m",
+    "meter": "m",
+    "meters": "m",
+    "km": "km",
+    "kilometers": "km",
+    "in": "in",
+    "inch": "in",
+    "inches": "in",
+    "ft": "ft",
+    "foot": "ft",
+    "feet": "ft",
+    "yards": "yd",
+    "miles": "mi",
+    "mg": "mg",
+    "g": "g",
+    "grams": "g",
+    "kg": "kg",
+    "kilograms": "kg",
+    "pounds": "lb",
+    "s": "s",
+    "seconds": "s",
+    "min": "minute",
+    "minutes": "minute",
+    "h": "h",
+    "hour": "h",
+    "hours": "h",
+    "day": "day",
+    "days": "day",
+    "weeks": "week",
+    "months": "month",
+    "years": "year",
+    "ml": "ml",
+    "l": "l",
+    "liters": "l",
+    "cents": "cent",
+    "dollars": "dollar",
+    "degrees": "degree",
+    "radians": "radian",
+    "percent": "%",
 }
 
 

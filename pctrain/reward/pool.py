@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pctrain.distributed.health import watchdog
 from pctrain.common import plugins
 from pctrain.common.errors import UserError
+from pctrain.distributed.health import watchdog
 from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
 from pctrain.reward.verdict import Cause, Verdict
 from pctrain.reward.verifiers import check_name, find
@@ -40,7 +40,11 @@ class VerifierPool:
         check_name(config)
         self._config = config
         self._users = plugins.is_own(config.verifier)
-        options = {"function": config.verifier if self._users else None, "timeout": config.timeout, "memory_mb": config.memory_mb}
+        options = {
+            "function": config.verifier if self._users else None,
+            "timeout": config.timeout,
+            "memory_mb": config.memory_mb,
+        }
         self._command = (*command, json.dumps(options))
         self._workers: list[VerifierProcess] = []
         if self._users:
@@ -98,7 +102,9 @@ class VerifierPool:
             while self._waiting or any(worker.open for worker in self._workers):
                 for worker in self._workers:
                     while self._waiting and worker.takes(self._waiting[0]):
-                        worker.ask(self._waiting.popleft(), self._config.timeout + (GRACE if worker.in_flight > 1 else 0))
+                        worker.ask(
+                            self._waiting.popleft(), self._config.timeout + (GRACE if worker.in_flight > 1 else 0)
+                        )
                 self._exchange(verdicts)
         except BaseException:
             self.close()
@@ -140,7 +146,9 @@ class VerifierPool:
             task = worker.open.pop(message["id"])
             detail = f"{message['detail']}; {task}" if message["detail"] else ""
             verdicts[task.question] = Verdict(message["reward"], message["cause"], detail)
-            if message["cause"] == "memory":  # what it had taken by then may not come back, and would be charged to others
+            if (
+                message["cause"] == "memory"
+            ):  # what it had taken by then may not come back, and would be charged to others
                 self._waiting.extendleft(reversed(worker.open.values()))
                 self._restart(worker, detail)
                 return
@@ -167,7 +175,13 @@ class VerifierPool:
 
     def _raise_start(self, worker: VerifierProcess, cause: Cause) -> None:
         printed = worker.kill()
-        reason = f"said nothing for {START_DEADLINE:.0f} s" if cause == "timeout" else f"ended with status {worker.process.returncode}"
+        reason = (
+            f"said nothing for {START_DEADLINE:.0f} s"
+            if cause == "timeout"
+            else f"ended with status {worker.process.returncode}"
+        )
         if self._users:
-            raise UserError(f"reward.verifier = {self._config.verifier!r}: the worker that imports it {reason}:\n{printed}")
+            raise UserError(
+                f"reward.verifier = {self._config.verifier!r}: the worker that imports it {reason}:\n{printed}"
+            )
         raise RuntimeError(f"verifier worker {' '.join(self._command)} {reason} while starting:\n{printed}")

@@ -37,7 +37,9 @@ _NAME = re.compile(r"(?:[A-Za-z\\{}()', ]|_\{?\d{1,3}\}?)+")
 _MARKS = re.compile(
     r"\\(?:i{1,3}nt|oint|sum|prod|lim|binom|dbinom|gcd|lcm|max|min|sup|inf|det|Pr|mod|bmod|pmod|pm|mp|neq|ne|not|neg|approx|sim|equiv|to"
     r"|frac ?\{ ?d ?\})(?![A-Za-z])|!|≠|≈|±"
-    r"|\\(?:text|mathrm|mbox|operatorname) ?\{[^{}]*\b(?:not|except|about|approximately|or|mod|nan)\b[^{}]*\}", re.ASCII | re.IGNORECASE)
+    r"|\\(?:text|mathrm|mbox|operatorname) ?\{[^{}]*\b(?:not|except|about|approximately|or|mod|nan)\b[^{}]*\}",
+    re.ASCII | re.IGNORECASE,
+)
 # A second expression within the box.
 _SEVERAL = re.compile(r"\$|(?<!\\)%|\\boxed|\\fbox|\\\[|\\\(|\\begin ?\{ ?(?:equation|align|gather)")
 _NOT_A_NUMBER = re.compile(r"\bnan\b|\\frac ?\{[^{}]*\} ?\{ ?0+ ?\}|/ ?0+(?![\d.])|/ ?\( ?0+ ?\)", re.IGNORECASE)
@@ -99,7 +101,10 @@ def _says_something_else(answer: str, gold: str) -> bool:
         return True
     if "=" in answer.replace("\\leq", "").replace("\\geq", "") and "=" not in gold:
         # Items of a list may have a name each, "x = 1, y = 2" for a gold set: Math-Verify compares the whole list.
-        return any(part.count("=") > 1 or "=" in part and not _NAME.fullmatch(part.partition("=")[0]) for part in answer.split(","))
+        return any(
+            part.count("=") > 1 or "=" in part and not _NAME.fullmatch(part.partition("=")[0])
+            for part in answer.split(",")
+        )
     return False
 
 
@@ -111,7 +116,9 @@ def _compare_bases(answer: str, gold: str) -> Verdict | None:
         return RIGHT if answer.lstrip("0") == expected[1].lstrip("0") else WRONG
     if expected is None:
         return WRONG
-    same = (given[2] or given[3]) == (expected[2] or expected[3]) and given[1].lstrip("0").lower() == expected[1].lstrip("0").lower()
+    same = (given[2] or given[3]) == (expected[2] or expected[3]) and given[1].lstrip("0").lower() == expected[
+        1
+    ].lstrip("0").lower()
     return RIGHT if same else WRONG
 
 

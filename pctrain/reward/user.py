@@ -36,18 +36,24 @@ def asked_with(function: Callable[..., Any], question: dict[str, Any]) -> dict[s
 
 def judge_with(function: Callable[..., Any]) -> Callable[..., Verdict]:
     """`function` as (response, answer) -> Verdict."""
+
     def judge(response: str, answer: str, **more: str) -> Verdict:
         try:
             return verdict_of(function(response, answer, **more))
         except (Exception, SystemExit) as error:
             return verdict_of_error(error)
+
     return judge
 
 
 def verdict_of(value: Any) -> Verdict:
     """right at 1 (or True), wrong at 0, partial between, else bad_value: a NaN, a string or None is no reward."""
     # NumPy's bool is no Real, and both its scalars and one-element tensors have item().
-    plain = value.item() if not isinstance(value, Real) and hasattr(value, "item") and getattr(value, "size", 1) in (1, ()) else value
+    plain = (
+        value.item()
+        if not isinstance(value, Real) and hasattr(value, "item") and getattr(value, "size", 1) in (1, ())
+        else value
+    )
     if not isinstance(plain, Real) or not 0 <= plain <= 1:
         return Verdict(0.0, "bad_value", f"the function returned {value!r:.80}, not a number in [0, 1]")
     reward = float(plain)

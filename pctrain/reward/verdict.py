@@ -7,7 +7,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Cause = Literal["right", "partial", "wrong", "no_box", "parse_error", "truncated", "timeout", "crash", "memory", "error", "bad_value"]
+Cause = Literal[
+    "right",
+    "partial",
+    "wrong",
+    "no_box",
+    "parse_error",
+    "truncated",
+    "timeout",
+    "crash",
+    "memory",
+    "error",
+    "bad_value",
+]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 # The verifier did not do its work: the reward of 0 says nothing about the response.
 FAULTS: tuple[Cause, ...] = ("timeout", "crash", "memory", "error", "bad_value")
@@ -28,7 +40,12 @@ class Verdict:
     detail: str = ""
 
 
-RIGHT, WRONG, NO_BOX, PARSE_ERROR = Verdict(1.0, "right"), Verdict(0.0, "wrong"), Verdict(0.0, "no_box"), Verdict(0.0, "parse_error")
+RIGHT, WRONG, NO_BOX, PARSE_ERROR = (
+    Verdict(1.0, "right"),
+    Verdict(0.0, "wrong"),
+    Verdict(0.0, "no_box"),
+    Verdict(0.0, "parse_error"),
+)
 TRUNCATED = Verdict(0.0, "truncated")
 
 

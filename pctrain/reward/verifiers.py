@@ -45,13 +45,17 @@ def check_name(config: RewardConfig) -> None:
     name = config.verifier
     if plugins.is_own(name):
         if not plugins.NAME.fullmatch(name):
-            raise UserError(f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
-                            "of my_rewards.py in the current directory")
+            raise UserError(
+                f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
+                "of my_rewards.py in the current directory"
+            )
     elif name not in VERIFIERS:
         near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.5)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"reward.verifier = {name!r} is no verifier{hint}; there are {', '.join(VERIFIERS)}, "
-                        "or a function of your own as module:function")
+        raise UserError(
+            f"reward.verifier = {name!r} is no verifier{hint}; there are {', '.join(VERIFIERS)}, "
+            "or a function of your own as module:function"
+        )
     if config.levenshtein and name != "lenient":
         raise UserError(f"reward.levenshtein = true needs reward.verifier = lenient, not {name!r}")
 

@@ -34,7 +34,9 @@ def main(options: dict) -> None:
     if options["function"] is None:
         judge: Callable = strict.judge
         logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
-        judge("1/2", "x")  # the first call costs a tenth of a second of lazy imports; the deadline of a verdict is not for that
+        judge(
+            "1/2", "x"
+        )  # the first call costs a tenth of a second of lazy imports; the deadline of a verdict is not for that
     else:
         try:
             judge = user.load(options["function"])
@@ -75,7 +77,9 @@ async def serve_async(function: Callable, timeout: float, replies) -> None:
     async def judge(question: dict) -> None:
         try:
             # A name of its own: a TimeoutError that the function raises is its error, not the deadline.
-            task = asyncio.ensure_future(function(question["response"], question["answer"], **user.asked_with(function, question)))
+            task = asyncio.ensure_future(
+                function(question["response"], question["answer"], **user.asked_with(function, question))
+            )
             done, _ = await asyncio.wait([task], timeout=timeout)
             if done:
                 verdict = user.verdict_of(task.result())

@@ -18,7 +18,12 @@ Count = Callable[[str, list[Row], float], None]  # (phase of the ledger, rows th
 
 
 def no_grad_streams(
-    rows: list[Row], learner: Learner, needed: frozenset[str] | set[str], token_budget: int, temperature: float, count: Count
+    rows: list[Row],
+    learner: Learner,
+    needed: frozenset[str] | set[str],
+    token_budget: int,
+    temperature: float,
+    count: Count,
 ) -> list[Row]:
     """The rows with the streams `needed` of old_logprob, entropy (together one pass) and ref_logprob (one with the reference). Collective.
 
@@ -37,7 +42,10 @@ def no_grad_streams(
         with learner.reference():
             found["ref_logprob"] = learner.logprobs(rows, token_budget, **options)
         count("reference", rows, time.perf_counter() - began)
-    return [replace(row, streams={**row.streams, **{name: found[name][i] for name in sorted(needed)}}) for i, row in enumerate(rows)]
+    return [
+        replace(row, streams={**row.streams, **{name: found[name][i] for name in sorted(needed)}})
+        for i, row in enumerate(rows)
+    ]
 
 
 def split(rows: list, parts: int) -> list[list]:

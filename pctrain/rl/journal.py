@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 from pctrain.compute.ledger import Ledger
-from pctrain.report.reading import fit_run
 from pctrain.config.tree import Config
 from pctrain.core import Learner
-from pctrain.distributed import parallel
 from pctrain.core.skipped import SkippedUpdates
-from pctrain.rollout.worker import RolloutWorker
+from pctrain.distributed import parallel
+from pctrain.report.reading import fit_run
 from pctrain.reward import fault_line
 from pctrain.rl.sampling import Sampled, summary
 from pctrain.rl.update import Updates, means
 from pctrain.rollout import Swap
+from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
 
 
@@ -71,7 +71,9 @@ class Journal:
 
         def found() -> bool:
             fit = fit_run(self.run.path)
-            return fit.verdict == "identified" and max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within
+            return (
+                fit.verdict == "identified" and max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within
+            )
 
         return parallel.from_rank_zero(found)
 
@@ -85,7 +87,8 @@ class Journal:
         for number, group in enumerate(sampled.groups):
             advantages = updates.advantages.get(id(group), [None] * len(group.completions))
             for prefix, completion, verdict, advantage in zip(
-                    group.prefixes, group.completions, group.verdicts, advantages, strict=True):
+                group.prefixes, group.completions, group.verdicts, advantages, strict=True
+            ):
                 rows.append({
                     "id": group.problem.id,
                     "group": number,

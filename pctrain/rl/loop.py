@@ -5,25 +5,25 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from pctrain.distributed.health import watchdog
+from pctrain.common.progress import progress
 from pctrain.compute.ledger import Ledger
-from pctrain.run.checkpoints import checkpoint_step, read_state
 from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Learner
 from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
-from pctrain.rollout.worker import RolloutWorker
-from pctrain.common.progress import progress
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
-from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl import replay
+from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.journal import Journal, shortage
 from pctrain.rl.mismatch import correction
 from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.run.checkpoints import checkpoint_step, read_state
 from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
+from pctrain.run.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
 from pctrain.run.stragglers import RankTimes
 
 
@@ -43,7 +43,9 @@ def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_onl
     joint = parallel.from_rank_zero(lambda: _joint(config, role))
     algorithm = _algorithm(config)
     problems, left_out = worker.training_problems(algorithm.needs_expert)
-    scored = len(worker.problems)  # before there is a run folder: it would be bound to a config with which they are too long
+    scored = len(
+        worker.problems
+    )  # before there is a run folder: it would be bound to a config with which they are too long
     with open_run(config, "rl", [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]) as run:
         if finished(run):
             return
@@ -51,7 +53,9 @@ def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_onl
         learner = _core(config, algorithm)
         run.say(f"problems: {len(problems)} to train on, {scored} to score on")
         if left_out:
-            run.say(f"{len(left_out)} more are too long and left out (data.overlong = {config.data.overlong}), the first: {left_out[0]}")
+            run.say(
+                f"{len(left_out)} more are too long and left out (data.overlong = {config.data.overlong}), the first: {left_out[0]}"
+            )
         prompts = PromptStream(problems, config.run.seed)
         start, state = resume(run, learner)
         journal = Journal(config, run, worker, joint, state)
@@ -61,7 +65,9 @@ def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_onl
             journal.score(0, learner)
 
         ranks = RankTimes(run)
-        last = start if start and journal.ceiling_found() else rl.steps  # killed after the checkpoint that it had stopped at
+        last = (
+            start if start and journal.ceiling_found() else rl.steps
+        )  # killed after the checkpoint that it had stopped at
         with progress(f"RL ({rl.algorithm})", total=rl.steps, start=start, rank=parallel.rank()) as bar:
             for step in range(start + 1, last + 1):
                 watchdog.at_step(step)
@@ -88,7 +94,9 @@ def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_onl
                 if leaving:
                     leave(run, step)
                 if found:
-                    run.say(f"step {step} the ceiling is identified within {rl.stop_within} points (rl.stop_within): stopped")
+                    run.say(
+                        f"step {step} the ceiling is identified within {rl.stop_within} points (rl.stop_within): stopped"
+                    )
                     last = step
                     break
         learner.poll_save(wait=True)
@@ -103,14 +111,26 @@ def _algorithm(config: Config) -> Algorithm:
 def _core(config: Config, algorithm: Algorithm) -> Learner:
     """With the weights of the start. Collective."""
     rl = config.rl
-    learner = Learner(config.model, config.parallel, optimizer_config=rl.optimizer, total_steps=rl.steps * rl.updates, seed=config.run.seed)
+    learner = Learner(
+        config.model,
+        config.parallel,
+        optimizer_config=rl.optimizer,
+        total_steps=rl.steps * rl.updates,
+        seed=config.run.seed,
+    )
     if "ref_logprob" in algorithm.streams_from_pass:
         learner.keep_reference(rl.reference_offload)  # the weights of the start, also where the run is resumed
     return learner
 
 
 def _rollouts(
-    config: Config, run: RunFolder, learner: Learner, worker: RolloutWorker, algorithm: Algorithm, prompts: PromptStream, step: int
+    config: Config,
+    run: RunFolder,
+    learner: Learner,
+    worker: RolloutWorker,
+    algorithm: Algorithm,
+    prompts: PromptStream,
+    step: int,
 ) -> tuple[Sampled, Swap | None]:
     """The groups of a step: sampled, and written down; or read, where a killed start had sampled them. Collective."""
     path = replay.path_of(run.path, step)
@@ -130,9 +150,13 @@ def _say_rollouts(run: RunFolder, sampled: Sampled, step: int) -> None:
     """`--debug-rollout-only`: where the rollouts are, and what can be done with them."""
     rewards = [reward for group in sampled.groups for reward in group.rewards]
     path = replay.path_of(run.path, step)
-    run.say(f"step {step} rollouts only: {len(rewards)} of {len(sampled.groups)} prompts, reward {sum(rewards) / len(rewards):.3f}: {path}")
-    run.say(f"train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; or go on: the same command without "
-            "--debug-rollout-only")
+    run.say(
+        f"step {step} rollouts only: {len(rewards)} of {len(sampled.groups)} prompts, reward {sum(rewards) / len(rewards):.3f}: {path}"
+    )
+    run.say(
+        f"train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; or go on: the same command without "
+        "--debug-rollout-only"
+    )
 
 
 def debug_train(config: Config, file: Path) -> None:
@@ -150,8 +174,12 @@ def debug_train(config: Config, file: Path) -> None:
     if parallel.rank() == 0:
         for number, one in enumerate(made, start=1):
             metrics = " ".join(f"{name} {value:.6g}" for name, value in one.metrics.items())
-            print(f"update {number} of {len(made)}: loss {one.loss:.6g} grad_norm {one.grad_norm:.6g} lr {one.lr:.3g} {metrics}")
-        print(f"step {step} of {file}: {len(made)} update(s) of {len(sampled.kept)} prompts in {seconds:.2f} s; nothing was written")
+            print(
+                f"update {number} of {len(made)}: loss {one.loss:.6g} grad_norm {one.grad_norm:.6g} lr {one.lr:.3g} {metrics}"
+            )
+        print(
+            f"step {step} of {file}: {len(made)} update(s) of {len(sampled.kept)} prompts in {seconds:.2f} s; nothing was written"
+        )
 
 
 def _with_correction(config: Config) -> RLConfig:
@@ -168,7 +196,12 @@ def _joint(config: Config, role: str) -> dict:
     state = read_state(path)
     ledger = Ledger(HFConfig.read(config.model.path).shape)
     ledger.load_state_dict(state["ledger"])
-    return {"start_step": checkpoint_step(path), "role": role, "sft_run": str(path.parent.parent), "eflops_sft": ledger.eflops_sft}
+    return {
+        "start_step": checkpoint_step(path),
+        "role": role,
+        "sft_run": str(path.parent.parent),
+        "eflops_sft": ledger.eflops_sft,
+    }
 
 
 def _finish(run: RunFolder, last: int, ranks: RankTimes) -> None:

@@ -11,6 +11,7 @@ import math
 from typing import Literal
 
 import torch
+
 from pctrain_kernels import TokenLoss
 
 Correction = Literal["none", "token", "sequence"]
@@ -44,7 +45,9 @@ def measured(loss: TokenLoss) -> TokenLoss:
     All are 0 where `rollout_logprob` is NaN.
     """
 
-    def token_loss(logprob: torch.Tensor, entropy: torch.Tensor | None, streams: Streams) -> tuple[torch.Tensor, Streams]:
+    def token_loss(
+        logprob: torch.Tensor, entropy: torch.Tensor | None, streams: Streams
+    ) -> tuple[torch.Tensor, Streams]:
         value, metrics = loss(logprob, entropy, streams)
         if "rollout_logprob" in streams:
             metrics = metrics | _metrics(streams.get("old_logprob", logprob.detach()), streams["rollout_logprob"])

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from pctrain.files import npz
-from pctrain.run.checkpoints import checkpoint_step
-from pctrain.data.problems import Problem
-from pctrain.files.durable import write_beside
 from pctrain.common.errors import UserError
+from pctrain.data.problems import Problem
+from pctrain.files import npz
+from pctrain.files.durable import write_beside
 from pctrain.reward import Verdict
 from pctrain.rl.sampling import Group, Sampled
 from pctrain.rollout import Completion
+from pctrain.run.checkpoints import checkpoint_step
 
 FORMAT = 1
 
@@ -55,23 +55,40 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
         text, lengths, tokens, logprobs = npz.read(path, ("about", "lengths", "tokens", "logprobs"))
         about = json.loads(text.tobytes())
         if isinstance(about, dict) and about.get("format") != FORMAT:
-            raise UserError(f"{path}: rollouts of format {str(about.get('format')):.40}, expected {FORMAT}; sample them again")
+            raise UserError(
+                f"{path}: rollouts of format {str(about.get('format')):.40}, expected {FORMAT}; sample them again"
+            )
         _check(about, lengths, tokens, logprobs)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; `pctrain rl --debug-rollout-only` writes one into RUN/rollouts") from None
+        raise UserError(
+            f"{path} does not exist; `pctrain rl --debug-rollout-only` writes one into RUN/rollouts"
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} holds no rollouts of a step ({error}); `pctrain rl --debug-rollout-only` writes such a file") from None
+        raise UserError(
+            f"{path} holds no rollouts of a step ({error}); `pctrain rl --debug-rollout-only` writes such a file"
+        ) from None
     bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    sampled, at = Sampled(rounds=about["rounds"], rollout_seconds=about["rollout_seconds"], reward_seconds=about["reward_seconds"]), 0
+    sampled, at = (
+        Sampled(
+            rounds=about["rounds"], rollout_seconds=about["rollout_seconds"], reward_seconds=about["reward_seconds"]
+        ),
+        0,
+    )
     for one in about["groups"]:
         if not 0 <= one["problem"] < len(problems) or problems[one["problem"]].id != one["id"]:
-            raise UserError(f"{path}: its problem {one['id']} is not number {one['problem']} of data.rl; name the set it was sampled from")
+            raise UserError(
+                f"{path}: its problem {one['id']} is not number {one['problem']} of data.rl; name the set it was sampled from"
+            )
         completions = []
         for finish in one["finish"]:
             part = slice(bounds[at], bounds[at + 1])
-            completions.append(Completion(tokens[part].tolist(), finish, logprobs[part].tolist() if len(logprobs) else None))
+            completions.append(
+                Completion(tokens[part].tolist(), finish, logprobs[part].tolist() if len(logprobs) else None)
+            )
             at += 1
-        group = Group(problems[one["problem"]], completions, [Verdict(**verdict) for verdict in one["verdicts"]], one["prefixes"])
+        group = Group(
+            problems[one["problem"]], completions, [Verdict(**verdict) for verdict in one["verdicts"]], one["prefixes"]
+        )
         if one["why"] is None:
             sampled.kept.append(group)
         else:
@@ -84,14 +101,29 @@ def _check(about: Any, lengths: np.ndarray, tokens: np.ndarray, logprobs: np.nda
     npz.check("lengths", lengths, "iu", (None,))
     npz.check("tokens", tokens, "iu", (None,))
     npz.check("logprobs", logprobs, "f", (None,))
-    if (lengths < 0).any() or (lengths > len(tokens)).any() or lengths.sum() != len(tokens) or len(logprobs) not in (0, len(tokens)):
+    if (
+        (lengths < 0).any()
+        or (lengths > len(tokens)).any()
+        or lengths.sum() != len(tokens)
+        or len(logprobs) not in (0, len(tokens))
+    ):
         raise ValueError("its lengths are not those of its tokens")
     try:
         prompts, groups = about["prompts"], about["groups"]
-        counts = [about["step"], about["rounds"], prompts["position"], *prompts["carried"], *(group["problem"] for group in groups)]
+        counts = [
+            about["step"],
+            about["rounds"],
+            prompts["position"],
+            *prompts["carried"],
+            *(group["problem"] for group in groups),
+        ]
         seconds = [about["rollout_seconds"], about["reward_seconds"]]
         prefixes = [token for group in groups for prefix in group["prefixes"] for token in prefix]
-        texts = [text for group in groups for text in (group["id"], *([] if group["why"] is None else [group["why"]]), *group["finish"])]
+        texts = [
+            text
+            for group in groups
+            for text in (group["id"], *([] if group["why"] is None else [group["why"]]), *group["finish"])
+        ]
         rewards = [Verdict(**verdict).reward for group in groups for verdict in group["verdicts"]]
         even = all(len(group["finish"]) == len(group["verdicts"]) == len(group["prefixes"]) > 0 for group in groups)
     except (LookupError, TypeError):

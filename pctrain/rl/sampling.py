@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pctrain.distributed.health import watchdog
+from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
-from pctrain.distributed import parallel
 from pctrain.data.problems import Problem
 from pctrain.data.sampler import ShuffledSampler
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.hf.tokenizer import Tokenizer
-from pctrain.common.errors import UserError
 from pctrain.reward import Verdict, VerifierPool, cause_counts
 from pctrain.reward.verdict import FAULTS, TRUNCATED
 from pctrain.rl.algorithms.base import Algorithm
@@ -74,8 +74,10 @@ class PromptStream:
     def load_state_dict(self, state: dict) -> None:
         """UserError where it is of another, larger set of problems."""
         if max(state["carried"], default=0) >= len(self.problems):
-            raise UserError(f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of "
-                            "another set: name that one")
+            raise UserError(
+                f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of "
+                "another set: name that one"
+            )
         self.position, self.carried = state["position"], list(state["carried"])
 
 
@@ -98,8 +100,16 @@ class Sampled:
 class GroupSampler:
     """Samples the groups of a step from the weights that the engine holds."""
 
-    def __init__(self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm):
-        self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = config, engine, verifier, tokenizer, algorithm
+    def __init__(
+        self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm
+    ):
+        self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = (
+            config,
+            engine,
+            verifier,
+            tokenizer,
+            algorithm,
+        )
 
     @watchdog.phase("rollout")
     def sample(self, prompts: PromptStream, step: int) -> Sampled:
@@ -146,11 +156,14 @@ class GroupSampler:
             out.sampled_before[problem.index] += 1
             for k, prefix in enumerate(of_problem):
                 key = sampling_seed(seed, "rollout", step, problem.index, first + k)
-                requests.append(Request([*problem.prompt_ids, *prefix], key, max_response=rollout.max_response - len(prefix)))
+                requests.append(
+                    Request([*problem.prompt_ids, *prefix], key, max_response=rollout.max_response - len(prefix))
+                )
             prefixes.append(of_problem)
         # The log-probs tell in every step how far engine and learner are apart (rl/mismatch.py).
         completions = self.engine.generate(
-            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=True)
+            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=True
+        )
         sampled_at = time.perf_counter()
         verdicts = self._verdicts(problems, prefixes, completions)
         out.rounds += 1
@@ -163,11 +176,17 @@ class GroupSampler:
         return groups
 
     @watchdog.phase("reward")
-    def _verdicts(self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]) -> list[Verdict]:
+    def _verdicts(
+        self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]
+    ) -> list[Verdict]:
         """Of each completion behind its prefix; a response that was cut is wrong, unless `rl.truncated` is masked."""
-        owners = [(problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem]
+        owners = [
+            (problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem
+        ]
         judged = [i for i, c in enumerate(completions) if c.finish == "stop" or self.config.rl.truncated == "masked"]
-        items = [(self.tokenizer.decode([*owners[i][1], *completions[i].token_ids]), owners[i][0].answer) for i in judged]
+        items = [
+            (self.tokenizer.decode([*owners[i][1], *completions[i].token_ids]), owners[i][0].answer) for i in judged
+        ]
         verdicts = [TRUNCATED] * len(completions)
         for i, verdict in zip(judged, parallel.map_over_ranks(self.verifier.score, items), strict=True):
             verdicts[i] = verdict

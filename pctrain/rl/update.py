@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pctrain.distributed.health import watchdog
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config
 from pctrain.core import Learner, Update
 from pctrain.data.rows import Row
+from pctrain.distributed.health import watchdog
 from pctrain.rl import batch
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.mismatch import measured
@@ -27,7 +27,9 @@ class Updates:
 
 
 @watchdog.phase("update")
-def update(config: Config, learner: Learner, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int) -> Updates:
+def update(
+    config: Config, learner: Learner, algorithm: Algorithm, sampled: Sampled, ledger: Ledger, step: int
+) -> Updates:
     """The optimizer updates of one step, and the ledger's entries for all of its compute. Nothing kept: no update. Collective."""
     rl, temperature, groups = config.rl, config.rollout.temperature, sampled.kept
     _count(ledger, step, "rollout", groups, sampled.rollout_seconds)
@@ -49,10 +51,18 @@ def update(config: Config, learner: Learner, algorithm: Algorithm, sampled: Samp
             advantages[id(groups[member.group])][member.index] = float(row.streams["advantage"][-1])
     if algorithm.expert_in_group:  # the paper counts a forward pass of the expert's tokens, as of what was sampled
         count("expert", [row for member, row in zip(members, rows, strict=True) if member.index is None], 0.0)
-    ids, by_expert = [groups[member.group].problem.id for member in members], [member.index is None for member in members]
+    ids, by_expert = (
+        [groups[member.group].problem.id for member in members],
+        [member.index is None for member in members],
+    )
     if rl.truncated == "masked":
-        whole = [member.index is None or groups[member.group].completions[member.index].finish == "stop" for member in members]
-        rows, ids, by_expert = ([item for item, keep in zip(items, whole, strict=True) if keep] for items in (rows, ids, by_expert))
+        whole = [
+            member.index is None or groups[member.group].completions[member.index].finish == "stop"
+            for member in members
+        ]
+        rows, ids, by_expert = (
+            [item for item, keep in zip(items, whole, strict=True) if keep] for items in (rows, ids, by_expert)
+        )
 
     began = time.perf_counter()
     token_loss = measured(algorithm.loss)
@@ -79,8 +89,15 @@ def means(updates: Sequence[Update]) -> dict[str, float]:
         return {}
     made = [u for u in updates if not u.skipped]
     names = {"loss": [u.loss for u in made], "grad_norm": [u.grad_norm for u in made], "lr": [u.lr for u in updates]}
-    names |= {key: [u.metrics[key] for u in made if key in u.metrics] for key in dict.fromkeys(key for u in made for key in u.metrics)}
-    found = {name: float((np.max if name.startswith("max/") else np.mean)(values)) for name, values in names.items() if values}
+    names |= {
+        key: [u.metrics[key] for u in made if key in u.metrics]
+        for key in dict.fromkeys(key for u in made for key in u.metrics)
+    }
+    found = {
+        name: float((np.max if name.startswith("max/") else np.mean)(values))
+        for name, values in names.items()
+        if values
+    }
     return {**found, "skipped_updates": sum(u.skipped for u in updates)}
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pctrain.config.tree import RolloutConfig
 from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
+from pctrain.config.tree import RolloutConfig
 from pctrain.rollout.queue import Completion, Request, RequestQueue, Sampling
 from pctrain.rollout.seeds import sampling_seed
 from pctrain.rollout.sharing import EngineGroups
@@ -85,7 +85,13 @@ class RolloutEngine:
         self._usable = False
 
     def generate(
-        self, requests: Sequence[Request], *, temperature: float, max_response: int, logprobs: bool = False, top_p: float = 1.0
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        max_response: int,
+        logprobs: bool = False,
+        top_p: float = 1.0,
     ) -> list[Completion]:
         """One completion per request, in order, on every rank. The requests are shared out over the engines.
 
@@ -94,18 +100,27 @@ class RolloutEngine:
         What is sampled depends on weights, prompt, seed and temperature; not on batch, rank, or whether log-probs are asked for.
         """
         [completions] = self.generate_batches(
-            [requests], temperature=temperature, max_response=max_response, logprobs=logprobs, top_p=top_p)
+            [requests], temperature=temperature, max_response=max_response, logprobs=logprobs, top_p=top_p
+        )
         return completions
 
     def generate_batches(
-        self, batches: Iterable[Sequence[Request]], *, temperature: float, max_response: int, logprobs: bool = False, top_p: float = 1.0
+        self,
+        batches: Iterable[Sequence[Request]],
+        *,
+        temperature: float,
+        max_response: int,
+        logprobs: bool = False,
+        top_p: float = 1.0,
     ) -> Iterator[list[Completion]]:
         """`generate` for batch after batch. While the last responses of one are written, those of the next ones begin.
 
         It has to be taken to its end: the engine refuses all else while requests of it are open.
         """
         if logprobs and top_p < 1:
-            raise ValueError(f"top_p = {top_p}: training rollouts are sampled from the whole policy, as the learner's log-probs are its")
+            raise ValueError(
+                f"top_p = {top_p}: training rollouts are sampled from the whole policy, as the learner's log-probs are its"
+            )
         self._refuse_unusable()
         queue, sampling = self._queue, Sampling(temperature, max_response, logprobs, top_p)
         coming = iter(batches)
@@ -130,7 +145,10 @@ class RolloutEngine:
                     yield self._groups.unshare(self._groups.gather(queue.take(numbers)), total)
 
     def verify(
-        self, learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]], prompts: Sequence[Sequence[int]], eos_id: int
+        self,
+        learner_logprobs: Callable[[list[list[int]]], Sequence[np.ndarray]],
+        prompts: Sequence[Sequence[int]],
+        eos_id: int,
     ) -> float:
         """Mean |log-prob of the engine - log-prob of the learner| over some sampled tokens; every engine is checked on every prompt.
 
@@ -141,17 +159,23 @@ class RolloutEngine:
         learner_logprobs(rows of token ids) -> per row float [L], entry i the log-prob of token i at `rollout.temperature`; called once
         on all ranks with the same rows. A log-prob that is not a number counts as infinity.
         """
-        prompts = [list(prompt)[:self._context - 1] for prompt in prompts]
+        prompts = [list(prompt)[: self._context - 1] for prompt in prompts]
         prompts.append(self._long_prompt(prompts, eos_id))
         requests = [Request(prompt, sampling_seed(0, "verify", 0, index, 0)) for index, prompt in enumerate(prompts)]
         self._refuse_unusable()
         numbers = self._queue.admit(requests, Sampling(self._rollout.temperature, VERIFY_TOKENS, logprobs=True))
         self._queue.run(until=lambda: self._queue.finished(numbers))
         by_engine = self._groups.gather(self._queue.take(numbers))
-        checks = [(prompt, completion) for completions in by_engine for prompt, completion in zip(prompts, completions, strict=True)]
+        checks = [
+            (prompt, completion)
+            for completions in by_engine
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
         learner = learner_logprobs([prompt + completion.token_ids for prompt, completion in checks])
-        differences = [np.abs(np.asarray(row, dtype=np.float64)[len(prompt):] - np.asarray(completion.logprobs))
-                       for (prompt, completion), row in zip(checks, learner, strict=True)]
+        differences = [
+            np.abs(np.asarray(row, dtype=np.float64)[len(prompt) :] - np.asarray(completion.logprobs))
+            for (prompt, completion), row in zip(checks, learner, strict=True)
+        ]
         return float(np.nan_to_num(np.concatenate(differences), nan=math.inf).mean())
 
     def close(self) -> None:
@@ -165,21 +189,29 @@ class RolloutEngine:
     def _check(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):
             if not 0 < len(request.prompt_ids) < self._context:
-                raise UserError(f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; "
-                                f"expected 1 to {self._context - 1}, so that a response fits the context of {self._context}: "
-                                "shorten the prompt or enlarge the context")
+                raise UserError(
+                    f"rollout request {index}: a prompt of {len(request.prompt_ids)} tokens; "
+                    f"expected 1 to {self._context - 1}, so that a response fits the context of {self._context}: "
+                    "shorten the prompt or enlarge the context"
+                )
             if not isinstance(request.seed, int):
-                raise TypeError(f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own")
+                raise TypeError(
+                    f"rollout request {index}: seed {request.seed!r}; every request needs an int of its own"
+                )
 
     def _refuse_unusable(self) -> None:
         if not self._usable:
-            raise RuntimeError("the rollout engine has no weights (asleep, closed, or a swap failed): call load_weights first")
+            raise RuntimeError(
+                "the rollout engine has no weights (asleep, closed, or a swap failed): call load_weights first"
+            )
         self._refuse_leftovers()
 
     def _refuse_leftovers(self) -> None:
         if self._queue.unfinished:
-            raise RuntimeError("an earlier call into vLLM left requests behind: it failed half-way, or its batches were not taken to the "
-                               "end: restart the run")
+            raise RuntimeError(
+                "an earlier call into vLLM left requests behind: it failed half-way, or its batches were not taken to the "
+                "end: restart the run"
+            )
 
     def _long_prompt(self, prompts: list[list[int]], eos_id: int) -> list[int]:
         block = self._llm.llm_engine.vllm_config.cache_config.block_size

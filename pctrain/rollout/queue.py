@@ -49,9 +49,17 @@ class Sampling:
         # flat_logprobs: lists instead of a dict and an object a token. skip_clone: they are made for this one call.
         # ignore_eos: vLLM adds the end-of-sequence tokens of the model's generation_config.json to those given here.
         return SamplingParams(
-            temperature=self.temperature, top_p=self.top_p, max_tokens=min(self.max_response, request.max_response or self.max_response),
-            seed=request.seed, stop_token_ids=[eos_id], ignore_eos=True, logprobs=0 if self.logprobs else None,
-            flat_logprobs=self.logprobs, detokenize=False, skip_clone=True)
+            temperature=self.temperature,
+            top_p=self.top_p,
+            max_tokens=min(self.max_response, request.max_response or self.max_response),
+            seed=request.seed,
+            stop_token_ids=[eos_id],
+            ignore_eos=True,
+            logprobs=0 if self.logprobs else None,
+            flat_logprobs=self.logprobs,
+            detokenize=False,
+            skip_clone=True,
+        )
 
 
 class RequestQueue:
@@ -71,9 +79,14 @@ class RequestQueue:
         if not requests:
             return range(0)
         with guest(self._groups):
-            ids = self._llm.enqueue([{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
-                                    [sampling.parameters(request, self._eos_id) for request in requests], use_tqdm=False)
-        first = int(ids[0].partition("-")[0])  # vLLM counts its requests, and adds a random word to a number that it gives itself
+            ids = self._llm.enqueue(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                [sampling.parameters(request, self._eos_id) for request in requests],
+                use_tqdm=False,
+            )
+        first = int(
+            ids[0].partition("-")[0]
+        )  # vLLM counts its requests, and adds a random word to a number that it gives itself
         numbers = range(first, first + len(ids))
         self._open.update(numbers)
         return numbers

@@ -24,8 +24,10 @@ class EngineGroups:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.tensor = tensor
         if self.world % tensor:
-            raise UserError(f"rollout.tensor={tensor} does not divide the world size {self.world}: "
-                            f"set rollout.tensor=1 or start a multiple of {tensor} ranks")
+            raise UserError(
+                f"rollout.tensor={tensor} does not divide the world size {self.world}: "
+                f"set rollout.tensor=1 or start a multiple of {tensor} ranks"
+            )
         self.count = self.world // tensor
         self.index = self.rank // tensor
         # Completions are Python objects: they travel over gloo, also where the learner's own group is NCCL.
@@ -35,7 +37,7 @@ class EngineGroups:
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This engine's items: every `count`-th, so that prompts of one batch spread evenly."""
-        return list(items[self.index::self.count])
+        return list(items[self.index :: self.count])
 
     def gather(self, mine: list[T]) -> list[list[T]]:
         """What each engine made, in the order of the engines, on every rank. All ranks of an engine must have made the same."""
@@ -45,15 +47,17 @@ class EngineGroups:
         dist.all_gather_object(by_rank, mine, group=self._gloo)
         for rank, made in enumerate(by_rank):
             if made != by_rank[rank - rank % self.tensor]:
-                raise RuntimeError(f"the tensor parallel ranks {rank - rank % self.tensor} and {rank} of one engine sampled different "
-                                   "tokens: their requests or weights differ")
-        return by_rank[::self.tensor]
+                raise RuntimeError(
+                    f"the tensor parallel ranks {rank - rank % self.tensor} and {rank} of one engine sampled different "
+                    "tokens: their requests or weights differ"
+                )
+        return by_rank[:: self.tensor]
 
     def unshare(self, by_engine: list[list[T]], total: int) -> list[T]:
         """Undoes `share`: all items in their first order."""
         items: list = [None] * total
         for index, made in enumerate(by_engine):
-            items[index::self.count] = made
+            items[index :: self.count] = made
         return items
 
     def close(self) -> None:

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pctrain.distributed.health import watchdog
-from pctrain.config.tree import RolloutConfig
 from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
+from pctrain.config.tree import RolloutConfig
+from pctrain.distributed.health import watchdog
 from pctrain.rollout.sharing import EngineGroups
 
 if TYPE_CHECKING:
@@ -54,9 +54,11 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
             with _private_shared_memory(groups):
                 llm = LLM(**engine_options(hf_dir, rollout, groups, dtype=dtype, context=context))
         except ValueError as error:  # pydantic's ValidationError is one
-            raise UserError(f"vLLM refuses {hf_dir} with context {context} (the model's, or rollout.max_prompt and the longest "
-                            f"response), rollout.kv_cache_mb={rollout.kv_cache_mb}, "
-                            f"rollout.max_sequences={rollout.max_sequences}, rollout.gpu_memory={rollout.gpu_memory}: {error}") from error
+            raise UserError(
+                f"vLLM refuses {hf_dir} with context {context} (the model's, or rollout.max_prompt and the longest "
+                f"response), rollout.kv_cache_mb={rollout.kv_cache_mb}, "
+                f"rollout.max_sequences={rollout.max_sequences}, rollout.gpu_memory={rollout.gpu_memory}: {error}"
+            ) from error
     _running += 1
     step = llm.llm_engine.step
 
@@ -104,8 +106,12 @@ def engine_options(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *
         options.update(gpu_memory_utilization=rollout.gpu_memory, enable_sleep_mode=True)
     else:
         # A prompt prefilled in pieces rewinds the request's generator, which CPU generators cannot do: whole prompts only.
-        options.update(enforce_eager=True, kv_cache_memory_bytes=rollout.kv_cache_mb << 20,
-                       enable_chunked_prefill=False, max_num_batched_tokens=max(context, CPU_BATCHED_TOKENS))
+        options.update(
+            enforce_eager=True,
+            kv_cache_memory_bytes=rollout.kv_cache_mb << 20,
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(context, CPU_BATCHED_TOKENS),
+        )
     return options
 
 
@@ -117,7 +123,12 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
     threads, float32 matmul precision, default dtype.
     """
     environment = dict(os.environ)
-    generators = random.getstate(), np.random.get_state(), torch.get_rng_state(), torch.cuda.get_rng_state() if on_gpu() else None
+    generators = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+        torch.cuda.get_rng_state() if on_gpu() else None,
+    )
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     precision, default_dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     os.environ.update(_environment(groups))
@@ -170,7 +181,9 @@ def _quiet_start() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(logging.WARNING)
-        logging.getLogger("vllm.renderers").setLevel(logging.ERROR)  # it would warn of the missing tokenizer at the first request
+        logging.getLogger("vllm.renderers").setLevel(
+            logging.ERROR
+        )  # it would warn of the missing tokenizer at the first request
 
 
 def _keep_the_learners_groups() -> None:
@@ -188,8 +201,10 @@ def _check_head_size(hf_dir: Path) -> None:
     size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
-        raise UserError(f"{hf_dir}: the model's attention heads are {size} wide; vLLM on CPU supports {', '.join(map(str, sizes))}: "
-                        "choose model.architecture.hidden / heads accordingly")
+        raise UserError(
+            f"{hf_dir}: the model's attention heads are {size} wide; vLLM on CPU supports {', '.join(map(str, sizes))}: "
+            "choose model.architecture.hidden / heads accordingly"
+        )
 
 
 @contextmanager
@@ -207,7 +222,9 @@ def _private_shared_memory(groups: EngineGroups) -> Iterator[None]:
     token = [f"pctrain-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(token, src=0)
     vllms_name = _CPUSHMDistributed.make_group_name
-    _CPUSHMDistributed.make_group_name = staticmethod(lambda communicator: token[0] + vllms_name(communicator).replace("/", ""))
+    _CPUSHMDistributed.make_group_name = staticmethod(
+        lambda communicator: token[0] + vllms_name(communicator).replace("/", "")
+    )
     try:
         yield  # every rank is past its mapping when this returns: LLM() reduces the KV-cache size over all ranks after it
     finally:

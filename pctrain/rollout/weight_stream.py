@@ -23,8 +23,10 @@ def expected_weights(hf_dir: Path) -> dict[str, tuple[int, ...]]:
     config_file = hf_dir / "config.json"
     files = sorted(hf_dir.glob("*.safetensors"))
     if not config_file.is_file() or not files:
-        raise UserError(f"{hf_dir}: expected a Hugging Face directory with config.json and *.safetensors; "
-                        "save the model with save_pretrained(..., safe_serialization=True)")
+        raise UserError(
+            f"{hf_dir}: expected a Hugging Face directory with config.json and *.safetensors; "
+            "save the model with save_pretrained(..., safe_serialization=True)"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
@@ -52,19 +54,27 @@ class CheckedStream:
         self.bytes = 0
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        alive: dict[int, tuple[str, weakref.ref]] = {}  # address -> who lives there, while vLLM or the learner still holds it
+        alive: dict[
+            int, tuple[str, weakref.ref]
+        ] = {}  # address -> who lives there, while vLLM or the learner still holds it
         for name, tensor in self._stream:
             if name not in self._expected:
-                raise UserError(f"weight swap: the learner sent {name!r}, which the rollout engine's model does not have; "
-                                "the engine must be made from the learner's own Hugging Face directory")
+                raise UserError(
+                    f"weight swap: the learner sent {name!r}, which the rollout engine's model does not have; "
+                    "the engine must be made from the learner's own Hugging Face directory"
+                )
             if name in self._seen:
                 raise UserError(f"weight swap: the learner sent {name!r} twice")
             if tuple(tensor.shape) != self._expected[name]:
-                raise UserError(f"weight swap: {name!r} has shape {tuple(tensor.shape)}, "
-                                f"the rollout engine's model expects {self._expected[name]}")
+                raise UserError(
+                    f"weight swap: {name!r} has shape {tuple(tensor.shape)}, "
+                    f"the rollout engine's model expects {self._expected[name]}"
+                )
             owner, reference = alive.get(tensor.data_ptr(), ("", None))
             if reference is not None and reference() is not None:
-                raise ValueError(f"weight swap: {name!r} lies in the storage of {owner!r}; each tensor of the stream needs its own")
+                raise ValueError(
+                    f"weight swap: {name!r} lies in the storage of {owner!r}; each tensor of the stream needs its own"
+                )
             alive[tensor.data_ptr()] = (name, weakref.ref(tensor))
             self._seen.add(name)
             self.bytes += tensor.numel() * tensor.element_size()
@@ -75,5 +85,7 @@ class CheckedStream:
         missing = [name for name in self._expected if name not in self._seen]
         if missing:
             listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-            raise UserError(f"weight swap: {len(missing)} of {len(self._expected)} tensors did not come: {listed}; "
-                            "the rollout engine's weights are incomplete and must not be sampled from")
+            raise UserError(
+                f"weight swap: {len(missing)} of {len(self._expected)} tensors did not come: {listed}; "
+                "the rollout engine's weights are incomplete and must not be sampled from"
+            )

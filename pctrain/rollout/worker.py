@@ -6,16 +6,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pctrain.distributed.health import watchdog
 from pctrain.config.tree import Config
 from pctrain.core import Learner
-from pctrain.distributed import parallel
-from pctrain.hf.config import HFConfig
 from pctrain.data.encode import Encoder
 from pctrain.data.problems import Problem, read_problems
 from pctrain.data.rows import make_row
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.evaluate.accuracy import Score, evaluate
 from pctrain.evaluate.engine import may_close
+from pctrain.hf.config import HFConfig
 from pctrain.reward import VerifierPool
 from pctrain.rollout import RolloutEngine, Swap
 
@@ -41,7 +41,9 @@ class RolloutWorker:
     @cached_property
     def engine(self) -> RolloutEngine:
         config = self.config
-        return RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.hf.eos_id)
+        return RolloutEngine(
+            config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.hf.eos_id
+        )
 
     @property
     def context(self) -> int:
@@ -61,17 +63,26 @@ class RolloutWorker:
         if expert in self._training:  # the next stage of a study
             return self._training[expert]
         longest, left_out = self.config.rollout.max_response, []
-        pack = self.config.rl.token_budget - longest, "rl.token_budget less rollout.max_response"  # whatever is sampled fits into one
+        pack = (
+            self.config.rl.token_budget - longest,
+            "rl.token_budget less rollout.max_response",
+        )  # whatever is sampled fits into one
         problems = self._read_problems(
-            self.config.data.rl, min(self._prompt_limit(), pack), expert=longest if expert else None,
-            left_out=None if self.encoder.stops("overlong") else left_out)
+            self.config.data.rl,
+            min(self._prompt_limit(), pack),
+            expert=longest if expert else None,
+            left_out=None if self.encoder.stops("overlong") else left_out,
+        )
         self._training[expert] = problems, left_out
         return problems, left_out
 
     def _prompt_limit(self) -> tuple[int, str]:
         """Tokens, and what sets them."""
         room = self.context - self.config.longest_response()
-        return room, "rollout.max_prompt" if room == self.config.rollout.max_prompt else "the context less the longest response"
+        return (
+            room,
+            "rollout.max_prompt" if room == self.config.rollout.max_prompt else "the context less the longest response",
+        )
 
     def _read_problems(self, path: Path, limit: tuple[int, str], **options: Any) -> list[Problem]:
         room, name = limit
@@ -95,14 +106,20 @@ class RolloutWorker:
         rollout = self.config.rollout
         budget = max(self.config.rl.token_budget, self.config.sft.token_budget)
 
-        def learner(token_rows):
-            return learner.logprobs([make_row(tokens[:1], tokens[1:]) for tokens in token_rows], budget, temperature=rollout.temperature)
+        def learner_logprobs(token_rows):
+            return learner.logprobs(
+                [make_row(tokens[:1], tokens[1:]) for tokens in token_rows], budget, temperature=rollout.temperature
+            )
 
-        found = self.engine.verify(learner, [problem.prompt_ids for problem in self.problems[:4]], self.hf.eos_id)
+        found = self.engine.verify(
+            learner_logprobs, [problem.prompt_ids for problem in self.problems[:4]], self.hf.eos_id
+        )
         tolerance = rollout.verify_tolerance if self.config.model.dtype == "float32" else BF16_TOLERANCE
         if found > tolerance:
-            raise RuntimeError(f"after the weight swap the engine's log-probs differ from the learner's by {found:.2e} a token, more than "
-                               f"{tolerance:.0e}: the engine does not hold the learner's weights")
+            raise RuntimeError(
+                f"after the weight swap the engine's log-probs differ from the learner's by {found:.2e} a token, more than "
+                f"{tolerance:.0e}: the engine does not hold the learner's weights"
+            )
 
     @watchdog.phase("evaluation")
     def score(self, learner: Learner) -> Score:

@@ -22,11 +22,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pctrain.files.durable import fsync, write_beside
 from pctrain.common.errors import UserError
+from pctrain.files.durable import fsync, write_beside
 
 MANIFEST, STATE = "manifest.json", "state.json"
-LEDGER_SUMS = {"sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device_seconds"}  # of each phase, in `state.json`
+LEDGER_SUMS = {
+    "sequences",
+    "tokens",
+    "paper_flops",
+    "exact_flops",
+    "seconds",
+    "device_seconds",
+}  # of each phase, in `state.json`
 _NAME = re.compile(r"^step-(\d+)$")
 _DIGESTS = ".sha256.json"  # beside the files while a checkpoint is being written: what its writers have hashed already
 _THREADS = 8  # hashing releases Python's lock; more threads than this outrun the disk
@@ -99,7 +106,11 @@ def read_state(path: Path, *needed: str) -> dict[str, Any]:
 
 def _state_fault(state: Any) -> str | None:
     """What of a state is not there, or of another kind, in words."""
-    if not isinstance(state, dict) or not isinstance(state.get("ledger"), dict) or not isinstance(state["ledger"].get("totals"), dict):
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("ledger"), dict)
+        or not isinstance(state["ledger"].get("totals"), dict)
+    ):
         return "`ledger.totals` is missing"
     totals = state["ledger"]["totals"]
     if not all(isinstance(total, dict) and total.keys() >= LEDGER_SUMS for total in totals.values()):
@@ -108,17 +119,30 @@ def _state_fault(state: Any) -> str | None:
     if not isinstance(prompts, dict) or not isinstance(prompts.get("carried"), list):
         return "`prompts` must have `position` and `carried`"
     validations, losses = state.get("validations", []), state.get("recent_losses", [])
-    if not isinstance(validations, list) or not all(isinstance(entry, list) and len(entry) == 5 for entry in validations):
+    if not isinstance(validations, list) or not all(
+        isinstance(entry, list) and len(entry) == 5 for entry in validations
+    ):
         return "`validations` must be a list of lists of 5"
     if not isinstance(losses, list):
         return "`recent_losses` must be a list"
-    numbers = [state["ledger"].get("joint"), *losses, *(value for total in totals.values() for value in total.values()),
-               *(value for entry in validations for value in entry[:4])]
+    numbers = [
+        state["ledger"].get("joint"),
+        *losses,
+        *(value for total in totals.values() for value in total.values()),
+        *(value for entry in validations for value in entry[:4]),
+    ]
     if not all(_is_number(value) for value in numbers):
         return "one of its numbers is missing, negative, not finite or none"
-    counts = [state.get("skipped_in_a_row", 0), prompts.get("position"), *prompts["carried"], *(entry[0] for entry in validations)]
+    counts = [
+        state.get("skipped_in_a_row", 0),
+        prompts.get("position"),
+        *prompts["carried"],
+        *(entry[0] for entry in validations),
+    ]
     flags = [entry[4] for entry in validations]
-    if not all(isinstance(value, int) and _is_number(value) for value in counts) or not all(isinstance(flag, bool) for flag in flags):
+    if not all(isinstance(value, int) and _is_number(value) for value in counts) or not all(
+        isinstance(flag, bool) for flag in flags
+    ):
         return "one of its counts is no whole number"
     return None
 
@@ -155,7 +179,9 @@ def _content_fault(file: Path, expected: str) -> str | None:
         digest = _sha256(file)
     except OSError as error:
         return f"{file} cannot be read ({error.strerror})"
-    return None if digest == expected else f"{file} was altered: its sha256 is {digest[:12]}…, expected {expected[:12]}…"
+    return (
+        None if digest == expected else f"{file} was altered: its sha256 is {digest[:12]}…, expected {expected[:12]}…"
+    )
 
 
 def checkpoint_fault(path: Path) -> str | None:
@@ -183,7 +209,9 @@ def _with_last_whole(path: Path) -> tuple[list[Path], Path | None]:
     """(the checkpoints of its run up to `path`, the newest complete one among those before it)."""
     step = checkpoint_step(path)
     found = [other for other in list_checkpoints(path.parent.parent) if checkpoint_step(other) <= step]
-    return found, next((other for other in reversed(found) if checkpoint_step(other) < step and checkpoint_fault(other) is None), None)
+    return found, next(
+        (other for other in reversed(found) if checkpoint_step(other) < step and checkpoint_fault(other) is None), None
+    )
 
 
 def sha256(files: list[Path]) -> list[str]:
@@ -209,7 +237,9 @@ def begin(final: Path) -> Path:
 
 def note_digests(temporary: Path, files: list[Path], writer: int) -> None:
     """Hash files of a checkpoint that is being written and leave the digests beside them, for `commit`. Any process may call it."""
-    digests = {file.relative_to(temporary).as_posix(): digest for file, digest in zip(files, sha256(files), strict=True)}
+    digests = {
+        file.relative_to(temporary).as_posix(): digest for file, digest in zip(files, sha256(files), strict=True)
+    }
     write_beside(temporary / f"{writer}{_DIGESTS}", json.dumps(digests))
 
 
@@ -229,7 +259,9 @@ def commit(temporary: Path, final: Path, about: Mapping[str, Any]) -> None:
     names = [path.relative_to(temporary).as_posix() for path in files]
     rest = [path for path, name in zip(files, names, strict=True) if name not in known]
     known |= {path.relative_to(temporary).as_posix(): digest for path, digest in zip(rest, sha256(rest), strict=True)}
-    entries = {name: {"bytes": path.stat().st_size, "sha256": known[name]} for path, name in zip(files, names, strict=True)}
+    entries = {
+        name: {"bytes": path.stat().st_size, "sha256": known[name]} for path, name in zip(files, names, strict=True)
+    }
     manifest = temporary / MANIFEST
     manifest.write_text(json.dumps({"step": checkpoint_step(final), **about, "files": entries}, indent=1) + "\n")
     for path in [*files, manifest, *(path for path in temporary.rglob("*") if path.is_dir()), temporary]:

@@ -25,30 +25,63 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from pctrain.run import checkpoints, tracking
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
+from pctrain.config.load import dump
+from pctrain.config.tree import Config
+from pctrain.data.sources import content_hash
 from pctrain.distributed.health import watchdog
 from pctrain.files import yaml_text
-from pctrain.config.tree import Config
-from pctrain.config.load import dump
-from pctrain.data.sources import content_hash
 from pctrain.files.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
-from pctrain.common.errors import UserError
 from pctrain.files.lock import lock_folder
-from pctrain.common.progress import make_console
+from pctrain.run import checkpoints, tracking
 from pctrain.run.tracking import Trackers
 
 Kind = Literal["sft", "rl"]
 
 # What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
 # is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {"run.dir", "run.tensorboard", "run.wandb", "run.keep_last", "run.keep_every", "parallel",
-                  "reward.workers", "reward.timeout", "reward.memory_mb",
-                  "rollout.kv_cache_mb", "rollout.max_sequences", "rollout.gpu_memory", "rollout.verify_every",
-                  "data.train.path", "data.validation.path", "data.test", "data.rl", "data.cache", "data.workers", "model.path",
-                  "model.checkpoint", "eval.benchmarks", "eval.instruction", "eval.judge"}
+FREE_ON_RESUME = {
+    "run.dir",
+    "run.tensorboard",
+    "run.wandb",
+    "run.keep_last",
+    "run.keep_every",
+    "parallel",
+    "reward.workers",
+    "reward.timeout",
+    "reward.memory_mb",
+    "rollout.kv_cache_mb",
+    "rollout.max_sequences",
+    "rollout.gpu_memory",
+    "rollout.verify_every",
+    "data.train.path",
+    "data.validation.path",
+    "data.test",
+    "data.rl",
+    "data.cache",
+    "data.workers",
+    "model.path",
+    "model.checkpoint",
+    "eval.benchmarks",
+    "eval.instruction",
+    "eval.judge",
+}
 # What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
-TO_BE_CONTINUED = "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
-_BEFORE_OPEN = {"data", "model", "tokens", "start.json", ".lock", ".prepare.lock", "config.yaml.tmp", watchdog.FOLDER, TO_BE_CONTINUED}
+TO_BE_CONTINUED = (
+    "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
+)
+_BEFORE_OPEN = {
+    "data",
+    "model",
+    "tokens",
+    "start.json",
+    ".lock",
+    ".prepare.lock",
+    "config.yaml.tmp",
+    watchdog.FOLDER,
+    TO_BE_CONTINUED,
+}
 HF_FOLDER = "hf"  # the final weights
 _LOG_STEP = re.compile(r"^\S+ step\s+(\d{1,18})\b")
 
@@ -71,7 +104,12 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None, rank: int = 0
+        cls,
+        config: Config,
+        kind: Kind,
+        data_files: Iterable[Path],
+        digests: Mapping[str, str] | None = None,
+        rank: int = 0,
     ) -> RunFolder:
         """Create `config.run.dir`, or open it where it already belongs to this config. Rank 0 checks, locks and writes.
 
@@ -90,7 +128,9 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.dir {path}: cannot be created ({error.strerror}); set run.dir to a folder you may write to") from None
+            raise UserError(
+                f"run.dir {path}: cannot be created ({error.strerror}); set run.dir to a folder you may write to"
+            ) from None
         run._release = weakref.finalize(run, lock_folder(path / ".lock"))
         try:
             if (path / "config.yaml").exists():
@@ -124,18 +164,27 @@ class RunFolder:
         _refuse_changed_data(file, old["fingerprints"], fingerprints)
         before = _flatten({key: value for key, value in old.items() if key not in ("kind", "fingerprints")})
         now = _flatten(self.config.model_dump(mode="json"))
-        changed = {key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
-                   for key in sorted(before.keys() | now.keys()) if before.get(key, "(absent)") != now.get(key, "(absent)")}
+        changed = {
+            key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key, "(absent)") != now.get(key, "(absent)")
+        }
         refused = {key: pair for key, pair in changed.items() if not _is_free(key)}
         if refused:
             lines = "\n".join(f"  {key}: {old_value} -> {new_value}" for key, (old_value, new_value) in refused.items())
-            raise UserError(f"{self.path} belongs to another config; these keys differ (in {file} -> now):\n{lines}\n"
-                            f"Set another run.dir, or put the old values back, or delete {self.path} to begin anew.")
+            raise UserError(
+                f"{self.path} belongs to another config; these keys differ (in {file} -> now):\n{lines}\n"
+                f"Set another run.dir, or put the old values back, or delete {self.path} to begin anew."
+            )
         return changed
 
     def _sweep(self) -> None:
         """Remove what a killed process left half done: temporary files and folders, and torn last lines."""
-        for leftover in [*self.path.glob("*.tmp"), *self.path.glob("checkpoints/*.tmp"), *self.path.glob("rollouts/*.tmp")]:
+        for leftover in [
+            *self.path.glob("*.tmp"),
+            *self.path.glob("checkpoints/*.tmp"),
+            *self.path.glob("rollouts/*.tmp"),
+        ]:
             checkpoints.remove_folder(leftover) if leftover.is_dir() else leftover.unlink()
         for name in ("metrics.jsonl", "ledger.jsonl", "train.log"):
             cut_torn_line(self.path / name)
@@ -203,7 +252,7 @@ class RunFolder:
             self._appenders[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         data = text.encode()
         while data:
-            data = data[os.write(self._appenders[name], data):]
+            data = data[os.write(self._appenders[name], data) :]
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
@@ -223,14 +272,18 @@ class RunFolder:
         """
         if self._trackers is not None:
             self._trackers.flush()
-        for name in self._appenders:  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
+        for name in (
+            self._appenders
+        ):  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
             fsync(self.path / name)
         final = self.checkpoint_path(step)
         run = {"kind": self.kind, "config_sha256": config_hash(self.config), "fingerprints": self._fingerprints}
         checkpoints.commit(Path(tmp_dir), final, {**run, **about})
         keep = self.config.run
         if dropped := checkpoints.retire(self.path, keep.keep_last, keep.keep_every, best_step(self.path, self.kind)):
-            self.log(f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): steps {dropped}")
+            self.log(
+                f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): steps {dropped}"
+            )
         return final
 
     def latest_checkpoint(self) -> Path | None:
@@ -249,8 +302,12 @@ class RunFolder:
             os.close(descriptor)  # the files are about to be replaced
         self._appenders.clear()
         for name in ("metrics.jsonl", "ledger.jsonl"):
-            rewrite_lines(self.path / name, lambda lines, file: [line for number, line in enumerate(lines, 1)
-                                                            if _step_of_line(line, file, number) <= last])
+            rewrite_lines(
+                self.path / name,
+                lambda lines, file: [
+                    line for number, line in enumerate(lines, 1) if _step_of_line(line, file, number) <= last
+                ],
+            )
         rewrite_lines(self.path / "train.log", lambda lines, _: _log_until(lines, last))
         for rollouts in self.path.glob("rollouts/step-*.jsonl"):
             step = rollouts.stem.removeprefix("step-")
@@ -298,7 +355,9 @@ def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
         return Config.model_validate(old), kind, fingerprints
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise UserError(f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the config of a run is written whole") from None
+        raise UserError(
+            f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the config of a run is written whole"
+        ) from None
 
 
 def best_step(folder: Path, kind: Kind) -> int | None:
@@ -327,14 +386,18 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
     try:
         text = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir") from None
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir"
+        ) from None
     for number, line in enumerate(text.splitlines(), start=1):
         try:
             lines.append(json.loads(line))
             lines[-1]["step"].__hash__()
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}, line {number}: expected a JSON object with `step`; "
-                            f"mend or delete the line, or set another run.dir") from None
+            raise UserError(
+                f"{file}, line {number}: expected a JSON object with `step`; "
+                f"mend or delete the line, or set another run.dir"
+            ) from None
     return lines
 
 
@@ -350,7 +413,9 @@ def _refuse_foreign_folder(path: Path) -> None:
     names = {entry.name for entry in path.iterdir()}
     if "config.yaml" not in names and names - _BEFORE_OPEN:
         found = ", ".join(sorted(names - _BEFORE_OPEN)[:5])
-        raise UserError(f"run.dir {path} is no run folder and not empty (it holds {found}); set run.dir to a new folder")
+        raise UserError(
+            f"run.dir {path} is no run folder and not empty (it holds {found}); set run.dir to a new folder"
+        )
 
 
 def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]) -> None:
@@ -361,8 +426,10 @@ def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]
         if old is None:
             raise UserError(f"input file {name} is not among those this run began with ({file}); set another run.dir")
         if old != digest:
-            raise UserError(f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
-                            f"put the old file back, or set another run.dir")
+            raise UserError(
+                f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
+                f"put the old file back, or set another run.dir"
+            )
 
 
 def _read_config_file(file: Path) -> dict[str, Any]:
@@ -371,13 +438,17 @@ def _read_config_file(file: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{file} is missing: {file.parent} is no run folder") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{file} is not valid YAML ({str(error).splitlines()[0]}); "
-                        f"this folder cannot be resumed: set another run.dir") from None
+        raise UserError(
+            f"{file} is not valid YAML ({str(error).splitlines()[0]}); "
+            f"this folder cannot be resumed: set another run.dir"
+        ) from None
     if not isinstance(tree, dict) or "kind" not in tree:
         raise UserError(f"{file} is not the config of a run (no `kind`); set another run.dir")
     before = tree.get("fingerprints") or {}
     if not isinstance(before, dict) or not all(isinstance(text, str) for text in [*before, *before.values()]):
-        raise UserError(f"{file}: `fingerprints` must give the sha256 of each input file by its path; set another run.dir")
+        raise UserError(
+            f"{file}: `fingerprints` must give the sha256 of each input file by its path; set another run.dir"
+        )
     return {**tree, "fingerprints": before}
 
 
@@ -387,7 +458,9 @@ def _read_summary(file: Path) -> dict[str, Any]:
         json.dumps(values, ensure_ascii=False).encode()
         values["summary"].items(), values["next_command"].strip()
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{file} is not the summary of a run as it was written; delete it, and the same command writes it anew") from None
+        raise UserError(
+            f"{file} is not the summary of a run as it was written; delete it, and the same command writes it anew"
+        ) from None
     return values
 
 
@@ -423,8 +496,10 @@ def _step_of_line(line: str, file: Path, number: int) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        raise UserError(f"{file}, line {number}: expected a JSON object with `step`; "
-                        f"mend or delete the line, or set another run.dir") from None
+        raise UserError(
+            f"{file}, line {number}: expected a JSON object with `step`; "
+            f"mend or delete the line, or set another run.dir"
+        ) from None
 
 
 def _log_until(lines: list[str], last: int) -> list[str]:
@@ -451,4 +526,6 @@ def _print_summary(title: str, path: Path, summary: Mapping[str, Any], next_comm
         table.add_row(Text(key), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
     console.print(table)
     console.print("Next:", style="bold")
-    console.print(f"  {next_command}", soft_wrap=True, markup=False)  # never broken over lines: it is there to be copied
+    console.print(
+        f"  {next_command}", soft_wrap=True, markup=False
+    )  # never broken over lines: it is there to be copied

@@ -1,9 +1,9 @@
 """Where the runs of a study lie, below its folder. `pctrain run` writes there, reports and fits read there.
 
-    sft/, rl-step-N/                         one set without a name, rl.algorithm, run.seed
-    rl-ALGORITHM-step-N/                     another algorithm (MODULE.CLASS for module:Class)
-    sets/NAME/sft/, sets/NAME/rl-step-N/     sets with names; RL from step 0 has no SFT before it and lies outside of them
-    seed-S/...                               another seed: all of the above once more
+sft/, rl-step-N/                         one set without a name, rl.algorithm, run.seed
+rl-ALGORITHM-step-N/                     another algorithm (MODULE.CLASS for module:Class)
+sets/NAME/sft/, sets/NAME/rl-step-N/     sets with names; RL from step 0 has no SFT before it and lies outside of them
+seed-S/...                               another seed: all of the above once more
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def find_runs(root: Path) -> list[Place]:
 
 def _of_seed(base: Path) -> list[Place]:
     named = sorted(path for path in (base / SETS).iterdir() if path.is_dir()) if (base / SETS).is_dir() else []
-    return [place for folder, name in [(base, ""), *((path, path.name) for path in named)] for place in _of_set(folder, name)]
+    return [
+        place
+        for folder, name in [(base, ""), *((path, path.name) for path in named)]
+        for place in _of_set(folder, name)
+    ]
 
 
 def _of_set(folder: Path, name: str) -> list[Place]:
@@ -64,5 +68,7 @@ def _of_set(folder: Path, name: str) -> list[Place]:
 
 
 def _matching(folder: Path, pattern: re.Pattern) -> list[tuple[Path, re.Match]]:
-    found = [(path, pattern.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    found = (
+        [(path, pattern.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    )
     return [(path, match) for path, match in found if match]

@@ -11,16 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from pctrain.run import checkpoints
-from pctrain.distributed.health import watchdog
-from pctrain.compute.ledger import Ledger
-from pctrain.run.checkpoints import checkpoint_step
-from pctrain.config.tree import Config
-from pctrain.distributed import parallel
-from pctrain.hf.chat_template import ChatTemplate
-from pctrain.data.prepare import prepare
-from pctrain.files.durable import write_beside
 from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.compute.ledger import Ledger
+from pctrain.config.tree import Config
+from pctrain.data.prepare import prepare
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
+from pctrain.files.durable import write_beside
+from pctrain.hf.chat_template import ChatTemplate
+from pctrain.run import checkpoints
+from pctrain.run.checkpoints import checkpoint_step
 from pctrain.run.folder import HF_FOLDER, TO_BE_CONTINUED, Kind, RunFolder
 
 if TYPE_CHECKING:  # an evaluation asks here too, and needs no model of megatron-core
@@ -39,7 +39,9 @@ def begin(config: Config) -> Iterator[Config]:
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
     mark = Path(config.run.dir) / TO_BE_CONTINUED
-    with watchdog.watch(Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), this_start()):
+    with watchdog.watch(
+        Path(config.run.dir), config.parallel.timeout, parallel.rank(), parallel.world_size(), this_start()
+    ):
         try:
             parallel.from_rank_zero(lambda: mark.unlink(missing_ok=True))
             yield parallel.from_rank_zero(lambda: prepare(config, config.run.dir))
@@ -53,7 +55,9 @@ def this_start() -> str:
     return parallel.from_rank_zero(lambda: f"{datetime.now():%Y-%m-%dT%H-%M-%S}-{os.uname().nodename}-{os.getpid()}")
 
 
-def open_run(config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None) -> RunFolder:
+def open_run(
+    config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None
+) -> RunFolder:
     """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises.
 
     The run is bound to what is in its data files (the fingerprint of those in `digests` is known), in the model's config and tokenizer,
@@ -112,10 +116,15 @@ def save(run: RunFolder, step: int, learner: Learner, state: dict) -> None:
 
     On a GPU the checkpoint is complete only after a later `core.poll_save`.
     """
-    learner.poll_save(wait=True)  # one at a time, in order: the newest complete checkpoint is always the last one begun, or the one before
+    learner.poll_save(
+        wait=True
+    )  # one at a time, in order: the newest complete checkpoint is always the last one begun, or the one before
     temporary = parallel.from_rank_zero(lambda: run.begin_checkpoint(step))
-    about = {"layout": {"world": parallel.world_size(), **run.config.parallel.model_dump(exclude={"timeout"})},
-             "ledger": state["ledger"], "versions": {name: version(name) for name in ("megatron-core", "torch")}}
+    about = {
+        "layout": {"world": parallel.world_size(), **run.config.parallel.model_dump(exclude={"timeout"})},
+        "ledger": state["ledger"],
+        "versions": {name: version(name) for name in ("megatron-core", "torch")},
+    }
     text = json.dumps(state)
 
     def commit() -> None:
@@ -133,7 +142,9 @@ def asked_to_stop() -> bool:
 def leave(run: RunFolder, step: int) -> NoReturn:
     """On every rank, after the checkpoint of `step`. Raises ToBeContinued."""
     run.log(f"step {step} asked to stop: saved")
-    raise ToBeContinued(f"to be continued: {run.path} was asked to stop and is saved at step {step}; the same command goes on from there")
+    raise ToBeContinued(
+        f"to be continued: {run.path} was asked to stop and is saved at step {step}; the same command goes on from there"
+    )
 
 
 @watchdog.phase("export")

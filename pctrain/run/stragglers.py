@@ -11,11 +11,11 @@ import time
 
 import numpy as np
 
-from pctrain.distributed.health import watchdog, phases
-from pctrain.run.layout import RANKS_FILE
 from pctrain.distributed import parallel, waits
+from pctrain.distributed.health import phases, watchdog
 from pctrain.files.durable import plain, write_beside
 from pctrain.run.folder import RunFolder
+from pctrain.run.layout import RANKS_FILE
 
 PHASES = ("data", "swap", "rollout", "reward", "update", "validation", "evaluation", "checkpoint")
 # A window: so many steps, and no less than a minute. A rank that lags in two windows in a row is told of: on a machine with other work
@@ -67,8 +67,10 @@ class RankTimes:
         if len(self._window) >= WINDOW and sum(self._step_seconds) >= WINDOW_SECONDS:
             for phase, rank, its, others in self._laggards():
                 place, steps = _place(self.places[rank]), len(self._window)
-                self.run.say(f"step {step} rank {rank} ({place}) holds up the others in phase {PHASES[phase]}: {its:.3g} s of its own work "
-                             f"a step, the others {others:.3g} s (medians of the last {steps} steps)")
+                self.run.say(
+                    f"step {step} rank {rank} ({place}) holds up the others in phase {PHASES[phase]}: {its:.3g} s of its own work "
+                    f"a step, the others {others:.3g} s (medians of the last {steps} steps)"
+                )
             self._window, self._step_seconds = [], []
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
@@ -97,8 +99,15 @@ class RankTimes:
         for phase, times in zip(PHASES, means.T, strict=True):
             if len(times) > 1 and times.any():
                 rank = int(times.argmax())
-                found.append({"phase": phase, "rank": rank, "place": _place(self.places[rank]), "seconds": float(times[rank]),
-                              "others": float(np.median(np.delete(times, rank)))})
+                found.append(
+                    {
+                        "phase": phase,
+                        "rank": rank,
+                        "place": _place(self.places[rank]),
+                        "seconds": float(times[rank]),
+                        "others": float(np.median(np.delete(times, rank))),
+                    }
+                )
         return found
 
     def write(self) -> None:
@@ -106,15 +115,27 @@ class RankTimes:
         if not self.steps:
             return
         self._written = time.monotonic()
-        means = {phase: times.tolist() for phase, times in zip(PHASES, (self.sums / self.steps).T, strict=True) if times.any()}
-        write_beside(self.run.path / RANKS_FILE, json.dumps(plain({
-            "steps": self.steps, "ranks": self.places, "own_seconds": means, "slowest": self.slowest()}), indent=1) + "\n")
+        means = {
+            phase: times.tolist()
+            for phase, times in zip(PHASES, (self.sums / self.steps).T, strict=True)
+            if times.any()
+        }
+        write_beside(
+            self.run.path / RANKS_FILE,
+            json.dumps(
+                plain({"steps": self.steps, "ranks": self.places, "own_seconds": means, "slowest": self.slowest()}),
+                indent=1,
+            )
+            + "\n",
+        )
 
     def summary(self) -> dict[str, str]:
         """Writes, and the row of the closing summary: nothing of one rank."""
         self.write()
-        words = [f"{row['phase']} rank {row['rank']}, {row['seconds']:.3g} s a step (the others {row['others']:.3g})"
-                 for row in self.slowest()]
+        words = [
+            f"{row['phase']} rank {row['rank']}, {row['seconds']:.3g} s a step (the others {row['others']:.3g})"
+            for row in self.slowest()
+        ]
         return {"slowest rank": "; ".join(words)} if words else {}
 
 

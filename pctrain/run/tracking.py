@@ -8,14 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pctrain.config.tree import Config
 from pctrain.common.errors import UserError
+from pctrain.config.tree import Config
 
 
 def check(config: Config) -> None:
     """Raises UserError where the config asks for a package that is not installed."""
     if config.run.wandb is not None and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"run.wandb = {config.run.wandb}, but wandb is not installed: pip install wandb, or leave run.wandb out")
+        raise UserError(
+            f"run.wandb = {config.run.wandb}, but wandb is not installed: pip install wandb, or leave run.wandb out"
+        )
 
 
 class Trackers:
@@ -56,8 +58,14 @@ def _start_wandb(path: Path, config: Config) -> Any:
     import wandb
 
     run = wandb.init(
-        project=config.run.wandb, name=path.name, id=hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16], resume="allow",
-        dir=str(path), config=config.model_dump(mode="json"), settings=wandb.Settings(console="off"))
+        project=config.run.wandb,
+        name=path.name,
+        id=hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16],
+        resume="allow",
+        dir=str(path),
+        config=config.model_dump(mode="json"),
+        settings=wandb.Settings(console="off"),
+    )
     # An axis of our own: W&B's counter only rises, and a resumed run goes back to its checkpoint.
     run.define_metric("*", step_metric="step")
     return run

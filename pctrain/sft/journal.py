@@ -5,20 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from pctrain.ceiling.monitor import Monitor, Reading
 from pctrain.compute import flops
 from pctrain.compute.ledger import Ledger
-from pctrain.ceiling.monitor import Monitor, Reading
+from pctrain.compute.peak import peak_flops
 from pctrain.config.tree import Config
 from pctrain.core import Learner
-from pctrain.distributed import parallel
 from pctrain.core.learner import Update
-from pctrain.compute.peak import peak_flops
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import PackedBatch
 from pctrain.data.trajectories import Trajectories
+from pctrain.distributed import parallel
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import due, record_ledger
 from pctrain.run.folder import RunFolder
+from pctrain.run.resume import due, record_ledger
 from pctrain.sft.loss import of_sources
 from pctrain.sft.spikes import Spikes
 from pctrain.sft.validation import validation_loss
@@ -27,9 +27,25 @@ from pctrain.sft.validation import validation_loss
 class Journal:
     """Every rank holds one and comes to the same conclusions; rank 0 writes. `state` is what a checkpoint keeps of it."""
 
-    def __init__(self, config: Config, run: RunFolder, learner: Learner, worker: RolloutWorker, held_out: Trajectories, steps: int, state: dict):
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        learner: Learner,
+        worker: RolloutWorker,
+        held_out: Trajectories,
+        steps: int,
+        state: dict,
+    ):
         """`steps`: optimizer steps in all. `state`: of the checkpoint that the run goes on from; {} at the start."""
-        self.config, self.run, self.learner, self.worker, self.held_out, self.steps = config, run, learner, worker, held_out, steps
+        self.config, self.run, self.learner, self.worker, self.held_out, self.steps = (
+            config,
+            run,
+            learner,
+            worker,
+            held_out,
+            steps,
+        )
         self.ledger = Ledger(worker.hf.shape, ranks=parallel.world_size(), recompute=config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
@@ -41,39 +57,62 @@ class Journal:
         for validation in self.validations:
             self.reading = self.monitor.add(*validation)
         self._peak = peak_flops(config.model.dtype) * parallel.world_size()
-        run.log(f"fastest matrix product {self._peak / parallel.world_size() / 1e9:.4g} GFLOP/s a rank; time/mfu is a share of it")
+        run.log(
+            f"fastest matrix product {self._peak / parallel.world_size() / 1e9:.4g} GFLOP/s a rank; time/mfu is a share of it"
+        )
 
     def state(self, step: int) -> dict:
-        return {"step": step, "ledger": self.ledger.state_dict(), "skipped_in_a_row": self.skipped.in_a_row,
-                "recent_losses": self.spikes.state(), "validations": self.validations}
+        return {
+            "step": step,
+            "ledger": self.ledger.state_dict(),
+            "skipped_in_a_row": self.skipped.in_a_row,
+            "recent_losses": self.spikes.state(),
+            "validations": self.validations,
+        }
 
     def record(
-        self, step: int, data: Trajectories, chosen: Sequence[int], batch: PackedBatch, update: Update, seconds: float, waited: float
+        self,
+        step: int,
+        data: Trajectories,
+        chosen: Sequence[int],
+        batch: PackedBatch,
+        update: Update,
+        seconds: float,
+        waited: float,
     ) -> None:
         """One training step. `chosen`: its samples; `waited`: seconds of `seconds` in which the next batch was not ready yet."""
         self.ledger.add(step, "sft_update", data.lengths[chosen], seconds)
         spike = self.spikes.add(update.loss)
-        speed, mfu = batch.tokens / seconds, flops.exact_training(self.worker.hf.shape, data.lengths[chosen]) / seconds / self._peak
+        speed, mfu = (
+            batch.tokens / seconds,
+            flops.exact_training(self.worker.hf.shape, data.lengths[chosen]) / seconds / self._peak,
+        )
         own = [int(data.loss_tokens[chosen][data.source[chosen] == number].sum()) for number in range(len(data.names))]
-        self.run.record(step, "train", {
-            **self._axis(),
-            "loss": update.loss,
-            **of_sources(update.metrics, data.names, own),
-            "grad_norm": update.grad_norm,
-            "lr": update.lr,
-            "skipped_updates": int(update.skipped),
-            "loss_spike": int(spike),
-            "tokens": batch.tokens,
-            "loss_tokens": batch.loss_tokens,
-            "padding_share": 1 - batch.tokens / batch.positions,
-            "time/step_seconds": seconds,
-            "time/data_seconds": waited,
-            "time/tokens_per_second": speed,
-            "time/mfu": mfu,
-        })
+        self.run.record(
+            step,
+            "train",
+            {
+                **self._axis(),
+                "loss": update.loss,
+                **of_sources(update.metrics, data.names, own),
+                "grad_norm": update.grad_norm,
+                "lr": update.lr,
+                "skipped_updates": int(update.skipped),
+                "loss_spike": int(spike),
+                "tokens": batch.tokens,
+                "loss_tokens": batch.loss_tokens,
+                "padding_share": 1 - batch.tokens / batch.positions,
+                "time/step_seconds": seconds,
+                "time/data_seconds": waited,
+                "time/tokens_per_second": speed,
+                "time/mfu": mfu,
+            },
+        )
         flags = f"{' | update skipped' if update.skipped else ''}{' | LOSS SPIKE' if spike else ''}"
-        self.run.log(f"step {step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} tokens {batch.tokens} "
-                     f"{speed:.0f} tokens/s mfu {mfu:.1%} padding {1 - batch.tokens / batch.positions:.1%}{flags}")
+        self.run.log(
+            f"step {step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} tokens {batch.tokens} "
+            f"{speed:.0f} tokens/s mfu {mfu:.1%} padding {1 - batch.tokens / batch.positions:.1%}{flags}"
+        )
         if spike:
             self.run.log(f"step {step} its samples: {', '.join(data.id(i) for i in chosen)}")
         self.skipped.add(update, step, [data.id(i) for i in chosen] if update.skipped else [])

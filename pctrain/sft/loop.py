@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 import time
 
-from pctrain.distributed.health import watchdog
 from pctrain.ceiling.monitor import SURE, Reading
-from pctrain.config.tree import Config
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 from pctrain.config.check import schedule_problems
+from pctrain.config.tree import Config
 from pctrain.core import Learner
-from pctrain.distributed import parallel
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
-from pctrain.common.errors import UserError
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.common.progress import progress
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
 from pctrain.run.folder import HF_FOLDER, RunFolder, read_values
+from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
+from pctrain.run.stragglers import RankTimes
 from pctrain.sft.journal import Journal
 from pctrain.sft.loss import cross_entropy_by_source
 from pctrain.sft.open_data import open_trajectories, prepare_sources
-from pctrain.run.stragglers import RankTimes
 
 
 def main(config: Config) -> None:
@@ -34,16 +34,22 @@ def main(config: Config) -> None:
 def train(config: Config, worker: RolloutWorker) -> None:
     """Runs, or goes on with, the SFT run of `config.run.dir`."""
     sft, limit = config.sft, min(worker.hf.context, config.sft.token_budget)
-    training, validation = (prepare_sources(config, sources, limit) for sources in (config.data.train, config.data.validation))
+    training, validation = (
+        prepare_sources(config, sources, limit) for sources in (config.data.train, config.data.validation)
+    )
     scored = len(worker.problems) if sft.eval_every else 0  # as the rest of the data before there is a run folder
-    with open_run(config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests) as run:
+    with open_run(
+        config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests
+    ) as run:
         if finished(run):
             return
         data, held_out = open_trajectories(training, "training"), open_trajectories(validation, "validation")
         sampler = ShuffledSampler(data.sizes, sft.batch_size, config.run.seed, data.weights)
         steps = total_steps(config, sampler)
 
-        learner = Learner(config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=steps, seed=config.run.seed)
+        learner = Learner(
+            config.model, config.parallel, optimizer_config=sft.optimizer, total_steps=steps, seed=config.run.seed
+        )
         start, state = resume(run, learner)
         for what, trajectories in (("training", data), ("validation", held_out)):
             for line in trajectories.describe():
@@ -60,7 +66,9 @@ def train(config: Config, worker: RolloutWorker) -> None:
 
         ranks = RankTimes(run)
         token_loss, last = cross_entropy_by_source(data.names), start
-        ahead = range(start + 1, steps + 1) if start == 0 or not journal.should_stop() else range(0)  # killed after its last checkpoint
+        ahead = (
+            range(start + 1, steps + 1) if start == 0 or not journal.should_stop() else range(0)
+        )  # killed after its last checkpoint
         with progress("SFT", total=steps, start=start, rank=parallel.rank()) as bar:
             for step, (chosen, batch), waited in prefetch(make, ahead):
                 began = time.perf_counter()
@@ -77,7 +85,9 @@ def train(config: Config, worker: RolloutWorker) -> None:
                 if leaving:
                     leave(run, step)
                 if stop:
-                    run.say(f"step {step} the validation loss has left the regime {sft.stop_after!r} (sft.stop_after): stopped")
+                    run.say(
+                        f"step {step} the validation loss has left the regime {sft.stop_after!r} (sft.stop_after): stopped"
+                    )
                     break
         learner.poll_save(wait=True)
         export(run, learner, worker.encoder.template)
@@ -106,7 +116,10 @@ def _finish(run: RunFolder, reading: Reading, last: int, trajectories: int, rank
     scores = read_values(run.path, "eval", "score") if run.writes else {}
     if losses:
         best = min(losses, key=losses.get)
-        summary |= {"lowest validation loss": f"{losses[best]:.4f} at step {best}", "last validation loss": losses[max(losses)]}
+        summary |= {
+            "lowest validation loss": f"{losses[best]:.4f} at step {best}",
+            "last validation loss": losses[max(losses)],
+        }
         summary |= {"regime at the end": reading.regime, "monitor": _in_words(reading, last)}
     if scores:
         summary["last score (%)"] = scores[max(scores)]

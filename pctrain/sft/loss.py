@@ -24,7 +24,9 @@ def cross_entropy_by_source(names: Sequence[str]) -> TokenLoss:
         return cross_entropy
 
     def token_loss(logprob: torch.Tensor, entropy: None, streams: dict[str, torch.Tensor]):
-        return -logprob, {f"loss/{name}": torch.where(streams[SOURCE] == i, -logprob, 0.0) for i, name in enumerate(names)}
+        return -logprob, {
+            f"loss/{name}": torch.where(streams[SOURCE] == i, -logprob, 0.0) for i, name in enumerate(names)
+        }
 
     return token_loss
 
@@ -38,5 +40,9 @@ def of_sources(metrics: dict[str, float], names: Sequence[str], loss_tokens: Seq
     if len(names) == 1:
         return metrics
     total = sum(loss_tokens)
-    means = {f"loss/{name}": metrics[f"loss/{name}"] * total / own for name, own in zip(names, loss_tokens, strict=True) if own}
+    means = {
+        f"loss/{name}": metrics[f"loss/{name}"] * total / own
+        for name, own in zip(names, loss_tokens, strict=True)
+        if own
+    }
     return {key: value for key, value in metrics.items() if key not in {f"loss/{name}" for name in names}} | means

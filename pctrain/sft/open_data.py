@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 from pctrain.config.tree import Config, SourceConfig
-from pctrain.distributed import parallel
 from pctrain.data.build import Progress, TokenJob, build, folder_of
 from pctrain.data.sources import files_of
 from pctrain.data.store import TokenStore, is_finished
 from pctrain.data.trajectories import Trajectories, source_names
-from pctrain.common.errors import UserError
-from pctrain.common.progress import progress
+from pctrain.distributed import parallel
 
 
 @dataclass(frozen=True)
@@ -70,5 +70,7 @@ def _build(job: TokenJob, folder: Path, what: str) -> None:
 
 def _open(folder: Path) -> TokenStore:
     if not folder.is_dir():
-        raise UserError(f"{folder}: rank {parallel.rank()} does not see what rank 0 wrote; set data.cache to a folder that all nodes share")
+        raise UserError(
+            f"{folder}: rank {parallel.rank()} does not see what rank 0 wrote; set data.cache to a folder that all nodes share"
+        )
     return TokenStore(folder)

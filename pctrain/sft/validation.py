@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pctrain.distributed.health import watchdog
 from pctrain.core import Learner
-from pctrain.distributed import parallel
 from pctrain.data.trajectories import Trajectories
+from pctrain.distributed import parallel
+from pctrain.distributed.health import watchdog
 
 PACKS = 16  # of each rank in one pass over a part of the set: log-probs of that much are in memory
 
@@ -39,8 +39,13 @@ class ValidationLoss:
 
     def metrics(self) -> dict[str, float]:
         """The keys of docs/contracts.md; those of the sources where there are several."""
-        found = {"val_loss": self.whole.loss, "val_loss_se": self.whole.se, "val_tokens": self.whole.tokens,
-                 "val_sample_loss": self.per_sample.loss, "val_sample_loss_se": self.per_sample.se}
+        found = {
+            "val_loss": self.whole.loss,
+            "val_loss_se": self.whole.se,
+            "val_tokens": self.whole.tokens,
+            "val_sample_loss": self.per_sample.loss,
+            "val_sample_loss_se": self.per_sample.se,
+        }
         if len(self.sources) > 1:
             for name, mean in self.sources.items():
                 found |= {f"val_loss/{name}": mean.loss, f"val_loss_se/{name}": mean.se}
@@ -53,7 +58,9 @@ def validation_loss(learner: Learner, trajectories: Trajectories, token_budget: 
     sums, counts = np.empty(len(trajectories)), trajectories.loss_tokens.astype(np.float64)
     for indices in _parts(trajectories.lengths, PACKS * token_budget * parallel.data_parallel()[1]):
         # A trajectory's log-prob is 0 where it is not trained on: the sum is over its loss tokens.
-        for index, logprob in zip(indices, learner.logprobs(trajectories.select(indices), token_budget, trained_only=True), strict=True):
+        for index, logprob in zip(
+            indices, learner.logprobs(trajectories.select(indices), token_budget, trained_only=True), strict=True
+        ):
             sums[index] = -logprob.sum(dtype=np.float64)
     of_source = {name: trajectories.source == number for number, name in enumerate(trajectories.names)}
     means = sums / counts
@@ -61,7 +68,8 @@ def validation_loss(learner: Learner, trajectories: Trajectories, token_budget: 
         whole=ratio(sums, counts),
         per_sample=MeanLoss(float(means.mean()), ratio(means, np.ones(len(means))).se, int(counts.sum())),
         sources={name: ratio(sums[mine], counts[mine]) for name, mine in of_source.items()},
-        sequences=len(trajectories))
+        sequences=len(trajectories),
+    )
 
 
 def ratio(sums: np.ndarray, counts: np.ndarray) -> MeanLoss:

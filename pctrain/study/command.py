@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.common.progress import make_console
+from pctrain.config.tree import Config
+from pctrain.data.records import Fault
+from pctrain.data.sources import files_of, iter_records
+from pctrain.distributed import parallel
+from pctrain.files.lock import try_lock
 from pctrain.report import command as report
 from pctrain.report.answers import answers
 from pctrain.report.reading import read_study
-from pctrain.config.tree import Config
-from pctrain.distributed import parallel
-from pctrain.data.records import Fault
-from pctrain.data.sources import files_of, iter_records
-from pctrain.common.errors import ToBeContinued, UserError
-from pctrain.rollout.worker import RolloutWorker
-from pctrain.files.lock import try_lock
-from pctrain.common.progress import make_console
-from pctrain.run.resume import asked_to_stop, begin
 from pctrain.rl import loop as rl
 from pctrain.rl.algorithms.registry import find
+from pctrain.rollout.worker import RolloutWorker
+from pctrain.run.resume import asked_to_stop, begin
 from pctrain.sft import loop as sft
 from pctrain.study.cost import print_plan
 from pctrain.study.jobs import Crew, lock_file
@@ -82,12 +82,16 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     for path in (data.rl, data.test):
         if path is not None:
             files_of(path)
-    experts = sorted(name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert)
+    experts = sorted(
+        name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert
+    )
     if experts and data.rl is not None:
         for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
             if isinstance(record, Fault):
-                raise UserError(f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
-                                "problem of data.rl; name other study.algorithms, or give problems with responses)")
+                raise UserError(
+                    f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
+                    "problem of data.rl; name other study.algorithms, or give problems with responses)"
+                )
 
 
 def _with_all_sets(config: Config) -> Config:
@@ -105,15 +109,19 @@ def _conclude(root: Path, crew: Crew) -> None:
     """The report, by the job that ends last; the others say who still runs what."""
     for stage in crew.stages:
         if crew.ended(stage) == "left out":
-            _say(f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did not occur")
+            _say(
+                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did not occur"
+            )
     if not crew.all_ended:
         states = [(stage.name, *crew.state(stage)) for stage in crew.stages]
         left = [f"{name} ({who or state})" for name, state, who in states if state in ("running", "to do")]
         _say(f"not run by this job: {', '.join(left)}. The job that ends last writes the report")
         return
     if not any(stage.kind == "rl" and crew.ended(stage) == "done" for stage in crew.stages):
-        raise UserError(f"{root}: no checkpoint lies in a regime that study.starts names: no RL was run; raise sft.steps, lower "
-                        "sft.checkpoint_every, or name other starts")
+        raise UserError(
+            f"{root}: no checkpoint lies in a regime that study.starts names: no RL was run; raise sft.steps, lower "
+            "sft.checkpoint_every, or name other starts"
+        )
     release = try_lock(lock_file(root, REPORT))
     if release is None:
         return  # another job ended at the same moment and writes it
@@ -130,8 +138,11 @@ def print_answers(root: Path) -> None:
         console.print(answer.question, style="bold", markup=False)
         console.print(f"  {answer.text}", markup=False, highlight=False)
     console.print("Next:", style="bold")
-    console.print(f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON", soft_wrap=True,
-                  markup=False)
+    console.print(
+        f"  pctrain fit {root} --out {root / 'report' / 'fits.json'}   # the ceilings as a table and as JSON",
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def _say(line: str) -> None:

@@ -19,16 +19,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pctrain.common.progress import make_console
 from pctrain.compute import flops
 from pctrain.compute.flops import EFLOP, ModelShape
 from pctrain.compute.ledger import PHASES
-from pctrain.report.looks import flops_text
 from pctrain.config.tree import Config, SourceConfig
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
 from pctrain.data.sources import iter_records
-from pctrain.common.progress import make_console
+from pctrain.report.looks import flops_text
 from pctrain.study.stages import OnDisk, Stage
 
 if TYPE_CHECKING:
@@ -62,14 +62,23 @@ class Costs:
         lengths, sft, rl = self._lengths[stage.set], self.config.sft, self.config.rl
         if stage.kind == "sft":
             steps = sft.steps if sft.epochs is None else sft.epochs * self._samples(stage.set) / sft.batch_size
-            return flops.paper_sft(self.shape, steps=steps, batch=sft.batch_size, mean_length=float(lengths.whole.mean()))
+            return flops.paper_sft(
+                self.shape, steps=steps, batch=sft.batch_size, mean_length=float(lengths.whole.mean())
+            )
         length = float(np.minimum(lengths.whole, lengths.prompt + self.config.rollout.max_response).mean())
         if stage.algorithm in ("luffy", "srft"):
-            step = flops.paper_luffy_step(self.shape, batch=rl.prompts, group=rl.group - 1, length=length, experts=1,
-                                          expert_length=length)
+            step = flops.paper_luffy_step(
+                self.shape, batch=rl.prompts, group=rl.group - 1, length=length, experts=1, expert_length=length
+            )
         elif stage.algorithm in ("dapo_d", "dapo_dc"):
-            step = flops.paper_dapo_step(self.shape, rounds=1, batch_generated=rl.round_prompts, batch_trained=rl.prompts, group=rl.group,
-                                         mean_length=length)
+            step = flops.paper_dapo_step(
+                self.shape,
+                rounds=1,
+                batch_generated=rl.round_prompts,
+                batch_trained=rl.prompts,
+                group=rl.group,
+                mean_length=length,
+            )
         else:  # upt: as if it learnt from every rollout
             step = flops.paper_grpo_step(self.shape, batch=rl.prompts, group=rl.group, mean_length=length)
         return rl.steps * step
@@ -81,7 +90,16 @@ class Costs:
             file = Path(model.path) / "config.json"
             return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8")), str(file))
         a = model.architecture
-        return ModelShape(a.layers, a.hidden, a.ffn, a.heads, a.kv_heads, a.hidden // a.heads, self.config.data.problems.vocab_size, a.tied)
+        return ModelShape(
+            a.layers,
+            a.hidden,
+            a.ffn,
+            a.heads,
+            a.kv_heads,
+            a.hidden // a.heads,
+            self.config.data.problems.vocab_size,
+            a.tied,
+        )
 
     def _measure(self, name: str) -> Lengths:
         found = [self._length(record) for record in islice(self._records(name), LOOKED_AT)]
@@ -105,7 +123,9 @@ class Costs:
         data, sources = self.config.data, self._sources(name)
         if sources is None:
             return data.problems.train
-        return sum(source.weight * sum(1 for _ in iter_records(source.path, data.fields, ("response",))) for source in sources)
+        return sum(
+            source.weight * sum(1 for _ in iter_records(source.path, data.fields, ("response",))) for source in sources
+        )
 
     def _length(self, record: Record) -> tuple[int, int] | None:
         """(whole, prompt) in tokens; None where the record is not usable."""
@@ -141,20 +161,36 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -
         else:
             cost = "--dry-run tells" if estimate is None else f"~ {flops_text(estimate / EFLOP)}"
         steps = config.sft.steps if stage.kind == "sft" else config.rl.steps
-        planned = f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
-        shown = f"{state}: {who}" if who else state if stage in crew.mine or state != "to do" else f"{state} (not by this job)"
-        table.add_row(Text(stage.name), stage.algorithm or "-", shown, Text(", ".join(stage.needs) or "-"), planned, cost)
+        planned = (
+            f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
+        )
+        shown = (
+            f"{state}: {who}"
+            if who
+            else state
+            if stage in crew.mine or state != "to do"
+            else f"{state} (not by this job)"
+        )
+        table.add_row(
+            Text(stage.name), stage.algorithm or "-", shown, Text(", ".join(stage.needs) or "-"), planned, cost
+        )
     console = make_console()
     title = f"{crew.root}: {len(crew.stages)} stage{'s' if len(crew.stages) > 1 else ''}, policy {config.study.policy}"
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
-    console.print(f"Spent {flops_text(spent / EFLOP)}, ahead about {flops_text(ahead / EFLOP)} of training compute (the paper's formulas; "
-                  "RL as if responses were as long as the experts', in one sampling round a step).", highlight=False, soft_wrap=True)
+    console.print(
+        f"Spent {flops_text(spent / EFLOP)}, ahead about {flops_text(ahead / EFLOP)} of training compute (the paper's formulas; "
+        "RL as if responses were as long as the experts', in one sampling round a step).",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def spent_in(folder: Path | None) -> float:
     """FLOPs of training in the ledger of a run folder, so far; 0 where there is none yet."""
     if folder is None or not (folder / "ledger.jsonl").exists():
         return 0.0
-    whole = [line for line in (folder / "ledger.jsonl").read_text().splitlines() if line.endswith("}")]  # the last one may be on its way
+    whole = [
+        line for line in (folder / "ledger.jsonl").read_text().splitlines() if line.endswith("}")
+    ]  # the last one may be on its way
     return sum(line["paper_flops"] for line in map(json.loads, whole) if PHASES[line["phase"]].axis is not None)

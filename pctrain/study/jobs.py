@@ -37,8 +37,14 @@ class Crew:
     `ended`: whether a stage of the plan is "done" or "left out" (its start did not occur), else "to do".
     """
 
-    def __init__(self, root: Path, stages: Sequence[Stage], mine: Sequence[Stage], ended: Callable[[Stage], State],
-                 say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        root: Path,
+        stages: Sequence[Stage],
+        mine: Sequence[Stage],
+        ended: Callable[[Stage], State],
+        say: Callable[[str], None] = print,
+    ):
         self.root, self.stages, self.mine, self.ended, self.say = root, list(stages), list(mine), ended, say
         self.claim: Claim | None = None
         self._said = 0.0
@@ -94,8 +100,13 @@ class Crew:
     def _worth_waiting(self) -> bool:
         """Whether a stage of this job waits for one that another job runs."""
         blocked = {name for stage in self.mine if self.ended(stage) == "to do" for name in stage.needs}
-        running = [(stage.name, who) for stage in self.stages if stage.name in blocked for state, who in [self.state(stage)]
-                   if state == "running"]
+        running = [
+            (stage.name, who)
+            for stage in self.stages
+            if stage.name in blocked
+            for state, who in [self.state(stage)]
+            if state == "running"
+        ]
         if running and time.monotonic() - self._said > (REMIND if self._said else 0.0):
             self._said = time.monotonic()
             self.say("waiting for " + ", ".join(f"{name} ({who})" for name, who in running))

@@ -22,25 +22,27 @@ from typing import Any
 
 from scipy import stats
 
-from pctrain.report.looks import flops_text
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import Config, SourceConfig
-from pctrain.distributed import parallel
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
 from pctrain.data.sets.outputs import MANIFEST, described, versions
 from pctrain.data.sources import files_of
+from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
-from pctrain.common.errors import UserError
+from pctrain.report.looks import flops_text
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.common.progress import make_console, progress
-from pctrain.study.rank_figure import draw
-from pctrain.run.resume import begin
 from pctrain.run.folder import read_values
+from pctrain.run.resume import begin
 from pctrain.sft import loop as sft
+from pctrain.study.rank_figure import draw
 
 CONFIDENCE = 0.95
-CRITERION = ("two candidates differ where 0 lies outside the 95 % interval of the difference of their mean minima over seeds "
-             "(Welch's t, unequal variances)")
+CRITERION = (
+    "two candidates differ where 0 lies outside the 95 % interval of the difference of their mean minima over seeds "
+    "(Welch's t, unequal variances)"
+)
 
 
 def main(request: Request[RankOptions], candidates: dict[str, Path]) -> None:
@@ -64,18 +66,31 @@ def _refuse_foreign(root: Path) -> None:
     """A folder that this command did not make is left alone."""
     names = {entry.name for entry in root.iterdir()} if root.is_dir() else set()
     if (root.exists() and not root.is_dir()) or (MANIFEST not in names and names - set(TAKEN)):
-        raise UserError(f"--out {root} exists and holds something else; name a new folder, or the one of an earlier call to go on with it")
+        raise UserError(
+            f"--out {root} exists and holds something else; name a new folder, or the one of an earlier call to go on with it"
+        )
 
 
 def _write_manifest(request: Request[RankOptions], config: Config, candidates: dict[str, Path]) -> None:
     """Before the first probe: a folder that has it is one to go on in."""
+
     def inputs(path: Path) -> list[dict[str, Any]]:
         return [described(file, file) for file in files_of(path)]
 
-    write_beside(request.options.out / MANIFEST, _pretty(plain({
-        "command": request.command, "arguments": request.arguments, "versions": versions(),
-        "candidates": {name: inputs(path) for name, path in candidates.items()},
-        "validation": [entry for source in config.data.validation for entry in inputs(source.path)]})))
+    write_beside(
+        request.options.out / MANIFEST,
+        _pretty(
+            plain(
+                {
+                    "command": request.command,
+                    "arguments": request.arguments,
+                    "versions": versions(),
+                    "candidates": {name: inputs(path) for name, path in candidates.items()},
+                    "validation": [entry for source in config.data.validation for entry in inputs(source.path)],
+                }
+            )
+        ),
+    )
 
 
 def probe_config(config: Config, root: Path, name: str, path: Path, seed: int) -> Config:
@@ -145,7 +160,9 @@ def read_probe(folder: Path, seed: int) -> Probe:
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
     step = min(losses, key=losses.get)
     eflops = read_values(folder, "val", "eflops_sft")
-    return Probe(seed, losses, losses[step], step, max(losses), eflops[max(eflops)], sum(line["seconds"] for line in ledger))
+    return Probe(
+        seed, losses, losses[step], step, max(losses), eflops[max(eflops)], sum(line["seconds"] for line in ledger)
+    )
 
 
 def compare(better: Candidate, worse: Candidate) -> Difference:
@@ -163,31 +180,45 @@ def compare(better: Candidate, worse: Candidate) -> Difference:
 def rank(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Difference]]:
     """The candidates by mean minimum, the lowest first, and every pair of them compared."""
     ranked = sorted(candidates, key=lambda candidate: candidate.mean)
-    return ranked, [compare(one, other) for i, one in enumerate(ranked) for other in ranked[i + 1:]]
+    return ranked, [compare(one, other) for i, one in enumerate(ranked) for other in ranked[i + 1 :]]
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------------
 
 
 def _report(seeds: Sequence[int], root: Path, paths: dict[str, Path]) -> None:
-    candidates = [Candidate(name, path, [read_probe(root / name / f"seed-{seed}", seed) for seed in seeds]) for name, path in paths.items()]
+    candidates = [
+        Candidate(name, path, [read_probe(root / name / f"seed-{seed}", seed) for seed in seeds])
+        for name, path in paths.items()
+    ]
     ranked, differences = rank(candidates)
     warnings = _warnings(ranked)
-    result = plain({
-        "criterion": CRITERION,
-        "ranking": [_row(place, candidate) for place, candidate in enumerate(ranked, 1)],
-        "differences": [asdict(difference) for difference in differences],
-        "warnings": warnings,
-        "cost": {"eflops": sum(p.eflops for c in ranked for p in c.probes), "seconds": sum(p.seconds for c in ranked for p in c.probes)},
-    })
+    result = plain(
+        {
+            "criterion": CRITERION,
+            "ranking": [_row(place, candidate) for place, candidate in enumerate(ranked, 1)],
+            "differences": [asdict(difference) for difference in differences],
+            "warnings": warnings,
+            "cost": {
+                "eflops": sum(p.eflops for c in ranked for p in c.probes),
+                "seconds": sum(p.seconds for c in ranked for p in c.probes),
+            },
+        }
+    )
     write_beside(root / "validation_loss.png", draw(ranked))
     write_beside(root / "rank.json", _pretty(result))
     _print(ranked, differences, warnings, root)
 
 
 def _row(place: int, candidate: Candidate) -> dict[str, Any]:
-    return {"rank": place, "name": candidate.name, "path": candidate.path, "min_val_loss": candidate.mean, "spread": candidate.spread,
-            "probes": [{**asdict(probe), "too_short": probe.too_short} for probe in candidate.probes]}
+    return {
+        "rank": place,
+        "name": candidate.name,
+        "path": candidate.path,
+        "min_val_loss": candidate.mean,
+        "spread": candidate.spread,
+        "probes": [{**asdict(probe), "too_short": probe.too_short} for probe in candidate.probes],
+    }
 
 
 def _warnings(ranked: Sequence[Candidate]) -> list[str]:
@@ -195,12 +226,18 @@ def _warnings(ranked: Sequence[Candidate]) -> list[str]:
     for candidate in ranked:
         short = [str(probe.seed) for probe in candidate.probes if probe.too_short]
         if short:
-            found.append(f"{candidate.name}: the loss is lowest at the last validation (seed {', '.join(short)}): the probe is too short "
-                         "to reach the minimum; raise --sft.steps")
+            found.append(
+                f"{candidate.name}: the loss is lowest at the last validation (seed {', '.join(short)}): the probe is too short "
+                "to reach the minimum; raise --sft.steps"
+            )
         if all(probe.step == 0 for probe in candidate.probes):
-            found.append(f"{candidate.name}: no validation loss is below that of the start: lower --sft.optimizer.lr or --sft.val_every")
+            found.append(
+                f"{candidate.name}: no validation loss is below that of the start: lower --sft.optimizer.lr or --sft.val_every"
+            )
     if len({probe.steps for candidate in ranked for probe in candidate.probes}) > 1:
-        found.append("the probes ran for different numbers of steps (sft.epochs or sft.stop_after): their compute is not equal")
+        found.append(
+            "the probes ran for different numbers of steps (sft.epochs or sft.stop_after): their compute is not equal"
+        )
     if len(ranked[0].probes) < 2:
         found.append("one seed: nothing says how much the seed alone changes; give --seeds=0,1,2")
     return found
@@ -217,7 +254,9 @@ def _print(ranked: Sequence[Candidate], differences: Sequence[Difference], warni
     for place, c in enumerate(ranked, 1):
         steps = sorted({probe.step for probe in c.probes})
         at = str(steps[0]) if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        cost, seconds = (statistics.fmean(values) for values in ([p.eflops for p in c.probes], [p.seconds for p in c.probes]))
+        cost, seconds = (
+            statistics.fmean(values) for values in ([p.eflops for p in c.probes], [p.seconds for p in c.probes])
+        )
         spread = "one seed" if c.spread is None else f"{c.spread:.4f}"
         table.add_row(str(place), Text(c.name), f"{c.mean:.4f}", spread, at, flops_text(cost), f"{seconds:.1f}")
     console.print(table)
@@ -231,8 +270,11 @@ def _sentence(d: Difference) -> str:
     if d.told_apart is None:
         return f"{d.better} before {d.worse}: lower by {d.difference:.4f}, one seed each"
     interval = f"{d.difference:.4f} ({d.low:.4f} to {d.high:.4f})"
-    return f"{d.better} before {d.worse}: lower by {interval}" if d.told_apart else \
-        f"{d.better} and {d.worse} cannot be told apart: difference {interval}"
+    return (
+        f"{d.better} before {d.worse}: lower by {interval}"
+        if d.told_apart
+        else f"{d.better} and {d.worse} cannot be told apart: difference {interval}"
+    )
 
 
 def _pretty(value: Any) -> str:

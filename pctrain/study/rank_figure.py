@@ -20,14 +20,24 @@ def draw(ranked: Sequence[Candidate]) -> bytes:
     """PNG; the same bytes for the same numbers. The line is the mean over seeds, the band goes from the lowest to the highest of them."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.6), layout="constrained")
-        axes = figure.add_subplot(title="Validation loss of the probes", xlabel="SFT step", ylabel="Validation loss (nats per token)")
+        axes = figure.add_subplot(
+            title="Validation loss of the probes", xlabel="SFT step", ylabel="Validation loss (nats per token)"
+        )
         axes.grid(axis="y", color=GRID, lw=0.8)
         for number, candidate in enumerate(ranked):
             colour, marker = PALETTE[OTHER_COLOURS[number % len(OTHER_COLOURS)]][0], MARKERS[number % len(MARKERS)]
             steps = sorted(set.intersection(*(set(probe.losses) for probe in candidate.probes)))
             losses = np.array([[probe.losses[step] for step in steps] for probe in candidate.probes])
             axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
-            axes.plot(steps, losses.mean(0), color=colour, lw=1.8, marker=marker, ms=3, label=f"{number + 1}. {candidate.name}")
+            axes.plot(
+                steps,
+                losses.mean(0),
+                color=colour,
+                lw=1.8,
+                marker=marker,
+                ms=3,
+                label=f"{number + 1}. {candidate.name}",
+            )
             axes.axhline(candidate.mean, color=colour, lw=0.8, ls=(0, (4, 3)), alpha=0.7)
         low, high = _bounds([probe.losses for candidate in ranked for probe in candidate.probes])
         axes.set_ylim(low, high)

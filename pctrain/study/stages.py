@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from pctrain.run import layout
 from pctrain.ceiling import regimes
-from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
-from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config
 from pctrain.common.errors import UserError
+from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config
+from pctrain.run import layout
+from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
 from pctrain.run.folder import read_values
 
 REPORT = "report"
@@ -75,8 +75,17 @@ def stages_of(config: Config) -> list[Stage]:
             for algorithm, start in runs:
                 of_set, needs = (name, (sft.name,)) if start != BASE else ("", ())
                 algorithm_folder = None if algorithm == config.rl.algorithm else algorithm.replace(":", ".")
-                rl = Stage(f"{prefix}{of_set + '/' if of_set else ''}{algorithm_folder or 'rl'}-{start}", "rl", of_set, seed, needs,
-                           start, algorithm, seed_folder, algorithm_folder)
+                rl = Stage(
+                    f"{prefix}{of_set + '/' if of_set else ''}{algorithm_folder or 'rl'}-{start}",
+                    "rl",
+                    of_set,
+                    seed,
+                    needs,
+                    start,
+                    algorithm,
+                    seed_folder,
+                    algorithm_folder,
+                )
                 found.setdefault(rl.name, rl)  # RL without SFT is the same for every set
     return list(found.values())
 
@@ -89,8 +98,11 @@ def _rl_runs(config: Config) -> list[tuple[str, str]]:
         pure = [(config.rl.algorithm, BASE)]
         return pure + [(name, BASE if name in SYNCHRONISED else "stable") for name in algorithms]
     algorithms = study.algorithms or [config.rl.algorithm]
-    starts = ["stable"] if study.policy == "recommended" else \
-        [f"step-{step}" if step else BASE for step in sorted(study.checkpoints)] or list(study.starts)
+    starts = (
+        ["stable"]
+        if study.policy == "recommended"
+        else [f"step-{step}" if step else BASE for step in sorted(study.checkpoints)] or list(study.starts)
+    )
     return [(name, start) for start in starts for name in algorithms]
 
 
@@ -123,7 +135,9 @@ def start_step(config: Config, stage: Stage, root: Path) -> int | None:
         step = int(stage.start.removeprefix("step-"))
         return step if step in checkpoints else None
     losses = read_values(sft, "val", "val_loss")
-    return regimes.starts(list(losses), list(losses.values()), checkpoints, config.ceiling.delta, config.ceiling.delta2)[stage.role]
+    return regimes.starts(
+        list(losses), list(losses.values()), checkpoints, config.ceiling.delta, config.ceiling.delta2
+    )[stage.role]
 
 
 class OnDisk:
@@ -166,7 +180,9 @@ def chosen(stages: Sequence[Stage], patterns: Sequence[str]) -> list[Stage]:
     for pattern in patterns:
         mine = [stage for stage in stages if stage.name == pattern or pattern in stage.name.split("/")[:-1]]
         if not mine:
-            raise UserError(f"--only {pattern} names no stage, set or seed of this study; its stages are: "
-                            f"{', '.join(stage.name for stage in stages)}")
+            raise UserError(
+                f"--only {pattern} names no stage, set or seed of this study; its stages are: "
+                f"{', '.join(stage.name for stage in stages)}"
+            )
         found |= {stage.name: stage for stage in mine}
     return [stage for stage in stages if stage.name in found] if patterns else list(stages)

@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from megatron.core import parallel_state
 
-from pctrain.run import checkpoints
+from pctrain.common.errors import UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step
 from pctrain.config.tree import Config
 from pctrain.core import Learner, checkpoint, weights
-from pctrain.hf import weight_files
-from pctrain.distributed import parallel
 from pctrain.data.rows import make_row
-from pctrain.common.errors import UserError
+from pctrain.distributed import parallel
+from pctrain.hf import weight_files
+from pctrain.run import checkpoints
+from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step
 
 # fp32 on both sides, another order of sums: 1e-6 on small models, below 1e-4 on large ones. A wrong layout is off by 0.1 and more.
 TOLERANCE = 2e-4
@@ -76,9 +76,13 @@ def _verify(learner: Learner, hf_dir: Path) -> None:
     ours = learner.logprobs(rows, -(-_SEQUENCES * _LENGTH // tensor) * tensor)
     theirs = parallel.from_rank_zero(lambda: _transformers_logprobs(hf_dir, [row.tokens for row in rows]))
     worst = float(np.max(np.abs(np.concatenate([a[1:] for a in ours]) - np.concatenate(theirs))))
-    _say(f"{_SEQUENCES * (length - 1)} log-probs against transformers: largest difference {worst:.2e} (allowed: {TOLERANCE:.0e})")
+    _say(
+        f"{_SEQUENCES * (length - 1)} log-probs against transformers: largest difference {worst:.2e} (allowed: {TOLERANCE:.0e})"
+    )
     if not worst <= TOLERANCE:  # a NaN is refused too
-        raise UserError(f"{hf_dir}: its log-probs differ from transformers' by {worst:.2e}, above {TOLERANCE:.0e}; do not use the result")
+        raise UserError(
+            f"{hf_dir}: its log-probs differ from transformers' by {worst:.2e}, above {TOLERANCE:.0e}; do not use the result"
+        )
 
 
 def _transformers_logprobs(hf_dir: Path, sequences: list[np.ndarray]) -> list[np.ndarray]:

@@ -71,9 +71,9 @@ class Finding:
 
 def main(folder: Path, console: Console | None = None) -> int:
     """Prints what was found; the exit status. `folder`: where runs will go. Collective, where torchrun started several ranks."""
+    from pctrain.common.device import on_gpu
     from pctrain.config.tree import ParallelConfig
     from pctrain.distributed import parallel
-    from pctrain.common.device import on_gpu
 
     parallel.initialize(ParallelConfig(timeout=120), seed=0)
     where = "gpu" if on_gpu() else "cpu"
@@ -89,8 +89,14 @@ def main(folder: Path, console: Console | None = None) -> int:
 
 
 def packages(where: str) -> list[Finding]:
-    findings = [Finding("python", platform.python_version(), "ok" if sys.version_info[:2] == (3, 11) else "wrong",
-                        "pctrain is tested on Python 3.11 alone: make the environment anew with launch/setup.sh")]
+    findings = [
+        Finding(
+            "python",
+            platform.python_version(),
+            "ok" if sys.version_info[:2] == (3, 11) else "wrong",
+            "pctrain is tested on Python 3.11 alone: make the environment anew with launch/setup.sh",
+        )
+    ]
     for package in PACKAGES:
         if package.where not in ("both", where):
             continue
@@ -108,7 +114,9 @@ def packages(where: str) -> list[Finding]:
         else:
             good = not package.least or Version(version) >= Version(package.least)
         state = "wrong" if not good else "note" if pinned and version.partition("+")[0] != pinned else "ok"
-        findings.append(Finding(package.name, version, state, f"known good is {known[2:]} ({package.purpose}): {install}"))
+        findings.append(
+            Finding(package.name, version, state, f"known good is {known[2:]} ({package.purpose}): {install}")
+        )
     return findings
 
 
@@ -117,13 +125,27 @@ def environment(where: str) -> list[Finding]:
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
     crowded = ranks * threads > max(cores, ranks)
-    findings = [Finding("threads", f"{ranks} rank(s) x {threads} on {cores} core(s)", "wrong" if crowded else "ok",
-                        f"threads that share a core wait for one another, ten times slower: OMP_NUM_THREADS={max(1, cores // ranks)}")]
+    findings = [
+        Finding(
+            "threads",
+            f"{ranks} rank(s) x {threads} on {cores} core(s)",
+            "wrong" if crowded else "ok",
+            f"threads that share a core wait for one another, ten times slower: OMP_NUM_THREADS={max(1, cores // ranks)}",
+        )
+    ]
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
-        findings.append(Finding("VLLM_ENABLE_V1_MULTIPROCESSING", os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"], "wrong",
-                                "the engine must live in the learner's process, or its weights cannot be swapped: unset it"))
+        findings.append(
+            Finding(
+                "VLLM_ENABLE_V1_MULTIPROCESSING",
+                os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"],
+                "wrong",
+                "the engine must live in the learner's process, or its weights cannot be swapped: unset it",
+            )
+        )
     if where == "gpu" and os.environ.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
-        findings.append(Finding("NCCL_DEBUG", os.environ["NCCL_DEBUG"], "note", "prints a great deal; unset it for a long run"))
+        findings.append(
+            Finding("NCCL_DEBUG", os.environ["NCCL_DEBUG"], "note", "prints a great deal; unset it for a long run")
+        )
     return findings
 
 
@@ -132,12 +154,18 @@ def imports() -> list[Finding]:
     findings = []
     for name in IMPORTS:
         try:
-            done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_SECONDS)
+            done = subprocess.run(
+                [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
+            )
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
             found, state = ("imports", "ok") if done.returncode == 0 else (last, "wrong")
         except subprocess.TimeoutExpired:
             found, state = f"does not import within {IMPORT_SECONDS} s", "wrong"
-        findings.append(Finding(f"import {name}", found, state, "make the environment anew with launch/setup.sh, which knows the traps"))
+        findings.append(
+            Finding(
+                f"import {name}", found, state, "make the environment anew with launch/setup.sh, which knows the traps"
+            )
+        )
     return findings
 
 
@@ -147,47 +175,95 @@ def machine(folder: Path) -> list[Finding]:
     findings = []
     for gpu in doctor_measures.gpus():
         major, minor = gpu["capability"]
-        findings.append(Finding(gpu["name"], f"{gpu['memory'] / GB:.0f} GB, sm_{major}{minor}", "ok" if major >= 8 else "wrong",
-                                "bfloat16 matrix products need compute capability 8.0 (Ampere) or later"))
+        findings.append(
+            Finding(
+                gpu["name"],
+                f"{gpu['memory'] / GB:.0f} GB, sm_{major}{minor}",
+                "ok" if major >= 8 else "wrong",
+                "bfloat16 matrix products need compute capability 8.0 (Ampere) or later",
+            )
+        )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if findings and len(findings) < ranks:
-        findings.append(Finding("GPUs", f"{len(findings)} for {ranks} ranks", "wrong", "one GPU a rank: start fewer, or make more visible"))
+        findings.append(
+            Finding(
+                "GPUs",
+                f"{len(findings)} for {ranks} ranks",
+                "wrong",
+                "one GPU a rank: start fewer, or make more visible",
+            )
+        )
     left, shared = doctor_measures.memory_left(), doctor_measures.shared_memory_left()
     if left is not None:
-        findings.append(Finding("memory left", f"{left / GB:.1f} GB", "ok" if left > 4 * GB else "wrong",
-                                "a rank needs about 4 GB beside the model (torch, vLLM, verifiers): end other programs"))
+        findings.append(
+            Finding(
+                "memory left",
+                f"{left / GB:.1f} GB",
+                "ok" if left > 4 * GB else "wrong",
+                "a rank needs about 4 GB beside the model (torch, vLLM, verifiers): end other programs",
+            )
+        )
     if shared is not None:
-        findings.append(Finding("/dev/shm", f"{shared / GB:.1f} GB free", "ok" if shared > GB // 4 else "wrong",
-                                "ranks of one machine talk through it: start the container with --shm-size=8g or --ipc=host"))
+        findings.append(
+            Finding(
+                "/dev/shm",
+                f"{shared / GB:.1f} GB free",
+                "ok" if shared > GB // 4 else "wrong",
+                "ranks of one machine talk through it: start the container with --shm-size=8g or --ipc=host",
+            )
+        )
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     many = files >= 4096 or files == resource.RLIM_INFINITY
-    findings.append(Finding("open files", str(files), "ok" if many else "note", "an engine and many ranks open thousands: ulimit -n 65536"))
+    findings.append(
+        Finding(
+            "open files",
+            str(files),
+            "ok" if many else "note",
+            "an engine and many ranks open thousands: ulimit -n 65536",
+        )
+    )
     if not os.access(folder, os.W_OK):
-        findings.append(Finding(f"folder {folder}", "cannot be written", "wrong", "name another with --folder, and as run.dir"))
+        findings.append(
+            Finding(f"folder {folder}", "cannot be written", "wrong", "name another with --folder, and as run.dir")
+        )
     else:
         free = shutil.disk_usage(folder).free
-        findings.append(Finding(f"folder {folder}", f"{free / GB:.0f} GB free", "ok" if free > 5 * GB else "note",
-                                "a checkpoint holds 16 bytes a parameter (7B: 112 GB); see run.keep_last"))
+        findings.append(
+            Finding(
+                f"folder {folder}",
+                f"{free / GB:.0f} GB free",
+                "ok" if free > 5 * GB else "note",
+                "a checkpoint holds 16 bytes a parameter (7B: 112 GB); see run.keep_last",
+            )
+        )
     return findings
 
 
 def measured(where: str) -> list[Finding]:
     from pctrain.tools import doctor_measures
 
-    findings = [Finding(f"matrix product, {dtype}", f"{rate / 1e12:.3g} TFLOP/s") for dtype, rate in doctor_measures.matrix_products().items()]
+    findings = [
+        Finding(f"matrix product, {dtype}", f"{rate / 1e12:.3g} TFLOP/s")
+        for dtype, rate in doctor_measures.matrix_products().items()
+    ]
     return [*findings, Finding(f"copy in {where} memory", f"{doctor_measures.copy_bandwidth() / 1e9:.3g} GB/s")]
 
 
 def between_ranks(where: str) -> list[Finding]:
     import torch
 
-    from pctrain.tools import doctor_measures
     from pctrain.distributed import parallel
+    from pctrain.tools import doctor_measures
 
     if parallel.world_size() == 1:
         return []
     name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if where == "gpu" else "gloo"
-    return [Finding(f"all-reduce over {parallel.world_size()} ranks", f"{doctor_measures.all_reduce_bandwidth() / 1e9:.3g} GB/s ({name})")]
+    return [
+        Finding(
+            f"all-reduce over {parallel.world_size()} ranks",
+            f"{doctor_measures.all_reduce_bandwidth() / 1e9:.3g} GB/s ({name})",
+        )
+    ]
 
 
 # ---- what is told ------------------------------------------------------------------------------------------------------------
@@ -206,7 +282,11 @@ def combined(everyone: list[list[Finding]]) -> list[Finding]:
             lines.append(Finding(what, f"{min(texts, key=_number)} to {max(texts, key=_number)} over the ranks"))
             continue
         for finding, ranks in by_finding.items():
-            of = f" (rank {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''})" if len(ranks) < len(everyone) else ""
+            of = (
+                f" (rank {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''})"
+                if len(ranks) < len(everyone)
+                else ""
+            )
             lines.append(Finding(what, finding.found + of, finding.state, finding.mend))
     return lines
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from pctrain.compute.peak import fastest, peak_flops
 from pctrain.common.device import device, on_gpu
+from pctrain.compute.peak import fastest, peak_flops
 
 COPY_BYTES = 256 << 20
 REDUCE_BYTES = 64 << 20

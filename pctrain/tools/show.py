@@ -19,8 +19,21 @@ from pctrain.common.progress import make_console
 
 _NUMBER = (int, float)
 # What a line must have to be shown; `advantage` and `prefix` may be missing.
-_KINDS = {"group": int, "id": str, "prompt": str, "response": str, "answer": str, "reward": _NUMBER, "cause": str, "tokens": int,
-          "finish": str, "kept": bool, "why": str, "advantage": (*_NUMBER, NoneType), "prefix": (str, NoneType)}
+_KINDS = {
+    "group": int,
+    "id": str,
+    "prompt": str,
+    "response": str,
+    "answer": str,
+    "reward": _NUMBER,
+    "cause": str,
+    "tokens": int,
+    "finish": str,
+    "kept": bool,
+    "why": str,
+    "advantage": (*_NUMBER, NoneType),
+    "prefix": (str, NoneType),
+}
 
 
 def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
@@ -34,8 +47,11 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
     kept = sum(rows[0]["kept"] for rows in groups)
     rewards = [row["reward"] for rows in groups for row in rows]
     reward = sum(rewards) / len(rewards)
-    console.print(f"{file}: {len(groups)} prompts, {kept} kept, {len(groups) - kept} dropped; mean reward {reward:.3f}",
-                  markup=False, soft_wrap=True)
+    console.print(
+        f"{file}: {len(groups)} prompts, {kept} kept, {len(groups) - kept} dropped; mean reward {reward:.3f}",
+        markup=False,
+        soft_wrap=True,
+    )
     if len(shown) > prompts:
         console.print(f"{len(shown) - prompts} more prompts: --prompts={len(shown)}", markup=False)
     if kept < len(groups) and not dropped:
@@ -43,14 +59,20 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
 
 
 def _file_of(run: Path, step: int | None) -> Path:
-    steps = {int(match[1]): path for path in run.glob("rollouts/step-*.jsonl") if (match := re.fullmatch(r"step-(\d+)\.jsonl", path.name))}
+    steps = {
+        int(match[1]): path
+        for path in run.glob("rollouts/step-*.jsonl")
+        if (match := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
+    }
     if not steps:
         raise UserError(f"{run} holds no rollouts (rollouts/step-N.jsonl); name the folder of an RL run")
     chosen = max(steps) if step is None else step
     if chosen not in steps:
         near = min(steps, key=lambda known: abs(known - chosen))
-        raise UserError(f"{run}: there are no rollouts of step {chosen}; there are {len(steps)}, from {min(steps)} to {max(steps)}, "
-                        f"the nearest is {near}")
+        raise UserError(
+            f"{run}: there are no rollouts of step {chosen}; there are {len(steps)}, from {min(steps)} to {max(steps)}, "
+            f"the nearest is {near}"
+        )
     return steps[chosen]
 
 
@@ -63,9 +85,13 @@ def _read(file: Path) -> list[dict]:
                 json.dumps(rows[-1], ensure_ascii=False).encode()  # halves of surrogate pairs: no terminal takes them
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
-            if not isinstance(rows[-1], dict) or not all(isinstance(rows[-1].get(key), kind) for key, kind in _KINDS.items()):
-                raise UserError(f"{file}:{number}: no rollout that can be shown; expected {', '.join(_KINDS)}. It was written by an older "
-                                "version, or changed")
+            if not isinstance(rows[-1], dict) or not all(
+                isinstance(rows[-1].get(key), kind) for key, kind in _KINDS.items()
+            ):
+                raise UserError(
+                    f"{file}:{number}: no rollout that can be shown; expected {', '.join(_KINDS)}. It was written by an older "
+                    "version, or changed"
+                )
     if not rows:
         raise UserError(f"{file} is empty: the step has no rollouts")
     return rows

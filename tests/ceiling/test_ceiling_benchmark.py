@@ -11,12 +11,26 @@ from benchmarks.ceilings.checks import Check
 
 # What each table must hold; the words are the beginnings of the checks' names.
 NAMES = (
-    "first 71 %: median", "first 71 %: mean", "first 71 %: identified", "first 71 %: worst identified", "all points: median",
-    "all points: identified", "held-out RMSE, mean over curves: plain least squares",
-    "held-out RMSE, mean over curves: mean of the last fifth", "held-out RMSE, mean over curves: log-linear",
-    "held-out RMSE, mean over curves: method paper", "held-out points in the predictive 90 %: pctrain",
-    "A from all points inside the 71 %", "collapse alarms before", "one fit with its interval", "90 % interval covers A, pooled",
-    "the same, identified", "the same, lower_bound", "the lowest of all regimes", "identified off by more than 2", "verdicts right",
+    "first 71 %: median",
+    "first 71 %: mean",
+    "first 71 %: identified",
+    "first 71 %: worst identified",
+    "all points: median",
+    "all points: identified",
+    "held-out RMSE, mean over curves: plain least squares",
+    "held-out RMSE, mean over curves: mean of the last fifth",
+    "held-out RMSE, mean over curves: log-linear",
+    "held-out RMSE, mean over curves: method paper",
+    "held-out points in the predictive 90 %: pctrain",
+    "A from all points inside the 71 %",
+    "collapse alarms before",
+    "one fit with its interval",
+    "90 % interval covers A, pooled",
+    "the same, identified",
+    "the same, lower_bound",
+    "the lowest of all regimes",
+    "identified off by more than 2",
+    "verdicts right",
     "range/C below 1",
 )
 
@@ -27,22 +41,48 @@ def test_a_quick_run_prints_and_writes_every_check(tmp_path, capsys):
     printed = capsys.readouterr().out
     for name in NAMES:
         assert any(check["name"].startswith(name) for check in checks), name
-    for name in ("range/C 1.0", "AR 0.6", "noise 0.8", "points 20", "tails heavy", "median width", "better on", "targets met"):
+    for name in (
+        "range/C 1.0",
+        "AR 0.6",
+        "noise 0.8",
+        "points 20",
+        "tails heavy",
+        "median width",
+        "better on",
+        "targets met",
+    ):
         assert name in printed
     assert status == int(any(check["passed"] is False for check in checks))
     by_name = {check["name"]: check for check in checks}
     # The published curves are the same in a quick run: these numbers are final.
-    assert by_name["first 71 %: median distance to published"]["value"] <= 0.7 and by_name["first 71 %: worst identified"]["value"] <= 2
+    assert (
+        by_name["first 71 %: median distance to published"]["value"] <= 0.7
+        and by_name["first 71 %: worst identified"]["value"] <= 2
+    )
 
 
 def test_a_check_is_met_missed_or_without_a_target():
-    assert [Check("x", value, 0.86, 0.94).passed for value in (0.85, 0.86, 0.94, 0.95, np.nan)] == [False, True, True, False, None]
+    assert [Check("x", value, 0.86, 0.94).passed for value in (0.85, 0.86, 0.94, 0.95, np.nan)] == [
+        False,
+        True,
+        True,
+        False,
+        None,
+    ]
     assert Check("x", 3.0).passed is None and Check("x", 3.0, high=2.0).passed is False
 
 
 def outcome(**changes):
     truth = simulated.Truth((0, 0), 3.0, 0.0, 0.5, 40, "normal")
-    values = {"truth": truth, "a": 70.0, "gain": 5.0, "a_post": 70.5, "low": 69.0, "high": 72.0, "verdict": "identified"}
+    values = {
+        "truth": truth,
+        "a": 70.0,
+        "gain": 5.0,
+        "a_post": 70.5,
+        "low": 69.0,
+        "high": 72.0,
+        "verdict": "identified",
+    }
     return simulated.Outcome(**values | changes)
 
 
@@ -56,12 +96,21 @@ def test_verdicts_are_judged_by_the_truth():
 
 def test_coverage_is_that_of_each_verdict_in_each_regime():
     heavy = simulated.Truth((0, 1), 3.0, 0.0, 0.5, 40, "heavy")
-    seen = [outcome() for _ in range(90)] + [outcome(truth=heavy, high=69.5) for _ in range(60)] + [outcome(verdict="lower_bound")]
-    found = {check.name: check for check in regimes.checks(seen, [outcome(low=71.0)], [outcome(verdict="flat", gain=0.0)])}
+    seen = (
+        [outcome() for _ in range(90)]
+        + [outcome(truth=heavy, high=69.5) for _ in range(60)]
+        + [outcome(verdict="lower_bound")]
+    )
+    found = {
+        check.name: check for check in regimes.checks(seen, [outcome(low=71.0)], [outcome(verdict="flat", gain=0.0)])
+    }
     assert found["90 % interval covers A, pooled"].value == pytest.approx(91 / 151)
     lowest = [check for check in regimes.checks(seen, seen, seen) if check.beside.startswith("tails heavy")]
     assert [check.value for check in lowest] == [0.0, 0.0] and not any(check.passed for check in lowest)
-    assert found["range/C below 1: lower end below A"].value == 0 and found["verdicts right where there is no gain"].value == 1
+    assert (
+        found["range/C below 1: lower end below A"].value == 0
+        and found["verdicts right where there is no gain"].value == 1
+    )
 
 
 def test_simulated_curves_are_the_same_every_time_and_what_they_say_they_are():
@@ -74,7 +123,9 @@ def test_simulated_curves_are_the_same_every_time_and_what_they_say_they_are():
     assert len(x) == truths[0].points and a > scores[0] and 2 <= gain <= 14
     big = simulated.Truth((1,), 3.0, 0.6, 0.5, 4000, "heavy")
     noise = big._errors(np.random.default_rng(0))
-    assert np.std(noise) == pytest.approx(0.5, rel=0.15) and np.corrcoef(noise[1:], noise[:-1])[0, 1] == pytest.approx(0.6, abs=0.06)
+    assert np.std(noise) == pytest.approx(0.5, rel=0.15) and np.corrcoef(noise[1:], noise[:-1])[0, 1] == pytest.approx(
+        0.6, abs=0.06
+    )
 
 
 def test_an_alarm_before_a_collapse_is_counted():

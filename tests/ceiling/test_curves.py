@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pctrain.common.errors import UserError
+from pctrain.compute.flops import EFLOP, QWEN2_5_7B, paper_sft
 from pctrain.report import fit_command
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import FitOptions
-from pctrain.compute.flops import EFLOP, QWEN2_5_7B, paper_sft
-from pctrain.common.errors import UserError
 
 PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
 
@@ -31,9 +31,20 @@ DOCUMENT = {
     "meta": {"benchmarks": {"easy": 300, "hard": 100}},
     "datasets": {
         "A": {
-            "batch_size": 16, "mean_seq_len": 10011,
-            "sft": [point(0.0, 40, 0), point(0.30, 60, 10), point(0.57, 80, 20), point(0.9, 90, 30), point(1.14, 92, 32)],
-            "rl": {"124": [point(1.0, 92, 34), point(2.0, 94, 36)], "0": [point(1.0, 50, 10)], "62": [point(3.5, 80, 24), point(7.0, 84, 28)]},
+            "batch_size": 16,
+            "mean_seq_len": 10011,
+            "sft": [
+                point(0.0, 40, 0),
+                point(0.30, 60, 10),
+                point(0.57, 80, 20),
+                point(0.9, 90, 30),
+                point(1.14, 92, 32),
+            ],
+            "rl": {
+                "124": [point(1.0, 92, 34), point(2.0, 94, 36)],
+                "0": [point(1.0, 50, 10)],
+                "62": [point(3.5, 80, 24), point(7.0, 84, 28)],
+            },
         },
     },
 }
@@ -73,8 +84,14 @@ def test_scores_are_weighted_by_problems_and_p_sft_is_the_nearest_entry(tmp_path
 
 def test_the_model_of_the_curves_sets_their_compute(tmp_path):
     """At half the width a step costs a third (attention shrinks less), so the checkpoint sits elsewhere on the SFT curve."""
-    model = {"num_hidden_layers": 28, "hidden_size": 1792, "intermediate_size": 9472, "num_attention_heads": 14, "num_key_value_heads": 4,
-             "vocab_size": 152064}
+    model = {
+        "num_hidden_layers": 28,
+        "hidden_size": 1792,
+        "intermediate_size": 9472,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+    }
     document = changed(["meta", "model"], model)
     document["datasets"]["A"]["sft"][1] = point(0.38, 60, 10)
     document["datasets"]["A"]["rl"] = {"124": DOCUMENT["datasets"]["A"]["rl"]["124"]}
@@ -88,24 +105,36 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
     assert [c.eflops_sft for c in read_curves(written(tmp_path, document))] == [0, 0.57, 1.14]
 
 
-@pytest.mark.parametrize(("document", "says"), [
-    ("{\n\"meta\": ,\n}", r"curves.json, line 2, column 9: not JSON"),
-    ([1], r"curves.json: must be a JSON object"),
-    (changed(["meta"], ...), "`meta` is missing"),
-    (changed(["meta", "benchmarks"], {}), "meta.benchmarks"),
-    (changed(["datasets", "A", "sft"], ...), r"datasets.A: the key `sft` is missing"),
-    (changed(["datasets", "A", "sft"], []), r"datasets.A.sft: must be a list of one or more"),
-    (changed(["datasets", "A", "batch_size"], ...), r"datasets.A: the key `batch_size` is missing"),
-    (changed(["datasets", "A", "mean_seq_len"], 20000), r"no entry near the checkpoint at step 124"),
-    (changed(["datasets", "A", "rl"], {}), "no RL curve"),
-    (changed(["datasets", "A", "rl", "last"], []), "the key 'last' must be the step"),
-    (changed(["datasets", "A", "rl", "62", 1, "eflops"], "7"), r"datasets.A.rl.62\[1\]: `eflops` must be a finite number"),
-    (changed(["datasets", "A", "rl", "62", 1, "eflops"], 3.5), r"datasets.A.rl.62: eflops must increase .* 3.5 follows 3.5"),
-    (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], ...), r"datasets.A.rl.62\[0\].scores: the key `hard` is missing"),
-    (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], 101), r"at most 100"),
-    (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], float("nan")), r"finite"),
-    (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: `num_attention_heads`"),
-])
+@pytest.mark.parametrize(
+    ("document", "says"),
+    [
+        ('{\n"meta": ,\n}', r"curves.json, line 2, column 9: not JSON"),
+        ([1], r"curves.json: must be a JSON object"),
+        (changed(["meta"], ...), "`meta` is missing"),
+        (changed(["meta", "benchmarks"], {}), "meta.benchmarks"),
+        (changed(["datasets", "A", "sft"], ...), r"datasets.A: the key `sft` is missing"),
+        (changed(["datasets", "A", "sft"], []), r"datasets.A.sft: must be a list of one or more"),
+        (changed(["datasets", "A", "batch_size"], ...), r"datasets.A: the key `batch_size` is missing"),
+        (changed(["datasets", "A", "mean_seq_len"], 20000), r"no entry near the checkpoint at step 124"),
+        (changed(["datasets", "A", "rl"], {}), "no RL curve"),
+        (changed(["datasets", "A", "rl", "last"], []), "the key 'last' must be the step"),
+        (
+            changed(["datasets", "A", "rl", "62", 1, "eflops"], "7"),
+            r"datasets.A.rl.62\[1\]: `eflops` must be a finite number",
+        ),
+        (
+            changed(["datasets", "A", "rl", "62", 1, "eflops"], 3.5),
+            r"datasets.A.rl.62: eflops must increase .* 3.5 follows 3.5",
+        ),
+        (
+            changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], ...),
+            r"datasets.A.rl.62\[0\].scores: the key `hard` is missing",
+        ),
+        (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], 101), r"at most 100"),
+        (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], float("nan")), r"finite"),
+        (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: `num_attention_heads`"),
+    ],
+)
 def test_a_malformed_file_names_the_place_and_writes_nothing(tmp_path, document, says):
     file = written(tmp_path, document)
     with pytest.raises(UserError, match=says):
@@ -119,9 +148,14 @@ def test_a_malformed_file_names_the_place_and_writes_nothing(tmp_path, document,
 def run_folder(folder, evals, start_step=540):
     folder.mkdir(parents=True)
     lines = [{"step": 1, "kind": "train", "eflops_sft": 0.02, "eflops_rl": 0.001, "loss": None}]
-    lines += [{"step": i, "kind": "eval", "eflops_sft": 0.02, "eflops_rl": x, "score": score, "score_se": se} for i, (x, score, se) in enumerate(evals)]
+    lines += [
+        {"step": i, "kind": "eval", "eflops_sft": 0.02, "eflops_rl": x, "score": score, "score_se": se}
+        for i, (x, score, se) in enumerate(evals)
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "start.json").write_text(json.dumps({"start_step": start_step, "role": "stable", "sft_run": "sft", "eflops_sft": 0.02}))
+    (folder / "start.json").write_text(
+        json.dumps({"start_step": start_step, "role": "stable", "sft_run": "sft", "eflops_sft": 0.02})
+    )
     return folder
 
 
@@ -133,7 +167,13 @@ def test_a_run_folder_and_a_study_of_them(tmp_path):
     run_folder(study / "rl-step-1440", EVALS, 1440)
     folder = run_folder(study / "rl-step-540", EVALS)
     (curve,) = read_curves(folder)
-    assert (curve.dataset, curve.start_step, curve.p_sft, curve.p_sft_se, curve.score_se) == ("quickstart", 540, 45.0, 2.2, 2.1)
+    assert (curve.dataset, curve.start_step, curve.p_sft, curve.p_sft_se, curve.score_se) == (
+        "quickstart",
+        540,
+        45.0,
+        2.2,
+        2.1,
+    )
     assert curve.eflops_sft == 0.02
     np.testing.assert_array_equal(curve.eflops, [0.01, 0.02, 0.03])
     np.testing.assert_array_equal(curve.scores, [55, 62, 66])
@@ -141,10 +181,19 @@ def test_a_run_folder_and_a_study_of_them(tmp_path):
 
 
 def test_a_study_of_sets_seeds_and_algorithms(tmp_path):
-    for place in ("sets/hard/rl-step-20", "sets/easy/rl-step-20", "rl-luffy-step-0", "seed-1/sets/hard/rl-grpo-step-40"):
+    for place in (
+        "sets/hard/rl-step-20",
+        "sets/easy/rl-step-20",
+        "rl-luffy-step-0",
+        "seed-1/sets/hard/rl-grpo-step-40",
+    ):
         run_folder(tmp_path / place, EVALS, int(place.rpartition("-")[2]))
     assert [curve.name for curve in read_curves(tmp_path)] == [
-        "luffy, step 0", "easy, step 20", "hard, step 20", "seed-1/hard/grpo, step 40"]
+        "luffy, step 0",
+        "easy, step 20",
+        "hard, step 20",
+        "seed-1/hard/grpo, step 40",
+    ]
 
 
 def test_errors_of_run_folders(tmp_path):
@@ -176,7 +225,10 @@ def test_fit_writes_one_row_a_curve_and_says_what_it_skipped(tmp_path):
     out, console = tmp_path / "fits.json", Console(width=80, record=True, file=open("/dev/null", "w"))
     rows = fit_command.main(written(tmp_path, DOCUMENT), FitOptions(out=out), console)
     assert json.loads(out.read_text()) == rows
-    assert [(r["dataset"], r["start_step"], r["verdict"], r["n_points"]) for r in rows] == [("A", 62, "too_short", 2), ("A", 124, "too_short", 2)]
+    assert [(r["dataset"], r["start_step"], r["verdict"], r["n_points"]) for r in rows] == [
+        ("A", 62, "too_short", 2),
+        ("A", 124, "too_short", 2),
+    ]
     text = console.export_text()
     assert "not fitted: A, step 0 has 1 point" in text
     assert "2 curves fitted (2 too_short), 1 skipped" in text
@@ -185,7 +237,9 @@ def test_fit_writes_one_row_a_curve_and_says_what_it_skipped(tmp_path):
 
 def test_fit_of_a_run_folder_uses_its_standard_errors(tmp_path):
     wide = fit_command.main(run_folder(tmp_path / "a", EVALS), FitOptions(out=tmp_path / "a.json"))[0]
-    exact = fit_command.main(run_folder(tmp_path / "b", [(x, y, 0.2) for x, y, _ in EVALS]), FitOptions(out=tmp_path / "b.json"))[0]
+    exact = fit_command.main(
+        run_folder(tmp_path / "b", [(x, y, 0.2) for x, y, _ in EVALS]), FitOptions(out=tmp_path / "b.json")
+    )[0]
     assert wide["a_post_low"] < exact["a_post_low"] and wide["start_step"] == 540
 
 

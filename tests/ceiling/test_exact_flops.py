@@ -9,9 +9,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from pctrain.compute import flops
 from pctrain.compute.flops import ModelShape
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 8, "vocab_size": 64, "max_position_embeddings": 64, "tie_word_embeddings": False}
-EXPERTS = {"moe_intermediate_size": 24, "num_experts": 8, "num_experts_per_tok": 3, "decoder_sparse_step": 1, "mlp_only_layers": []}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 64,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
+EXPERTS = {
+    "moe_intermediate_size": 24,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
 CONFIGS = {
     "Llama": lambda: transformers.LlamaConfig(**SIZES),
     "Qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
@@ -38,7 +53,9 @@ def counted(config, backward: bool, again: bool = False) -> float:
             logits = model(torch.randint(0, 64, (1, length)), use_cache=False).logits
             if backward:
                 logits.sum().backward()
-        rotary = sum(sum(ops.values()) for module, ops in counter.get_flop_counts().items() if module.endswith("rotary_emb"))
+        rotary = sum(
+            sum(ops.values()) for module, ops in counter.get_flop_counts().items() if module.endswith("rotary_emb")
+        )
         total += counter.get_total_flops() - rotary
     return total
 
@@ -59,4 +76,6 @@ def test_exact_counts_are_torchs(name):
 def test_making_all_layers_again_costs_what_torch_counts():
     config = CONFIGS["Qwen3"]()
     shape = ModelShape.from_hf_config(config.to_dict())
-    assert flops.exact_training(shape, LENGTHS, "full") + 4 * masked(shape) == counted(config, backward=True, again=True)
+    assert flops.exact_training(shape, LENGTHS, "full") + 4 * masked(shape) == counted(
+        config, backward=True, again=True
+    )

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from benchmarks.ceilings.published import FILE as PUBLISHED_FILE
 from benchmarks.ceilings.published import PUBLISHED
 from pctrain.ceiling import collapse, posterior
-from pctrain.report.curves import read_curves
 from pctrain.ceiling.fit import VERDICTS, fit_ceiling
 from pctrain.ceiling.posterior import rise
 from pctrain.common.errors import UserError
+from pctrain.report.curves import read_curves
 
 
 def curve(x, p_sft, gain, c, b=1.5, sd=0.5, rho=0.2, rng=None):
@@ -73,7 +73,9 @@ def test_a_curve_seen_to_its_end_is_identified_and_the_curve_follows_it():
     assert np.abs(median - truth).max() < 1  # noise sd 0.5 over 60 points
     assert fit.curve([0.0])[0][0] == pytest.approx(60, abs=1)
     far = fit.curve([1e9])
-    assert [v[0] for v in far] == pytest.approx([fit.a_post, fit.a_post_low, fit.a_post_high], abs=0.3)  # B may be small: not quite there
+    assert [v[0] for v in far] == pytest.approx(
+        [fit.a_post, fit.a_post_low, fit.a_post_high], abs=0.3
+    )  # B may be small: not quite there
 
 
 def test_a_rise_that_has_not_bent_is_a_lower_bound_with_a_wide_interval():
@@ -120,7 +122,10 @@ def test_noise_alone_is_no_collapse_and_no_outlier():
 def test_noise_that_remembers_is_no_collapse():
     """AR(1) noise hides from its nearest neighbours: by them alone one curve in ten would be called collapsed."""
     rng, x = np.random.default_rng(5), np.arange(1, 81) * 1.0
-    false = sum(collapse.used_points(curve(x, 60, 8, 8.0, sd=0.8, rho=0.6, rng=rng), 60, None)[1] is not None for _ in range(200))
+    false = sum(
+        collapse.used_points(curve(x, 60, 8, 8.0, sd=0.8, rho=0.6, rng=rng), 60, None)[1] is not None
+        for _ in range(200)
+    )
     assert false <= 8  # 4 %
 
 
@@ -138,8 +143,23 @@ def test_the_same_input_gives_the_same_digits():
     x = np.arange(1, 21) * 2.0
     rows = [json.dumps(fit_ceiling(x, curve(x, 60, 10, 10.0), 60).as_row("S1K", 62), allow_nan=False) for _ in range(2)]
     assert rows[0] == rows[1]
-    assert list(json.loads(rows[0])) == ["dataset", "start_step", "p_sft", "a_post", "a_post_low", "a_post_high", "pl_rl", "c_mid", "b", "eps",
-                                         "verdict", "n_points", "n_used", "collapsed_at", "prior_shift"]
+    assert list(json.loads(rows[0])) == [
+        "dataset",
+        "start_step",
+        "p_sft",
+        "a_post",
+        "a_post_low",
+        "a_post_high",
+        "pl_rl",
+        "c_mid",
+        "b",
+        "eps",
+        "verdict",
+        "n_points",
+        "n_used",
+        "collapsed_at",
+        "prior_shift",
+    ]
 
 
 def test_the_unit_of_compute_does_not_matter():
@@ -147,7 +167,9 @@ def test_the_unit_of_compute_does_not_matter():
     y = curve(x, 60, 10, 10.0)
     large, small = fit_ceiling(x, y, 60), fit_ceiling(x * 1e-7, y, 60)
     # Equal up to rounding of x * 1e-7, which moves the weights by about 1e-12.
-    assert small.a_post == pytest.approx(large.a_post, rel=1e-6) and small.c_mid == pytest.approx(large.c_mid * 1e-7, rel=1e-6)
+    assert small.a_post == pytest.approx(large.a_post, rel=1e-6) and small.c_mid == pytest.approx(
+        large.c_mid * 1e-7, rel=1e-6
+    )
 
 
 def test_the_shift_under_wide_priors_tells_the_prior_from_the_data():
@@ -178,7 +200,11 @@ def test_a_fine_grid_where_the_posterior_lies_agrees_with_a_finer_one_over_all(m
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.floats(1e-6, 10), st.floats(0, 100)), min_size=1, max_size=30), st.floats(0, 100), st.booleans())
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 10), st.floats(0, 100)), min_size=1, max_size=30),
+    st.floats(0, 100),
+    st.booleans(),
+)
 def test_any_valid_curve_gives_a_sound_answer(points, p_sft, with_errors):
     x = np.cumsum([step for step, _ in points])
     errors = {"score_se": 2.0, "p_sft_se": 2.0} if with_errors else {}
@@ -189,11 +215,22 @@ def test_any_valid_curve_gives_a_sound_answer(points, p_sft, with_errors):
     assert (fit.collapsed_at is not None) == (fit.verdict == "collapsed")
 
 
-@pytest.mark.parametrize(("x", "y", "p_sft", "says"), [
-    ([], [], 50, "one or more"), ([1, 2], [50], 50, "as many"), ([1, 2], [50, float("nan")], 50, "finite"), ([1, 2], [50, 60], float("nan"), "finite"),
-    ([-1, 2], [50, 60], 50, "0 or more"), ([1, 1], [50, 60], 50, "increase"), ([2, 1], [50, 60], 50, "increase"), ([0], [50], 50, "above 0"),
-    ([1, 2], [50, 101], 50, "percent"), ([1, 2], [50, 60], -1, "percent"), (["a", 2], [50, 60], 50, "numbers"),
-])
+@pytest.mark.parametrize(
+    ("x", "y", "p_sft", "says"),
+    [
+        ([], [], 50, "one or more"),
+        ([1, 2], [50], 50, "as many"),
+        ([1, 2], [50, float("nan")], 50, "finite"),
+        ([1, 2], [50, 60], float("nan"), "finite"),
+        ([-1, 2], [50, 60], 50, "0 or more"),
+        ([1, 1], [50, 60], 50, "increase"),
+        ([2, 1], [50, 60], 50, "increase"),
+        ([0], [50], 50, "above 0"),
+        ([1, 2], [50, 101], 50, "percent"),
+        ([1, 2], [50, 60], -1, "percent"),
+        (["a", 2], [50, 60], 50, "numbers"),
+    ],
+)
 def test_bad_input_is_refused(x, y, p_sft, says):
     with pytest.raises(UserError, match=says):
         fit_ceiling(x, y, p_sft)

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pctrain.cli import main as cli
 from pctrain.ceiling.curve import Curve
-from pctrain.report.curves import read_curves
 from pctrain.ceiling.posterior import rise
+from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
+from pctrain.report.curves import read_curves
 
 PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
 X = np.arange(1, 31) * 4.0
@@ -40,6 +40,7 @@ def fit(tmp_path, monkeypatch, capsys):
         status = cli.main(["fit", name, *options])
         out, err = capsys.readouterr()
         return status, out, err, json.loads(Path("fits.json").read_text()) if Path("fits.json").exists() else None
+
     return run
 
 
@@ -47,9 +48,18 @@ def fit(tmp_path, monkeypatch, capsys):
 
 
 def test_a_csv_and_the_same_as_json_and_as_exchange_file_give_the_same_fit(fit):
-    exchange = {"meta": {"benchmarks": {"all": 100}}, "datasets": {"curves": {
-        "checkpoint_steps": [100], "sft": [{"eflops": 1.0, "scores": {"all": 60.0}}],
-        "rl": {"100": [{"eflops": a, "scores": {"all": b}} for a, b in zip(X.tolist(), Y.tolist(), strict=True)]}}}}
+    exchange = {
+        "meta": {"benchmarks": {"all": 100}},
+        "datasets": {
+            "curves": {
+                "checkpoint_steps": [100],
+                "sft": [{"eflops": 1.0, "scores": {"all": 60.0}}],
+                "rl": {
+                    "100": [{"eflops": a, "scores": {"all": b}} for a, b in zip(X.tolist(), Y.tolist(), strict=True)]
+                },
+            }
+        },
+    }
     rows = [fit(csv_text(), name="curves.csv")[3], fit(minimal(name="curves"))[3], fit(json.dumps(exchange))[3]]
     assert [row[0].pop("start_step") for row in rows] == [None, None, 100]
     assert rows[0] == rows[1] == rows[2] and rows[0][0]["dataset"] == "curves" and rows[0][0]["verdict"] == "identified"
@@ -73,7 +83,9 @@ def test_the_highest_score_bounds_the_ceiling(fit):
     assert free["a_post_high"] > 68 and bound["a_post_high"] <= 66.0
     exchange = json.loads(PUBLISHED_FILE.read_text())
     exchange["meta"]["max_score"] = 85.0
-    assert fit(json.dumps(exchange), "--points=0.01")[0] == 2 and {curve.max_score for curve in read_curves("curves.json")} == {85.0}
+    assert fit(json.dumps(exchange), "--points=0.01")[0] == 2 and {
+        curve.max_score for curve in read_curves("curves.json")
+    } == {85.0}
 
 
 # ---- what is asked
@@ -95,12 +107,16 @@ def test_the_first_share_is_fitted_and_the_rest_compared(fit):
     status, out, _, (row,) = fit(csv_text(), "--points", "0.7", name="mine.csv")
     assert status == 0 and row["n_points"] == 21 and row["held_out"]["points"] == 9
     assert row["held_out"]["rmse"] < 1 and row["held_out"]["inside"] >= 0.5 and "RMSE" in out
-    y = np.concatenate([Y[:25], np.full(5, 30.0)])  # the collapse is cut on the whole curve: nothing could have foreseen it
+    y = np.concatenate(
+        [Y[:25], np.full(5, 30.0)]
+    )  # the collapse is cut on the whole curve: nothing could have foreseen it
     assert fit(csv_text(y=y), "--points", "0.7", name="mine.csv")[3][0]["held_out"]["points"] == 4
 
 
 def test_the_papers_method_from_the_command_line(fit):
-    status, out, _, (row,) = fit(csv_text(), "--method", "paper", "--tau=2.5", "--alpha=0.85", "--reach=70", name="mine.csv")
+    status, out, _, (row,) = fit(
+        csv_text(), "--method", "paper", "--tau=2.5", "--alpha=0.85", "--reach=70", name="mine.csv"
+    )
     assert status == 0 and (row["method"], row["n_points"], row["held_out"]["points"]) == ("paper", 21, 9)
     assert abs(row["a_post"] - 72) < 2 and row["verdict"] is None and row["a_post_low"] is None
     assert row["reach"][0]["probability"] is None and row["reach"][0]["eflops"] > 0 and "no interval" in out
@@ -147,7 +163,10 @@ BAD = {
     "old pickle": (pickle.dumps({"curves": []}, protocol=0), "not JSON"),
     "binary": (b"\x00\xff\xfe\x01", "cannot be read as text"),
     "NaN EFLOPs": (minimal(eflops=changed(3, float("nan"))), r"curves\[0\]: `eflops`\[3\] must be a finite number"),
-    "negative EFLOPs": (minimal(eflops=changed(3, -1.0)), r"`eflops`\[3\] must be a finite number, 0 or more, found -1.0"),
+    "negative EFLOPs": (
+        minimal(eflops=changed(3, -1.0)),
+        r"`eflops`\[3\] must be a finite number, 0 or more, found -1.0",
+    ),
     "infinite EFLOPs": (minimal(eflops=changed(29, float("inf"))), r"`eflops`\[29\] must be a finite number"),
     "decreasing x": (minimal(eflops=changed(3, 5.0)), r"eflops must increase .* 5 follows 12 \(sort the points"),
     "duplicated x": (minimal(eflops=changed(3, 12.0)), r"12 follows 12 \(given twice"),
@@ -156,19 +175,28 @@ BAD = {
     "one point": (minimal(eflops=[4.0], scores=[61.0]), "no curve has 2 points to fit"),
     "no point": (minimal(eflops=[], scores=[]), "list of one or more numbers"),
     "unequal lengths": (minimal(scores=Y.tolist()[:-1]), "30 eflops and 29 scores"),
-    "score above the maximum": (minimal(scores=[*Y.tolist()[:-1], 100.5]), r"scores\[29\] must be a score in percent, at most 100"),
+    "score above the maximum": (
+        minimal(scores=[*Y.tolist()[:-1], 100.5]),
+        r"scores\[29\] must be a score in percent, at most 100",
+    ),
     "score above its own maximum": (minimal(max_score=65.0), r"at most 65"),
     "NaN score": (minimal(scores=[*Y.tolist()[:-1], float("nan")]), r"`scores`\[29\] must be a finite number"),
     "maximum above 100": (minimal(max_score=101), "max_score` must be the highest score"),
     "no P_sft": (minimal(p_sft=...), "the key `p_sft` is missing"),
     "unknown key": (minimal(flops=[1]), "unknown key `flops`"),
     "joint among the points": (minimal(eflops=[0.0, *X.tolist()[1:]]), "must begin above 0"),
-    "csv: NaN EFLOPs": (csv_text().replace("\n12.0,", "\nnan,"), r"curves.csv, line 5: `eflops` must be a finite number, .* found 'nan'"),
+    "csv: NaN EFLOPs": (
+        csv_text().replace("\n12.0,", "\nnan,"),
+        r"curves.csv, line 5: `eflops` must be a finite number, .* found 'nan'",
+    ),
     "csv: negative": (csv_text().replace("\n12.0,", "\n-12,"), "line 5: `eflops`"),
     "csv: decreasing": (csv_text().replace("\n12.0,", "\n3,"), "3 follows 8"),
     "csv: duplicated": (csv_text().replace("\n12.0,", "\n8,"), "given twice"),
     "csv: score too high": (csv_text(joint=101), "line 2: `score` must be a score in percent, at most 100"),
-    "csv: header": (csv_text().replace("eflops,score", "flops,score"), "the header must name the columns eflops and score"),
+    "csv: header": (
+        csv_text().replace("eflops,score", "flops,score"),
+        "the header must name the columns eflops and score",
+    ),
     "csv: no header": (csv_text().removeprefix("eflops,score\n"), "the header must name"),
     "csv: no joint": (csv_text().replace("0,60.0\n", "", 1), "no row at 0 EFLOPs"),
     "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, the header 2"),
@@ -187,13 +215,24 @@ def test_bad_curves_have_a_clear_answer_and_write_nothing(fit, case):
         raise UserError(err)
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    (["--reach=101"], "scores are in percent and end at 100"), (["--reach=nan"], "--reach"),
-    (["--budget=-1"], "--budget: expected a finite number"), (["--points=0"], "--points"), (["--points=1.5"], "--points"),
-    (["--tau=3"], "--tau belongs to --method=paper"), (["--method=best"], "--method"), (["--method=paper", "--alpha=0.3"], "--alpha"),
-    (["--method=paper", "--eps=50"], "P_sft"), (["--points=0.01"], "larger share"), (["--run.seed=1"], "expected one file or folder"),
-    (["other.csv"], "expected one file or folder"), (["--out=no/where.json"], "--out FILE"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--reach=101"], "scores are in percent and end at 100"),
+        (["--reach=nan"], "--reach"),
+        (["--budget=-1"], "--budget: expected a finite number"),
+        (["--points=0"], "--points"),
+        (["--points=1.5"], "--points"),
+        (["--tau=3"], "--tau belongs to --method=paper"),
+        (["--method=best"], "--method"),
+        (["--method=paper", "--alpha=0.3"], "--alpha"),
+        (["--method=paper", "--eps=50"], "P_sft"),
+        (["--points=0.01"], "larger share"),
+        (["--run.seed=1"], "expected one file or folder"),
+        (["other.csv"], "expected one file or folder"),
+        (["--out=no/where.json"], "--out FILE"),
+    ],
+)
 def test_bad_options_have_a_clear_answer_and_write_nothing(fit, options, says):
     status, out, err, rows = fit(csv_text(), *options, name="mine.csv")
     assert status == 2 and says in err and rows is None and "Traceback" not in err
@@ -218,14 +257,27 @@ def test_two_points_are_fitted_and_said_to_be_too_few(fit):
 # ---- fuzz: whatever the file holds, curves or a UserError
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
 DOCUMENTS = (
     json.loads(minimal(eflops=[4.0, 8.0], scores=[61.0, 62.0], p_sft_se=1.0, score_se=1.0, max_score=90.0)),
-    {"meta": {"benchmarks": {"a": 3, "b": 1}, "model": {"hidden_size": 8}, "max_score": 90},
-     "datasets": {"A": {"batch_size": 16, "mean_seq_len": 100, "checkpoint_steps": [0, 5], "sft": [
-         {"eflops": 0.0, "scores": {"a": 40, "b": 0}}, {"eflops": 1.0, "scores": {"a": 50, "b": 5}}],
-         "rl": {"5": [{"eflops": 1.0, "scores": {"a": 50, "b": 5}}, {"eflops": 2.0, "scores": {"a": 51, "b": 5}}]}}}},
+    {
+        "meta": {"benchmarks": {"a": 3, "b": 1}, "model": {"hidden_size": 8}, "max_score": 90},
+        "datasets": {
+            "A": {
+                "batch_size": 16,
+                "mean_seq_len": 100,
+                "checkpoint_steps": [0, 5],
+                "sft": [{"eflops": 0.0, "scores": {"a": 40, "b": 0}}, {"eflops": 1.0, "scores": {"a": 50, "b": 5}}],
+                "rl": {
+                    "5": [{"eflops": 1.0, "scores": {"a": 50, "b": 5}}, {"eflops": 2.0, "scores": {"a": 51, "b": 5}}]
+                },
+            }
+        },
+    },
 )
 
 
@@ -249,7 +301,7 @@ def spoiled(draw):
         if isinstance(place, dict) and draw(st.booleans()):
             del place[path[-1]]
         else:
-            place[path[-1]] = draw(JSON | st.integers(-10**320, 10**320))
+            place[path[-1]] = draw(JSON | st.integers(-(10**320), 10**320))
     return json.dumps(document)
 
 
@@ -283,8 +335,15 @@ def test_any_bytes_give_curves_or_a_user_error(tmp_path, content, name):
 
 
 @FUZZ
-@given(st.lists(st.lists(st.sampled_from(["0", "1", "2.5", "60", "nan", "-1", "1e999", "", "x", '"', "a,b", "٣"]), max_size=4), max_size=6),
-       st.sampled_from(["eflops,score", "score,eflops,curve", "curve,eflops,score,score_se", "EFLOPS,Score", "eflops,score,score"]))
+@given(
+    st.lists(
+        st.lists(st.sampled_from(["0", "1", "2.5", "60", "nan", "-1", "1e999", "", "x", '"', "a,b", "٣"]), max_size=4),
+        max_size=6,
+    ),
+    st.sampled_from(
+        ["eflops,score", "score,eflops,curve", "curve,eflops,score,score_se", "EFLOPS,Score", "eflops,score,score"]
+    ),
+)
 def test_any_csv_gives_curves_or_a_user_error(tmp_path, rows, header):
     read(tmp_path / "curves.csv", "\n".join([header, *(",".join(row) for row in rows)]).encode())
 
@@ -306,4 +365,6 @@ def test_numbers_of_problems_whose_sum_is_no_number_are_refused(tmp_path):
 def test_what_the_parsers_themselves_refuse_is_a_user_error(tmp_path):
     assert read(tmp_path / "curves.json", b"[" * 100_000) is None
     assert read(tmp_path / "curves.json", b'{"curves": ' + b"9" * 5000 + b"}") is None
-    assert read(tmp_path / "curves.csv", b"eflops,score\n" + b"1" * 200_000 + b",60\n") is None  # beyond the csv module's limit
+    assert (
+        read(tmp_path / "curves.csv", b"eflops,score\n" + b"1" * 200_000 + b",60\n") is None
+    )  # beyond the csv module's limit

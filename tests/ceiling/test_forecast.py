@@ -42,7 +42,11 @@ def test_scores_at_the_ends(fit):
     begun = reach(fit, 40.0)
     assert (begun.probability, begun.eflops_low, begun.eflops, begun.eflops_high) == (pytest.approx(1), 0, 0, 0)
     doubtful = reach(fit, fit.a_post)  # as likely as not
-    assert doubtful.probability == pytest.approx(0.5, abs=0.01) and doubtful.eflops_low > X[-1] and doubtful.eflops_high is None
+    assert (
+        doubtful.probability == pytest.approx(0.5, abs=0.01)
+        and doubtful.eflops_low > X[-1]
+        and doubtful.eflops_high is None
+    )
 
 
 @settings(max_examples=30)

@@ -30,7 +30,9 @@ def test_a_dapo_step_is_the_papers_dapo_step_and_starts_from_the_joint():
     ledger.add(1, "rollout", [length] * 64 * group, 3.0)
     ledger.add(1, "rollout_rejected", [length] * 192 * group, 9.0)
     ledger.add(1, "rl_update", [length] * 64 * group, 5.0)
-    dapo = flops.paper_dapo_step(QWEN2_5_7B, rounds=2, batch_generated=128, batch_trained=64, group=group, mean_length=length)
+    dapo = flops.paper_dapo_step(
+        QWEN2_5_7B, rounds=2, batch_generated=128, batch_trained=64, group=group, mean_length=length
+    )
     assert ledger.eflops_rl == pytest.approx(dapo / EFLOP, rel=1e-12)
     assert ledger.eflops_sft == 34.9
 
@@ -49,8 +51,17 @@ def test_logprob_passes_cost_exact_flops_only_and_evaluation_is_never_in_x():
 def test_entries_have_the_fields_of_a_ledger_line():
     ledger = Ledger(SHAPE, ranks=4)
     entry = ledger.add(7, "rollout", [20, 30, 20, 20], 0.25)
-    assert list(entry) == ["step", "phase", "sequences", "tokens", "mean_length", "paper_flops", "exact_flops", "seconds",
-                           "device_seconds"]
+    assert list(entry) == [
+        "step",
+        "phase",
+        "sequences",
+        "tokens",
+        "mean_length",
+        "paper_flops",
+        "exact_flops",
+        "seconds",
+        "device_seconds",
+    ]
     assert (entry["sequences"], entry["tokens"], entry["mean_length"], entry["device_seconds"]) == (4, 90, 22.5, 1.0)
     assert ledger.entries == [entry] and ledger.totals()["rollout"]["device_seconds"] == 1.0
     assert ledger.add(8, "rollout_rejected", [], 0.0)["paper_flops"] == 0  # nothing was rejected
@@ -58,17 +69,25 @@ def test_entries_have_the_fields_of_a_ledger_line():
 
 def test_what_is_made_again_in_the_backward_pass_is_counted_exactly_alone():
     lengths = [10, 30]
-    plain, full = (Ledger(SHAPE, recompute=recompute).add(1, "rl_update", lengths, 1.0) for recompute in ("none", "full"))
+    plain, full = (
+        Ledger(SHAPE, recompute=recompute).add(1, "rl_update", lengths, 1.0) for recompute in ("none", "full")
+    )
     head = 2.0 * sum(lengths) * SHAPE.vocab * SHAPE.hidden
     assert full["paper_flops"] == plain["paper_flops"]
-    assert full["exact_flops"] == pytest.approx(plain["exact_flops"] * 4 / 3 - head)  # a forward pass more, but for the head
+    assert full["exact_flops"] == pytest.approx(
+        plain["exact_flops"] * 4 / 3 - head
+    )  # a forward pass more, but for the head
     selective = flops.exact_training(SHAPE, lengths, "selective") - flops.exact_training(SHAPE, lengths)
     assert selective == 2 * 3 * 128 * (10 * 11 + 30 * 31)
-    assert Ledger(SHAPE, recompute="full").add(1, "validation", lengths, 1.0)["exact_flops"] == flops.exact_forward(SHAPE, lengths)
+    assert Ledger(SHAPE, recompute="full").add(1, "validation", lengths, 1.0)["exact_flops"] == flops.exact_forward(
+        SHAPE, lengths
+    )
 
 
-@pytest.mark.parametrize(("phase", "lengths", "error"), [
-    ("warm_up", [1], KeyError), ("rollout", [5, 0], ValueError), ("rollout", [-5], ValueError)])
+@pytest.mark.parametrize(
+    ("phase", "lengths", "error"),
+    [("warm_up", [1], KeyError), ("rollout", [5, 0], ValueError), ("rollout", [-5], ValueError)],
+)
 def test_impossible_entries_are_refused(phase, lengths, error):
     ledger = Ledger(SHAPE)
     with pytest.raises(error):
@@ -76,8 +95,10 @@ def test_impossible_entries_are_refused(phase, lengths, error):
     assert ledger.totals() == {} and ledger.entries == []
 
 
-ENTRIES = st.lists(st.tuples(st.sampled_from(sorted(PHASES)), st.lists(st.integers(1, 10**5), max_size=5), st.floats(0, 1e4)),
-                   max_size=30)
+ENTRIES = st.lists(
+    st.tuples(st.sampled_from(sorted(PHASES)), st.lists(st.integers(1, 10**5), max_size=5), st.floats(0, 1e4)),
+    max_size=30,
+)
 
 
 @given(ENTRIES, ENTRIES, st.floats(0, 1e4))

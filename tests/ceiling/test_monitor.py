@@ -17,7 +17,9 @@ def truth(kind: str, t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return 0.4 + 0.15 * np.exp(-t / rng.uniform(0.3, 1.5)) + 0.9 * np.exp(-t / 0.05)
     fall = 0.45 + 1.2 * np.exp(-t / rng.uniform(0.03, 0.12))
     turn = rng.uniform(0.15, 0.6)
-    rise = {"plateau": 0.0, "shallow": 0.012, "overfit": rng.uniform(0.05, 0.6)}[kind]  # shallow: it stays within the stable band
+    rise = {"plateau": 0.0, "shallow": 0.012, "overfit": rng.uniform(0.05, 0.6)}[
+        kind
+    ]  # shallow: it stays within the stable band
     return fall * (1 + rise * np.clip((t - turn) / (1 - turn), 0, None) ** rng.choice([1, 2]))
 
 
@@ -49,14 +51,21 @@ def naive_stop(losses) -> int | None:
     """Two validations in a row above the band of the minimum so far, without a thought of noise."""
     above = [loss > (1 + DELTA) * min(losses[: i + 1]) for i, loss in enumerate(losses)]
     low = int(np.argmin(losses[:5])) if len(losses) > 4 else 0
-    return next((i for i in range(max(2, low), len(losses)) if above[i] and above[i - 1] and min(losses[:i]) < losses[0]), None)
+    return next(
+        (i for i in range(max(2, low), len(losses)) if above[i] and above[i - 1] and min(losses[:i]) < losses[0]), None
+    )
 
 
 @pytest.fixture(scope="module")
 def watched():
     """{kind: [(index where the truth left the band, readings, losses)]}."""
-    return {kind: [(left, watch(losses, share), losses) for left, losses, share in (simulate(kind, EACH * place + i) for i in range(EACH))]
-            for place, kind in enumerate(("falling", "plateau", "shallow", "overfit"))}
+    return {
+        kind: [
+            (left, watch(losses, share), losses)
+            for left, losses, share in (simulate(kind, EACH * place + i) for i in range(EACH))
+        ]
+        for place, kind in enumerate(("falling", "plateau", "shallow", "overfit"))
+    }
 
 
 def first_stop(readings) -> int | None:
@@ -68,7 +77,10 @@ def false_stop(left: int | None, stop: int | None) -> bool:
 
 
 def test_false_stops_are_below_two_percent(watched):
-    rates = {kind: np.mean([false_stop(left, first_stop(readings)) for left, readings, _ in curves]) for kind, curves in watched.items()}
+    rates = {
+        kind: np.mean([false_stop(left, first_stop(readings)) for left, readings, _ in curves])
+        for kind, curves in watched.items()
+    }
     assert np.mean(list(rates.values())) < 0.01 and max(rates.values()) < 0.02, rates
     # The curves are noisy enough to deceive who looks at them without a model.
     naive = [false_stop(left, naive_stop(losses)) for curves in watched.values() for left, _, losses in curves]
@@ -77,17 +89,23 @@ def test_false_stops_are_below_two_percent(watched):
 
 def test_right_stops_come_in_time(watched):
     """One validation later is the earliest that two in a row allow."""
-    late = [(first_stop(readings) or len(readings)) - left for left, readings, _ in watched["overfit"] if left is not None]
+    late = [
+        (first_stop(readings) or len(readings)) - left for left, readings, _ in watched["overfit"] if left is not None
+    ]
     assert len(late) > 0.9 * EACH
     assert np.median(late) <= 2 and np.quantile(late, 0.95) <= 4
-    in_time = [(left, readings) for left, readings, _ in watched["overfit"] if left is not None and left < len(readings) - 5]
+    in_time = [
+        (left, readings) for left, readings, _ in watched["overfit"] if left is not None and left < len(readings) - 5
+    ]
     stopped = [first_stop(readings) is not None for left, readings in in_time]
     assert np.mean(stopped) > 0.99
 
 
 def test_the_word_does_not_flip(watched):
     for kind, most in (("falling", 0), ("plateau", 0), ("shallow", 0), ("overfit", 2)):
-        changes = [sum(a.regime != b.regime for a, b in zip(readings, readings[1:])) for _, readings, _ in watched[kind]]
+        changes = [
+            sum(a.regime != b.regime for a, b in zip(readings, readings[1:])) for _, readings, _ in watched[kind]
+        ]
         assert np.quantile(changes, 0.98) <= most, kind
 
 
@@ -122,7 +140,9 @@ def test_rl_starts_from_the_best_checkpoint():
     monitor = Monitor(DELTA, DELTA2)
     losses = [2.0, 1.0, 0.6, 0.5, 0.52, 0.51, 0.56, 0.6]
     saved = [False, True, False, False, True, True, False, True]
-    starts = [monitor.add(10 * i, i, loss, 0.01, checkpoint).start for i, (loss, checkpoint) in enumerate(zip(losses, saved))]
+    starts = [
+        monitor.add(10 * i, i, loss, 0.01, checkpoint).start for i, (loss, checkpoint) in enumerate(zip(losses, saved))
+    ]
     assert starts == [None, 10, 10, 10, 40, 50, 50, 50]
 
 
@@ -140,8 +160,16 @@ def test_a_clean_curve_leaves_its_regimes_at_their_bounds(regime, at):
     assert losses[stop - 1] > at and losses[stop] < at + 0.04  # validations are 0.01 apart
 
 
-@pytest.mark.parametrize("step, eflops, loss, se", [(1, 1.0, float("nan"), 0.1), (1, 1.0, 0.0, 0.1), (1, 1.0, float("inf"), 0.1),
-                                                   (1, 0.0, 1.0, 0.1), (1, 1.0, 1.0, float("nan"))])
+@pytest.mark.parametrize(
+    "step, eflops, loss, se",
+    [
+        (1, 1.0, float("nan"), 0.1),
+        (1, 1.0, 0.0, 0.1),
+        (1, 1.0, float("inf"), 0.1),
+        (1, 0.0, 1.0, 0.1),
+        (1, 1.0, 1.0, float("nan")),
+    ],
+)
 def test_what_is_no_validation_is_refused(step, eflops, loss, se):
     monitor = Monitor(DELTA, DELTA2)
     monitor.add(0, 0.0, 2.0, 0.1)
@@ -152,9 +180,16 @@ def test_what_is_no_validation_is_refused(step, eflops, loss, se):
 # ---- the paper's curves, with the whole curve at hand
 
 PUBLISHED = {
-    "Easy102K": ([0, 19.8, 39.5, 59.3, 79.0, 98.8, 335.9], [0.71, 0.45, 0.44, 0.46, 0.47, 0.47, 0.87],
-                 ["adaptive", "stable", "stable", "mild", "mild", "mild", "severe"]),
-    "S1K": ([0, 0.6, 1.1, 1.7, 2.3, 2.9], [0.71, 0.52, 0.51, 0.53, 0.55, 0.56], ["adaptive", "stable", "stable", "mild", "mild", "mild"]),
+    "Easy102K": (
+        [0, 19.8, 39.5, 59.3, 79.0, 98.8, 335.9],
+        [0.71, 0.45, 0.44, 0.46, 0.47, 0.47, 0.87],
+        ["adaptive", "stable", "stable", "mild", "mild", "mild", "severe"],
+    ),
+    "S1K": (
+        [0, 0.6, 1.1, 1.7, 2.3, 2.9],
+        [0.71, 0.52, 0.51, 0.53, 0.55, 0.56],
+        ["adaptive", "stable", "stable", "mild", "mild", "mild"],
+    ),
 }
 
 

@@ -61,14 +61,20 @@ def noisy(seed, outliers=()):
     return x, y
 
 
-@pytest.mark.parametrize(("seed", "tau", "alpha", "outliers"), [
-    (0, 3.0, 0.75, ()), (1, 2.5, 0.85, ((7, 6.0), (20, -5.0))), (2, 4.0, 0.75, ((3, -1.8), (12, 4.0), (25, 3.0)))])
+@pytest.mark.parametrize(
+    ("seed", "tau", "alpha", "outliers"),
+    [(0, 3.0, 0.75, ()), (1, 2.5, 0.85, ((7, 6.0), (20, -5.0))), (2, 4.0, 0.75, ((3, -1.8), (12, 4.0), (25, 3.0)))],
+)
 def test_the_pipeline_is_the_papers(seed, tau, alpha, outliers):
     x, y = noisy(seed, outliers)
     (a, b, c), chosen = naive_pipeline(x, y, 60.0, tau, alpha)
     fit = paper_fit(x, y, 60.0, tau=tau, alpha=alpha)
     assert np.flatnonzero(fit.used).tolist() == chosen
-    assert fit.a_post == pytest.approx(a, abs=0.02) and fit.b == pytest.approx(b, rel=0.02) and fit.c_mid == pytest.approx(c, rel=0.02)
+    assert (
+        fit.a_post == pytest.approx(a, abs=0.02)
+        and fit.b == pytest.approx(b, rel=0.02)
+        and fit.c_mid == pytest.approx(c, rel=0.02)
+    )
     assert fit.pl_rl == pytest.approx(a - 60, abs=0.02) and fit.n_used == len(chosen) < fit.n_points == 30
 
 
@@ -92,18 +98,26 @@ def test_a_collapsed_curve_has_the_best_score_before_it_and_no_sigmoid():
     x, y = noisy(5)
     y[20:] = 40.0
     fit = paper_fit(x, y, 60.0)
-    assert fit.collapsed_at == x[20] and fit.a_post == y[:20].max() and (fit.b, fit.c_mid, fit.train_rmse) == (None, None, None)
+    assert (
+        fit.collapsed_at == x[20]
+        and fit.a_post == y[:20].max()
+        and (fit.b, fit.c_mid, fit.train_rmse) == (None, None, None)
+    )
     np.testing.assert_array_equal(fit.curve([1.0, 100.0]), [fit.a_post] * 2)
 
 
 def test_the_ceiling_ends_at_the_highest_score_there_can_be():
     x = np.arange(1, 31) * 1.0
     y = 20 + 1.4 * x  # has not bent
-    assert paper_fit(x, y, 20.0).a_post <= 100 and paper_fit(x, y, 20.0, max_score=80.0).a_post == pytest.approx(80, abs=1e-6)
+    assert paper_fit(x, y, 20.0).a_post <= 100 and paper_fit(x, y, 20.0, max_score=80.0).a_post == pytest.approx(
+        80, abs=1e-6
+    )
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"tau": 0.0}, "tau"), ({"alpha": 0.4}, "alpha"), ({"eps": -1.0}, "eps"), ({"eps": 41.0}, "maximum")])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"tau": 0.0}, "tau"), ({"alpha": 0.4}, "alpha"), ({"eps": -1.0}, "eps"), ({"eps": 41.0}, "maximum")],
+)
 def test_options_out_of_range_are_refused(options, says):
     with pytest.raises(UserError, match=says):
         paper_fit(*noisy(0), 60.0, **options)

@@ -32,12 +32,26 @@ def test_easy102k_agrees_but_for_one_point_that_two_digits_cannot_decide():
 
 def test_a_point_that_leaves_the_band_and_comes_back_after_is_transient():
     losses = [2.0, 1.01, 1.05, 1.0, 1.3, 1.015, 1.05, 1.2]
-    assert regimes.classify(range(8), losses) == ["adaptive", "stable", "transient", "stable", "transient", "stable", "mild", "severe"]
+    assert regimes.classify(range(8), losses) == [
+        "adaptive",
+        "stable",
+        "transient",
+        "stable",
+        "transient",
+        "stable",
+        "mild",
+        "severe",
+    ]
 
 
 def test_band_edges_belong_to_stable_and_to_severe():
     # Powers of two: the products are exact, so the edges are met exactly.
-    assert regimes.classify([0, 1, 2, 3], [1.0, 1.25, 1.26, 1.5], delta=0.25, delta2=0.5) == ["stable", "stable", "mild", "severe"]
+    assert regimes.classify([0, 1, 2, 3], [1.0, 1.25, 1.26, 1.5], delta=0.25, delta2=0.5) == [
+        "stable",
+        "stable",
+        "mild",
+        "severe",
+    ]
 
 
 @given(st.lists(st.floats(0.01, 10), min_size=1, max_size=40))
@@ -46,14 +60,23 @@ def test_every_point_has_a_regime_in_order(losses):
     assert len(names) == len(losses) and set(names) <= set(regimes.REGIMES)
     assert names[regimes.minimum(losses)] == "stable"
     inside = [n for n in names if n not in ("adaptive",)]
-    assert names[:len(names) - len(inside)] == ["adaptive"] * (len(names) - len(inside))  # adaptive comes first, and only there
+    assert names[: len(names) - len(inside)] == ["adaptive"] * (
+        len(names) - len(inside)
+    )  # adaptive comes first, and only there
     last = max(i for i, n in enumerate(names) if n == "stable")
-    assert set(names[last + 1:]) <= {"mild", "severe"}
+    assert set(names[last + 1 :]) <= {"mild", "severe"}
 
 
-@pytest.mark.parametrize(("x", "losses", "says"), [
-    ([], [], "one or more"), ([0, 1], [0.5], "as many"), ([0, 1], [0.5, float("nan")], "not finite"), ([0, 0], [0.5, 0.4], "increase"),
-    ([0, 1], [0.5, 0.0], "above 0")])
+@pytest.mark.parametrize(
+    ("x", "losses", "says"),
+    [
+        ([], [], "one or more"),
+        ([0, 1], [0.5], "as many"),
+        ([0, 1], [0.5, float("nan")], "not finite"),
+        ([0, 0], [0.5, 0.4], "increase"),
+        ([0, 1], [0.5, 0.0], "above 0"),
+    ],
+)
 def test_bad_curves_are_refused(x, losses, says):
     with pytest.raises(UserError, match=says):
         regimes.classify(x, losses)

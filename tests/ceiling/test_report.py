@@ -19,12 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_folders import binomial_se, config, make_rl, make_study, rising
 
-from pctrain.report import charts, curves, figures, looks, command as report
 from pctrain.ceiling import regimes
 from pctrain.ceiling.fit import fit_ceiling
+from pctrain.common.errors import UserError
+from pctrain.report import charts, curves, figures, looks
+from pctrain.report import command as report
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import SFTPoint, SFTRun
-from pctrain.common.errors import UserError
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} & \u2028"
 REGIMES = ["adaptive"] * 3 + ["stable", "transient", "stable", "stable", "mild", "severe", "severe"]
@@ -56,6 +57,7 @@ def drawn(folder: Path) -> dict[str, charts.Chart]:
 
 # -- what is written ---------------------------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with hostile text everywhere, reported once for all tests that only look at the files."""
@@ -70,7 +72,9 @@ def test_writes_the_report_folder(written: Path) -> None:
     assert sorted(p.name for p in out.iterdir()) == ["figures", "report.html", "study.json"]
     pngs = sorted((out / "figures").glob("*.png"))
     names = ["ceilings", "compute", "score_vs_compute", "validation_loss"]
-    assert sorted(p.name for p in (out / "figures").iterdir()) == [f"{name}.{kind}" for name in names for kind in ("csv", "png")]
+    assert sorted(p.name for p in (out / "figures").iterdir()) == [
+        f"{name}.{kind}" for name in names for kind in ("csv", "png")
+    ]
     assert all(width > 1000 and height > 400 for width, height in map(png_size, pngs))
     assert load(written) == numbers(written)
 
@@ -89,6 +93,7 @@ def test_needs_no_torch() -> None:
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------------------
+
 
 def test_gain_and_its_standard_error(study_folder: Path) -> None:
     study = numbers(study_folder)
@@ -130,7 +135,9 @@ def test_fit_is_that_of_the_fit_command(study_folder: Path) -> None:
 @given(st.lists(st.floats(0.3, 5.0), min_size=1, max_size=30))
 def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
     x = [float(i) for i in range(len(losses))]
-    points = [SFTPoint(i, x[i], losses[i], 0.0, None, None, regime) for i, regime in enumerate(regimes.classify(x, losses))]
+    points = [
+        SFTPoint(i, x[i], losses[i], 0.0, None, None, regime) for i, regime in enumerate(regimes.classify(x, losses))
+    ]
     bands = SFTRun("sft", Path("sft"), {}, "", {}, points=points).bands()
     assert bands[0]["from"] == x[0] and bands[-1]["to"] == x[-1]
     assert all(a["to"] == b["from"] and a["regime"] != b["regime"] for a, b in zip(bands, bands[1:]))
@@ -139,6 +146,7 @@ def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------------------
+
 
 def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> None:
     figure = figures.validation_loss(drawn(study_folder)["validation_loss"])
@@ -156,12 +164,22 @@ def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
 
 def test_phases_are_named_beside_their_bars(study_folder: Path) -> None:
     axes = figures.compute(drawn(study_folder)["compute"]).axes[0]
-    names = ["SFT updates", "Rollouts", "Rollouts rejected", "Log-prob passes", "RL updates", "Validation *", "Evaluation *"]
+    names = [
+        "SFT updates",
+        "Rollouts",
+        "Rollouts rejected",
+        "Log-prob passes",
+        "RL updates",
+        "Validation *",
+        "Evaluation *",
+    ]
     assert [label.get_text() for label in axes.get_yticklabels()] == names
 
 
-@pytest.mark.parametrize("eflops, text", [(5.4e-7, "540 GFLOPs"), (3.1e-6, "3.1 TFLOPs"), (0.25, "250 PFLOPs"), (1365.8, "1.37 ZFLOPs"),
-                                          (0.0, "0 FLOPs")])
+@pytest.mark.parametrize(
+    "eflops, text",
+    [(5.4e-7, "540 GFLOPs"), (3.1e-6, "3.1 TFLOPs"), (0.25, "250 PFLOPs"), (1365.8, "1.37 ZFLOPs"), (0.0, "0 FLOPs")],
+)
 def test_compute_is_written_with_a_readable_prefix(eflops: float, text: str) -> None:
     assert looks.flops_text(eflops) == text
 
@@ -175,9 +193,13 @@ def test_labels_keep_their_order_and_distance(values: list[float]) -> None:
 
 # -- sentences ---------------------------------------------------------------------------------------------------------------------
 
+
 def test_differences_within_two_standard_errors_are_not_called_settled(study_folder: Path) -> None:
     said = " ".join(numbers(study_folder)["not_shown"])
-    assert "Which start ends highest is not settled" in said and "the direction the paper reports, but within two standard errors" in said
+    assert (
+        "Which start ends highest is not settled" in said
+        and "the direction the paper reports, but within two standard errors" in said
+    )
     assert "step 270 (overfit), which has 5 scores; a fit needs 12" in said and "EFLOPs" in said and "seed 3" in said
 
 
@@ -185,11 +207,17 @@ def test_an_overfit_start_that_ends_higher_is_said_to_contradict_the_paper(study
     make_rl(study_folder / "rl-step-270", 270, "overfit", rising(50.0, 85.0))
     study = numbers(study_folder)
     assert any("Not here" in s and "not below it" in s for s in study["not_shown"])
-    assert any("highest last score came from step 270" in s and "more than two standard errors" in s for s in study["findings"])
+    assert any(
+        "highest last score came from step 270" in s and "more than two standard errors" in s for s in study["findings"]
+    )
 
 
 def test_a_flat_curve_is_never_worded_as_a_ceiling(study_folder: Path) -> None:
-    for name, start, role in (("rl-step-60", 60, "early"), ("rl-step-150", 150, "stable"), ("rl-step-270", 270, "overfit")):
+    for name, start, role in (
+        ("rl-step-60", 60, "early"),
+        ("rl-step-150", 150, "stable"),
+        ("rl-step-270", 270, "overfit"),
+    ):
         make_rl(study_folder / name, start, role, [45.0 + 0.2 * math.sin(5 * i) for i in range(60)])
     study = numbers(study_folder)
     assert [run["fit"]["verdict"] for run in study["rl"]] == ["flat"] * 3
@@ -203,10 +231,13 @@ def test_a_collapse_is_told(study_folder: Path) -> None:
     make_rl(study_folder / "rl-step-150", 150, "stable", scores[:20] + [30.0 - i for i in range(10)])
     study = numbers(study_folder)
     assert study["rl"][1]["fit"]["verdict"] == "collapsed"
-    assert any("collapsed after" in s for s in study["findings"]) and any("without its collapse" in s for s in study["not_shown"])
+    assert any("collapsed after" in s for s in study["findings"]) and any(
+        "without its collapse" in s for s in study["not_shown"]
+    )
 
 
 # -- hostile text ------------------------------------------------------------------------------------------------------------------
+
 
 def test_text_from_files_cannot_execute(written: Path) -> None:
     page = (written / "report" / "report.html").read_text()
@@ -223,8 +254,12 @@ def test_text_from_files_cannot_execute(written: Path) -> None:
 
     Reader().feed(page)
     names = [tag for tag, _ in tags]
-    assert names.count("script") == 3 and "img" not in names and "b" not in names  # data, plotly, charts: nothing from the files
-    assert not any(key in ("src", "onerror") or str(value).startswith("http") for _, attrs in tags for key, value in attrs.items())
+    assert (
+        names.count("script") == 3 and "img" not in names and "b" not in names
+    )  # data, plotly, charts: nothing from the files
+    assert not any(
+        key in ("src", "onerror") or str(value).startswith("http") for _, attrs in tags for key, value in attrs.items()
+    )
     assert "&lt;/script&gt;&lt;script&gt;alert(1)" in page and "{{ 7*7 }}" in page
     score = json.loads("".join(blocks).split("\n")[0])["charts"]["score_vs_compute"]["spec"]["series"]
     assert [series["name"] for series in score][2] == "RL from step 150 (stable)"
@@ -233,12 +268,17 @@ def test_text_from_files_cannot_execute(written: Path) -> None:
 
 # -- other folders, bad input ------------------------------------------------------------------------------------------------------
 
+
 def test_single_run_folders(study_folder: Path) -> None:
     report.main(study_folder / "sft")
     sft = load(study_folder / "sft")
     assert sft["rl"] == [] and any("No RL was run" in s for s in sft["not_shown"])
     rl = numbers(study_folder / "rl-step-150")
-    assert rl["sft"] == [] and rl["rl"][0]["gain"] == read_study(study_folder).rl[1].gain.value and rl["rl"][0]["regime"] is None
+    assert (
+        rl["sft"] == []
+        and rl["rl"][0]["gain"] == read_study(study_folder).rl[1].gain.value
+        and rl["rl"][0]["regime"] is None
+    )
     assert rl["rl"][0]["sft_at_equal_total_reason"] == "there is no SFT run in this folder"
     assert "validation_loss" not in drawn(study_folder / "rl-step-150")
     pngs = sorted(p.name for p in (study_folder / "sft" / "report" / "figures").glob("*.png"))
@@ -262,17 +302,33 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
     assert any("1 validation loss was not finite" in s for s in numbers(study_folder)["not_shown"])
 
 
-@pytest.mark.parametrize("file, text, expected", [
-    ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not JSON"),
-    ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: must be a JSON object"),
-    ("sft/metrics.jsonl", '{"step": 1, "kind": "test", "eflops_sft": 0, "eflops_rl": 0}', "metrics.jsonl:2: `kind` must be"),
-    ("sft/metrics.jsonl", '{"step": 1, "kind": "val", "eflops_sft": 1e-9, "eflops_rl": 0, "val_loss": "low", "val_loss_se": 0}',
-     "metrics.jsonl:2: `val_loss`"),
-    ("rl-step-60/metrics.jsonl", '{"step": 1, "kind": "eval", "eflops_sft": 0, "eflops_rl": 0, "score": 4}', "metrics.jsonl:2: `score_se`"),
-    ("rl-step-60/ledger.jsonl", '{"step": 1, "phase": "dreaming"}', "ledger.jsonl:2: `phase` must be one of"),
-    ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not JSON"),
-])
-def test_a_malformed_line_is_named_and_nothing_is_written(study_folder: Path, file: str, text: str, expected: str) -> None:
+@pytest.mark.parametrize(
+    "file, text, expected",
+    [
+        ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not JSON"),
+        ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: must be a JSON object"),
+        (
+            "sft/metrics.jsonl",
+            '{"step": 1, "kind": "test", "eflops_sft": 0, "eflops_rl": 0}',
+            "metrics.jsonl:2: `kind` must be",
+        ),
+        (
+            "sft/metrics.jsonl",
+            '{"step": 1, "kind": "val", "eflops_sft": 1e-9, "eflops_rl": 0, "val_loss": "low", "val_loss_se": 0}',
+            "metrics.jsonl:2: `val_loss`",
+        ),
+        (
+            "rl-step-60/metrics.jsonl",
+            '{"step": 1, "kind": "eval", "eflops_sft": 0, "eflops_rl": 0, "score": 4}',
+            "metrics.jsonl:2: `score_se`",
+        ),
+        ("rl-step-60/ledger.jsonl", '{"step": 1, "phase": "dreaming"}', "ledger.jsonl:2: `phase` must be one of"),
+        ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not JSON"),
+    ],
+)
+def test_a_malformed_line_is_named_and_nothing_is_written(
+    study_folder: Path, file: str, text: str, expected: str
+) -> None:
     path = study_folder / file
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], text, *lines[1:]]) + "\n")
@@ -300,7 +356,9 @@ def test_a_run_that_has_only_just_begun_is_left_out_and_said_so(tmp_path: Path) 
         read_study(root)
 
 
-@pytest.mark.parametrize("missing", ["sft/config.yaml", "sft/metrics.jsonl", "rl-step-60/start.json", "rl-step-60/ledger.jsonl"])
+@pytest.mark.parametrize(
+    "missing", ["sft/config.yaml", "sft/metrics.jsonl", "rl-step-60/start.json", "rl-step-60/ledger.jsonl"]
+)
 def test_a_missing_file_is_named(study_folder: Path, missing: str) -> None:
     (study_folder / missing).unlink()
     with pytest.raises(UserError, match=re.escape(f"{missing}: missing")):
@@ -315,6 +373,8 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_role_that_does_not_exist_is_refused(study_folder: Path) -> None:
-    (study_folder / "rl-step-60" / "start.json").write_text(json.dumps({"start_step": 60, "role": "<b>", "sft_run": "", "eflops_sft": 0.0}))
+    (study_folder / "rl-step-60" / "start.json").write_text(
+        json.dumps({"start_step": 60, "role": "<b>", "sft_run": "", "eflops_sft": 0.0})
+    )
     with pytest.raises(UserError, match="`role` must be one of early, stable, overfit, none"):
         report.main(study_folder)

@@ -13,17 +13,27 @@ import yaml
 from study_folders import STEP_RL, STEP_SFT, binomial_se, config, make_rl, make_sft, make_study, rising
 from watch_server import Serving
 
-from pctrain.report import command as report, watch
+from pctrain.report import command as report
+from pctrain.report import watch
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a test extra")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 # Each of them sets `hurt` where it runs.
-HOSTILE = ("</script><script>window.hurt='script'</script><img src=x onerror=\"window.hurt='img'\"><svg onload=\"window.hurt='svg'\">"
-           "<a href=\"javascript:window.hurt='link'\">a link</a>]]>--></textarea></style>{{ 7*7 }} %{x} & ' \" \u2028")
+HOSTILE = (
+    "</script><script>window.hurt='script'</script><img src=x onerror=\"window.hurt='img'\"><svg onload=\"window.hurt='svg'\">"
+    "<a href=\"javascript:window.hurt='link'\">a link</a>]]>--></textarea></style>{{ 7*7 }} %{x} & ' \" \u2028"
+)
 HOSTILE_SET = "<img src=x onerror=window.hurt=1> & <b>hard"
 CHART = ".chart .main-svg"
 
@@ -109,8 +119,10 @@ def test_it_opens_from_the_disk_without_a_complaint_or_a_request(opened: Opened)
 
 def test_every_chart_has_its_points(opened: Opened) -> None:
     assert len(opened.named("validation_loss", "pure SFT")["x"]) == 10
-    assert [len(opened.named("score_vs_compute", f"RL from step {step}")["x"]) for step in
-            ("60 (early)", "150 (stable)", "270 (overfit)")] == [26, 26, 6]
+    assert [
+        len(opened.named("score_vs_compute", f"RL from step {step}")["x"])
+        for step in ("60 (early)", "150 (stable)", "270 (overfit)")
+    ] == [26, 26, 6]
     assert len(opened.named("score_vs_compute", "pure SFT")["x"]) == 4
     assert opened.named("ceilings", "P_sft, before RL")["x"] == [20, 45, 50]
     compute = opened.data("compute")
@@ -125,7 +137,8 @@ def test_hover_tells_the_value(opened: Opened) -> None:
     x, y = opened.page.evaluate(
         """() => { const gd = document.getElementById('chart-score_vs_compute'), {xaxis, yaxis} = gd._fullLayout;
         const t = gd.data.find(t => t.name === 'RL from step 270 (overfit)'), box = gd.querySelector('.nsewdrag').getBoundingClientRect();
-        return [box.x + xaxis.l2p(t.x[3]), box.y + yaxis.l2p(t.y[3])]; }""")
+        return [box.x + xaxis.l2p(t.x[3]), box.y + yaxis.l2p(t.y[3])]; }"""
+    )
     opened.page.mouse.move(x - 3, y - 3)
     opened.page.mouse.move(x, y)
     opened.page.wait_for_selector("#chart-score_vs_compute .hoverlayer .hovertext")
@@ -140,7 +153,9 @@ def test_a_button_of_the_legend_hides_its_run_and_shows_it_again(opened: Opened)
     before = traces.count()
     chip.click()
     assert chip.get_attribute("aria-pressed") == "false"
-    assert {t["visible"] for t in opened.data("score_vs_compute") if t.get("legendgroup") == "RL from step 150 (stable)"} == {False}
+    assert {
+        t["visible"] for t in opened.data("score_vs_compute") if t.get("legendgroup") == "RL from step 150 (stable)"
+    } == {False}
     assert traces.count() == before - 5  # points, curve, two ends of the band, diamond
     chip.click()
     assert traces.count() == before
@@ -160,9 +175,13 @@ def test_a_drag_zooms_and_reset_goes_back(opened: Opened) -> None:
 def test_held_out_points_are_hollow(opened: Opened) -> None:
     opened.page.get_by_role("button", name="held out").click()
     symbols = opened.named("score_vs_compute", "RL from step 150 (stable)")["marker"]["symbol"]
-    assert [s.endswith("-open") for s in symbols] == [False] * 18 + [True] * 8  # the joint, the first 71 % of 25, the rest
+    assert [s.endswith("-open") for s in symbols] == [False] * 18 + [
+        True
+    ] * 8  # the joint, the first 71 % of 25, the rest
     opened.page.get_by_role("button", name="all points").click()
-    assert not any(s.endswith("-open") for s in opened.named("score_vs_compute", "RL from step 150 (stable)")["marker"]["symbol"])
+    assert not any(
+        s.endswith("-open") for s in opened.named("score_vs_compute", "RL from step 150 (stable)")["marker"]["symbol"]
+    )
 
 
 def test_csv_and_png_of_a_chart(opened: Opened, folder: Path) -> None:
@@ -180,10 +199,14 @@ def test_csv_and_png_of_a_chart(opened: Opened, folder: Path) -> None:
 
 # -- hostile text ------------------------------------------------------------------------------------------------------------------
 
+
 def test_hostile_text_is_read_and_does_not_run(opened: Opened) -> None:
     page = opened.page
     assert page.evaluate("window.hurt") is None
-    assert page.locator("img, main a[href^='javascript'], [onerror], [onclick], [onload], main svg svg script").count() == 0
+    assert (
+        page.locator("img, main a[href^='javascript'], [onerror], [onclick], [onload], main svg svg script").count()
+        == 0
+    )
     assert page.locator("script").count() == 3
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     shown = page.locator("#section-rollouts").inner_text()
@@ -198,7 +221,8 @@ def test_the_policy_runs_no_script_but_the_pages_own(opened: Opened) -> None:
         put(`<img id=probe src="data:image/png;base64,x" onerror="window.hurt = 'policy'">`);
         const s = document.createElement('script'); s.id = 'probe'; s.textContent = "window.hurt = 'policy'";
         const a = document.createElement('a'); a.id = 'probe'; a.href = "javascript:window.hurt='policy'";
-        document.body.append(s, a); a.click(); }""")
+        document.body.append(s, a); a.click(); }"""
+    )
     opened.page.wait_for_timeout(200)
     assert opened.page.evaluate("window.hurt") is None
     assert opened.page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'sent', () => 'refused')") == "refused"
@@ -209,10 +233,16 @@ def test_the_policy_runs_no_script_but_the_pages_own(opened: Opened) -> None:
 
 def test_names_of_sets_are_text_in_charts_and_controls(chromium, tmp_path: Path) -> None:
     for name in (HOSTILE_SET, "easy"):
-        make_sft(tmp_path / "two" / "sets" / name / "sft", {60: 20.0, 150: 45.0, 270: 50.0}, shift=0.1 * (name == "easy"))
-        make_rl(tmp_path / "two" / "sets" / name / "rl-step-150", 150, "stable", rising(45.0, 70.0 + 3 * (name == "easy")))
+        make_sft(
+            tmp_path / "two" / "sets" / name / "sft", {60: 20.0, 150: 45.0, 270: 50.0}, shift=0.1 * (name == "easy")
+        )
+        make_rl(
+            tmp_path / "two" / "sets" / name / "rl-step-150", 150, "stable", rising(45.0, 70.0 + 3 * (name == "easy"))
+        )
     two = Opened(chromium, (write_page(tmp_path / "two") / "report.html").as_uri())
-    assert two.said == [] and two.page.evaluate("window.hurt") is None and two.page.locator("img, main b b").count() == 0
+    assert (
+        two.said == [] and two.page.evaluate("window.hurt") is None and two.page.locator("img, main b b").count() == 0
+    )
     assert HOSTILE_SET in two.page.locator("#chart-ceiling_vs_loss").inner_text()
     assert HOSTILE_SET in two.page.locator("[data-controls='score_vs_compute']").inner_text()
     assert len(two.data("ceiling_vs_loss")) == 2 and len(two.data("ceilings")[0]["x"]) == 2
@@ -284,7 +314,8 @@ def test_a_phone_scrolls_in_one_direction_only(chromium, folder: Path) -> None:
     assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
     sticking_out = phone.page.evaluate(
         """[...document.querySelectorAll('body *')].filter(node => !node.closest('.scroll, nav, pre, svg'))
-        .filter(node => node.getBoundingClientRect().right > 391).map(node => node.tagName + '.' + node.className)""")
+        .filter(node => node.getBoundingClientRect().right > 391).map(node => node.tagName + '.' + node.className)"""
+    )
     assert sticking_out == []
     clipped = phone.page.evaluate(
         """[...document.querySelectorAll('.chart')].flatMap(chart => {
@@ -293,7 +324,8 @@ def test_a_phone_scrolls_in_one_direction_only(chromium, folder: Path) -> None:
             const box = text.getBoundingClientRect();
             return text.textContent && (box.right > right + 1 || box.left < left - 1);
           }).map(text => `${chart.id}: ${text.textContent}`);
-        })""")
+        })"""
+    )
     assert clipped == []
     # A finger that moves over a chart moves the page, until one asks for zoom.
     assert phone.page.evaluate("document.getElementById('chart-score_vs_compute')._fullLayout.dragmode") is False
@@ -305,7 +337,10 @@ def test_a_phone_scrolls_in_one_direction_only(chromium, folder: Path) -> None:
 
 # -- while a run goes on -------------------------------------------------------------------------------------------------------------
 
-def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(
+    chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(watch, "POLL_SECONDS", 0.2)
     monkeypatch.setattr(watch, "READING_SHARE", 1e9)
     run = make_study(tmp_path / "study")
@@ -318,7 +353,14 @@ def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(chromium, tmp_pa
         page.locator("[data-legend='score_vs_compute'] .chip", has_text="step 60 (early)").click()
         where = "document.getElementById('chart-score_vs_compute').getBoundingClientRect().top"  # the text above may grow or shrink
         zoom, place = live.range("score_vs_compute"), page.evaluate(where)
-        row = {"step": 60, "kind": "eval", "eflops_sft": 270 * STEP_SFT, "eflops_rl": 60 * STEP_RL, "score": 88.8, "score_se": 1.0}
+        row = {
+            "step": 60,
+            "kind": "eval",
+            "eflops_sft": 270 * STEP_SFT,
+            "eflops_rl": 60 * STEP_RL,
+            "score": 88.8,
+            "score_se": 1.0,
+        }
         with (run / "rl-step-270" / "metrics.jsonl").open("a") as lines:
             lines.write(json.dumps(row)[:30])
             lines.flush()
@@ -327,8 +369,12 @@ def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(chromium, tmp_pa
             lines.write(json.dumps(row)[30:] + "\n")
         live.until("document.getElementById('chart-score_vs_compute').data.some(t => t.y.includes(88.8))")
         assert live.range("score_vs_compute") == zoom and page.evaluate(where) == pytest.approx(place, abs=3)
-        assert {t["visible"] for t in live.data("score_vs_compute") if t["legendgroup"] == "RL from step 60 (early)"} == {False}
-        assert "88.8 %" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
+        assert {
+            t["visible"] for t in live.data("score_vs_compute") if t["legendgroup"] == "RL from step 60 (early)"
+        } == {False}
+        assert (
+            "88.8 %" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
+        )
         assert page.locator("#rollouts-3").get_attribute("open") is not None
         assert live.said == [] and {url.split("/")[2] for url in live.asked} == {f"127.0.0.1:{serving.port}"}
     finally:

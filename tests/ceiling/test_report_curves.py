@@ -11,11 +11,12 @@ import pytest
 from rich.console import Console
 from study_folders import make_rl, make_sft, make_study, rising
 
-from pctrain.cli import main as cli
-from pctrain.report import charts, curves, ledger_table, command as report
-from pctrain.run import layout
 from pctrain.ceiling.fit import fit_ceiling
+from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
+from pctrain.report import charts, curves, ledger_table
+from pctrain.report import command as report
+from pctrain.run import layout
 
 PUBLISHED = Path(__file__).parent / "published_curves.json"
 PROBLEMS = {"gsm8k": 300, "=aime": 100}
@@ -35,11 +36,16 @@ def entry(eflops: float, score: float, **more: float) -> dict:
 
 def make_file(path: Path, losses: bool = True) -> Path:
     """Two sets of two checkpoints; RL from step 0 is the same curve in both. Hard has the lower loss and the higher ceiling."""
+
     def data(top: float, shift: float) -> dict:
-        sft = [entry(x, score, **({"val_loss": loss + shift} if losses else {}))
-               for x, score, loss in ((0.0, 30.0, 0.7), (1.0, 60.0, 0.50), (2.0, 62.0, 0.51), (4.0, 61.0, 0.60))]
-        rl = {str(step): [entry(float(i), y) for i, y in enumerate(rising(first, top, 30)) if i]
-              for step, first in ((10, 60.0), (20, 62.0))}
+        sft = [
+            entry(x, score, **({"val_loss": loss + shift} if losses else {}))
+            for x, score, loss in ((0.0, 30.0, 0.7), (1.0, 60.0, 0.50), (2.0, 62.0, 0.51), (4.0, 61.0, 0.60))
+        ]
+        rl = {
+            str(step): [entry(float(i), y) for i, y in enumerate(rising(first, top, 30)) if i]
+            for step, first in ((10, 60.0), (20, 62.0))
+        }
         rl["0"] = [entry(float(i), y) for i, y in enumerate(rising(30.0, 55.0, 20)) if i]
         return {"sft": sft, "rl": rl, "checkpoint_steps": [0, 10, 20, 40], "batch_size": 4, "mean_seq_len": 100}
 
@@ -55,7 +61,11 @@ def test_plain_curves_of_any_trainer(tmp_path):
     csv_file.write_text("curve,eflops,score\n" + "".join(f"a,{i},{y}\nb,{i},{y - 10}\n" for i, y in enumerate(scores)))
     charts_by_name = drawn(csv_file)
     points = rows(charts_by_name["score_vs_compute"])
-    assert {row["set"] for row in points} == {"a", "b"} and len(points) == 60 and all(0 < float(row["score_se"]) < 2 for row in points)
+    assert (
+        {row["set"] for row in points} == {"a", "b"}
+        and len(points) == 60
+        and all(0 < float(row["score_se"]) < 2 for row in points)
+    )
     assert {row["verdict"] for row in rows(charts_by_name["ceilings"])} <= {"identified", "lower_bound"}
 
 
@@ -65,14 +75,19 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, charts.Chart
 
 
 # P_sft of PAPER.md 7, by step.
-FIGURE_3 = {"S1K": {62: 68.6, 124: 70.9, 186: 72.9, 248: 74.1, 310: 73.1},
-            "Easy102K": {360: 70.7, 720: 73.3, 1080: 74.2, 1440: 74.8, 1800: 74.4},
-            "SFT889K": {360: 69.2, 720: 71.9, 1440: 73.3, 3600: 76.5, 7200: 77.3, 14080: 76.2}}
+FIGURE_3 = {
+    "S1K": {62: 68.6, 124: 70.9, 186: 72.9, 248: 74.1, 310: 73.1},
+    "Easy102K": {360: 70.7, 720: 73.3, 1080: 74.2, 1440: 74.8, 1800: 74.4},
+    "SFT889K": {360: 69.2, 720: 71.9, 1440: 73.3, 3600: 76.5, 7200: 77.3, 14080: 76.2},
+}
 
 
-@pytest.mark.parametrize("sets", [["SFT889K"], pytest.param(list(FIGURE_3), marks=pytest.mark.full)], ids=["one-set", "all-sets"])
-def test_the_published_curves_give_figure_3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture,
-                                            sets: list[str]) -> None:
+@pytest.mark.parametrize(
+    "sets", [["SFT889K"], pytest.param(list(FIGURE_3), marks=pytest.mark.full)], ids=["one-set", "all-sets"]
+)
+def test_the_published_curves_give_figure_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, sets: list[str]
+) -> None:
     """Bars of all checkpoints, P_sft as in the paper's table, ceilings as `pctrain fit` gives them."""
     asked = {name: FIGURE_3[name] for name in sets}
     document = json.loads(PUBLISHED.read_text())
@@ -83,8 +98,9 @@ def test_the_published_curves_give_figure_3(tmp_path: Path, monkeypatch: pytest.
     assert sorted(p.name for p in (tmp_path / "figure3").iterdir()) == ["figures", "report.html", "study.json"]
     with open(tmp_path / "figure3" / "figures" / "ceilings.csv", newline="") as stream:
         bars = list(csv.DictReader(stream))
-    assert {(bar["set"], int(bar["start_step"])): round(float(bar["p_sft"]), 1) for bar in bars} == \
-        pytest.approx({(name, step): score for name, steps in asked.items() for step, score in steps.items()}, abs=0.051)
+    assert {(bar["set"], int(bar["start_step"])): round(float(bar["p_sft"]), 1) for bar in bars} == pytest.approx(
+        {(name, step): score for name, steps in asked.items() for step, score in steps.items()}, abs=0.051
+    )
     bar = next(bar for bar in bars if (bar["set"], bar["start_step"]) == ("SFT889K", "7200"))
     curve = next(c for c in curves.read_curves(PUBLISHED) if (c.dataset, c.start_step) == ("SFT889K", 7200))
     fit = fit_ceiling(curve.eflops, curve.scores, curve.p_sft)
@@ -97,7 +113,9 @@ def test_the_published_curves_give_figure_3(tmp_path: Path, monkeypatch: pytest.
 def test_ceiling_against_minimum_loss_where_the_file_has_losses(two_sets: dict, tmp_path: Path) -> None:
     points = {row["set"]: row for row in rows(two_sets["ceiling_vs_loss"])}
     assert (float(points["easy"]["min_val_loss"]), float(points["hard"]["min_val_loss"])) == pytest.approx((0.6, 0.5))
-    assert float(points["hard"]["a_post"]) == pytest.approx(80, abs=1.5) and float(points["easy"]["a_post"]) == pytest.approx(72, abs=1.5)
+    assert float(points["hard"]["a_post"]) == pytest.approx(80, abs=1.5) and float(
+        points["easy"]["a_post"]
+    ) == pytest.approx(72, abs=1.5)
     regimes = [row["regime"] for row in rows(two_sets["validation_loss"]) if row["set"] == "hard"]
     assert regimes == ["adaptive", "stable", "stable", "severe"]
     document = json.loads(make_file(tmp_path / "none.json", losses=False).read_text())
@@ -109,7 +127,13 @@ def test_ceiling_against_minimum_loss_where_the_file_has_losses(two_sets: dict, 
 
 def test_rl_without_sft_is_of_no_set_and_there_once(two_sets: dict) -> None:
     bars = rows(two_sets["ceilings"])
-    assert [(bar["set"], bar["start_step"]) for bar in bars] == [("", "0"), ("easy", "10"), ("easy", "20"), ("hard", "10"), ("hard", "20")]
+    assert [(bar["set"], bar["start_step"]) for bar in bars] == [
+        ("", "0"),
+        ("easy", "10"),
+        ("easy", "20"),
+        ("hard", "10"),
+        ("hard", "20"),
+    ]
     assert two_sets["ceilings"].spec["sets"] == ["easy", "hard"]
 
 
@@ -117,7 +141,12 @@ def test_every_benchmark_has_its_curve_and_a_name_is_no_formula(two_sets: dict) 
     chart = two_sets["benchmarks"]
     assert chart.spec["names"] == ["gsm8k", "=aime"]
     series = next(s for s in chart.spec["series"] if s["name"] == "RL from hard step 10")
-    assert series["y"]["gsm8k"][0] == 65 and series["y"]["=aime"][0] == 45 and len(series["x"]) == 30 and set(series["steps"]) == {None}
+    assert (
+        series["y"]["gsm8k"][0] == 65
+        and series["y"]["=aime"][0] == 45
+        and len(series["x"]) == 30
+        and set(series["steps"]) == {None}
+    )
     assert chart.csv().splitlines()[0].endswith("gsm8k,'=aime")
 
 
@@ -133,6 +162,7 @@ def test_a_loss_that_is_none_is_refused_by_its_place(tmp_path: Path, value: obje
 
 # -- several sets, algorithms and seeds ----------------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, charts.Chart]:
     root = tmp_path_factory.mktemp("wide")
@@ -140,15 +170,23 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, charts.Chart]:
         for name, top in (("easy", 60.0), ("hard", 70.0)):
             make_sft(layout.sft_folder(root, name, seed), {60: 20.0, 150: 45.0, 270: 50.0 + seed}, seed)
             for algorithm in ("grpo", "luffy"):
-                make_rl(layout.rl_folder(root, 150, name, seed, algorithm), 150, "stable", rising(45.0, top + seed, 4), seed=seed,
-                        algorithm=algorithm)
+                make_rl(
+                    layout.rl_folder(root, 150, name, seed, algorithm),
+                    150,
+                    "stable",
+                    rising(45.0, top + seed, 4),
+                    seed=seed,
+                    algorithm=algorithm,
+                )
     return drawn(root)
 
 
 def test_seeds_of_one_experiment_are_one_group_with_a_mean(wide: dict) -> None:
     spec = wide["score_vs_compute"].spec
     groups = {s["group"] for s in spec["series"] if s["kind"] == "rl"}
-    assert groups == {f"RL from {name} step 150 (stable), {algorithm}" for name in ("easy", "hard") for algorithm in ("grpo", "luffy")}
+    assert groups == {
+        f"RL from {name} step 150 (stable), {algorithm}" for name in ("easy", "hard") for algorithm in ("grpo", "luffy")
+    }
     assert all(s["seeded"] for s in spec["series"]) and sum(s["first"] for s in spec["series"]) == 4 + 2
     mean = next(m for m in spec["means"] if m["group"] == "RL from hard step 150 (stable), luffy")
     by_seed = [rising(45.0, 70.0 + seed, 4) for seed in (1, 2, 3)]
@@ -177,21 +215,60 @@ def test_eval_lines_with_benchmarks_make_a_chart(tmp_path: Path) -> None:
 
 # -- the ledger in the terminal ------------------------------------------------------------------------------------------------------
 
+
 def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=io.StringIO())
     ledger_table.main(make_study(tmp_path / "study"), console)
     lines = [line.split() for line in console.export_text().splitlines()]
-    assert ["sft", "SFT", "updates", "1,600", "120", "GFLOPs", "100", "GFLOPs", "18.1", "%", "1.0", "2.0", "11.1", "%"] in lines
-    whole = lines[next(i for i, line in enumerate(lines) if line[:2] == ["all", "runs"]):]
-    assert ["all", "phases", "14,400", "421", "GFLOPs", "551", "GFLOPs", "100.0", "%", "9.0", "18.0", "100.0", "%"] in whole
+    assert [
+        "sft",
+        "SFT",
+        "updates",
+        "1,600",
+        "120",
+        "GFLOPs",
+        "100",
+        "GFLOPs",
+        "18.1",
+        "%",
+        "1.0",
+        "2.0",
+        "11.1",
+        "%",
+    ] in lines
+    whole = lines[next(i for i, line in enumerate(lines) if line[:2] == ["all", "runs"]) :]
+    assert [
+        "all",
+        "phases",
+        "14,400",
+        "421",
+        "GFLOPs",
+        "551",
+        "GFLOPs",
+        "100.0",
+        "%",
+        "9.0",
+        "18.0",
+        "100.0",
+        "%",
+    ] in whole
     assert ["Evaluation", "*", "2,400", "60", "GFLOPs", "90", "GFLOPs", "16.3", "%", "1.5", "3.0", "16.7", "%"] in whole
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["--ledger", "--watch"], "two different things"), (["--port=8000"], "give --watch"), (["--watch", "--port=0"], "--port"),
-    (["--ledgre"], "did you mean --ledger"), (["other"], "one folder or file"), (["--run.dir=x"], "one folder or file"),
-])
-def test_options_that_do_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], expected: str) -> None:
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--ledger", "--watch"], "two different things"),
+        (["--port=8000"], "give --watch"),
+        (["--watch", "--port=0"], "--port"),
+        (["--ledgre"], "did you mean --ledger"),
+        (["other"], "one folder or file"),
+        (["--run.dir=x"], "one folder or file"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture, arguments: list[str], expected: str
+) -> None:
     assert cli.main(["report", str(make_study(tmp_path / "study")), *arguments]) == 2
     assert expected in capsys.readouterr().err
     assert not (tmp_path / "study" / "report").exists()

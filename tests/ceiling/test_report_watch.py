@@ -14,8 +14,8 @@ import pytest
 from study_folders import STEP_RL, STEP_SFT, binomial_se, make_rl, make_study, rising
 from watch_server import Serving
 
-from pctrain.report import watch
 from pctrain.common.errors import UserError
+from pctrain.report import watch
 
 
 @pytest.fixture
@@ -33,8 +33,16 @@ def serving(run: Path) -> Iterator[Serving]:
 
 
 def eval_line(step: int, score: float) -> str:
-    return json.dumps({"step": step, "kind": "eval", "eflops_sft": 150 * STEP_SFT, "eflops_rl": step * STEP_RL, "score": score,
-                       "score_se": binomial_se(score)})
+    return json.dumps(
+        {
+            "step": step,
+            "kind": "eval",
+            "eflops_sft": 150 * STEP_SFT,
+            "eflops_rl": step * STEP_RL,
+            "score": score,
+            "score_se": binomial_se(score),
+        }
+    )
 
 
 def points(data: dict) -> int:
@@ -49,7 +57,13 @@ def test_a_page_and_its_numbers_and_nothing_else(serving: Serving, run: Path) ->
     for path in ("/metrics.jsonl", "/../rl/metrics.jsonl", "/config.yaml", "/%2e%2e/", "//etc/passwd", "/report.html"):
         assert serving.get(path)[0].status == 404
     assert serving.get("/", method="POST")[0].status == 501
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "ledger.jsonl", "metrics.jsonl", "rollouts", "start.json"]
+    assert sorted(path.name for path in run.iterdir()) == [
+        "config.yaml",
+        "ledger.jsonl",
+        "metrics.jsonl",
+        "rollouts",
+        "start.json",
+    ]
 
 
 def test_only_this_machine_and_no_borrowed_name(serving: Serving) -> None:
@@ -96,7 +110,12 @@ def test_a_run_that_has_not_begun_is_waited_for(tmp_path: Path, monkeypatch: pyt
     server = Serving(tmp_path / "<b>run")
     try:
         answer, text = server.get("/")
-        assert answer.status == 200 and "Waiting for the first numbers" in text and "&lt;b&gt;run" in text and "no runs here" in text
+        assert (
+            answer.status == 200
+            and "Waiting for the first numbers" in text
+            and "&lt;b&gt;run" in text
+            and "no runs here" in text
+        )
         assert server.get("/data.json")[0].status == 503
         make_study(tmp_path / "<b>run")
         assert "RL from step 150 (stable)" in server.get("/")[1] and server.get("/data.json")[0].status == 200

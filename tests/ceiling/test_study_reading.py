@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from study_folders import make_rl, make_sft, make_study, rising
 
-from pctrain.run import layout
+from pctrain.common.errors import UserError
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import Study
-from pctrain.common.errors import UserError
+from pctrain.run import layout
 
 SCORES = {60: 20.0, 150: 45.0, 270: 50.0}
 
@@ -28,11 +28,16 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Study:
 
 
 def test_every_run_knows_its_set_algorithm_and_seed(wide: Study) -> None:
-    assert [(run.set, run.seed, run.name) for run in wide.sft[:2]] == [("easy-1.0", 1, "seed-1/sets/easy-1.0/sft"),
-                                                                        ("hard", 1, "seed-1/sets/hard/sft")]
+    assert [(run.set, run.seed, run.name) for run in wide.sft[:2]] == [
+        ("easy-1.0", 1, "seed-1/sets/easy-1.0/sft"),
+        ("hard", 1, "seed-1/sets/hard/sft"),
+    ]
     assert [run.seed for run in wide.sft] == [1, 1, 10, 10]  # by number, not by name
     found = [(run.set, run.algorithm, run.seed, run.start_step) for run in wide.rl]
-    of_seed = [("", "grpo", 0), *((name, algorithm, 150) for name in ("easy-1.0", "hard") for algorithm in ("grpo", "luffy"))]
+    of_seed = [
+        ("", "grpo", 0),
+        *((name, algorithm, 150) for name in ("easy-1.0", "hard") for algorithm in ("grpo", "luffy")),
+    ]
     assert found == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
 
 
@@ -66,17 +71,20 @@ def test_the_ledger_of_a_study_is_that_of_all_its_runs(wide: Study) -> None:
 SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
 
 
-@pytest.mark.parametrize("file, content, words", [
-    ("summary.json", b"{", "not JSON"),
-    ("summary.json", b'{"summary": {"trajectories": "x"}}', "`trajectories` must be a whole number"),
-    ("config.yaml", b"\xff", "cannot be read as text"),
-    ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
-    ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),
-    ("config.yaml", SFT + b"data: {train: [3]}\n", "`data.train` must be a list of sources"),
-    ("metrics.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
-    ("metrics.jsonl", b'{"kind": "val", "step": 1, "eflops_sft": 1' + b"0" * 400 + b"}\n", "one too large"),
-    ("metrics.jsonl", b'{"kind": "\\ud800"}\n', "half of a surrogate pair"),
-])
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("summary.json", b"{", "not JSON"),
+        ("summary.json", b'{"summary": {"trajectories": "x"}}', "`trajectories` must be a whole number"),
+        ("config.yaml", b"\xff", "cannot be read as text"),
+        ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
+        ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),
+        ("config.yaml", SFT + b"data: {train: [3]}\n", "`data.train` must be a list of sources"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
+        ("metrics.jsonl", b'{"kind": "val", "step": 1, "eflops_sft": 1' + b"0" * 400 + b"}\n", "one too large"),
+        ("metrics.jsonl", b'{"kind": "\\ud800"}\n', "half of a surrogate pair"),
+    ],
+)
 def test_files_that_no_run_wrote(tmp_path: Path, file: str, content: bytes, words: str) -> None:
     """Found by fuzzing: each ended in a traceback."""
     root = make_study(tmp_path / "study")

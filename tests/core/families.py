@@ -11,8 +11,14 @@ COMMON = {
     "initializer_range": 0.2,
 }  # fmt: skip
 # The original context lies below the test's, so that all three kinds of frequencies occur: kept, interpolated, divided.
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0,
-           "original_max_position_embeddings": 64}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.5,
+    "high_freq_factor": 3.0,
+    "original_max_position_embeddings": 64,
+}
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 
 FAMILIES = {

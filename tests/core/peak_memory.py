@@ -32,11 +32,25 @@ def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
         port = probe.getsockname()[1]
     ranks = []
     for rank in range(world):
-        environment = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
-                       "PYTHONPATH": os.pathsep.join(sys.path)}
-        ranks.append(subprocess.Popen([sys.executable, program, *map(str, arguments)], env=os.environ | environment,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        environment = {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, program, *map(str, arguments)],
+                env=os.environ | environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
     try:
         outputs = [process.communicate(timeout=800)[0] for process in ranks]
     finally:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.data.scratch_model import make_hf_dir
 from pctrain.data.rows import Row, make_row
+from pctrain.data.scratch_model import make_hf_dir
 
 OPTIMIZER = OptimizerConfig(lr=3e-3, warmup=5, weight_decay=0.1)
 BUDGET = 256
@@ -23,13 +23,19 @@ def hf_dir(folder: Path, *, tied: bool) -> Path:
 def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
     """Sequences of very different lengths: several attention buckets, several packs."""
     rng = np.random.default_rng(seed)
-    return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist()) for _ in range(count)]
+    return [
+        make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist())
+        for _ in range(count)
+    ]
 
 
 def rows_of_a_pack(seed: int = 0) -> list[Row]:
     """Six sequences of which no two fit into a pack: the same packs at any data parallel size, some of them padding packs."""
     rng = np.random.default_rng(seed)
-    return [make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(130, 240)).tolist()) for _ in range(6)]
+    return [
+        make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(130, 240)).tolist())
+        for _ in range(6)
+    ]
 
 
 def learner(
@@ -49,7 +55,9 @@ def step(model, step: int):
     from pctrain.sft.loss import cross_entropy
 
     of_experts = model.modules[0].config.moe_aux_loss_coeff > 0
-    return model.step(model.pack(rows_of_a_pack(step) if of_experts else rows(seed=step), BUDGET), cross_entropy, want_entropy=False)
+    return model.step(
+        model.pack(rows_of_a_pack(step) if of_experts else rows(seed=step), BUDGET), cross_entropy, want_entropy=False
+    )
 
 
 def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float = 0.0) -> dict:

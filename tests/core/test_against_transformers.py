@@ -77,23 +77,34 @@ def _gradient_of_one_row(directory, rows, which):
     """main_grad of the embedding rows of every token, where only row `which` is trained on."""
     from dataclasses import replace
 
-    from pctrain.distributed import parallel  # noqa: F401
     from pctrain.core import step as core_step
     from pctrain.data.packing import pack_rows
+    from pctrain.distributed import parallel  # noqa: F401
     from pctrain.sft.loss import cross_entropy
 
     model = small.learner(directory, {})
     masked = [row if i == which else replace(row, weights=np.zeros_like(row.weights)) for i, row in enumerate(rows)]
     model.chunks[0].zero_grad_buffer()
-    core_step.run_loss(model.chunks, model._head, model.spec, pack_rows(masked, 1024), cross_entropy, temperature=1.0, want_entropy=False,
-                       backward=True)
+    core_step.run_loss(
+        model.chunks,
+        model._head,
+        model.spec,
+        pack_rows(masked, 1024),
+        cross_entropy,
+        temperature=1.0,
+        want_entropy=False,
+        backward=True,
+    )
     return model.chunks[0].module.embedding.word_embeddings.weight.main_grad.abs().sum(1).numpy().copy()
 
 
 def test_no_gradient_crosses_a_sequence_bound(ranks, hf_dirs):
     rng = np.random.default_rng(3)
     # Disjoint alphabets: a token of another sequence can only get a gradient by attention across the bound.
-    rows = [small.make_row(rng.integers(lo, lo + 40, 4).tolist(), rng.integers(lo, lo + 40, 30).tolist()) for lo in (10, 60, 110, 160)]
+    rows = [
+        small.make_row(rng.integers(lo, lo + 40, 4).tolist(), rng.integers(lo, lo + 40, 30).tolist())
+        for lo in (10, 60, 110, 160)
+    ]
     gradient = ranks.run(_gradient_of_one_row, hf_dirs[False], rows, 2, world=1)[0]
     assert gradient[110:150].sum() > 0
     assert gradient[:110].sum() == 0 and gradient[150:].sum() == 0

@@ -16,7 +16,12 @@ def _train(directory, dtype):
     inner = model._optimizer.chained_optimizers[0].optimizer
     masters = [p for group in inner.param_groups for p in group["params"]]
     moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    kinds = {"parameters": parameters, "gradients": [p.main_grad for p in parameters], "masters": masters, "moments": moments}
+    kinds = {
+        "parameters": parameters,
+        "gradients": [p.main_grad for p in parameters],
+        "masters": masters,
+        "moments": moments,
+    }
     assert all(kinds.values())
     assert all(torch.isfinite(p).all() for p in parameters)
     return losses, {kind: sorted({str(t.dtype) for t in tensors}) for kind, tensors in kinds.items()}
@@ -25,7 +30,10 @@ def _train(directory, dtype):
 def test_training_follows_float32(ranks, hf_dirs):
     fp32, _ = ranks.run(_train, hf_dirs[False], "float32", world=2)[0]
     bf16, dtypes = ranks.run(_train, hf_dirs[False], "bfloat16", world=2)[0]
-    assert dtypes == {"parameters": ["torch.bfloat16"], **dict.fromkeys(("gradients", "masters", "moments"), ["torch.float32"])}
+    assert dtypes == {
+        "parameters": ["torch.bfloat16"],
+        **dict.fromkeys(("gradients", "masters", "moments"), ["torch.float32"]),
+    }
     # bfloat16 keeps 8 bits: a logit of size 1 is off by up to 2^-9, and a mean of hundreds of token losses by less than that.
     np.testing.assert_allclose(bf16, fp32, rtol=2**-9)
     assert bf16 != fp32 and fp32[-1] < fp32[0] - 0.05
@@ -59,14 +67,22 @@ def _rounded_gradients(directory):
 
     model = small.learner(directory, {}, dtype="bfloat16")
     rng = np.random.default_rng(0)
-    batch = model.pack([small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, 32).tolist()) for _ in range(4)], 256)
+    batch = model.pack(
+        [small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, 32).tolist()) for _ in range(4)], 256
+    )
     assert batch.loss_tokens == 128 and len(batch.packs) == 1  # a power of two: dividing by it rounds nothing
     [chunk] = model.chunks
     chunk.zero_grad_buffer()
-    step.run_loss(model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True)
-    matrices = {name: p.main_grad for name, p in chunk.module.named_parameters() if p.ndim == 2 and "embedding" not in name}
+    step.run_loss(
+        model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
+    )
+    matrices = {
+        name: p.main_grad for name, p in chunk.module.named_parameters() if p.ndim == 2 and "embedding" not in name
+    }
     assert all(gradient.any() for gradient in matrices.values())
-    return len(matrices), [name for name, gradient in matrices.items() if bool((gradient.bfloat16().float() == gradient).all())]
+    return len(matrices), [
+        name for name, gradient in matrices.items() if bool((gradient.bfloat16().float() == gradient).all())
+    ]
 
 
 def test_gradients_of_matrices_are_never_rounded_to_bfloat16(ranks, hf_dirs):

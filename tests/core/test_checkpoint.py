@@ -8,8 +8,11 @@ from core import small
 STEPS = 6
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
-                         ids=["single", "TP2", "PP2 with virtual stages", "DP2"])
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (2, {"tensor": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
+    ids=["single", "TP2", "PP2 with virtual stages", "DP2"],
+)
 def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
     uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
     resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
@@ -30,8 +33,10 @@ def _saved_before_its_first_step(directory, folder, action):
 
 def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
     """RL whose dynamic sampling has kept no prompt so far."""
-    plain, saved, loaded = (ranks.run(_saved_before_its_first_step, hf_dirs[True], tmp_path / "step-0", action, world=1)[0]
-                            for action in ("nothing", "save", "load"))
+    plain, saved, loaded = (
+        ranks.run(_saved_before_its_first_step, hf_dirs[True], tmp_path / "step-0", action, world=1)[0]
+        for action in ("nothing", "save", "load")
+    )
     for other in (saved, loaded):
         assert other[:3] == plain[:3] and all(np.array_equal(other[3][name], plain[3][name]) for name in plain[3])
 
@@ -43,7 +48,9 @@ def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
      pytest.param(2, {}, marks=pytest.mark.full), (4, {"tensor": 2, "pipeline": 2})],
     ids=["single", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "DP2", "TP2 x PP2"])  # fmt: skip
 def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
-    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2)[0]
+    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2)[
+        0
+    ]
     resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)[0]
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
@@ -151,7 +158,12 @@ def _load_spoilt(directory, folder):
     parts = {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.endswith(".sha256.json")}
     said = {}
     for name, data in parts.items():
-        for how, spoilt in {"empty": b"", "cut": data[: len(data) // 2], "foreign": b"[3]", "zeros": bytes(len(data))}.items():
+        for how, spoilt in {
+            "empty": b"",
+            "cut": data[: len(data) // 2],
+            "foreign": b"[3]",
+            "zeros": bytes(len(data)),
+        }.items():
             (folder / name).write_bytes(spoilt)
             try:
                 model.load(folder)

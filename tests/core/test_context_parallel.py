@@ -76,10 +76,13 @@ def _stand_in():
         with mock.patch.object(config, "context_parallel_size", 1):
             build(self, config, *args, **kwargs)
 
-    return (mock.patch.object(PackedSDPA, "forward", attend), mock.patch.object(DotProductAttention, "__init__", build_alone),
-            mock.patch.object(layers, "choose_spec", lambda model, parallel: "torch"),
-            # For packed sequences in Transformer Engine's format megatron-core leaves the angles whole, too.
-            mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", lambda angles, dim, group: angles))
+    return (
+        mock.patch.object(PackedSDPA, "forward", attend),
+        mock.patch.object(DotProductAttention, "__init__", build_alone),
+        mock.patch.object(layers, "choose_spec", lambda model, parallel: "torch"),
+        # For packed sequences in Transformer Engine's format megatron-core leaves the angles whole, too.
+        mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", lambda angles, dim, group: angles),
+    )
 
 
 def _train(directory, layout, steps):

@@ -25,14 +25,19 @@ COEFFICIENT = 0.05  # the aux loss then has a large part in the router's gradien
 
 
 def layouts(fast=FAST):
-    return pytest.mark.parametrize("layout", [pytest.param(n, marks=() if n in fast else pytest.mark.full) for n in LAYOUTS])
+    return pytest.mark.parametrize(
+        "layout", [pytest.param(n, marks=() if n in fast else pytest.mark.full) for n in LAYOUTS]
+    )
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     """{whether the weights of the chosen experts are divided by their sum: model}"""
     folder = tmp_path_factory.mktemp("experts")
-    return {normalised: families.make(name, folder / name) for normalised, name in ((True, "qwen3-moe"), (False, "qwen3-moe-raw"))}
+    return {
+        normalised: families.make(name, folder / name)
+        for normalised, name in ((True, "qwen3-moe"), (False, "qwen3-moe-raw"))
+    }
 
 
 # ---- value and gradient of the auxiliary loss
@@ -43,8 +48,8 @@ def _reference(directory, rows, budget, coefficient):
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-    from pctrain.hf.config import HFConfig
     from pctrain.data.packing import PackShape, pack_rows
+    from pctrain.hf.config import HFConfig
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, experts_implementation="eager").train()
     shape = PackShape(balanced_length=HFConfig.read(directory).shape.balanced_length)
@@ -61,7 +66,12 @@ def _reference(directory, rows, budget, coefficient):
         for layer in zip(*gates, strict=True):
             gate = torch.cat(layer)
             # transformers counts an expert's tokens k times, and takes the mean over all layers before the product: so one at a time.
-            aux = aux + len(gate) * load_balancing_loss_func((gate,), c.num_experts, c.num_experts_per_tok) / c.num_experts_per_tok
+            aux = (
+                aux
+                + len(gate)
+                * load_balancing_loss_func((gate,), c.num_experts, c.num_experts_per_tok)
+                / c.num_experts_per_tok
+            )
     (loss + coefficient * aux / batch.tokens).backward()
     gradients = {}
     for name, parameter in model.named_parameters():
@@ -72,7 +82,9 @@ def _reference(directory, rows, budget, coefficient):
         stem, matrix = name.rsplit(".", 1)  # of all experts in one; in the files, as in pctrain, each has its own
         for j, of_one in enumerate(gradient):
             parts = ["down_proj"] if matrix == "down_proj" else ["gate_proj", "up_proj"]
-            gradients.update(zip([f"{stem}.{j}.{part}.weight" for part in parts], np.split(of_one, len(parts)), strict=True))
+            gradients.update(
+                zip([f"{stem}.{j}.{part}.weight" for part in parts], np.split(of_one, len(parts)), strict=True)
+            )
     return loss.item(), aux.item() / batch.tokens / c.num_hidden_layers, gradients
 
 
@@ -95,7 +107,15 @@ def _gradient(directory, layout, rows, budget, coefficient):
 
     with mock.patch.object(step, "finalize_model_grads", whole):
         loss, metrics = step.run_loss(
-            model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True)
+            model.chunks,
+            model._head,
+            model.spec,
+            batch,
+            cross_entropy,
+            temperature=1.0,
+            want_entropy=False,
+            backward=True,
+        )
     norm = optimizer.global_norm(model._optimizer)
     with torch.no_grad():
         for module in model.modules:
@@ -107,7 +127,10 @@ def _gradient(directory, layout, rows, budget, coefficient):
 @pytest.fixture(scope="module")
 def references(directories):
     """{normalised: `_reference` of packs of several sequences}"""
-    return {normalised: _reference(folder, small.rows(), small.BUDGET, COEFFICIENT) for normalised, folder in directories.items()}
+    return {
+        normalised: _reference(folder, small.rows(), small.BUDGET, COEFFICIENT)
+        for normalised, folder in directories.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +163,21 @@ def test_the_auxiliary_loss_and_its_gradient_are_those_of_transformers(ranks, di
 @layouts()
 def test_the_auxiliary_loss_is_the_same_at_every_layout(ranks, directories, reference_of_a_pack_each, layout):
     world, parallel = LAYOUTS[layout]
-    for found in ranks.run(_gradient, directories[True], parallel, small.rows_of_a_pack(), small.BUDGET, COEFFICIENT, world=world):
+    for found in ranks.run(
+        _gradient, directories[True], parallel, small.rows_of_a_pack(), small.BUDGET, COEFFICIENT, world=world
+    ):
         _assert_equal_gradients(found, reference_of_a_pack_each)
 
 
 @pytest.mark.parametrize(
     "world, layout",
-    [(1, {}), pytest.param(4, {"expert": 4}, marks=pytest.mark.full), pytest.param(4, {"expert": 2, **TP2}, marks=pytest.mark.full)],
-    ids=["single", "EP4", "EP2 x TP2"])
+    [
+        (1, {}),
+        pytest.param(4, {"expert": 4}, marks=pytest.mark.full),
+        pytest.param(4, {"expert": 2, **TP2}, marks=pytest.mark.full),
+    ],
+    ids=["single", "EP4", "EP2 x TP2"],
+)
 def test_padding_has_no_part_in_the_auxiliary_loss(ranks, directories, world, layout):
     """One short sequence: most of its pack is padding, other ranks have nothing else, and experts are left without a token."""
     rows = small.rows(1, longest=4)
@@ -182,10 +212,14 @@ def test_forward_alone_knows_nothing_of_the_auxiliary_loss(ranks, directories):
 @pytest.fixture(scope="module")
 def alone(ranks, directories):
     """{coefficient: the run of one process}"""
-    return {c: ranks.run(small.train, directories[True], {}, 3, router_aux_loss=c, world=1)[0] for c in (0.0, COEFFICIENT)}
+    return {
+        c: ranks.run(small.train, directories[True], {}, 3, router_aux_loss=c, world=1)[0] for c in (0.0, COEFFICIENT)
+    }
 
 
-@pytest.mark.parametrize("coefficient", [pytest.param(0.0, marks=pytest.mark.full), COEFFICIENT], ids=["no aux loss", "aux loss"])
+@pytest.mark.parametrize(
+    "coefficient", [pytest.param(0.0, marks=pytest.mark.full), COEFFICIENT], ids=["no aux loss", "aux loss"]
+)
 @layouts()
 def test_training_at_any_layout_is_the_same_run(ranks, directories, alone, layout, coefficient):
     """Every expert's gradient counts once in the norm, and the norm clips (at 1) in the first step."""
@@ -194,10 +228,15 @@ def test_training_at_any_layout_is_the_same_run(ranks, directories, alone, layou
     assert expected["grad_norm"][0] > small.OPTIMIZER.clip
     results = ranks.run(small.train, directories[True], parallel, 3, router_aux_loss=coefficient, world=world)
     for result in results:
-        np.testing.assert_allclose(result["loss"], expected["loss"], rtol=1e-5)  # fp32, another order of sums, 3 steps of Adam
+        np.testing.assert_allclose(
+            result["loss"], expected["loss"], rtol=1e-5
+        )  # fp32, another order of sums, 3 steps of Adam
         np.testing.assert_allclose(result["grad_norm"], expected["grad_norm"], rtol=1e-4)
         for metrics, theirs in zip(result["metrics"], expected["metrics"], strict=True):
-            assert metrics == pytest.approx(theirs, rel=1e-5) and metrics == results[0]["metrics"][result["metrics"].index(metrics)]
+            assert (
+                metrics == pytest.approx(theirs, rel=1e-5)
+                and metrics == results[0]["metrics"][result["metrics"].index(metrics)]
+            )
         assert result["loss"] == results[0]["loss"] and result["grad_norm"] == results[0]["grad_norm"]
     for name, weight in expected["weights"].items():
         # Adam divides by the root of tiny second moments: where a gradient is near 0, its sign is rounding.
@@ -213,9 +252,23 @@ STEPS = 3
 def test_a_resumed_run_is_the_same_bit_for_bit(ranks, directories, tmp_path, layout):
     world, parallel = LAYOUTS[layout]
     uninterrupted = ranks.run(
-        small.save_and_go_on, directories[True], parallel, tmp_path / "step-3", STEPS, world=world, router_aux_loss=COEFFICIENT)
+        small.save_and_go_on,
+        directories[True],
+        parallel,
+        tmp_path / "step-3",
+        STEPS,
+        world=world,
+        router_aux_loss=COEFFICIENT,
+    )
     resumed = ranks.run(
-        small.load_and_go_on, directories[True], parallel, tmp_path / "step-3", STEPS, world=world, router_aux_loss=COEFFICIENT)
+        small.load_and_go_on,
+        directories[True],
+        parallel,
+        tmp_path / "step-3",
+        STEPS,
+        world=world,
+        router_aux_loss=COEFFICIENT,
+    )
     for a, b in zip(uninterrupted, resumed, strict=True):
         assert a[:3] == b[:3]
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
@@ -230,9 +283,17 @@ OTHERS = {"single": (1, {}), **LAYOUTS}
         ("TP2 x PP2", "EP4, reductions overlapped"), ("EP2 of DP4", "single")))])  # fmt: skip
 def test_a_run_resumes_at_another_layout(ranks, directories, tmp_path, saved, loaded):
     uninterrupted, resumed = (
-        ranks.run(call, directories[True], OTHERS[layout][1], tmp_path / "step-3", STEPS, world=OTHERS[layout][0],
-                  router_aux_loss=COEFFICIENT)[0]
-        for call, layout in ((small.save_and_go_on, saved), (small.load_and_go_on, loaded)))
+        ranks.run(
+            call,
+            directories[True],
+            OTHERS[layout][1],
+            tmp_path / "step-3",
+            STEPS,
+            world=OTHERS[layout][0],
+            router_aux_loss=COEFFICIENT,
+        )[0]
+        for call, layout in ((small.save_and_go_on, saved), (small.load_and_go_on, loaded))
+    )
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
     assert [list(metrics) for _, metrics in resumed[2]] == [["router_aux_loss"]] * STEPS

@@ -9,7 +9,12 @@ from safetensors.numpy import load_file
 
 from core import families, small
 
-LAYOUTS = {"single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2})}
+LAYOUTS = {
+    "single": (1, {}),
+    "TP2": (2, {"tensor": 2}),
+    "PP2": (2, {"pipeline": 2}),
+    "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
+}
 
 
 def tensors(folder):
@@ -49,7 +54,9 @@ def _logprobs_and_export(directory, layout, rows, out):
     return found
 
 
-@pytest.mark.parametrize("layout", [name if name == "TP2" else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [name if name == "TP2" else pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS]
+)
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_logprobs_equal_transformers_and_tensors_come_out_as_they_went_in(ranks, models, tmp_path, family, layout):
     directory, rows, expected = models[family]
@@ -61,8 +68,8 @@ def test_logprobs_equal_transformers_and_tensors_come_out_as_they_went_in(ranks,
 
 
 def _export_shards(directory, layout, out, shard_bytes):
-    from pctrain.distributed import parallel
     from pctrain.core import weights
+    from pctrain.distributed import parallel
 
     model = small.learner(directory, layout, train=False)
     writes = parallel.rank() == 0
@@ -75,7 +82,9 @@ def test_a_large_export_is_sharded_and_transformers_reads_it(ranks, models, tmp_
     directory = models["qwen2"][0]
     ranks.run(_export_shards, directory, {"tensor": 2}, tmp_path / "out", 50_000, world=2)
     files = sorted(tmp_path.glob("out/*.safetensors"))
-    assert len(files) > 2 and all(file.stat().st_size < 55_000 for file in files)  # 50 000 bytes of tensors and a header
+    assert len(files) > 2 and all(
+        file.stat().st_size < 55_000 for file in files
+    )  # 50 000 bytes of tensors and a header
     assert_equal_tensors(tensors(tmp_path / "out"), tensors(directory))
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == tensors(directory).keys()
@@ -83,14 +92,22 @@ def test_a_large_export_is_sharded_and_transformers_reads_it(ranks, models, tmp_
     assert all(torch.equal(both[0][name], both[1][name]) for name in both[0])
 
 
-@pytest.mark.parametrize("layout", [
-    {"expert": 2}, pytest.param({"expert": 2, "pipeline": 2}, marks=pytest.mark.full),
-    pytest.param({"expert": 2, "tensor": 2}, marks=pytest.mark.full)], ids=["EP2", "EP2 x PP2", "EP2 x TP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert": 2},
+        pytest.param({"expert": 2, "pipeline": 2}, marks=pytest.mark.full),
+        pytest.param({"expert": 2, "tensor": 2}, marks=pytest.mark.full),
+    ],
+    ids=["EP2", "EP2 x PP2", "EP2 x TP2"],
+)
 def test_experts_spread_over_ranks_come_out_as_they_went_in(ranks, models, tmp_path, layout):
     directory = models["qwen3-moe"][0]
     world = 2 * layout.get("pipeline", 1) * layout.get("tensor", 1)
     held = ranks.run(_export_experts, directory, layout, tmp_path / "out", world=world)
-    assert all(count == 2 * 2 * 4 // layout.get("pipeline", 1) for count in held)  # 2 of 4 experts, 2 matrices, 4 layers
+    assert all(
+        count == 2 * 2 * 4 // layout.get("pipeline", 1) for count in held
+    )  # 2 of 4 experts, 2 matrices, 4 layers
     assert_equal_tensors(tensors(tmp_path / "out"), tensors(directory))
 
 
@@ -111,7 +128,9 @@ def test_training_at_any_layout_is_the_same_run(ranks, models, family):
     for layout in ({"tensor": 2}, {"pipeline": 2}):
         both = ranks.run(_train, models[family][0], layout, world=2)
         for result in both:
-            np.testing.assert_allclose(result["loss"], alone["loss"], rtol=1e-5)  # fp32, another order of sums, 3 steps of Adam
+            np.testing.assert_allclose(
+                result["loss"], alone["loss"], rtol=1e-5
+            )  # fp32, another order of sums, 3 steps of Adam
             np.testing.assert_allclose(result["grad_norm"], alone["grad_norm"], rtol=1e-4)
 
 
@@ -120,14 +139,16 @@ def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
     """megatron-core's local spec says by which names its norms are stored where Transformer Engine fuses them into the next linear."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    from pctrain.hf.config import HFConfig
     from pctrain.core.weights import units
+    from pctrain.hf.config import HFConfig
 
     hf = HFConfig.read(models[family][0])
     renamed = dict(get_gpt_layer_local_spec().submodules.sharded_state_dict_keys_map)
     assert len(renamed) == 2
     if hf.experts:
-        del renamed["pre_mlp_layernorm."]  # its Transformer Engine spec keeps that norm apart: a router stands behind it
+        del renamed[
+            "pre_mlp_layernorm."
+        ]  # its Transformer Engine spec keeps that norm apart: a router stands behind it
     expected = []
     for unit in units(hf, te=False):
         name = unit.name

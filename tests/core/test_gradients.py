@@ -19,12 +19,15 @@ LENGTH = 50
 
 def _batch(packs: int):
     """Packs of two sequences of `LENGTH` tokens a rank, the same number of packs on each; one pack holds all where `packs` is 1."""
-    from pctrain.distributed import parallel
     from pctrain.data.packing import pack_rows
+    from pctrain.distributed import parallel
 
     rank, size = parallel.data_parallel()
     rng = np.random.default_rng(0)
-    rows = [small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, LENGTH - 5).tolist()) for _ in range(10 * size)]
+    rows = [
+        small.make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, LENGTH - 5).tolist())
+        for _ in range(10 * size)
+    ]
     batch = pack_rows(rows, 10 * LENGTH // packs, dp_rank=rank, dp_size=size)
     assert len(batch.packs) == packs
     return batch
@@ -38,8 +41,14 @@ def _gradient(model, batch) -> tuple[float, dict[str, np.ndarray]]:
     for chunk in model.chunks:
         chunk.train()
         chunk.zero_grad_buffer()
-    loss, _ = step.run_loss(model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True)
-    return loss, {f"{i}.{name}": p.main_grad.numpy().copy() for i, c in enumerate(model.chunks) for name, p in c.module.named_parameters()}
+    loss, _ = step.run_loss(
+        model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
+    )
+    return loss, {
+        f"{i}.{name}": p.main_grad.numpy().copy()
+        for i, c in enumerate(model.chunks)
+        for name, p in c.module.named_parameters()
+    }
 
 
 def _fused_and_unfused(directory, layout, router_aux_loss=0.0):
@@ -71,9 +80,13 @@ def test_the_heads_gradient_made_in_the_forward_pass_is_that_of_autograd(ranks, 
         np.testing.assert_allclose(list(losses), min(losses), rtol=1e-6)  # one batch, however it is cut
         for (overlap, packs), ((_, fused), (_, unfused)) in rank.items():
             assert any(gradient.any() for gradient in fused.values())
-            _assert_close(fused, unfused)  # dW of five packs is summed in another order; everything else is the same arithmetic
+            _assert_close(
+                fused, unfused
+            )  # dW of five packs is summed in another order; everything else is the same arithmetic
             _assert_close(fused, rank[not overlap, packs][0][1])
-            if layout != "DP2":  # there a rank keeps the part of main_grad that is another's to reduce, and has other rows in it
+            if (
+                layout != "DP2"
+            ):  # there a rank keeps the part of main_grad that is another's to reduce, and has other rows in it
                 _assert_close(fused, rank[overlap, 1][0][1])
 
 
@@ -85,7 +98,9 @@ EXPERT_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", [n if n in ("single", "EP2") else pytest.param(n, marks=pytest.mark.full) for n in EXPERT_LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [n if n in ("single", "EP2") else pytest.param(n, marks=pytest.mark.full) for n in EXPERT_LAYOUTS]
+)
 def test_it_is_of_a_mixture_of_experts_with_its_auxiliary_loss_too(ranks, tmp_path, layout):
     world, parallel = EXPERT_LAYOUTS[layout]
     directory = families.make("qwen3-moe", tmp_path / "model")
@@ -95,13 +110,17 @@ def test_it_is_of_a_mixture_of_experts_with_its_auxiliary_loss_too(ranks, tmp_pa
         for (overlap, packs), ((_, fused), (_, unfused)) in rank.items():
             assert any(gradient.any() for name, gradient in fused.items() if name.endswith("mlp.router.weight"))
             _assert_close(fused, unfused)
-            _assert_close(fused, rank[not overlap, packs][0][1])  # one pack is not compared with five: the auxiliary loss is of a pack
+            _assert_close(
+                fused, rank[not overlap, packs][0][1]
+            )  # one pack is not compared with five: the auxiliary loss is of a pack
 
 
 def _assert_close(gradients, expected):
     for name, gradient in expected.items():
         # fp32 sums in another order: some roundings of 6e-8 of the tensor's largest value.
-        np.testing.assert_allclose(gradients[name], gradient, rtol=1e-5, atol=2e-6 * np.abs(gradient).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradients[name], gradient, rtol=1e-5, atol=2e-6 * np.abs(gradient).max(), err_msg=name
+        )
 
 
 def _forward_only(directory, layout):
@@ -117,7 +136,9 @@ def _forward_only(directory, layout):
     return [bool((gradient == 7).all()) for gradient in gradients]
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"pipeline": 2, "virtual_pipeline": 2})], ids=["single", "PP2 with virtual stages"])
+@pytest.mark.parametrize(
+    "world, layout", [(1, {}), (2, {"pipeline": 2, "virtual_pipeline": 2})], ids=["single", "PP2 with virtual stages"]
+)
 def test_forward_alone_leaves_the_gradients_untouched(ranks, hf_dirs, world, layout):
     for untouched in ranks.run(_forward_only, hf_dirs[True], layout, world=world):
         assert untouched and all(untouched)
@@ -141,8 +162,11 @@ def _recomputed(directory, layout):
     return found
 
 
-@pytest.mark.parametrize("world, layout", [(1, {}), (2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2})],
-                         ids=["single", "TP2 with sequence parallel", "PP2"])
+@pytest.mark.parametrize(
+    "world, layout",
+    [(1, {}), (2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2})],
+    ids=["single", "TP2 with sequence parallel", "PP2"],
+)
 def test_recomputed_activations_give_the_same_gradients(ranks, hf_dirs, world, layout):
     for rank in ranks.run(_recomputed, hf_dirs[True], layout, world=world):
         loss, gradients, calls = rank["none"]

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from core.test_torch_spec import _attend_alone, _layout
-from pctrain.config.tree import ModelConfig, ParallelConfig
-from pctrain.core.layers import spec as layers, router_loss, varlen_attention
-from pctrain.core.layers.varlen_attention import VarlenAttention, VarlenLayout
 from pctrain.common.errors import UserError
+from pctrain.config.tree import ModelConfig, ParallelConfig
+from pctrain.core.layers import router_loss, varlen_attention
+from pctrain.core.layers import spec as layers
+from pctrain.core.layers.varlen_attention import VarlenAttention, VarlenLayout
 
 
 def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
@@ -22,29 +23,35 @@ def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
         return layers.choose_spec(ModelConfig(**model), ParallelConfig(**parallel or {}))
 
 
-@pytest.mark.parametrize("machine, model, expected", [
-    ({"gpu": False}, {}, "torch"),
-    ({"gpu": False, "te": True}, {}, "torch"),  # installed, but nothing to run it on
-    ({"gpu": True, "te": True}, {"dtype": "bfloat16"}, "te"),
-    ({"gpu": True}, {"dtype": "bfloat16"}, "torch-varlen"),
-    ({"gpu": True, "varlen": False}, {"dtype": "bfloat16"}, "torch"),
-    ({"gpu": True}, {"dtype": "float32"}, "torch"),  # flash attention has no float32
-    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch"}, "torch"),
-    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch-varlen"}, "torch-varlen"),
-    ({"gpu": True, "te": True}, {"dtype": "bfloat16", "fp8": "blockwise"}, "te"),
-])
+@pytest.mark.parametrize(
+    "machine, model, expected",
+    [
+        ({"gpu": False}, {}, "torch"),
+        ({"gpu": False, "te": True}, {}, "torch"),  # installed, but nothing to run it on
+        ({"gpu": True, "te": True}, {"dtype": "bfloat16"}, "te"),
+        ({"gpu": True}, {"dtype": "bfloat16"}, "torch-varlen"),
+        ({"gpu": True, "varlen": False}, {"dtype": "bfloat16"}, "torch"),
+        ({"gpu": True}, {"dtype": "float32"}, "torch"),  # flash attention has no float32
+        ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch"}, "torch"),
+        ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch-varlen"}, "torch-varlen"),
+        ({"gpu": True, "te": True}, {"dtype": "bfloat16", "fp8": "blockwise"}, "te"),
+    ],
+)
 def test_the_choice(machine, model, expected):
     assert _choose(model, **machine) == expected
 
 
-@pytest.mark.parametrize("machine, model, parallel, message", [
-    ({"gpu": False}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
-    ({"gpu": True}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
-    ({"gpu": False}, {"spec": "torch-varlen", "dtype": "bfloat16"}, {}, "torch-varlen needs a CUDA device"),
-    ({"gpu": True}, {"spec": "torch-varlen"}, {}, "model.dtype = bfloat16"),
-    ({"gpu": True}, {"dtype": "bfloat16"}, {"context": 2}, "parallel.context needs the layer spec te"),
-    ({"gpu": False}, {"dtype": "bfloat16", "fp8": "delayed"}, {}, "model.fp8 needs the layer spec te"),
-])
+@pytest.mark.parametrize(
+    "machine, model, parallel, message",
+    [
+        ({"gpu": False}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
+        ({"gpu": True}, {"spec": "te"}, {}, "model.spec = te needs a CUDA device and Transformer Engine"),
+        ({"gpu": False}, {"spec": "torch-varlen", "dtype": "bfloat16"}, {}, "torch-varlen needs a CUDA device"),
+        ({"gpu": True}, {"spec": "torch-varlen"}, {}, "model.dtype = bfloat16"),
+        ({"gpu": True}, {"dtype": "bfloat16"}, {"context": 2}, "parallel.context needs the layer spec te"),
+        ({"gpu": False}, {"dtype": "bfloat16", "fp8": "delayed"}, {}, "model.fp8 needs the layer spec te"),
+    ],
+)
 def test_what_cannot_run_is_refused(machine, model, parallel, message):
     with pytest.raises(UserError, match=message):
         _choose(model, parallel, **machine)
@@ -79,13 +86,17 @@ def test_recipes_of_8_bits_reach_the_model():
 
     for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8"):
         config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, bf16=True, **model._FP8[recipe])
-        assert config.fp8 == ("hybrid" if recipe in ("tensorwise", "delayed") else "e4m3") and config.fp8_recipe == recipe
+        assert (
+            config.fp8 == ("hybrid" if recipe in ("tensorwise", "delayed") else "e4m3") and config.fp8_recipe == recipe
+        )
 
 
 # ---- torch's variable-length flash attention
 
 
-def _of_torch_2_13(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+def _of_torch_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     assert window_size == (-1, 0) and enable_gqa == (query.shape[1] != key.shape[1])
     return _by_definition(query, key, value, cu_seq_q, max_q, scale)
 
@@ -97,11 +108,19 @@ def _of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causa
 
 def _by_definition(query, key, value, cu_seqlens, longest, scale):
     bounds = cu_seqlens.tolist()
-    assert cu_seqlens.dtype == torch.int32 and longest == max(b - a for a, b in zip(bounds[:-1], bounds[1:])) and bounds[-1] == len(query)
+    assert (
+        cu_seqlens.dtype == torch.int32
+        and longest == max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
+        and bounds[-1] == len(query)
+    )
     no_turn = torch.zeros(longest, 1, 1, query.shape[-1], dtype=query.dtype)
     query = query * scale * query.shape[-1] ** 0.5  # `_attend_alone` scales by 1 / sqrt(dim)
-    return torch.cat([
-        _attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:]) for a, b in zip(bounds[:-1], bounds[1:])])
+    return torch.cat(
+        [
+            _attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:])
+            for a, b in zip(bounds[:-1], bounds[1:])
+        ]
+    )
 
 
 def _attention(scale=8**-0.5):
@@ -133,7 +152,9 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
     if not lengths:
         return
     real = ours[: bounds[-1], 0]
-    expected = torch.cat([_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])])
+    expected = torch.cat(
+        [_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])]
+    )
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))
@@ -146,7 +167,10 @@ def test_torch_takes_the_call(fresh_options):
     with mock.patch.object(varlen_attention, "device", lambda: torch.device("meta")):
         layout = VarlenLayout.of(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
         layout.angles = torch.empty(150, 1, 1, 64, device="meta")
-        q, k, v = (torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2))
+        q, k, v = (
+            torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for heads in (8, 2, 2)
+        )
         out = _attention(64**-0.5)(q, k, v, None, packed_seq_params=layout)
     assert out.shape == (256, 1, 512) and out.dtype == torch.bfloat16
     out.sum().backward()

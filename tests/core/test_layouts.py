@@ -14,12 +14,18 @@ LAYOUTS = {
     "PP2 of 1 and 3 layers": (2, {"pipeline": 2, "first_stage_layers": 1}),
     "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2 x PP2 of 3 and 1 layers, sequence parallel": (
-        4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "last_stage_layers": 1}),
+        4,
+        {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "last_stage_layers": 1},
+    ),
     "PP2 x DP2 with virtual stages, reductions overlapped": (
-        4, {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}),
+        4,
+        {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True},
+    ),
     "TP2 x DP2 with sequence parallel": (4, {"tensor": 2, "sequence_parallel": True}),
     "TP2 x PP2 with virtual stages and sequence parallel": (
-        4, {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_pipeline": 2}),
+        4,
+        {"tensor": 2, "sequence_parallel": True, "pipeline": 2, "virtual_pipeline": 2},
+    ),
 }
 STEPS = 20
 
@@ -32,12 +38,24 @@ def single(ranks, hf_dirs):
 
 # In the fast tier every layout once: tied where stages share the embedding's gradient, and untied in two of these as well.
 FAST_TIED = {name for name, (_, parallel) in LAYOUTS.items() if "pipeline" in parallel} - {
-    "PP2 of 1 and 3 layers", "PP2 x DP2 with virtual stages, reductions overlapped"}
+    "PP2 of 1 and 3 layers",
+    "PP2 x DP2 with virtual stages, reductions overlapped",
+}
 
 
-@pytest.mark.parametrize(("layout", "tied"), [
-    pytest.param(name, tied, id=f"{name}-{'tied' if tied else 'untied'}", marks=() if tied == (name in FAST_TIED) else pytest.mark.full)
-    for name in LAYOUTS for tied in (True, False)])
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    [
+        pytest.param(
+            name,
+            tied,
+            id=f"{name}-{'tied' if tied else 'untied'}",
+            marks=() if tied == (name in FAST_TIED) else pytest.mark.full,
+        )
+        for name in LAYOUTS
+        for tied in (True, False)
+    ],
+)
 def test_losses_gradient_norms_and_weights_equal_those_of_one_process(ranks, hf_dirs, single, layout, tied):
     world, parallel = LAYOUTS[layout]
     results = ranks.run(small.train, hf_dirs[tied], parallel, STEPS, world=world)

@@ -28,10 +28,14 @@ def _metrics(directory, layout):
     return forward, update.metrics
 
 
-@pytest.mark.parametrize("layout, world", [({}, 2), ({"tensor": 2}, 2), ({"pipeline": 2}, 2)], ids=["DP2", "TP2", "PP2"])
+@pytest.mark.parametrize(
+    "layout, world", [({}, 2), ({"tensor": 2}, 2), ({"pipeline": 2}, 2)], ids=["DP2", "TP2", "PP2"]
+)
 def test_the_maximum_is_over_all_packs_and_ranks(ranks, hf_dirs, layout, world):
-    (alone, _), = ranks.run(_metrics, hf_dirs[True], {}, world=1)
-    assert alone["max/value"] == -0.5 and alone["value"] < -1 and math.isfinite(alone["max/nll"]) and alone["max/nll"] > 5
+    ((alone, _),) = ranks.run(_metrics, hf_dirs[True], {}, world=1)
+    assert (
+        alone["max/value"] == -0.5 and alone["value"] < -1 and math.isfinite(alone["max/nll"]) and alone["max/nll"] > 5
+    )
     for forward, trained in ranks.run(_metrics, hf_dirs[True], layout, world=world):
         assert forward["max/value"] == trained["max/value"] == -0.5
         for name in ("value", "max/nll"):

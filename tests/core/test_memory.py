@@ -15,8 +15,8 @@ MB = 10**6
 
 def _model(folder, *, hidden, ffn, layers, heads, kv_heads, vocab, shard_bytes=10**12):
     """A Llama in float32, written tensor by tensor; returns the shapes of its tensors. No row or column is like another."""
-    from pctrain.hf import weight_files
     from pctrain.core import weights
+    from pctrain.hf import weight_files
     from pctrain.hf.config import HFConfig
 
     folder.mkdir()
@@ -29,7 +29,10 @@ def _model(folder, *, hidden, ffn, layers, heads, kv_heads, vocab, shard_bytes=1
     shapes = {name: shape for unit in weights.units(HFConfig.read(folder), te=False) for name, shape in unit.hf.items()}
     row, column = torch.randn(max(hidden, ffn)), torch.randn(max(hidden, ffn, vocab), 1)
     entries = [weight_files.Entry(name, torch.float32, shape) for name, shape in shapes.items()]
-    tensors = ((name, row[: shape[-1]] * column[: shape[0]] if len(shape) == 2 else row[: shape[0]]) for name, shape in shapes.items())
+    tensors = (
+        (name, row[: shape[-1]] * column[: shape[0]] if len(shape) == 2 else row[: shape[0]])
+        for name, shape in shapes.items()
+    )
     weight_files.write(folder, entries, tensors, shard_bytes=shard_bytes)
     return list(shapes.values())
 
@@ -72,7 +75,9 @@ def test_a_billion_parameters_within_shard_and_one_tensor_and_1_gb(billion, tmp_
     allowed = _shard(shapes, world) + _largest(shapes) + 1000 * MB  # the imports are in it
     try:
         there = measure("convert", "hf-to-mcore", source, tmp_path / "step-0", world=world)
-        back = measure("convert", "mcore-to-hf", tmp_path / "step-0", tmp_path / "out", f"--model.path={source}", world=world)
+        back = measure(
+            "convert", "mcore-to-hf", tmp_path / "step-0", tmp_path / "out", f"--model.path={source}", world=world
+        )
     finally:
         shutil.rmtree(tmp_path)  # 9 GB
     peaks = {name: [memory.peak // MB for memory in memories] for name, memories in (("there", there), ("back", back))}

@@ -74,7 +74,9 @@ def test_after_a_resume_the_reference_is_the_start_of_the_run(ranks, hf_dirs, tm
     if from_checkpoint:
         checkpoint = tmp_path / "start"
         ranks.run(small.save_and_go_on, hf_dirs[True], {}, checkpoint, 2, world=1)
-    (start, resumed, saved, reference), *_ = ranks.run(_resumed, hf_dirs[True], checkpoint, tmp_path / "resumed", world=2)
+    (start, resumed, saved, reference), *_ = ranks.run(
+        _resumed, hf_dirs[True], checkpoint, tmp_path / "resumed", world=2
+    )
     for row in range(len(start)):
         assert np.array_equal(reference[row], start[row]) and np.array_equal(resumed[row], saved[row])
         assert not np.array_equal(resumed[row], start[row])

@@ -22,7 +22,9 @@ def _formula(schedule: str, step: int) -> float:
 
 
 def _rates(directory, schedule, folder, resumed_at):
-    optimizer = OptimizerConfig(lr=LR, min_lr=MIN_LR, schedule=schedule, warmup=WARMUP, decay=DECAY if schedule == "wsd" else 0)
+    optimizer = OptimizerConfig(
+        lr=LR, min_lr=MIN_LR, schedule=schedule, warmup=WARMUP, decay=DECAY if schedule == "wsd" else 0
+    )
     model = small.learner(directory, {}, optimizer=optimizer, total_steps=TOTAL)
     rates = [small.step(model, i).lr for i in range(resumed_at)]
     folder.mkdir()

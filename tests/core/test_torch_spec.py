@@ -18,7 +18,10 @@ from pctrain.core.layers.swiglu import swiglu
 
 def test_swiglu_is_that_of_autograd():
     torch.manual_seed(0)
-    gate_up, upstream = torch.randn(5, 1, 12, dtype=torch.float64, requires_grad=True), torch.randn(5, 1, 6, dtype=torch.float64)
+    gate_up, upstream = (
+        torch.randn(5, 1, 12, dtype=torch.float64, requires_grad=True),
+        torch.randn(5, 1, 6, dtype=torch.float64),
+    )
     gate, up = gate_up.chunk(2, -1)
     expected = F.silu(gate) * up
     ours = swiglu(gate_up)
@@ -109,7 +112,9 @@ def test_attention_of_a_pack_is_that_of_each_sequence(lengths, tokens, gathers):
     ours = attention(q, k, v, None, packed_seq_params=layout)
     assert ours.shape == (tokens, 1, 32) and ours.isfinite().all()
     real = ours[: bounds[-1], 0]
-    expected = torch.cat([_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])])
+    expected = torch.cat(
+        [_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])]
+    )
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))

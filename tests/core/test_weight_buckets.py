@@ -20,15 +20,19 @@ def _compare(directory, layout):
 
     model = small.learner(directory, layout, train=False)
     arguments = model.modules, model.hf, model._te
-    with mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast, \
-            mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather:
+    with (
+        mock.patch.object(dist, "broadcast", wraps=dist.broadcast) as broadcast,
+        mock.patch.object(dist, "all_gather_into_tensor", wraps=dist.all_gather_into_tensor) as gather,
+    ):
         one, calls = list(weights.export_hf(*arguments)), []
         for bucket_bytes in (None, *SIZES):
             if bucket_bytes is not None:
                 bucketed = list(weight_buckets.stream_hf(*arguments, bucket_bytes=bucket_bytes))
                 assert [name for name, _ in bucketed] == [name for name, _ in one]
                 # Compared when the whole stream is there: what a later bucket overwrote would show.
-                assert all(torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(one, bucketed, strict=True))
+                assert all(
+                    torch.equal(a, b) and a.dtype == b.dtype for (_, a), (_, b) in zip(one, bucketed, strict=True)
+                )
             calls.append(broadcast.call_count + gather.call_count)
             broadcast.reset_mock()
             gather.reset_mock()
@@ -44,12 +48,17 @@ def test_buckets_bring_what_single_parameters_bring(ranks, hf_dirs, layout, tied
         assert all_of_a_stage <= 4  # two stages, of each a broadcast and a gather
 
 
-@pytest.mark.parametrize("layout", [{"expert": 2}, {"tensor": 2, "expert": 2, "sequence_parallel": True}, {"pipeline": 2, "expert": 2}],
-                         ids=["EP2", "TP2 x EP2", "EP2 x PP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [{"expert": 2}, {"tensor": 2, "expert": 2, "sequence_parallel": True}, {"pipeline": 2, "expert": 2}],
+    ids=["EP2", "TP2 x EP2", "EP2 x PP2"],
+)
 def test_experts(ranks, tmp_path, layout):
     """At EP2 x PP2 the senders change at other parameters for the ranks of one stage than for those of the other."""
     directory = families.make("qwen3-moe", tmp_path / "moe")
-    for one, _, few, _ in ranks.run(_compare, directory, layout, world=2 * layout.get("tensor", 1) * layout.get("pipeline", 1)):
+    for one, _, few, _ in ranks.run(
+        _compare, directory, layout, world=2 * layout.get("tensor", 1) * layout.get("pipeline", 1)
+    ):
         assert few < one
 
 

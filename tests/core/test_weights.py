@@ -57,7 +57,10 @@ def test_an_exported_directory_is_the_one_that_was_loaded(ranks, hf_dirs, tmp_pa
     assert not list(tmp_path.glob("*.tmp"))
     before, after = (load_file(folder / "model.safetensors") for folder in (hf_dirs[tied], tmp_path / "hf"))
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size == before["model.embed_tokens.weight"].shape[0]
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.vocab_size
+        == before["model.embed_tokens.weight"].shape[0]
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "hf")("12+3")["input_ids"]
 
 
@@ -97,11 +100,15 @@ def _error_of(directory):
     return "no error"
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda w: w.pop("model.norm.weight"), ["missing: model.norm.weight"]),
-    (lambda w: w.update({"model.extra": np.zeros(2, np.float32)}), ["unknown: model.extra"]),
-    (lambda w: w.update({"model.norm.weight": np.ones(31, np.float32)}), ["model.norm.weight", "[31]", "[32]"]),
-], ids=["missing", "unknown", "wrong shape"])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda w: w.pop("model.norm.weight"), ["missing: model.norm.weight"]),
+        (lambda w: w.update({"model.extra": np.zeros(2, np.float32)}), ["unknown: model.extra"]),
+        (lambda w: w.update({"model.norm.weight": np.ones(31, np.float32)}), ["model.norm.weight", "[31]", "[32]"]),
+    ],
+    ids=["missing", "unknown", "wrong shape"],
+)
 def test_a_directory_that_does_not_fit_is_refused_by_name(ranks, hf_dirs, tmp_path, change, words):
     message = ranks.run(_error_of, _break(tmp_path / "broken", hf_dirs[True], change), world=1)[0]
     assert all(word in message for word in words), message

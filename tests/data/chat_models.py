@@ -22,7 +22,12 @@ MODELS = {
     "chatml": (CHATML, [], None, "<|im_end|>"),
     "chatml_vllm": (CHATML, [], None, "<|im_end|>"),
 }
-TEXT = ["What is 12 + 30? The answer is \\boxed{42}.\n\nassistant user", "Let me think: 12 + 30 = 42.\n", "naïve 你好 😀", "don't\n\n\n  x"]
+TEXT = [
+    "What is 12 + 30? The answer is \\boxed{42}.\n\nassistant user",
+    "Let me think: 12 + 30 = 42.\n",
+    "naïve 你好 😀",
+    "don't\n\n\n  x",
+]
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -30,11 +35,17 @@ def make(folder: Path, name: str, *, eos: str | None = None) -> Path:
     """The directory of model `name`: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
     special, added, bos, own_eos = MODELS[name]
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXT * 8, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXT * 8, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
     folder.mkdir(parents=True)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig, ProblemsConfig
 from pctrain.data import arithmetic
 from pctrain.data.sources import read_records
-from pctrain.common.errors import UserError
 
 BOX = re.compile(r"\\boxed\{(-?\d+)\}$")
 
@@ -30,13 +30,20 @@ def problems(**changes) -> ProblemsConfig:
 def test_problems_are_right_disjoint_and_of_the_difficulty_asked_for(seed, min_terms, more, max_operand):
     config = problems(min_terms=min_terms, max_terms=min_terms + more, max_operand=max_operand)
     sets = arithmetic.generate(config, seed)
-    assert {name: len(records) for name, records in sets.items()} == {"train": 60, "validation": 20, "test": 30, "rl": 40}
+    assert {name: len(records) for name, records in sets.items()} == {
+        "train": 60,
+        "validation": 20,
+        "test": 30,
+        "rl": 40,
+    }
     prompts = [record.prompt for records in sets.values() for record in records]
     assert len(set(prompts)) == 150  # disjoint by prompt
     for name, records in sets.items():
         for record in records:
             operands = [int(n) for n in re.findall(r"\d+", record.prompt)]
-            assert min_terms <= len(operands) <= min_terms + more and 1 <= min(operands) and max(operands) <= max_operand
+            assert (
+                min_terms <= len(operands) <= min_terms + more and 1 <= min(operands) and max(operands) <= max_operand
+            )
             assert record.prompt.endswith("=") and value(record.prompt[:-1]) == int(record.answer)
             assert (record.response is not None) == (name != "test")
             if record.response:
@@ -91,4 +98,6 @@ def test_written_files_read_back_and_are_the_same_bytes_again(tmp_path):
         assert ("response" in json.loads(paths[name].read_text().splitlines()[0])) == (name != "test")
     again = arithmetic.write_sets(problems(), 5, tmp_path / "b")
     assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(f"{name}.jsonl" for name in paths)  # nothing beside them
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(
+        f"{name}.jsonl" for name in paths
+    )  # nothing beside them

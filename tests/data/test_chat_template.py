@@ -7,12 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.hf.chat_template import RenderError, load
 from pctrain.common.errors import UserError
+from pctrain.hf.chat_template import RenderError, load
 
 CHAT = [
-    {"role": "system", "content": "Be <brief> & \"kind\"."}, {"role": "user", "content": " What is 12 + 30? "},
-    {"role": "assistant", "content": "<think>\n12 + 30\n</think>\n\n\\boxed{42}"}, {"role": "user", "content": "And\n\n1?"},
+    {"role": "system", "content": 'Be <brief> & "kind".'},
+    {"role": "user", "content": " What is 12 + 30? "},
+    {"role": "assistant", "content": "<think>\n12 + 30\n</think>\n\n\\boxed{42}"},
+    {"role": "user", "content": "And\n\n1?"},
     {"role": "assistant", "content": "1 你好"},
 ]
 
@@ -38,7 +40,9 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": ROLES, "content": st.text(max
 
 @pytest.mark.parametrize("name", chat_models.MODELS)
 @given(messages=MESSAGES, generation_prompt=st.booleans())
-def test_any_messages_give_the_text_of_transformers(directories, transformers_tokenizers, name, messages, generation_prompt):
+def test_any_messages_give_the_text_of_transformers(
+    directories, transformers_tokenizers, name, messages, generation_prompt
+):
     template = load(directories[name], "auto")
     expected = as_transformers(transformers_tokenizers[name], messages, add_generation_prompt=generation_prompt)
     assert template.render(messages, generation_prompt) == expected
@@ -63,7 +67,9 @@ def test_extensions_filters_and_variables_are_those_of_transformers(directories,
     messages = [{"role": role, "content": role[::-1]} for role in ("user", "skip", "assistant", "stop", "user")]
     expected = transformers_tokenizers["llama3"].apply_chat_template(messages, tokenize=False, chat_template=WRITTEN)
     assert load(directories["llama3"], str(tmp_path / "own.jinja")).render(messages) == expected
-    assert expected.count("<|begin_of_text|>") == 2 and "<é>" in expected  # the loop went on and stopped, HTML was left alone
+    assert (
+        expected.count("<|begin_of_text|>") == 2 and "<é>" in expected
+    )  # the loop went on and stopped, HTML was left alone
 
 
 def test_where_a_template_is_found(directories, tmp_path):
@@ -71,7 +77,9 @@ def test_where_a_template_is_found(directories, tmp_path):
     assert load(tmp_path, "auto") is None and load(directories["qwen3"], "none") is None
     config.write_text(json.dumps({"chat_template": "one", "eos_token": {"content": "<e>"}}))
     assert load(tmp_path, "auto").render([]) == "one"
-    config.write_text(json.dumps({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]}))
+    config.write_text(
+        json.dumps({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]})
+    )
     assert load(tmp_path, "auto").render([]) == "d"
     (tmp_path / "chat_template.jinja").write_text("beside")
     assert load(tmp_path, "auto").render([]) == "beside"  # it goes before the config
@@ -81,7 +89,9 @@ def test_where_a_template_is_found(directories, tmp_path):
 
 
 def test_special_tokens_of_the_older_file_go_before_the_config(tmp_path):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<a>", "eos_token": {"content": "<b>"}, "pad_token": None}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<a>", "eos_token": {"content": "<b>"}, "pad_token": None})
+    )
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ eos_token }}{{ pad_token }}")
     assert load(tmp_path, "auto").render([]) == "<a><b>"
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": "<c>"}}))
@@ -117,14 +127,20 @@ def test_templates_that_cannot_be_used(tmp_path):
         load(tmp_path, "auto")
 
 
-@pytest.mark.parametrize("source, message", [
-    ("{{ raise_exception('roles must alternate') }}", "refuses the messages: roles must alternate"),
-    ("{{ messages[7].content }}", "uses what it is not given"),
-    ("{{ 'x' + none }}", "fails: TypeError"),
-    ("{{ strftime_now('%d %b %Y') }}", "'strftime_now' is undefined; the date of today would make the data depend on the day"),
-    ("{{ messages.append(1) }}", "refuses the messages: .*unsafe"),  # a template cannot change what it is given
-    ("{{ ''.__class__.__mro__ }}", "refuses the messages|uses what it is not given"),
-])
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("{{ raise_exception('roles must alternate') }}", "refuses the messages: roles must alternate"),
+        ("{{ messages[7].content }}", "uses what it is not given"),
+        ("{{ 'x' + none }}", "fails: TypeError"),
+        (
+            "{{ strftime_now('%d %b %Y') }}",
+            "'strftime_now' is undefined; the date of today would make the data depend on the day",
+        ),
+        ("{{ messages.append(1) }}", "refuses the messages: .*unsafe"),  # a template cannot change what it is given
+        ("{{ ''.__class__.__mro__ }}", "refuses the messages|uses what it is not given"),
+    ],
+)
 def test_a_template_that_refuses_says_so(tmp_path, source, message):
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(RenderError, match=message):
@@ -135,7 +151,9 @@ def test_a_date_is_never_that_of_today(directories):
     assert "Today Date: 26 Jul 2024\n" in load(directories["llama3_2"], "auto").render(CHAT)
 
 
-@pytest.mark.parametrize("source", ["{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25])
+@pytest.mark.parametrize(
+    "source", ["{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}", "{% for i in [1] %}" * 25 + "{% endfor %}" * 25]
+)
 def test_a_template_that_is_nested_too_deeply(tmp_path, source):
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(UserError, match="chat_template.jinja: the chat template cannot be compiled"):

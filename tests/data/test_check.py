@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pctrain.cli import main as cli
 from pctrain.config.tree import ArchitectureConfig
-from pctrain.data import check_report, scratch_model as hf_dir
+from pctrain.data import check_report
+from pctrain.data import scratch_model as hf_dir
 from pctrain.data.check import open_boxes
 from pctrain.data.writing import write_records
 
@@ -34,6 +35,7 @@ def run(tmp_path, monkeypatch, capsys):
         figures = tmp_path / "data-check" / "check.json"
         captured = capsys.readouterr()
         return status, captured.out + captured.err, json.loads(figures.read_text()) if figures.exists() else None
+
     return run
 
 
@@ -41,7 +43,9 @@ def run(tmp_path, monkeypatch, capsys):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("check") / "model"
     texts = [text for i in range(200) for text in (good(i)["prompt"], good(i)["response"])]
-    return hf_dir.make_hf_dir(folder, ArchitectureConfig(context=32, hidden=16, heads=2, kv_heads=2, ffn=16), texts, vocab_size=330, seed=0)
+    return hf_dir.make_hf_dir(
+        folder, ArchitectureConfig(context=32, hidden=16, heads=2, kv_heads=2, ffn=16), texts, vocab_size=330, seed=0
+    )
 
 
 def kinds(figures):
@@ -55,16 +59,25 @@ def test_good_files_of_several_forms_pass(run, tmp_path):
     status, text, figures = run("*.*")
     assert status == 0 and "all 32 records of 3 files can be used" in text
     assert [(f["path"], f["read_as"], f["records"], f["chats"]) for f in figures["files"]] == [
-        ("chat.jsonl.zst", "trajectories", 1, 1), ("test.jsonl", "problems", 1, 0), ("train.parquet", "trajectories", 30, 0)]
+        ("chat.jsonl.zst", "trajectories", 1, 1),
+        ("test.jsonl", "problems", 1, 0),
+        ("train.parquet", "trajectories", 30, 0),
+    ]
     assert "columns: chat: messages from messages, answer from answer (chat.jsonl.zst)" in text
-    assert figures["passed"] and figures["troubles"] == [] and figures["lengths"]["response, characters"]["records"] == 31
+    assert (
+        figures["passed"] and figures["troubles"] == [] and figures["lengths"]["response, characters"]["records"] == 31
+    )
     assert (tmp_path / "data-check" / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 
 SPOILED = [
-    (b'{"prompt": "\xff"}', "not_utf8"), (b'{"prompt": ', "malformed_json"), (b"[]", "not_an_object"),
-    (b'{"response": "r"}', "missing_field"), (b'{"prompt": 1, "response": "r"}', "wrong_type"),
-    (b'{"prompt": "", "response": "r"}', "empty_prompt"), (b'{"prompt": "p", "response": " "}', "empty_response"),
+    (b'{"prompt": "\xff"}', "not_utf8"),
+    (b'{"prompt": ', "malformed_json"),
+    (b"[]", "not_an_object"),
+    (b'{"response": "r"}', "missing_field"),
+    (b'{"prompt": 1, "response": "r"}', "wrong_type"),
+    (b'{"prompt": "", "response": "r"}', "empty_prompt"),
+    (b'{"prompt": "p", "response": " "}', "empty_response"),
     (b'{"prompt": "\\ud800", "response": "r"}', "surrogate"),
 ]
 
@@ -87,17 +100,34 @@ def test_problems_need_an_answer(run):
 
 
 def test_remarks_do_not_fail(run):
-    rows = [good(0), good(1), good(0), {**good(1), "response": "another \\boxed{2}"}, {**good(2), "response": "\\boxed{\\frac{1}{2}"},
-            {**good(3), "response": "no box"}, {"prompt": "no answer", "response": "r"}]
+    rows = [
+        good(0),
+        good(1),
+        good(0),
+        {**good(1), "response": "another \\boxed{2}"},
+        {**good(2), "response": "\\boxed{\\frac{1}{2}"},
+        {**good(3), "response": "no box"},
+        {"prompt": "no answer", "response": "r"},
+    ]
     write_records("a.jsonl", rows)
     write_records("b.jsonl", [good(1)])
     status, text, figures = run("a.jsonl", "b.jsonl")
     assert status == 0 and figures["passed"]
-    assert kinds(figures) == {"duplicate_record": 2, "duplicate_prompt": 1, "unclosed_box": 1, "no_box": 1, "no_answer": 1}
+    assert kinds(figures) == {
+        "duplicate_record": 2,
+        "duplicate_prompt": 1,
+        "unclosed_box": 1,
+        "no_box": 1,
+        "no_answer": 1,
+    }
     first = {trouble["kind"]: trouble["first"] for trouble in figures["troubles"]}
     assert first["duplicate_record"] == [["a.jsonl:3", "as a.jsonl:1"], ["b.jsonl:1", "as a.jsonl:2"]]
     assert first["duplicate_prompt"] == [["a.jsonl:4", "as a.jsonl:2"]]
-    assert [first[kind][0][0] for kind in ("unclosed_box", "no_box", "no_answer")] == ["a.jsonl:5", "a.jsonl:6", "a.jsonl:7"]
+    assert [first[kind][0][0] for kind in ("unclosed_box", "no_box", "no_answer")] == [
+        "a.jsonl:5",
+        "a.jsonl:6",
+        "a.jsonl:7",
+    ]
     assert "worth a look: 2 duplicate_record" in text
 
 
@@ -109,7 +139,11 @@ def test_texts_that_are_the_same_only_when_joined_are_no_duplicates(run):
 def test_only_the_first_places_are_named(run):
     write_records("a.jsonl", [good(0)] * 100)
     _, text, figures = run("a.jsonl")
-    assert len(figures["troubles"][0]["first"]) == 5 and kinds(figures) == {"duplicate_record": 99} and "and 94 more" in text
+    assert (
+        len(figures["troubles"][0]["first"]) == 5
+        and kinds(figures) == {"duplicate_record": 99}
+        and "and 94 more" in text
+    )
 
 
 def test_no_picture_of_an_earlier_check_stays(run, tmp_path):
@@ -141,7 +175,10 @@ def test_lengths_in_tokens_and_samples_over_the_context(run, model):
     status, text, figures = run("train.jsonl", "--model.path", model)
     assert status == 1 and kinds(figures)["overlong"] == 1 and figures["context"] == 32
     assert "train.jsonl:10: 45 tokens, more than 32" in text
-    assert figures["lengths"]["sample, tokens"]["largest"] == 45 and figures["lengths"]["response, tokens"]["largest"] == 41
+    assert (
+        figures["lengths"]["sample, tokens"]["largest"] == 45
+        and figures["lengths"]["response, tokens"]["largest"] == 41
+    )
     status, _, figures = run("train.jsonl", f"--model.path={model}", "--data.overlong=drop")
     assert status == 0 and kinds(figures)["overlong_policy"] == 1
 
@@ -161,16 +198,23 @@ def test_the_mapping_of_the_config_is_used(run):
 
 
 def test_text_of_the_data_cannot_reach_the_terminal_as_a_command(run):
-    write_records("a.jsonl", [{"prompt": "[bold]p", "response": "\x1b[31m\\boxed{", "answer": "\x07"}, {"[red]\x1b[31mcolumn": 1}])
+    write_records(
+        "a.jsonl", [{"prompt": "[bold]p", "response": "\x1b[31m\\boxed{", "answer": "\x07"}, {"[red]\x1b[31mcolumn": 1}]
+    )
     _, text, _ = run("a.jsonl")
     assert "\x1b" not in text and "\x07" not in text and "[red] [31mcolumn" in text
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((), "pctrain data check: expected one or more files"), (("none.jsonl",), "none.jsonl does not exist"),
-    (("*.jsonl",), "no file matches"),
-    (("a.jsonl", "--data.feilds.prompt=q"), "unknown key"), (("a.jsonl", "--model.path=nowhere"), "nowhere"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((), "pctrain data check: expected one or more files"),
+        (("none.jsonl",), "none.jsonl does not exist"),
+        (("*.jsonl",), "no file matches"),
+        (("a.jsonl", "--data.feilds.prompt=q"), "unknown key"),
+        (("a.jsonl", "--model.path=nowhere"), "nowhere"),
+    ],
+)
 def test_bad_arguments_end_with_2_and_write_nothing(run, tmp_path, arguments, message):
     (tmp_path / "a.jsonl").touch() if "a.jsonl" in arguments else None
     status, text, figures = run(*arguments)
@@ -185,9 +229,21 @@ def test_every_length_falls_into_one_bin(values, bins):
     assert counts.sum() == len(values) and (np.diff(edges) > 0).all() and len(edges) <= 2 * bins + 2
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("no box", None), ("\\boxed 5", None), ("\\boxed{5}", 0), ("\\boxed{\\frac{1}{2}}", 0), ("\\boxed{5", 1), ("{ \\boxed{5}", 0),
-    ("\\boxed{\\{1\\}}", 0), ("\\boxed{\\}", 1), ("\\boxed{1} \\boxed {2", 1), ("}}\\boxed{1}", 0), ("\\boxed{\\boxed{1}", 1),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("no box", None),
+        ("\\boxed 5", None),
+        ("\\boxed{5}", 0),
+        ("\\boxed{\\frac{1}{2}}", 0),
+        ("\\boxed{5", 1),
+        ("{ \\boxed{5}", 0),
+        ("\\boxed{\\{1\\}}", 0),
+        ("\\boxed{\\}", 1),
+        ("\\boxed{1} \\boxed {2", 1),
+        ("}}\\boxed{1}", 0),
+        ("\\boxed{\\boxed{1}", 1),
+    ],
+)
 def test_boxes(text, expected):
     assert open_boxes(text) == expected

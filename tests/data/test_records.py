@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import choose
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import iter_records, read_records
-from pctrain.common.errors import UserError
 
 GOOD = '{"prompt": "1+1=", "response": "two", "answer": "2"}'
 
@@ -19,13 +19,19 @@ def write(tmp_path):
         path = tmp_path / "train.jsonl"
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return path
+
     return write
 
 
 def test_records_have_the_files_line_as_id_unless_they_have_their_own(write):
-    path = write(f'{GOOD}\n\n{{"prompt": "p", "answer": 7, "id": "own"}}\n{{"prompt": "q", "answer": 0.5, "id": 12, "more": [1]}}')
+    path = write(
+        f'{GOOD}\n\n{{"prompt": "p", "answer": 7, "id": "own"}}\n{{"prompt": "q", "answer": 0.5, "id": 12, "more": [1]}}'
+    )
     assert read_records(path, FieldsConfig(), need=("answer",)) == [
-        Record("train.jsonl:1", "1+1=", "two", "2"), Record("own", "p", None, "7"), Record("12", "q", None, "0.5")]
+        Record("train.jsonl:1", "1+1=", "two", "2"),
+        Record("own", "p", None, "7"),
+        Record("12", "q", None, "0.5"),
+    ]
 
 
 def test_names_of_the_fields_come_from_the_config(write):
@@ -35,7 +41,9 @@ def test_names_of_the_fields_come_from_the_config(write):
 
 
 def test_line_ends_byte_order_mark_and_separators_inside_text(write):
-    text = json.dumps({"prompt": "a\u2028b\x85", "response": "r"}, ensure_ascii=False)  # characters that str.splitlines would cut at
+    text = json.dumps(
+        {"prompt": "a\u2028b\x85", "response": "r"}, ensure_ascii=False
+    )  # characters that str.splitlines would cut at
     path = write(b"\xef\xbb\xbf" + f"{text}\r\n{text}".encode())
     assert [r.prompt for r in read_records(path, FieldsConfig(), need=())] == ["a\u2028b\x85"] * 2
 
@@ -45,22 +53,28 @@ def test_a_field_that_is_not_needed_may_be_anything(write):
     assert read_records(path, FieldsConfig(), need=()) == [Record("train.jsonl:1", "p")]
 
 
-@pytest.mark.parametrize("line, message", [
-    ('{"prompt": "p", ', "malformed JSON at column"),
-    ("[1]", "expected a JSON object, got a list"),
-    ('"x"', "expected a JSON object, got a string"),
-    ('{"response": "r", "answer": "1"}', "the record has no field 'prompt' (it has: answer, response)"),
-    ('{"prompt": "p", "answer": "1"}', "the record has no field 'response'"),
-    ('{"prompt": "p", "response": "r"}', "the record has no field 'answer'"),
-    ('{"prompt": 3, "response": "r", "answer": "1"}', "field 'prompt': expected a string, got a number"),
-    ('{"prompt": "p", "response": null, "answer": "1"}', "field 'response': expected a string, got null"),
-    ('{"prompt": "p", "response": "r", "answer": true}', "field 'answer': expected a string or a number, got true or false"),
-    ('{"prompt": " ", "response": "r", "answer": "1"}', "field 'prompt' is empty"),
-    ('{"prompt": "p", "response": "", "answer": "1"}', "field 'response' is empty"),
-    ('{"prompt": "\\ud800", "response": "r", "answer": "1"}', "field 'prompt' holds half of a surrogate pair"),
-    ("[" * 100_000, "malformed JSON"),
-    ('{"prompt": "p", "response": "r", "answer": ' + "1" * 5000 + "}", "malformed JSON"),
-])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ('{"prompt": "p", ', "malformed JSON at column"),
+        ("[1]", "expected a JSON object, got a list"),
+        ('"x"', "expected a JSON object, got a string"),
+        ('{"response": "r", "answer": "1"}', "the record has no field 'prompt' (it has: answer, response)"),
+        ('{"prompt": "p", "answer": "1"}', "the record has no field 'response'"),
+        ('{"prompt": "p", "response": "r"}', "the record has no field 'answer'"),
+        ('{"prompt": 3, "response": "r", "answer": "1"}', "field 'prompt': expected a string, got a number"),
+        ('{"prompt": "p", "response": null, "answer": "1"}', "field 'response': expected a string, got null"),
+        (
+            '{"prompt": "p", "response": "r", "answer": true}',
+            "field 'answer': expected a string or a number, got true or false",
+        ),
+        ('{"prompt": " ", "response": "r", "answer": "1"}', "field 'prompt' is empty"),
+        ('{"prompt": "p", "response": "", "answer": "1"}', "field 'response' is empty"),
+        ('{"prompt": "\\ud800", "response": "r", "answer": "1"}', "field 'prompt' holds half of a surrogate pair"),
+        ("[" * 100_000, "malformed JSON"),
+        ('{"prompt": "p", "response": "r", "answer": ' + "1" * 5000 + "}", "malformed JSON"),
+    ],
+)
 def test_a_bad_line_is_named(write, line, message):
     path = write(f"{GOOD}\n\n{line}\n{GOOD}\n")
     with pytest.raises(UserError) as error:
@@ -68,11 +82,15 @@ def test_a_bad_line_is_named(write, line, message):
     assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "the data set is empty"), ("\n \n", "the data set is empty"),
-    (f"{GOOD}\n".encode() + b'{"prompt": "\xff"}', ":2: not UTF-8 at byte 13"),
-    (GOOD.encode("utf-16"), ":1: not UTF-8"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "the data set is empty"),
+        ("\n \n", "the data set is empty"),
+        (f"{GOOD}\n".encode() + b'{"prompt": "\xff"}', ":2: not UTF-8 at byte 13"),
+        (GOOD.encode("utf-16"), ":1: not UTF-8"),
+    ],
+)
 def test_a_bad_file_is_named(write, content, message):
     path = write(content)
     with pytest.raises(UserError) as error:
@@ -86,12 +104,16 @@ def test_missing_file_and_folder(tmp_path):
             read_records(path, FieldsConfig(), need=())
 
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+]
 
 
 def test_a_chat_is_found_by_its_column(write):
     path = write(json.dumps({"messages": CHAT, "answer": 2}))
-    record, = read_records(path, FieldsConfig(), need=("response", "answer"))
+    (record,) = read_records(path, FieldsConfig(), need=("response", "answer"))
     assert record.messages == (Message("system", "Be brief."), Message("user", "1+1?"), Message("assistant", "2"))
     assert (record.prompt, record.response, record.answer) == (None, None, "2")
     assert (record.question, record.trajectory) == ("Be brief.\n\n1+1?", "2")
@@ -99,7 +121,7 @@ def test_a_chat_is_found_by_its_column(write):
 
 def test_a_chat_may_end_with_a_question_where_no_response_is_needed(write):
     path = write(json.dumps({"messages": CHAT[:2], "answer": "2"}))
-    record, = read_records(path, FieldsConfig(), need=("answer",))
+    (record,) = read_records(path, FieldsConfig(), need=("answer",))
     assert (record.question, record.trajectory) == ("Be brief.\n\n1+1?", None)
 
 
@@ -107,19 +129,26 @@ def turns(*pairs):
     return [{"role": role, "content": content} for role, content in pairs]
 
 
-@pytest.mark.parametrize("messages, cause, message", [
-    (CHAT[:2], "bad_chat", "the chat ends with a turn of role 'user'; expected 'assistant'"),
-    ("hello", "wrong_type", "expected a list of messages, got a string"),
-    (["hello"], "bad_chat", "message 1: expected an object with role and content, got a string"),
-    (turns(("user", "q"), ("human", "r")), "bad_chat", "message 2: expected a role of system, developer, user, assistant, tool, got 'h"),
-    (turns(("user", ["q"]), ("assistant", "r")), "bad_chat", "message 1: expected a string as content, got a list"),
-    (turns(("user", "q"), ("assistant", None)), "bad_chat", "message 2: expected a string as content, got null"),
-    (turns(("user", "q"), ("assistant", " ")), "empty_response", "the assistant's last turn is empty"),
-    (turns(("assistant", "r")), "empty_prompt", "nothing is asked"),
-    (turns(("user", ""), ("assistant", "r")), "empty_prompt", "nothing is asked"),
-    ([], "empty_prompt", "nothing is asked"),
-    (turns(("user", "\ud800"), ("assistant", "r")), "surrogate", "message 1 holds half of a surrogate pair"),
-])
+@pytest.mark.parametrize(
+    "messages, cause, message",
+    [
+        (CHAT[:2], "bad_chat", "the chat ends with a turn of role 'user'; expected 'assistant'"),
+        ("hello", "wrong_type", "expected a list of messages, got a string"),
+        (["hello"], "bad_chat", "message 1: expected an object with role and content, got a string"),
+        (
+            turns(("user", "q"), ("human", "r")),
+            "bad_chat",
+            "message 2: expected a role of system, developer, user, assistant, tool, got 'h",
+        ),
+        (turns(("user", ["q"]), ("assistant", "r")), "bad_chat", "message 1: expected a string as content, got a list"),
+        (turns(("user", "q"), ("assistant", None)), "bad_chat", "message 2: expected a string as content, got null"),
+        (turns(("user", "q"), ("assistant", " ")), "empty_response", "the assistant's last turn is empty"),
+        (turns(("assistant", "r")), "empty_prompt", "nothing is asked"),
+        (turns(("user", ""), ("assistant", "r")), "empty_prompt", "nothing is asked"),
+        ([], "empty_prompt", "nothing is asked"),
+        (turns(("user", "\ud800"), ("assistant", "r")), "surrogate", "message 1 holds half of a surrogate pair"),
+    ],
+)
 def test_a_bad_chat_is_a_fault(write, messages, cause, message):
     path = write(json.dumps({"messages": CHAT}) + "\n" + json.dumps({"messages": messages}))
     good, fault = iter_records(path, FieldsConfig(), need=("response",))
@@ -127,43 +156,55 @@ def test_a_bad_chat_is_a_fault(write, messages, cause, message):
     assert (fault.where, fault.cause) == (f"{path}:2", cause) and message in fault.message
 
 
-RETU = {"data_source": "retu", "prompt": [{"role": "user", "content": "templated"}], "extra_info": {"question": "q", "answer": "the way"},
-        "reward_model": {"ground_truth": "7", "style": "rule"}}
+RETU = {
+    "data_source": "retu",
+    "prompt": [{"role": "user", "content": "templated"}],
+    "extra_info": {"question": "q", "answer": "the way"},
+    "reward_model": {"ground_truth": "7", "style": "rule"},
+}
 
 
 def test_the_columns_of_retu_are_found(write):
     path = write(json.dumps(RETU))
-    assert read_records(path, FieldsConfig(), need=("response", "answer")) == [Record("train.jsonl:1", "q", "the way", "7")]
+    assert read_records(path, FieldsConfig(), need=("response", "answer")) == [
+        Record("train.jsonl:1", "q", "the way", "7")
+    ]
 
 
 def test_what_the_config_names_goes_over_what_is_found(write):
     path = write(json.dumps({**RETU, "messages": CHAT, "solution": "s"}))
-    found, = read_records(path, FieldsConfig(), need=())
+    (found,) = read_records(path, FieldsConfig(), need=())
     assert found.trajectory == "2", "messages come first"
     fields = FieldsConfig(prompt="prompt.0.content", response="solution", answer="reward_model.ground_truth")
-    named, = read_records(path, fields, need=("answer",))
+    (named,) = read_records(path, fields, need=("answer",))
     assert named == Record("train.jsonl:1", "templated", "s", "7")
-    chat, = read_records(path, FieldsConfig(messages="prompt"), need=())
+    (chat,) = read_records(path, FieldsConfig(messages="prompt"), need=())
     assert chat.messages == (Message("user", "templated"),)
 
 
 def test_a_chat_and_a_prompt_cannot_both_be_named(write):
-    with pytest.raises(UserError, match="data.fields.messages = chat and data.fields.prompt = q: a record is a chat or a prompt"):
+    with pytest.raises(
+        UserError, match="data.fields.messages = chat and data.fields.prompt = q: a record is a chat or a prompt"
+    ):
         read_records(write(GOOD), FieldsConfig(messages="chat", prompt="q"), need=())
 
 
 def test_the_choice_of_columns_can_be_read():
     assert choose(FieldsConfig(answer="label"), "RETU").describe() == (
-        "RETU: prompt from extra_info.question, response from extra_info.answer, answer from label")
+        "RETU: prompt from extra_info.question, response from extra_info.answer, answer from label"
+    )
     assert choose(FieldsConfig(), "chat").describe() == "chat: messages from messages, answer from answer"
 
 
-@pytest.mark.parametrize("path, message", [
-    ("extra_info.solution", "no field 'extra_info.solution' ('extra_info' has: answer, question)"),
-    ("prompt.3.content", "no field 'prompt.3.content' ('prompt' is a list of 1)"),
-    ("data_source.x", "no field 'data_source.x' ('data_source' is a string)"),
-    ("nothing.x", "no field 'nothing.x' (it has: data_source, extra_info, prompt, reward_model)"),
-])
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("extra_info.solution", "no field 'extra_info.solution' ('extra_info' has: answer, question)"),
+        ("prompt.3.content", "no field 'prompt.3.content' ('prompt' is a list of 1)"),
+        ("data_source.x", "no field 'data_source.x' ('data_source' is a string)"),
+        ("nothing.x", "no field 'nothing.x' (it has: data_source, extra_info, prompt, reward_model)"),
+    ],
+)
 def test_a_path_into_nothing_says_where_it_ends(write, path, message):
     with pytest.raises(UserError) as error:
         read_records(write(json.dumps(RETU)), FieldsConfig(response=path), need=("response",))
@@ -177,7 +218,9 @@ def test_a_column_whose_name_has_dots_comes_before_the_path(write):
 
 def test_faults_stand_where_the_records_would(write):
     path = write(f'{GOOD}\n{{"prompt": "p"\n{GOOD}\n[]\n'.encode() + b'{"prompt": "\xff"}\n' + GOOD.encode())
-    found = [(r.cause if isinstance(r, Fault) else r.id) for r in iter_records(path, FieldsConfig(), need=("response",))]
+    found = [
+        (r.cause if isinstance(r, Fault) else r.id) for r in iter_records(path, FieldsConfig(), need=("response",))
+    ]
     assert found == ["train.jsonl:1", "malformed_json", "train.jsonl:3", "not_an_object", "not_utf8", "train.jsonl:6"]
 
 

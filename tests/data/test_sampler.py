@@ -20,7 +20,7 @@ def test_epochs_are_permutations_and_batches_run_across_their_ends(size, batch, 
         assert len(indices) == batch
         stream += indices
     for epoch in range(3):
-        assert sorted(stream[epoch * size: (epoch + 1) * size]) == list(range(size))
+        assert sorted(stream[epoch * size : (epoch + 1) * size]) == list(range(size))
 
 
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 1000), st.lists(st.integers(0, 300), max_size=8))
@@ -71,7 +71,9 @@ def test_half_a_weight_shows_the_other_half_in_the_next_epoch():
     assert sampler.indices(0) != ShuffledSampler([20], 10, 4, [0.5]).indices(0)
 
 
-@pytest.mark.parametrize("arguments", [([0], 1, 0), ([], 1, 0), ([1], 0, 0), ([1], 1, -1), ([1], 1, 0, [0.0]), ([1], 1, 0, [1.0, 1.0])])
+@pytest.mark.parametrize(
+    "arguments", [([0], 1, 0), ([], 1, 0), ([1], 0, 0), ([1], 1, -1), ([1], 1, 0, [0.0]), ([1], 1, 0, [1.0, 1.0])]
+)
 def test_impossible_sizes(arguments):
     with pytest.raises(ValueError):
         ShuffledSampler(*arguments)

@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-import sets_cli as cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sets_cli as cli
 from pctrain.data.sets.near import Sketcher, Sketches
 from pctrain.data.sets.options import DedupOptions
 
@@ -19,7 +19,7 @@ WORDS = ["".join(letters) for letters in product("bcdfgh", "aeiou", "lmnrst", "a
 
 def jaccard(one: str, other: str, n: int = 5) -> float:
     """By the definition, over word n-grams; nothing of the program in it."""
-    sets = [{tuple(text.split()[i: i + n]) for i in range(len(text.split()) - n + 1)} for text in (one, other)]
+    sets = [{tuple(text.split()[i : i + n]) for i in range(len(text.split()) - n + 1)} for text in (one, other)]
     return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
 
 
@@ -38,8 +38,14 @@ def constructed(pairs: int, edits: range) -> list[tuple[str, str]]:
 
 def test_near_duplicates_are_found_as_exact_jaccard_has_them(tmp_path):
     pairs = constructed(300, range(0, 12))
-    path = cli.write(tmp_path / "all.jsonl", [{"id": f"{i}{side}", "prompt": text, "response": "same answer"}
-                                              for i, pair in enumerate(pairs) for side, text in zip("ab", pair)])
+    path = cli.write(
+        tmp_path / "all.jsonl",
+        [
+            {"id": f"{i}{side}", "prompt": text, "response": "same answer"}
+            for i, pair in enumerate(pairs)
+            for side, text in zip("ab", pair)
+        ],
+    )
     out = tmp_path / "out.jsonl"
     cli.run("dedup", path, f"--out={out}", "--by=question")
     found = {entry["id"][:-1]: entry for entry in cli.dropped(out)}
@@ -71,11 +77,21 @@ def test_a_hash_accident_drops_nothing(tmp_path, monkeypatch):
 def test_dedup_is_idempotent_keeps_the_order_and_names_what_stays(data):
     draw = random.Random(data.draw(st.integers(0, 10**6)))
     texts = [" ".join(draw.choices(WORDS, k=60)) for _ in range(4)]
-    records = [{"id": str(i), "prompt": edited(draw, draw.choice(texts), draw.randrange(4)), "response": draw.choice(["yes", "Yes ", "no"])}
-               for i in range(data.draw(st.integers(2, 14)))]
+    records = [
+        {
+            "id": str(i),
+            "prompt": edited(draw, draw.choice(texts), draw.randrange(4)),
+            "response": draw.choice(["yes", "Yes ", "no"]),
+        }
+        for i in range(data.draw(st.integers(2, 14)))
+    ]
     by = data.draw(st.sampled_from(["record", "question", "trajectory"]))
-    options = [f"--by={by}", f"--threshold={data.draw(st.sampled_from([0.3, 0.5, 0.8, 1.0]))}",
-               f"--shingle={data.draw(st.sampled_from(['word', 'char']))}", f"--near={data.draw(st.sampled_from(['true', 'false']))}"]
+    options = [
+        f"--by={by}",
+        f"--threshold={data.draw(st.sampled_from([0.3, 0.5, 0.8, 1.0]))}",
+        f"--shingle={data.draw(st.sampled_from(['word', 'char']))}",
+        f"--near={data.draw(st.sampled_from(['true', 'false']))}",
+    ]
     with TemporaryDirectory() as folder:
         once, twice = Path(folder) / "once.jsonl", Path(folder) / "twice.jsonl"
         cli.run("dedup", cli.write(Path(folder) / "all.jsonl", records), f"--out={once}", *options)
@@ -88,13 +104,20 @@ def test_dedup_is_idempotent_keeps_the_order_and_names_what_stays(data):
 
 
 def test_equal_texts_are_found_whatever_their_spacing_case_and_unicode_form(tmp_path):
-    records = [{"prompt": "Prove\tthat  x² ≥ 0", "response": "Café"}, {"prompt": "prove that x2 ≥ 0", "response": "cafe\u0301 "},
-               {"prompt": "prove that x2 ≥ 0", "response": "other"}]
+    records = [
+        {"prompt": "Prove\tthat  x² ≥ 0", "response": "Café"},
+        {"prompt": "prove that x2 ≥ 0", "response": "cafe\u0301 "},
+        {"prompt": "prove that x2 ≥ 0", "response": "other"},
+    ]
     path, out = cli.write(tmp_path / "all.jsonl", records), tmp_path / "out.jsonl"
     cli.run("dedup", path, f"--out={out}", "--near=false")
     assert cli.read(out) == [records[0], records[2]]
     [entry] = cli.dropped(out)
-    assert entry["reason"] == "duplicate" and entry["where"] == f"{path}:2" and entry["of"] == {"where": f"{path}:1", "id": "all.jsonl:1"}
+    assert (
+        entry["reason"] == "duplicate"
+        and entry["where"] == f"{path}:2"
+        and entry["of"] == {"where": f"{path}:1", "id": "all.jsonl:1"}
+    )
     assert cli.manifest(out)["records"] == {"read": 3, "kept": 2, "dropped": {"duplicate": 1}}
     cli.run("dedup", path, f"--out={tmp_path / 'questions.jsonl'}", "--near=false", "--by=question")
     assert len(cli.read(tmp_path / "questions.jsonl")) == 1
@@ -105,7 +128,9 @@ def test_what_is_near_to_a_dropped_record_alone_stays(tmp_path):
     second, third = [*WORDS[200:205], *first[5:]], [*WORDS[200:205], *first[5:93], *WORDS[300:307]]
     texts = [" ".join(text) for text in (first, second, third)]
     assert jaccard(*texts[:2]) >= 0.8 and jaccard(*texts[1:]) >= 0.8 and jaccard(texts[0], texts[2]) < 0.8
-    path = cli.write(tmp_path / "all.jsonl", [{"id": str(i), "prompt": text, "response": "r"} for i, text in enumerate(texts)])
+    path = cli.write(
+        tmp_path / "all.jsonl", [{"id": str(i), "prompt": text, "response": "r"} for i, text in enumerate(texts)]
+    )
     cli.run("dedup", path, f"--out={tmp_path / 'out.jsonl'}", "--by=question", "--num_perm=512")
     assert [(d["id"], d["of"]["id"]) for d in cli.dropped(tmp_path / "out.jsonl")] == [("1", "0")]
 
@@ -116,7 +141,9 @@ def test_a_duplicate_of_what_was_dropped_as_near_names_what_stays(tmp_path):
     path = cli.write(tmp_path / "all.jsonl", [{"prompt": p, "response": "r"} for p in (first, near, near.upper())])
     cli.run("dedup", path, f"--out={tmp_path / 'out.jsonl'}")
     assert [(d["reason"], d["of"]["id"]) for d in cli.dropped(tmp_path / "out.jsonl")] == [
-        ("near-duplicate", "all.jsonl:1"), ("duplicate", "all.jsonl:1")]
+        ("near-duplicate", "all.jsonl:1"),
+        ("duplicate", "all.jsonl:1"),
+    ]
 
 
 def test_inputs_and_outputs_are_safe(tmp_path):
@@ -135,6 +162,6 @@ def test_texts_are_not_kept_in_memory():
     """What a sketched text leaves behind is its band keys and its place."""
     sketcher, sketches = Sketcher(DedupOptions(out="x.jsonl")), Sketches()
     for place in range(50):
-        sketches.add(place, sketcher.sketch(" ".join(WORDS[place: place + 300])))
+        sketches.add(place, sketcher.sketch(" ".join(WORDS[place : place + 300])))
     held = sum(values.itemsize * len(values) for values in (sketches._keys, sketches._places))
     assert held == 50 * 8 * (sketcher.bands + 1)

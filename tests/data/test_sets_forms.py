@@ -8,17 +8,35 @@ import time
 from pathlib import Path
 
 import pytest
-import sets_cli as cli
 
+import sets_cli as cli
 from pctrain.data.sources import iter_raw
 from pctrain.data.writing import write_records
 
 ROOT = Path(__file__).resolve().parents[2]
-RETU = [{"data_source": "x", "prompt": [{"role": "user", "content": f"Solve {i % 7} now"}], "ability": "math",
-         "reward_model": {"ground_truth": str(i), "style": "rule"}, "extra_info": {"question": f"Solve {i % 7} now", "answer": "r" * i,
-                                                                                  "index": i}, "win_rate": i % 5 / 4} for i in range(40)]
-CHATS = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"Solve {i % 7}"},
-                       {"role": "assistant", "content": f"It is {i}."}], "tags": ["a", str(i)], "win_rate": i % 5 / 4} for i in range(40)]
+RETU = [
+    {
+        "data_source": "x",
+        "prompt": [{"role": "user", "content": f"Solve {i % 7} now"}],
+        "ability": "math",
+        "reward_model": {"ground_truth": str(i), "style": "rule"},
+        "extra_info": {"question": f"Solve {i % 7} now", "answer": "r" * i, "index": i},
+        "win_rate": i % 5 / 4,
+    }
+    for i in range(40)
+]
+CHATS = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": f"Solve {i % 7}"},
+            {"role": "assistant", "content": f"It is {i}."},
+        ],
+        "tags": ["a", str(i)],
+        "win_rate": i % 5 / 4,
+    }
+    for i in range(40)
+]
 
 
 def values(path):
@@ -36,7 +54,7 @@ def source(request, tmp_path):
         return tmp_path / "set", CHATS
     if request.param == "glob":
         for part in range(2):
-            cli.write(tmp_path / f"part-{part}.jsonl", RETU[part * 20: part * 20 + 20])
+            cli.write(tmp_path / f"part-{part}.jsonl", RETU[part * 20 : part * 20 + 20])
         return f"{tmp_path}/part-*.jsonl", RETU
     records = CHATS if "chat" in request.param else RETU
     write_records(tmp_path / f"all.{request.param}", records)
@@ -92,5 +110,9 @@ def test_a_killed_command_leaves_no_output_and_runs_again(tmp_path):
     assert not out.exists() and not list(tmp_path.glob("out.jsonl.m*"))
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, env=dict(os.environ))
     assert out.read_bytes() == path.read_bytes()
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["all.jsonl", "out.jsonl", "out.jsonl.dropped.jsonl",
-                                                                  "out.jsonl.manifest.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "all.jsonl",
+        "out.jsonl",
+        "out.jsonl.dropped.jsonl",
+        "out.jsonl.manifest.json",
+    ]

@@ -4,10 +4,10 @@ import json
 from collections import Counter
 
 import pytest
-import sets_cli as cli
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sets_cli as cli
 from pctrain.data.sets.select import even_shares
 
 RATES = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -16,8 +16,10 @@ RATES = [0.0, 0.25, 0.5, 0.75, 1.0]
 @pytest.fixture
 def rated(tmp_path):
     """200 records: win rates in turn, lengths 1 to 200; ten more without a rate."""
-    records = [{"id": str(i), "prompt": f"q{i}", "response": "x" * (i + 1), "win_rate": RATES[i % 5] if i < 200 else None}
-               for i in range(210)]
+    records = [
+        {"id": str(i), "prompt": f"q{i}", "response": "x" * (i + 1), "win_rate": RATES[i % 5] if i < 200 else None}
+        for i in range(210)
+    ]
     return cli.write(tmp_path / "rated.jsonl", records)
 
 
@@ -64,7 +66,12 @@ def test_length_bounds_and_preferences_go_together_with_difficulty(rated):
     chosen, out, _ = select(rated, "--take=hard", "--size=3", "--prefer=longest", "--max_length=100")
     assert [len(r["response"]) for r in chosen] == [92, 96, 97]
     assert cli.manifest(out)["length_unit"] == "characters"
-    assert cli.manifest(out)["records"]["dropped"] == {"no win rate": 10, "not hard": 120, "not drawn": 37, "too long": 40}
+    assert cli.manifest(out)["records"]["dropped"] == {
+        "no win rate": 10,
+        "not hard": 120,
+        "not drawn": 37,
+        "too long": 40,
+    }
     assert all({"length", "win_rate"} <= entry.keys() for entry in cli.dropped(out))
     shortest, _, _ = select(rated, "--size=3", "--prefer=shortest", "--min_length=50")
     assert [len(r["response"]) for r in shortest] == [50, 51, 52]
@@ -75,33 +82,49 @@ def test_lengths_are_tokens_where_there_is_a_tokenizer(tmp_path):
     from pctrain.data.scratch_model import make_hf_dir
 
     texts = ["the same words again and again " * 20, "0123456789" * 20]
-    hf = make_hf_dir(tmp_path / "hf", ArchitectureConfig(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8), texts, vocab_size=300, seed=0)
-    path = cli.write(tmp_path / "two.jsonl", [{"prompt": "p", "response": "again again again"}, {"prompt": "p", "response": "0123456789"}])
+    hf = make_hf_dir(
+        tmp_path / "hf",
+        ArchitectureConfig(layers=1, hidden=8, heads=1, kv_heads=1, ffn=8),
+        texts,
+        vocab_size=300,
+        seed=0,
+    )
+    path = cli.write(
+        tmp_path / "two.jsonl",
+        [{"prompt": "p", "response": "again again again"}, {"prompt": "p", "response": "0123456789"}],
+    )
     out = tmp_path / "out.jsonl"
-    cli.run("select", path, f"--out={out}", "--size=1", "--prefer=longest", f"--model.path={hf}")  # digits are a token each
+    cli.run(
+        "select", path, f"--out={out}", "--size=1", "--prefer=longest", f"--model.path={hf}"
+    )  # digits are a token each
     assert [r["response"] for r in cli.read(out)] == ["0123456789"]
     assert cli.manifest(out)["length_unit"] == "tokens"
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--take=hard", "--size=81"], "only 80 of 210 records qualify (120 not hard, 10 no win rate)"),
-    (["--take=uniform"], "needs --size=N"),
-    (["--prefer=longest"], "give --size=N"),
-    (["--min_length=5", "--max_length=4"], "nothing would qualify"),
-    ([], "nothing to select by"),
-    (["--take=medium"], "--take: expected 'easy', 'uniform' or 'hard', got 'medium'"),
-    (["--size=0"], "--size: expected greater than or equal to 1"),
-    (["--take=easy", "--by=rate"], "no column 'rate'; `pctrain data winrate` writes it"),
-    (["--take=easy", "--by=id"], "expected a share from 0 to 1, or null, got '0'"),
-    (["--min_length=9999"], "nothing is left"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--take=hard", "--size=81"], "only 80 of 210 records qualify (120 not hard, 10 no win rate)"),
+        (["--take=uniform"], "needs --size=N"),
+        (["--prefer=longest"], "give --size=N"),
+        (["--min_length=5", "--max_length=4"], "nothing would qualify"),
+        ([], "nothing to select by"),
+        (["--take=medium"], "--take: expected 'easy', 'uniform' or 'hard', got 'medium'"),
+        (["--size=0"], "--size: expected greater than or equal to 1"),
+        (["--take=easy", "--by=rate"], "no column 'rate'; `pctrain data winrate` writes it"),
+        (["--take=easy", "--by=id"], "expected a share from 0 to 1, or null, got '0'"),
+        (["--min_length=9999"], "nothing is left"),
+    ],
+)
 def test_what_cannot_work_is_refused(rated, options, message):
     assert message in cli.refused("select", rated, f"--out={rated.parent / 'out.jsonl'}", *options)
     assert [entry.name for entry in rated.parent.iterdir()] == ["rated.jsonl"]
 
 
 def test_problems_without_trajectories_can_be_selected_by_difficulty(tmp_path):
-    path = cli.write(tmp_path / "problems.jsonl", [{"prompt": f"q{i}", "answer": i, "win_rate": i / 4} for i in range(5)])
+    path = cli.write(
+        tmp_path / "problems.jsonl", [{"prompt": f"q{i}", "answer": i, "win_rate": i / 4} for i in range(5)]
+    )
     cli.run("select", path, f"--out={tmp_path / 'out.jsonl'}", "--take=hard")
     assert [r["answer"] for r in cli.read(tmp_path / "out.jsonl")] == [0, 1]
     errors = cli.refused("select", path, f"--out={tmp_path / 'long.jsonl'}", "--min_length=1")

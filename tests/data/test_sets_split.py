@@ -6,21 +6,35 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
-import sets_cli as cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sets_cli as cli
 from pctrain.data.sets.text import normal_text
 
-QUESTIONS = ["What is 1+1?", "what  is\t1+1?", "WHAT IS 1+1?", "ｗhat is 1+1?", "Name a prime.", "name a PRIME.", "Solve x=2",
-             "e", "é", "É", "ß", "SS"]
+QUESTIONS = [
+    "What is 1+1?",
+    "what  is\t1+1?",
+    "WHAT IS 1+1?",
+    "ｗhat is 1+1?",
+    "Name a prime.",
+    "name a PRIME.",
+    "Solve x=2",
+    "e",
+    "é",
+    "É",
+    "ß",
+    "SS",
+]
 
 
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(QUESTIONS), min_size=2, max_size=30), st.integers(1, 29), st.integers(0, 3))
 def test_every_record_is_on_one_side_and_no_question_on_both(questions, size, seed):
     with TemporaryDirectory() as folder:
-        path = cli.write(Path(folder) / "all.jsonl", [{"prompt": q, "response": str(i), "extra": i} for i, q in enumerate(questions)])
+        path = cli.write(
+            Path(folder) / "all.jsonl", [{"prompt": q, "response": str(i), "extra": i} for i, q in enumerate(questions)]
+        )
         out = Path(folder) / "out"
         status, _, errors = cli.run_status("split", path, f"--out={out}", f"--validation={size}", f"--seed={seed}")
         if status:
@@ -68,28 +82,36 @@ def test_the_same_questions_are_held_out_whatever_the_order_of_the_records(tmp_p
 
 def test_near_questions_stay_together_where_asked(tmp_path):
     base = "A farmer has {} cows and sells a third of them at the market in the next town on a rainy day in the month of May how many stay"
-    records = [{"prompt": base.format(1000 + i // 4) + (" ?", " please.", " now", "!")[i % 4], "response": "r"} for i in range(80)]
+    records = [
+        {"prompt": base.format(1000 + i // 4) + (" ?", " please.", " now", "!")[i % 4], "response": "r"}
+        for i in range(80)
+    ]
     path = cli.write(tmp_path / "all.jsonl", records)
     number = lambda r: r["prompt"].split()[3]  # noqa: E731
     sides = {}
     for name, options in (("plain", []), ("near", ["--near", "--threshold=0.85"])):
         cli.run("split", path, f"--out={tmp_path / name}", "--validation=20", *options)
-        sides[name] = [{number(r) for r in cli.read(tmp_path / name / f"{side}.jsonl")} for side in ("train", "validation")]
+        sides[name] = [
+            {number(r) for r in cli.read(tmp_path / name / f"{side}.jsonl")} for side in ("train", "validation")
+        ]
     assert sides["plain"][0] & sides["plain"][1]  # without it the same cows are on both sides
     assert not sides["near"][0] & sides["near"][1]
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--validation=5"], "5 records to hold out, but there are 5"),
-    (["--validation=1.5"], "expected a whole number of records, or a share below 1"),
-    (["--validation=x"], "--validation: expected a valid number, got 'x'"),
-    (["--valdation=1"], "unknown option --valdation; did you mean --validation?"),
-    (["--val-idation=1"], "did you mean --validation?"),
-    (["--data.fields.prompt=question", "--validation=1"], "no record can be used; the first one"),
-    (["--data.fields.promt=question"], "did you mean data.fields.prompt"),
-    (["--validation"], "--validation needs a value"),
-    (["--validation=1", "--validation=2"], "given more than once"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--validation=5"], "5 records to hold out, but there are 5"),
+        (["--validation=1.5"], "expected a whole number of records, or a share below 1"),
+        (["--validation=x"], "--validation: expected a valid number, got 'x'"),
+        (["--valdation=1"], "unknown option --valdation; did you mean --validation?"),
+        (["--val-idation=1"], "did you mean --validation?"),
+        (["--data.fields.prompt=question", "--validation=1"], "no record can be used; the first one"),
+        (["--data.fields.promt=question"], "did you mean data.fields.prompt"),
+        (["--validation"], "--validation needs a value"),
+        (["--validation=1", "--validation=2"], "given more than once"),
+    ],
+)
 def test_what_cannot_work_is_refused_and_nothing_is_left(tmp_path, options, message):
     path = cli.write(tmp_path / "all.jsonl", [{"prompt": f"q{i}", "response": "r"} for i in range(5)])
     assert message in cli.refused("split", path, f"--out={tmp_path / 'out'}", *options)

@@ -9,21 +9,28 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
 from pctrain.data.sources import chunks, content_hash, files_of, iter_raw, iter_records, read_chunk, read_records
 from pctrain.files.durable import fingerprint
-from pctrain.common.errors import UserError
 
 datasets.disable_progress_bars()
 
 # What could be cut wrongly: blank lines, line ends of two kinds, characters that str.splitlines cuts at, several bytes a character.
 LINES = st.one_of(
-    st.just(b""), st.just(b"  "), st.just(b"{"), st.just(b"\xff\xfe"), st.just(b'{"prompt":\r"p"}'),
-    st.text(alphabet="aé\u2028\x85\U0001f600 \\\"", max_size=12).map(
-        lambda text: json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False).encode()))
-CONTENTS = st.tuples(st.booleans(), st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12), LINES).map(
-    lambda parts: (b"\xef\xbb\xbf" if parts[0] else b"") + b"".join(line + end for line, end in parts[1]) + parts[2])
+    st.just(b""),
+    st.just(b"  "),
+    st.just(b"{"),
+    st.just(b"\xff\xfe"),
+    st.just(b'{"prompt":\r"p"}'),
+    st.text(alphabet='aé\u2028\x85\U0001f600 \\"', max_size=12).map(
+        lambda text: json.dumps({"prompt": text, "response": "r"}, ensure_ascii=False).encode()
+    ),
+)
+CONTENTS = st.tuples(
+    st.booleans(), st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r\n"])), max_size=12), LINES
+).map(lambda parts: (b"\xef\xbb\xbf" if parts[0] else b"") + b"".join(line + end for line, end in parts[1]) + parts[2])
 
 
 def naive(path, content):
@@ -60,7 +67,9 @@ def test_parts_are_bounded_and_the_same_each_time(tmp_path):
     parts = list(chunks(path, 1000))
     assert parts == list(chunks(path, 1000)) and len(parts) > 50
     assert all(part.piece.stop - part.piece.start <= 1000 + 110 for part in parts)
-    assert [part.done for part in parts] == sorted({part.done for part in parts}) and parts[-1].done == path.stat().st_size
+    assert [part.done for part in parts] == sorted({part.done for part in parts}) and parts[
+        -1
+    ].done == path.stat().st_size
 
 
 def test_the_form_is_told_by_the_first_record_that_can_be_read(tmp_path):
@@ -92,7 +101,14 @@ def test_globs_are_sorted_and_formats_may_be_mixed(folder):
     assert prompts(folder / "[ab].jsonl") == ["a.jsonl", "b.jsonl"]
     assert prompts(folder / "*.jsonl") == ["a.jsonl", "b.jsonl", "set[1].jsonl"]
     assert prompts(folder / "deep" / "*") == ["deep/c.jsonl", "of a set"]
-    assert prompts(folder / "**") == ["a.jsonl", "b.jsonl", "deep/c.jsonl", "deep/deeper/d.jsonl.gz", "of a set", "set[1].jsonl"]
+    assert prompts(folder / "**") == [
+        "a.jsonl",
+        "b.jsonl",
+        "deep/c.jsonl",
+        "deep/deeper/d.jsonl.gz",
+        "of a set",
+        "set[1].jsonl",
+    ]
 
 
 def test_a_name_with_brackets_that_exists_is_no_pattern(folder):
@@ -114,13 +130,19 @@ def test_other_formats_are_refused_by_name(folder):
 
 
 def test_several_files_are_one_set(folder):
-    assert read_records(folder / "[ab].jsonl", FieldsConfig(), ()) == [Record("a.jsonl:1", "a.jsonl"), Record("b.jsonl:1", "b.jsonl")]
+    assert read_records(folder / "[ab].jsonl", FieldsConfig(), ()) == [
+        Record("a.jsonl:1", "a.jsonl"),
+        Record("b.jsonl:1", "b.jsonl"),
+    ]
 
 
 def test_raw_objects_keep_every_column_and_refuse_what_is_none(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "p", "more": [1, {"x": null}]}\n\n{"other": 1}\n')
-    assert list(iter_raw(path)) == [(f"{path}:1", {"prompt": "p", "more": [1, {"x": None}]}), (f"{path}:3", {"other": 1})]
+    assert list(iter_raw(path)) == [
+        (f"{path}:1", {"prompt": "p", "more": [1, {"x": None}]}),
+        (f"{path}:3", {"other": 1}),
+    ]
     path.write_text("{}\n[]\n")
     with pytest.raises(UserError, match=r"data.jsonl:2: expected a JSON object, got a list"):
         list(iter_raw(path))
@@ -141,7 +163,7 @@ def test_the_hash_of_a_path_follows_what_it_names(folder):
         assert content_hash(path) == before
         for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
             file.write_text('{"prompt": "new"}')
-        arrow, = (folder / "deep" / "set").glob("*.arrow")
+        (arrow,) = (folder / "deep" / "set").glob("*.arrow")
         arrow.write_bytes(arrow.read_bytes() + b"x")
         assert content_hash(path) != before
         for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data import build as build_module
 from pctrain.data import sources, store
@@ -24,7 +25,6 @@ from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
 from pctrain.data.sources import read_records
 from pctrain.data.store import TokenStore
-from pctrain.common.errors import UserError
 
 BUILDER = Path(__file__).with_name("token_builder.py")
 
@@ -56,10 +56,14 @@ def tiny_chunks(monkeypatch, size=2000):
 
 # ---- what is in it
 
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_samples_come_in_the_order_of_files_and_records(hf_dir, tmp_path, monkeypatch, workers):
     tiny_chunks(monkeypatch)
-    files = [write(tmp_path / "b.jsonl", map(record, range(60))), write(tmp_path / "a.jsonl", [record(60) | {"id": "own"}, record(61)])]
+    files = [
+        write(tmp_path / "b.jsonl", map(record, range(60))),
+        write(tmp_path / "a.jsonl", [record(60) | {"id": "own"}, record(61)]),
+    ]
     data = DataConfig(workers=workers)
     tokens, steps = made(tmp_path / "cache", TokenJob(files, hf_dir, data, 4096))
     encoder = Encoder(hf_dir, data, 4096)
@@ -84,10 +88,14 @@ TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ye
 
 
 @settings(max_examples=6)
-@given(st.lists(st.tuples(st.integers(0, 99), st.integers(1, 3)), min_size=2, max_size=6), st.sampled_from([1, 200, 700]))
+@given(
+    st.lists(st.tuples(st.integers(0, 99), st.integers(1, 3)), min_size=2, max_size=6), st.sampled_from([1, 200, 700])
+)
 def test_where_files_are_cut_does_not_matter(hf_dir, tmp_path_factory, chats, size):
     folder = tmp_path_factory.mktemp("chats")
-    values = [{"messages": [{**turn, "content": turn["content"] + f" {n}"} for turn in TURNS * turns]} for n, turns in chats]
+    values = [
+        {"messages": [{**turn, "content": turn["content"] + f" {n}"} for turn in TURNS * turns]} for n, turns in chats
+    ]
     job = TokenJob([write(folder / "c.jsonl", values)], hf_dir, DataConfig(loss_on="all"), 4096)
     whole, _ = made(folder / "whole", job)
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +103,11 @@ def test_where_files_are_cut_does_not_matter(hf_dir, tmp_path_factory, chats, si
         cut, steps = made(folder / "cut", job)
     assert cut.folder.name == whole.folder.name and len(cut) == len(whole) == len(chats)
     for i, (a, b) in enumerate(zip(cut, whole)):
-        assert a.tokens.tolist() == b.tokens.tolist() and a.weights.tolist() == b.weights.tolist() and cut.id(i) == whole.id(i)
+        assert (
+            a.tokens.tolist() == b.tokens.tolist()
+            and a.weights.tolist() == b.weights.tolist()
+            and cut.id(i) == whole.id(i)
+        )
         assert a.weights.sum() == cut.loss_tokens[i] == whole.loss_tokens[i] > 0
 
 
@@ -107,7 +119,9 @@ def test_a_large_vocabulary_keeps_its_ids(tmp_path):
     path.write_text(json.dumps(raw))
     (directory / "config.json").unlink()
     eos = Encoder(directory, DataConfig(), 99).tokenizer.eos_id
-    tokens, _ = made(tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", [record(0)])], directory, DataConfig(), 4096))
+    tokens, _ = made(
+        tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", [record(0)])], directory, DataConfig(), 4096)
+    )
     assert tokens.manifest["dtype"] == "int32" and tokens[0].tokens[-1] == eos > 65_535
 
 
@@ -133,33 +147,49 @@ LIMIT = 400
 
 def mixed(tmp_path):
     long = {"prompt": "p", "response": "word " * 300}
-    return write(tmp_path / "mixed.jsonl", [record(0), "{", {"prompt": "p"}, long, record(1), {"prompt": "p", "response": "\n\nYes."}])
+    return write(
+        tmp_path / "mixed.jsonl",
+        [record(0), "{", {"prompt": "p"}, long, record(1), {"prompt": "p", "response": "\n\nYes."}],
+    )
 
 
 def test_what_is_dropped_is_counted_and_listed(hf_dir, tmp_path):
     job = TokenJob([mixed(tmp_path)], hf_dir, DataConfig(overlong="drop", unusable="drop"), LIMIT)
     tokens, _ = made(tmp_path / "cache", job)
-    assert tokens.counts == {"malformed_json": 1, "missing_field": 1, "overlong": 1, "token_boundary": 1} and len(tokens) == 2
+    assert (
+        tokens.counts == {"malformed_json": 1, "missing_field": 1, "overlong": 1, "token_boundary": 1}
+        and len(tokens) == 2
+    )
     assert [tokens.id(i) for i in range(2)] == ["mixed.jsonl:1", "mixed.jsonl:5"]
     dropped = [json.loads(line) for line in (tokens.folder / "dropped.jsonl").read_text().splitlines()]
     assert [(Path(d["where"]).name, d["cause"]) for d in dropped] == [
-        ("mixed.jsonl:2", "malformed_json"), ("mixed.jsonl:3", "missing_field"), ("mixed.jsonl:4", "overlong"),
-        ("mixed.jsonl:6", "token_boundary")]
+        ("mixed.jsonl:2", "malformed_json"),
+        ("mixed.jsonl:3", "missing_field"),
+        ("mixed.jsonl:4", "overlong"),
+        ("mixed.jsonl:6", "token_boundary"),
+    ]
     assert all(d["message"] for d in dropped)
 
 
 def test_what_is_cut_is_counted_and_kept(hf_dir, tmp_path):
-    tokens, _ = made(tmp_path / "cache", TokenJob([mixed(tmp_path)], hf_dir, DataConfig(overlong="right", unusable="drop"), LIMIT))
-    assert tokens.counts == {"malformed_json": 1, "missing_field": 1, "token_boundary": 1, "cut": 1} and len(tokens) == 3
+    tokens, _ = made(
+        tmp_path / "cache", TokenJob([mixed(tmp_path)], hf_dir, DataConfig(overlong="right", unusable="drop"), LIMIT)
+    )
+    assert (
+        tokens.counts == {"malformed_json": 1, "missing_field": 1, "token_boundary": 1, "cut": 1} and len(tokens) == 3
+    )
     assert len(tokens[1]) == LIMIT and tokens[1].weights[-1] == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("data, message", [
-    ({}, "mixed.jsonl:42: malformed JSON"),
-    ({"unusable": "drop"}, r"mixed.jsonl:44: the sample has \d+ tokens .*more than 400"),
-    ({"overlong": "drop"}, "mixed.jsonl:42: malformed JSON"),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ({}, "mixed.jsonl:42: malformed JSON"),
+        ({"unusable": "drop"}, r"mixed.jsonl:44: the sample has \d+ tokens .*more than 400"),
+        ({"overlong": "drop"}, "mixed.jsonl:42: malformed JSON"),
+    ],
+)
 def test_a_record_that_stops_is_named_and_leaves_nothing(hf_dir, tmp_path, monkeypatch, workers, data, message):
     tiny_chunks(monkeypatch, 500)
     lines = mixed(tmp_path).read_text().splitlines()
@@ -174,13 +204,17 @@ def test_a_record_that_stops_is_named_and_leaves_nothing(hf_dir, tmp_path, monke
 
 def test_a_set_with_nothing_left_is_refused(hf_dir, tmp_path):
     job = TokenJob([write(tmp_path / "a.jsonl", ["{", "{", "[]"])], hf_dir, DataConfig(unusable="drop"), 100)
-    with pytest.raises(UserError, match=r"none of the 3 records can be used \(2 malformed_json, 1 not_an_object\); the first: .*a.jsonl:1"):
+    with pytest.raises(
+        UserError,
+        match=r"none of the 3 records can be used \(2 malformed_json, 1 not_an_object\); the first: .*a.jsonl:1",
+    ):
         made(tmp_path / "cache", job)
     with pytest.raises(UserError, match="b.jsonl: the data set is empty"):
         made(tmp_path / "cache", TokenJob([write(tmp_path / "b.jsonl", [])], hf_dir, DataConfig(), 100))
 
 
 # ---- the key
+
 
 def test_the_folder_follows_the_content_and_the_settings(hf_dir, tmp_path):
     file = write(tmp_path / "a.jsonl", map(record, range(3)))
@@ -198,9 +232,13 @@ def test_the_folder_follows_the_content_and_the_settings(hf_dir, tmp_path):
     (moved / "a.jsonl").rename(file)
     other = write(tmp_path / "b.jsonl", map(record, range(3)))
     names = [
-        first, name(TokenJob([other], hf_dir, DataConfig(), 100)), name(TokenJob([file, other], hf_dir, DataConfig(), 100)),
-        name(TokenJob([other, file], hf_dir, DataConfig(), 100)), name(TokenJob([file], hf_dir, DataConfig(), 101)),
-        name(TokenJob([file], hf_dir, DataConfig(loss_on="all"), 100)), name(TokenJob([file], hf_dir, DataConfig(template="none"), 100)),
+        first,
+        name(TokenJob([other], hf_dir, DataConfig(), 100)),
+        name(TokenJob([file, other], hf_dir, DataConfig(), 100)),
+        name(TokenJob([other, file], hf_dir, DataConfig(), 100)),
+        name(TokenJob([file], hf_dir, DataConfig(), 101)),
+        name(TokenJob([file], hf_dir, DataConfig(loss_on="all"), 100)),
+        name(TokenJob([file], hf_dir, DataConfig(template="none"), 100)),
         name(TokenJob([file], hf_dir, DataConfig(fields=FieldsConfig(prompt="response")), 100)),
     ]
     state = file.stat()
@@ -212,7 +250,9 @@ def test_the_folder_follows_the_content_and_the_settings(hf_dir, tmp_path):
 
 def test_files_are_hashed_once(hf_dir, tmp_path, monkeypatch):
     hashed = []
-    monkeypatch.setattr(build_module, "fingerprint", lambda file, real=build_module.fingerprint: hashed.append(file) or real(file))
+    monkeypatch.setattr(
+        build_module, "fingerprint", lambda file, real=build_module.fingerprint: hashed.append(file) or real(file)
+    )
     file = write(tmp_path / "a.jsonl", [record(0)])
     job = TokenJob([file], hf_dir, DataConfig(), 100)
     folder_of(tmp_path / "cache", job)
@@ -229,6 +269,7 @@ def test_files_are_hashed_once(hf_dir, tmp_path, monkeypatch):
 
 # ---- kills, two at once, damage
 
+
 @pytest.fixture
 def many(tmp_path):
     return write(tmp_path / "many.jsonl", map(record, range(1000)))
@@ -241,8 +282,16 @@ def builder(hf_dir):
 
     def start(cache, file):
         command = [sys.executable, str(BUILDER), str(cache), str(hf_dir), "8000", "2", str(file)]
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}))
+        started.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+        )
         return started[-1]
 
     yield start
@@ -323,7 +372,9 @@ def test_a_dead_worker_is_told(hf_dir, tmp_path, monkeypatch, many):
     steps = build(job, folder)
     while next(steps).done < 3:
         pass
-    (worker, *_) = [pid for pid in children() if pid not in others and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    (worker, *_) = [
+        pid for pid in children() if pid not in others and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(UserError, match="a worker process has died .*fewer data.workers"):
         list(steps)
@@ -349,7 +400,9 @@ def test_shards_of_other_parts_are_made_again(hf_dir, tmp_path, monkeypatch, man
 
 
 def test_damage_is_named(hf_dir, tmp_path):
-    tokens, _ = made(tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", map(record, range(5)))], hf_dir, DataConfig(), LIMIT))
+    tokens, _ = made(
+        tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", map(record, range(5)))], hf_dir, DataConfig(), LIMIT)
+    )
     shard = tokens.folder / "shard-00000.tokens"
     os.truncate(shard, shard.stat().st_size - 1)
     assert len(tokens[0]) > 0
@@ -392,13 +445,20 @@ def test_few_files_are_open_at_a_time(hf_dir, tmp_path, monkeypatch):
 
 def test_an_index_that_does_not_fit_is_named(hf_dir, tmp_path):
     """Rows would be read from the wrong place, or beyond the end of their file."""
-    tokens, _ = made(tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", map(record, range(5)))], hf_dir, DataConfig(), LIMIT))
+    tokens, _ = made(
+        tmp_path / "cache", TokenJob([write(tmp_path / "a.jsonl", map(record, range(5)))], hf_dir, DataConfig(), LIMIT)
+    )
     file = tokens.folder / "index.npz"
     whole = file.read_bytes()
     with np.load(file) as index:
         arrays = dict(index)
-    for name, changed in {"lengths": -arrays["lengths"], "spans": arrays["spans"] * 1000, "shards": arrays["shards"] + 1,
-                          "span_counts": arrays["span_counts"].astype(float), "spans ": arrays["spans"][:-1]}.items():
+    for name, changed in {
+        "lengths": -arrays["lengths"],
+        "spans": arrays["spans"] * 1000,
+        "shards": arrays["shards"] + 1,
+        "span_counts": arrays["span_counts"].astype(float),
+        "spans ": arrays["spans"][:-1],
+    }.items():
         np.savez(file, **arrays | {name.strip(): changed})
         with pytest.raises(UserError, match=f"{file} is damaged .*; delete {tokens.folder}"):
             TokenStore(tokens.folder)

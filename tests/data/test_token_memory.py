@@ -24,10 +24,14 @@ def peaks(tmp_path, hf_dir, count, *, words, workers, chunk_bytes):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_memory_does_not_follow_the_data(tmp_path, workers):
     hf_dir = chat_models.make(tmp_path / "model", "chatml")
-    small, large = (peaks(tmp_path, hf_dir, count, words=56, workers=workers, chunk_bytes=100_000) for count in (2000, 10_000))
+    small, large = (
+        peaks(tmp_path, hf_dir, count, words=56, workers=workers, chunk_bytes=100_000) for count in (2000, 10_000)
+    )
     growth_built, growth_read, more_text, more_tokens = (b - a for a, b in zip(small, large))
-    print(f"workers {workers}: {growth_built / MB:.2f} MB more to build from {more_text / MB:.1f} MB more of text, "
-          f"{growth_read / MB:.2f} MB more to read {more_tokens / MB:.1f} MB more of tokens")
+    print(
+        f"workers {workers}: {growth_built / MB:.2f} MB more to build from {more_text / MB:.1f} MB more of text, "
+        f"{growth_read / MB:.2f} MB more to read {more_tokens / MB:.1f} MB more of tokens"
+    )
     # The index takes 28 bytes a record when it is read, and lists of numbers a few hundred while it is joined.
     assert growth_built < more_text / 2 and growth_read < more_tokens / 4
     assert large[0] < 1.1 * small[0] and large[1] < 1.1 * small[1]
@@ -36,7 +40,9 @@ def test_memory_does_not_follow_the_data(tmp_path, workers):
 @pytest.mark.full
 def test_memory_is_the_same_at_10_and_at_100_thousand_trajectories_of_1000_tokens(tmp_path):
     hf_dir = chat_models.make(tmp_path / "model", "chatml")
-    small, large = (peaks(tmp_path, hf_dir, count, words=120, workers=2, chunk_bytes=8 * MB) for count in (10_000, 100_000))
+    small, large = (
+        peaks(tmp_path, hf_dir, count, words=120, workers=2, chunk_bytes=8 * MB) for count in (10_000, 100_000)
+    )
     for name, a, b in zip(("build", "read"), small, large):
         print(f"{name}: {a / MB:.0f} MB at 10,000, {b / MB:.0f} MB at 100,000")
         index = 28 * 90_000 if name == "read" else 0  # bytes a record: it is held whole, and its process is of 33 MB

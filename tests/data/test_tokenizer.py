@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import ArchitectureConfig, Config, ProblemsConfig, SourceConfig
-from pctrain.data import arithmetic, scratch_model as hf_dir
+from pctrain.data import arithmetic
+from pctrain.data import scratch_model as hf_dir
 from pctrain.data.rows import make_row
 from pctrain.hf.tokenizer import BOX, Tokenizer, train_sentencepiece
-from pctrain.common.errors import UserError
 
 PROBLEMS = ProblemsConfig(train=300, validation=20, test=20, rl=20)
 SETS = arithmetic.generate(PROBLEMS, 0)
@@ -28,7 +29,9 @@ LIKE_TRAINING = st.lists(st.sampled_from(FRAGMENTS), max_size=40)
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    return hf_dir.make_hf_dir(tmp_path_factory.mktemp("hf") / "model", ArchitectureConfig(**TINY), TEXTS, vocab_size=320, seed=3)
+    return hf_dir.make_hf_dir(
+        tmp_path_factory.mktemp("hf") / "model", ArchitectureConfig(**TINY), TEXTS, vocab_size=320, seed=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +69,11 @@ def test_transformers_loads_the_model(directory):
     model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert model.dtype == torch.float32 and model.config.vocab_size == Tokenizer(directory).vocab_size
-    assert model.config.max_position_embeddings == 64 and model.config.tie_word_embeddings and model.config.num_key_value_heads == 2
+    assert (
+        model.config.max_position_embeddings == 64
+        and model.config.tie_word_embeddings
+        and model.config.num_key_value_heads == 2
+    )
     assert model.config.eos_token_id == 2
     with torch.no_grad():
         logits = model(torch.tensor([Tokenizer(directory).encode(TEXTS[1])])).logits
@@ -79,7 +86,9 @@ def test_transformers_loads_the_model(directory):
 def test_initial_weights_are_seeded_and_scaled():
     architecture = ArchitectureConfig(layers=8, hidden=64, heads=4, kv_heads=2, ffn=96, tied=False)
     a, b, c = (hf_dir.initial_weights(architecture, 300, seed) for seed in (0, 0, 1))
-    assert all(np.array_equal(a[name], b[name]) for name in a) and not np.array_equal(a["lm_head.weight"], c["lm_head.weight"])
+    assert all(np.array_equal(a[name], b[name]) for name in a) and not np.array_equal(
+        a["lm_head.weight"], c["lm_head.weight"]
+    )
     assert all(w.dtype == np.float32 for w in a.values())
     # The estimate of a standard deviation from n >= 2048 values is good to 1 / sqrt(2 n) = 1.6 %; five of those.
     assert a["model.embed_tokens.weight"].std() == pytest.approx(0.02, rel=0.08)
@@ -137,7 +146,9 @@ def test_eos_of_other_directories(directory, tmp_path):
         (target / "config.json").write_text(json.dumps(config))
         return Tokenizer(target)
 
-    assert variant({"eos_token": {"content": "</s>", "special": True}}, {"eos_token_id": 5}).eos_id == 2  # the tokenizer's own goes first
+    assert (
+        variant({"eos_token": {"content": "</s>", "special": True}}, {"eos_token_id": 5}).eos_id == 2
+    )  # the tokenizer's own goes first
     assert variant({}, {"eos_token_id": 7}).eos_id == 7
     assert variant({"eos_token": None}, {"eos_token_id": [8, 9]}).eos_id == 8
     with pytest.raises(UserError, match="not in the vocabulary"):
@@ -155,6 +166,7 @@ def test_directories_without_a_tokenizer(tmp_path):
 
 
 # ---- rows
+
 
 def test_streams_are_spread_over_the_row():
     row = make_row([1, 2], [3], {"advantage": -0.5})

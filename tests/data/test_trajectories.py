@@ -6,12 +6,12 @@ import time
 import numpy as np
 import pytest
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import SourceConfig
 from pctrain.data.packing import pack_rows
 from pctrain.data.prefetch import prefetch
 from pctrain.data.rows import make_row
 from pctrain.data.trajectories import SOURCE, Trajectories, source_names
-from pctrain.common.errors import UserError
 
 
 class Store(list):
@@ -39,7 +39,9 @@ def test_samples_are_numbered_through_and_know_their_source():
     assert [data[i].streams[SOURCE][0] for i in range(5)] == [0, 0, 1, 1, 1]
     assert data[3].tokens.tolist() == [1] + [31] * 6
     assert data.describe() == [
-        "a: 2 trajectories, 8 tokens, 6 trained on, weight 2", "b: 3 trajectories, 13 tokens, 10 trained on, 2 overlong"]
+        "a: 2 trajectories, 8 tokens, 6 trained on, weight 2",
+        "b: 3 trajectories, 13 tokens, 10 trained on, 2 overlong",
+    ]
 
 
 def test_a_selection_packs_as_the_rows_themselves():
@@ -58,7 +60,10 @@ def test_one_source_needs_no_stream():
 def test_two_sources_of_one_name_are_refused():
     with pytest.raises(UserError, match="the name 'train'; give each a `name`"):
         source_names([SourceConfig(path="x/train.jsonl"), SourceConfig(path="y/train.parquet")])
-    assert source_names([SourceConfig(path="x/train.jsonl"), SourceConfig(path="y/train.parquet", name="y")]) == ["train", "y"]
+    assert source_names([SourceConfig(path="x/train.jsonl"), SourceConfig(path="y/train.parquet", name="y")]) == [
+        "train",
+        "y",
+    ]
 
 
 # ---- prefetching

@@ -33,8 +33,10 @@ class Shown:
     @property
     def is_form(self) -> bool:
         """A command's name, or one with placeholders (RUN, N, ...) in running text: a form of a command, none that could be typed."""
-        return not self.alone and (not any("=" in word or "." in word or "/" in word for word in self.words[1:])
-                                   or any(PLACEHOLDER.fullmatch(word.rpartition("=")[2]) for word in self.words[1:]))
+        return not self.alone and (
+            not any("=" in word or "." in word or "/" in word for word in self.words[1:])
+            or any(PLACEHOLDER.fullmatch(word.rpartition("=")[2]) for word in self.words[1:])
+        )
 
 
 def commands(page: Path) -> list[Shown]:
@@ -47,21 +49,31 @@ def commands(page: Path) -> list[Shown]:
     prose = re.sub(r"^```.*?^```", lambda match: re.sub(r"[^\n]", " ", match[0]), text, flags=re.M | re.S)
     prose = re.sub(r"^    .*$", lambda match: " " * len(match[0]), prose, flags=re.M)
     for match in re.finditer(r"`([^`\n]+)`", prose):
-        found += [(match.start(), shown) for shown in [_shown(match[1].replace("\\|", "|"), name, alone=False)] if shown]
+        found += [
+            (match.start(), shown) for shown in [_shown(match[1].replace("\\|", "|"), name, alone=False)] if shown
+        ]
     return [shown for _, shown in sorted(found, key=lambda pair: pair[0])]
 
 
 def fenced(text: str, languages: tuple[str, ...]) -> list[tuple[int, str]]:
     """(place, content) of the fenced blocks of these languages."""
-    return [(match.start(), match[2]) for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if match[1] in languages]
+    return [
+        (match.start(), match[2])
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+        if match[1] in languages
+    ]
 
 
 def _indented(text: str) -> list[tuple[int, str]]:
-    return [(match.start(), re.sub(r"^    ", "", match[0], flags=re.M)) for match in re.finditer(r"(?<=\n\n)(?:    .*\n)+", text)]
+    return [
+        (match.start(), re.sub(r"^    ", "", match[0], flags=re.M))
+        for match in re.finditer(r"(?<=\n\n)(?:    .*\n)+", text)
+    ]
 
 
 def _unrolled(block: str) -> str:
     """`for x in a b; do ... done`: its lines once with each word."""
+
     def unroll(loop: re.Match) -> str:
         return "\n".join(loop[3].replace(f"${loop[1]}", word) for word in loop[2].split())
 
@@ -74,9 +86,9 @@ def _shown(line: str, page: str, alone: bool) -> Shown | None:
     except ValueError:
         return None  # no shell's: an apostrophe of a formula or of prose
     environment = [word for word in words if ASSIGNMENT.fullmatch(word)]
-    if words[:len(environment)] != environment:
+    if words[: len(environment)] != environment:
         environment = []
-    words = words[len(environment):]
+    words = words[len(environment) :]
     if not words or not words[0].startswith(STARTS) or (not alone and len(words) == 1):
         return None
     if words[0].startswith("python") and "-m" not in words and not any(word.endswith(".py") for word in words):

@@ -28,7 +28,12 @@ class Forked:
     def __init__(self, **environment: str) -> None:
         """`environment`: of all processes, besides this one's."""
         self._mark = f"PCTRAIN_FORKED={uuid.uuid4().hex}"  # in the environment of all that comes of this server, and of nothing else
-        all_of_it = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", **dict([self._mark.split("=")]), **environment}
+        all_of_it = {
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
+            **dict([self._mark.split("=")]),
+            **environment,
+        }
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._server = subprocess.Popen([sys.executable, __file__], env=all_of_it, **pipes)
         assert self._server.stdout.readline() == "ready\n"
@@ -44,26 +49,50 @@ class Forked:
         """`hook`: a function of hooks.py, called before the command."""
         return Run(self, self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment}), log)
 
-    def start_ranks(self, arguments: list[str], folder: Path, world: int, hook: str = "", **environment: str) -> list[Run]:
+    def start_ranks(
+        self, arguments: list[str], folder: Path, world: int, hook: str = "", **environment: str
+    ) -> list[Run]:
         """One process a rank, as torchrun would start them; rank r's output goes to `folder`/rank-r.log."""
         folder.mkdir(exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(world),
-                     "LOCAL_WORLD_SIZE": str(world)}
-        return [self.start(arguments, folder / f"rank-{rank}.log", hook, RANK=str(rank), LOCAL_RANK=str(rank), **place, **environment)
-                for rank in range(world)]
+            place = {
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(probe.getsockname()[1]),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+            }
+        return [
+            self.start(
+                arguments,
+                folder / f"rank-{rank}.log",
+                hook,
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                **place,
+                **environment,
+            )
+            for rank in range(world)
+        ]
 
     def orphans(self) -> list[int]:
         """Processes of killed runs that live on: forks of the server whose parent is gone."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                command, parent = (entry / "cmdline").read_bytes(), int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                command, parent = (
+                    (entry / "cmdline").read_bytes(),
+                    int((entry / "stat").read_text().rpartition(")")[2].split()[1]),
+                )
                 mine = self._mark.encode() in (entry / "environ").read_bytes()
             except OSError:
                 continue  # it has ended
-            if mine and __file__.encode() in command and int(entry.name) != self._server.pid and parent != self._server.pid:
+            if (
+                mine
+                and __file__.encode() in command
+                and int(entry.name) != self._server.pid
+                and parent != self._server.pid
+            ):
                 found.append(int(entry.name))
         return found
 

@@ -74,8 +74,8 @@ def _held_by_glibc(file):
 
 def rank_1_is_slow():
     """At each of its micro-batches, as a GPU that is too hot."""
-    from pctrain.run import stragglers
     from pctrain.core import step
+    from pctrain.run import stragglers
 
     stragglers.WINDOW_SECONDS = 0.0
     loss = step.Head.loss

@@ -18,16 +18,25 @@ def refused(ranks, command, arguments, *words):
 
 def sft_options(sft_run, folder, **data):
     paths = {name: sft_run / "data" / f"{name}.jsonl" for name in ("train", "validation", "test", "rl")} | data
-    return [*tiny.OPTIONS, *(f"--data.{k}={v}" for k, v in paths.items()), f"--model.path={sft_run}/model", f"--run.dir={folder}"]
+    return [
+        *tiny.OPTIONS,
+        *(f"--data.{k}={v}" for k, v in paths.items()),
+        f"--model.path={sft_run}/model",
+        f"--run.dir={folder}",
+    ]
 
 
-@pytest.mark.parametrize("text, words", [
-    ('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+', ["bad.jsonl:2", "malformed JSON"]),
-    ('{"response": "2"}\n', ["bad.jsonl:1", "prompt"]),
-    ('{"prompt": "1+1="}\n', ["bad.jsonl:1", "response"]),
-    ("", ["bad.jsonl", "empty"]),
-    (json.dumps({"prompt": "1+1=", "response": "2" * 400}) + "\n", ["bad.jsonl:1", "context", "160"]),
-], ids=["malformed", "no prompt", "no response", "empty", "too long"])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"prompt": "1+1=", "response": "2"}\n{"prompt": "1+', ["bad.jsonl:2", "malformed JSON"]),
+        ('{"response": "2"}\n', ["bad.jsonl:1", "prompt"]),
+        ('{"prompt": "1+1="}\n', ["bad.jsonl:1", "response"]),
+        ("", ["bad.jsonl", "empty"]),
+        (json.dumps({"prompt": "1+1=", "response": "2" * 400}) + "\n", ["bad.jsonl:1", "context", "160"]),
+    ],
+    ids=["malformed", "no prompt", "no response", "empty", "too long"],
+)
 def test_training_data(ranks, sft_run, tmp_path, text, words):
     (tmp_path / "bad.jsonl").write_text(text)
     refused(ranks, "sft", sft_options(sft_run, tmp_path / "run", train=tmp_path / "bad.jsonl"), *words)
@@ -36,16 +45,24 @@ def test_training_data(ranks, sft_run, tmp_path, text, words):
 
 def test_problems_without_an_answer(ranks, sft_run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1="}\n')
-    refused(ranks, "rl", [*options(sft_run, tmp_path / "run"), f"--data.rl={tmp_path}/bad.jsonl"], "bad.jsonl:1", "answer")
+    refused(
+        ranks, "rl", [*options(sft_run, tmp_path / "run"), f"--data.rl={tmp_path}/bad.jsonl"], "bad.jsonl:1", "answer"
+    )
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.mark.parametrize("command", ["sft", "rl"])
 def test_a_test_problem_longer_than_the_longest_prompt(ranks, sft_run, tmp_path, command):
     """It is an error before there is a run that would be bound to this config."""
-    (tmp_path / "test.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "11111111111111111111=", "answer": "2"}\n')
-    arguments = [*(sft_options(sft_run, tmp_path / "run") if command == "sft" else options(sft_run, tmp_path / "run")),
-                 f"--data.test={tmp_path}/test.jsonl", "--rollout.max_prompt=16", "--data.overlong=drop"]
+    (tmp_path / "test.jsonl").write_text(
+        '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "11111111111111111111=", "answer": "2"}\n'
+    )
+    arguments = [
+        *(sft_options(sft_run, tmp_path / "run") if command == "sft" else options(sft_run, tmp_path / "run")),
+        f"--data.test={tmp_path}/test.jsonl",
+        "--rollout.max_prompt=16",
+        "--data.overlong=drop",
+    ]
     refused(ranks, command, arguments, "test.jsonl:2: the prompt has 21 tokens, more than rollout.max_prompt of 16")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -62,7 +79,13 @@ def test_an_unknown_key(ranks, tmp_path):
 
 def test_a_folder_of_another_config(ranks, sft_run):
     before = (sft_run / "metrics.jsonl").read_bytes()
-    refused(ranks, "sft", [*tiny.OPTIONS, f"--run.dir={sft_run}", "--sft.eval_every=0", "--sft.optimizer.lr=1e-3"], "sft.optimizer.lr", "another config")
+    refused(
+        ranks,
+        "sft",
+        [*tiny.OPTIONS, f"--run.dir={sft_run}", "--sft.eval_every=0", "--sft.optimizer.lr=1e-3"],
+        "sft.optimizer.lr",
+        "another config",
+    )
     assert (sft_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -78,7 +101,14 @@ def unfinished(sft_run, tmp_path):
 
 def test_a_checkpoint_with_a_missing_file(ranks, unfinished):
     next((unfinished / "checkpoints" / "step-100").glob("*.distcp")).unlink()
-    refused(ranks, "sft", [*tiny.OPTIONS, f"--run.dir={unfinished}", "--sft.eval_every=0"], "step-100", ".distcp is missing", "step-80")
+    refused(
+        ranks,
+        "sft",
+        [*tiny.OPTIONS, f"--run.dir={unfinished}", "--sft.eval_every=0"],
+        "step-100",
+        ".distcp is missing",
+        "step-80",
+    )
 
 
 def test_a_changed_data_file_on_resume(ranks, unfinished):
@@ -89,6 +119,10 @@ def test_a_changed_data_file_on_resume(ranks, unfinished):
 
 def test_a_finished_run_says_so_and_changes_nothing(ranks, sft_run):
     before = {path: path.stat().st_mtime_ns for path in sft_run.rglob("*") if path.is_file() and path.name != ".lock"}
-    [(status, errors)] = ranks.run(tiny.cli, "sft", *tiny.OPTIONS, f"--run.dir={sft_run}", "--sft.eval_every=0", world=1)
+    [(status, errors)] = ranks.run(
+        tiny.cli, "sft", *tiny.OPTIONS, f"--run.dir={sft_run}", "--sft.eval_every=0", world=1
+    )
     assert status == 0, errors
-    assert before == {path: path.stat().st_mtime_ns for path in sft_run.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert before == {
+        path: path.stat().st_mtime_ns for path in sft_run.rglob("*") if path.is_file() and path.name != ".lock"
+    }

@@ -20,8 +20,17 @@ def forked():
 
 
 def options(folder, steps, *more):
-    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", f"--sft.steps={steps}", "--sft.eval_every=0", "--sft.val_every=4",
-            "--sft.checkpoint_every=2", "--run.tensorboard=false", *more]
+    return [
+        "sft",
+        *tiny.OPTIONS,
+        f"--run.dir={folder}",
+        f"--sft.steps={steps}",
+        "--sft.eval_every=0",
+        "--sft.val_every=4",
+        "--sft.checkpoint_every=2",
+        "--run.tensorboard=false",
+        *more,
+    ]
 
 
 @dataclass
@@ -149,7 +158,9 @@ def test_a_killed_run_goes_on_at_another_layout(ranks, whole, stopped):
     for status, message in ranks.run(_sft, options(stopped, 12, "--parallel.tensor=2"), world=2):
         assert status == 0, message
     for kind, key in (("train", "loss"), ("val", "val_loss")):
-        ours, theirs = ({line["step"]: line[key] for line in tiny.metrics(folder, kind)} for folder in (stopped, whole.folder))
+        ours, theirs = (
+            {line["step"]: line[key] for line in tiny.metrics(folder, kind)} for folder in (stopped, whole.folder)
+        )
         assert ours == pytest.approx(theirs, rel=1e-5)  # fp32 sums may be made in another order
     # That it was another layout: each checkpoint says which one wrote it.
     layouts = [json.loads((path / "manifest.json").read_text())["layout"] for path in list_checkpoints(stopped)]

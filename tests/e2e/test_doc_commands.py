@@ -13,21 +13,46 @@ import pytest
 
 from e2e import reader
 from e2e.doc_pages import GUIDES, ROOT, Shown, commands
-from pctrain.config import load as config_load
 from pctrain.cli.main import COMMANDS
+from pctrain.config import load as config_load
 
 SMALL = {
-    "sft": ("--sft.epochs=null", "--sft.steps=2", "--sft.batch_size=8", "--sft.token_budget=512", "--sft.val_every=1",
-            "--sft.checkpoint_every=2", "--sft.optimizer.warmup=0", "--run.tensorboard=false"),
-    "rl": ("--rl.steps=1", "--rl.prompts=4", "--rl.group=4", "--rl.round_prompts=4", "--rl.max_rounds=1", "--rl.token_budget=1024",
-           "--rl.optimizer.warmup=0", "--rollout.max_prompt=64", "--rollout.max_response=16", "--rollout.kv_cache_mb=64",
-           "--run.tensorboard=false"),
+    "sft": (
+        "--sft.epochs=null",
+        "--sft.steps=2",
+        "--sft.batch_size=8",
+        "--sft.token_budget=512",
+        "--sft.val_every=1",
+        "--sft.checkpoint_every=2",
+        "--sft.optimizer.warmup=0",
+        "--run.tensorboard=false",
+    ),
+    "rl": (
+        "--rl.steps=1",
+        "--rl.prompts=4",
+        "--rl.group=4",
+        "--rl.round_prompts=4",
+        "--rl.max_rounds=1",
+        "--rl.token_budget=1024",
+        "--rl.optimizer.warmup=0",
+        "--rollout.max_prompt=64",
+        "--rollout.max_response=16",
+        "--rollout.kv_cache_mb=64",
+        "--run.tensorboard=false",
+    ),
     "eval": ("--rollout.kv_cache_mb=64", "--eval.max_response=8"),
     "data winrate": ("--rollout.kv_cache_mb=64", "--attempts=2"),
     "data rank": ("--sft.batch_size=8", "--sft.token_budget=512", "--sft.optimizer.warmup=0", "--seeds=0"),
 }
-SMALL["study"] = (*SMALL["sft"][:-1], *SMALL["rl"], "--study.sets={easy: easy.jsonl}", "--study.seeds=[0]", "--study.algorithms=[grpo]",
-                  "--study.starts=[stable]", "--study.checkpoints=[2]")
+SMALL["study"] = (
+    *SMALL["sft"][:-1],
+    *SMALL["rl"],
+    "--study.sets={easy: easy.jsonl}",
+    "--study.seeds=[0]",
+    "--study.algorithms=[grpo]",
+    "--study.starts=[stable]",
+    "--study.checkpoints=[2]",
+)
 
 # ---- what is run: {command: options that make it small}. In the order of a reader who goes through the pages. --------------------
 
@@ -43,10 +68,15 @@ WITHOUT_MODEL = {
 }
 # A number or a folder of the page, and what stands for it here.
 CHANGED = {
-    "runs/sft/checkpoints/step-720": "runs/mine/checkpoints/step-2", "'runs/rl/checkpoints/step-*'": "runs/mine-rl/checkpoints/step-1",
+    "runs/sft/checkpoints/step-720": "runs/mine/checkpoints/step-2",
+    "'runs/rl/checkpoints/step-*'": "runs/mine-rl/checkpoints/step-1",
     "curves/curves.json": "curves.json",  # two scores, of a run of one step, are no curve
-    "B runs/sft": "B runs/mine", "--validation=199": "--validation=20", "--size=102000": "--size=20", "step-100": "step-2",
-    "--sft.steps=300": "--sft.steps=2", "--sft.val_every=20": "--sft.val_every=1",
+    "B runs/sft": "B runs/mine",
+    "--validation=199": "--validation=20",
+    "--size=102000": "--size=20",
+    "step-100": "step-2",
+    "--sft.steps=300": "--sft.steps=2",
+    "--sft.val_every=20": "--sft.val_every=1",
     "--rollout.max_response=4096": "--rollout.max_response=8",
 }
 WITH_MODEL = {
@@ -54,22 +84,30 @@ WITH_MODEL = {
     "pctrain convert hf-to-mcore /models/Qwen2.5-0.5B checkpoints/step-0 --verify": (),
     "pctrain sft --config mine.yaml": SMALL["sft"],
     "pctrain convert mcore-to-hf runs/mine/checkpoints/step-100 exported --model.path=/models/Qwen2.5-0.5B": (),
-    "pctrain rl --config mine.yaml --run.dir=runs/mine-rl --model.checkpoint=runs/mine/checkpoints/step-100": SMALL["rl"],
+    "pctrain rl --config mine.yaml --run.dir=runs/mine-rl --model.checkpoint=runs/mine/checkpoints/step-100": SMALL[
+        "rl"
+    ],
     "pctrain show runs/mine-rl --step 1": (),
     "pctrain report runs/mine-rl": (),
     "pctrain sft --run.dir=runs/scratch --data.train=own.jsonl.gz --data.validation=heldout.jsonl --model.architecture.layers=4 "
     "--model.architecture.hidden=256": SMALL["sft"],
     "pctrain rl --config rl.yaml --reward.verifier=my_rewards:judge --reward.workers=2 --reward.timeout=10": (
-        *SMALL["rl"], "--run.dir=runs/judged"),
+        *SMALL["rl"],
+        "--run.dir=runs/judged",
+    ),
     "pctrain rl --config rl.yaml --rl.algorithm=my_algorithms:ReinforcePlusPlus --run.dir=runs/rpp": SMALL["rl"],
     "pctrain run --config study.yaml --dry-run": (),
     "pctrain eval models/Qwen2.5-7B runs/sft --out scores --config benchmarks.yaml": SMALL["eval"],
 }
 WITH_MODEL_LONG = {
-    "pctrain eval runs/sft/checkpoints/step-720 'runs/rl/checkpoints/step-*' --out curves --config benchmarks.yaml": SMALL["eval"],
+    "pctrain eval runs/sft/checkpoints/step-720 'runs/rl/checkpoints/step-*' --out curves --config benchmarks.yaml": SMALL[
+        "eval"
+    ],
     "pctrain fit curves/curves.json --out fits.json": (),
     "pctrain report curves/curves.json --out curves-report": (),
-    "pctrain data winrate sets/train.jsonl --out rated.jsonl --model.path=Qwen2.5-1.5B --rollout.max_response=4096": SMALL["data winrate"],
+    "pctrain data winrate sets/train.jsonl --out rated.jsonl --model.path=Qwen2.5-1.5B --rollout.max_response=4096": SMALL[
+        "data winrate"
+    ],
     "pctrain data rank --candidate=hard=hard.jsonl --candidate=all=sets/train.jsonl --data.validation=sets/validation.jsonl "
     "--model.path=Qwen2.5-0.5B --sft.steps=300 --sft.val_every=20 --out rank": SMALL["data rank"],
     "pctrain run --config study.yaml": SMALL["study"],
@@ -81,7 +119,12 @@ AT_PUBLISHED_SIZE = {  # of these no model is made
 }
 ON_TWO_RANKS = {
     "torchrun --standalone --nproc-per-node 2 -m pctrain sft --config configs/quickstart.yaml --run.dir=runs/tp2 --parallel.tensor=2 "
-    "--parallel.sequence_parallel=true": ("--sft.steps=2", "--sft.val_every=2", "--sft.eval_every=0", "--sft.optimizer.warmup=0"),
+    "--parallel.sequence_parallel=true": (
+        "--sft.steps=2",
+        "--sft.val_every=2",
+        "--sft.eval_every=0",
+        "--sft.optimizer.warmup=0",
+    ),
 }
 RUN = WITHOUT_MODEL | WITH_MODEL | WITH_MODEL_LONG | AT_PUBLISHED_SIZE | ON_TWO_RANKS
 
@@ -90,8 +133,7 @@ RUN = WITHOUT_MODEL | WITH_MODEL | WITH_MODEL_LONG | AT_PUBLISHED_SIZE | ON_TWO_
 ELSEWHERE = {
     "bash launch/quickstart.sh": "tests/launch/test_setup.py::test_the_quick_start_passes_options_on_and_names_the_report",
     "bash launch/test.sh": "tests/launch/test_setup.py::test_the_test_command_runs_the_fast_tier_and_full_runs_all",
-    "pctrain run --config configs/quickstart.yaml":
-        "tests/e2e/test_quickstart.py::test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes",
+    "pctrain run --config configs/quickstart.yaml": "tests/e2e/test_quickstart.py::test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes",
     "python launch/dependencies.py '>' docs/dependencies.md": "tests/launch/test_dependencies.py::test_the_page_was_made_by_it",
     "python -m benchmarks.ceilings": "tests/ceiling/test_ceiling_benchmark.py::test_",
     "python -m pctrain.config.help '>' docs/config.md": "tests/test_config.py::test_",
@@ -104,8 +146,13 @@ ELSEWHERE = {
 # Parsed, and their configs resolved, by the tests below: what needs GPUs, nodes, Slurm or Docker.
 LAUNCHED = re.compile(r"([A-Z_]+=\S+ )*(launch/torchrun\.sh|sbatch .*launch/slurm\.sbatch|torchrun .*-m pctrain) ")
 SHOWN = [shown for page in GUIDES for shown in commands(page)]
-LAUNCHES = list({shown.text: shown for shown in SHOWN if LAUNCHED.match(f"{shown.text} ") and not shown.is_form
-                 and shown.text not in RUN}.values())
+LAUNCHES = list(
+    {
+        shown.text: shown
+        for shown in SHOWN
+        if LAUNCHED.match(f"{shown.text} ") and not shown.is_form and shown.text not in RUN
+    }.values()
+)
 FORMS = list({shown.text: shown for shown in SHOWN if shown.is_form}.values())
 
 
@@ -167,7 +214,7 @@ def words_of(command: str, more: tuple[str, ...], folder: Path) -> tuple[str, ..
     for shown, small in CHANGED.items():
         text = text.replace(shown, small)
     words = shlex.split(text)
-    return (*words[words.index("pctrain") + 1:], *more)
+    return (*words[words.index("pctrain") + 1 :], *more)
 
 
 def check(results, table):
@@ -179,7 +226,10 @@ def check(results, table):
 @pytest.fixture(scope="module")
 def sets(folder):
     """What the commands without a model printed; the sets that they made lie in the folder."""
-    rated = [{"prompt": f"{i}+1=", "response": f"\\boxed{{{i + 1}}}", "win_rate": i % 5 / 4, "attempts": 4} for i in range(60)]
+    rated = [
+        {"prompt": f"{i}+1=", "response": f"\\boxed{{{i + 1}}}", "win_rate": i % 5 / 4, "attempts": 4}
+        for i in range(60)
+    ]
     reader.lines(folder / "rated.jsonl", rated)
     results = reader.run(folder, [words_of(command, more, folder) for command, more in WITHOUT_MODEL.items()])
     (folder / "rated.jsonl").unlink()  # `data winrate` makes the real one
@@ -216,7 +266,10 @@ def test_the_long_commands_on_models(ranks, folder, sets, runs):
 
 
 def test_plans(folder, published):
-    check(reader.run(published, [words_of(command, more, published) for command, more in AT_PUBLISHED_SIZE.items()]), AT_PUBLISHED_SIZE)
+    check(
+        reader.run(published, [words_of(command, more, published) for command, more in AT_PUBLISHED_SIZE.items()]),
+        AT_PUBLISHED_SIZE,
+    )
     assert (published / "plan.json").exists() and (published / "memory.png").exists()
 
 
@@ -235,8 +288,14 @@ def test_the_kernels_install_alone(tmp_path):
     install = [sys.executable, "-m", "pip", "install", *offline, "--target", str(tmp_path / "there"), str(source)]
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    seen = subprocess.run([sys.executable, "-c", "import pctrain_kernels; print(pctrain_kernels.__file__)"], capture_output=True, text=True,
-                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path / "there")}, timeout=200)
+    seen = subprocess.run(
+        [sys.executable, "-c", "import pctrain_kernels; print(pctrain_kernels.__file__)"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "there")},
+        timeout=200,
+    )
     assert str(tmp_path / "there") in seen.stdout, seen.stderr
 
 
@@ -255,7 +314,9 @@ def test_what_is_started_on_nodes_resolves(shown, published, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", str(nodes * GPUS))
     sections = next(command for command in COMMANDS if command.name == arguments[0]).options
     keys = [argument for argument in arguments if re.match(r"--\w+\.\w", argument)]
-    config_load.load(Path(arguments[arguments.index("--config") + 1]), keys, sections={s.split(".")[0] for s in sections})
+    config_load.load(
+        Path(arguments[arguments.index("--config") + 1]), keys, sections={s.split(".")[0] for s in sections}
+    )
 
 
 def _after_launcher(shown: Shown) -> tuple[list[str], int]:
@@ -263,15 +324,26 @@ def _after_launcher(shown: Shown) -> tuple[list[str], int]:
     words = list(shown.words)
     at = next(i for i, word in enumerate(words) if word.startswith("launch/") or word == "pctrain")
     given = dict(pair.removeprefix("--").split("=", 1) for pair in [*shown.environment, *words[1:at]] if "=" in pair)
-    return words[at + 1:], int(given.get("NNODES") or given.get("nodes") or 1)
+    return words[at + 1 :], int(given.get("NNODES") or given.get("nodes") or 1)
 
 
-@pytest.mark.parametrize("shown", [s for s in LAUNCHES if s.words[0] == "launch/torchrun.sh"], ids=lambda shown: shown.text)
+@pytest.mark.parametrize(
+    "shown", [s for s in LAUNCHES if s.words[0] == "launch/torchrun.sh"], ids=lambda shown: shown.text
+)
 def test_the_launcher_takes_them(shown, tmp_path):
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\necho "$@"\n')
     python.chmod(0o755)
-    environment = dict(pair.split("=", 1) for pair in shown.environment) | {"PCTRAIN_VENV": str(tmp_path), "NPROC": str(GPUS)}
-    done = subprocess.run(["bash", *shown.words], cwd=ROOT, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True)
+    environment = dict(pair.split("=", 1) for pair in shown.environment) | {
+        "PCTRAIN_VENV": str(tmp_path),
+        "NPROC": str(GPUS),
+    }
+    done = subprocess.run(
+        ["bash", *shown.words],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and done.stdout.endswith(f"-m pctrain {' '.join(shown.words[1:])}\n"), done.stderr

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from core import families
 
+from core import families
 from e2e import tiny
 
 
@@ -20,15 +20,28 @@ def _sft(arguments):
     return tiny.cli("sft", *arguments)
 
 
-OPTIONS = [*tiny.OPTIONS, "--sft.steps=3", "--sft.batch_size=8", "--sft.val_every=3", "--sft.eval_every=0", "--sft.optimizer.warmup=0",
-           "--sft.token_budget=40"]  # one trajectory a pack: the auxiliary loss is of a pack, and packs differ with the data parallel size
+OPTIONS = [
+    *tiny.OPTIONS,
+    "--sft.steps=3",
+    "--sft.batch_size=8",
+    "--sft.val_every=3",
+    "--sft.eval_every=0",
+    "--sft.optimizer.warmup=0",
+    "--sft.token_budget=40",
+]  # one trajectory a pack: the auxiliary loss is of a pack, and packs differ with the data parallel size
 
 
 @pytest.mark.full
 def test_sft_with_expert_parallel_reports_the_auxiliary_loss(ranks, model, tmp_path):
     found = {}
     for layout, world, more in (("single", 1, []), ("EP2", 2, ["--parallel.expert=2"])):
-        arguments = [*OPTIONS, f"--model.path={model}", "--model.router_aux_loss=0.01", f"--run.dir={tmp_path / layout}", *more]
+        arguments = [
+            *OPTIONS,
+            f"--model.path={model}",
+            "--model.router_aux_loss=0.01",
+            f"--run.dir={tmp_path / layout}",
+            *more,
+        ]
         for status, errors in ranks.run(_sft, arguments, world=world, deadline=200):
             assert status == 0, errors
         found[layout] = tiny.metrics(tmp_path / layout)

@@ -27,14 +27,25 @@ def rl(sft_run, folder, *more):
 
 
 def sft(folder, *more):
-    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0", "--sft.steps=40", "--sft.checkpoint_every=10",
-            "--sft.val_every=10", "--run.tensorboard=false", *more]
+    return [
+        "sft",
+        *tiny.OPTIONS,
+        f"--run.dir={folder}",
+        "--sft.eval_every=0",
+        "--sft.steps=40",
+        "--sft.checkpoint_every=10",
+        "--sft.val_every=10",
+        "--run.tensorboard=false",
+        *more,
+    ]
 
 
 def wait_for_step(folder, step, runs):
     end = time.monotonic() + 120
     while max(read_values(folder, "train", "loss"), default=0) < step:
-        assert time.monotonic() < end and all(run.poll() is None for run in runs), [run.log.read_text()[-2000:] for run in runs]
+        assert time.monotonic() < end and all(run.poll() is None for run in runs), [
+            run.log.read_text()[-2000:] for run in runs
+        ]
         time.sleep(0.02)
 
 
@@ -59,10 +70,16 @@ def test_an_engine_that_raises_on_one_rank(forked, sft_run, tmp_path):
 @pytest.mark.full
 def test_an_engine_that_hangs(forked, sft_run, tmp_path):
     folder = tmp_path / "run"
-    [run] = forked.start_ranks(rl(sft_run, folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 1, "engine_hangs")
+    [run] = forked.start_ranks(
+        rl(sft_run, folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 1, "engine_hangs"
+    )
     assert run.wait(200) == 1
     told = run.log.read_text()
-    assert "error: rank 0 made no progress for 2" in told and "s in phase rollout of step 3, at " in told and "in act" not in told
+    assert (
+        "error: rank 0 made no progress for 2" in told
+        and "s in phase rollout of step 3, at " in told
+        and "in act" not in told
+    )
     assert "engine.py" in told
 
 
@@ -73,7 +90,9 @@ def test_a_rank_that_stops_answering(forked, tmp_path):
     wait_for_step(folder, 12, runs)
     os.kill(runs[1].pid, signal.SIGSTOP)
     try:
-        assert runs[0].wait(DEADLINE + GRACE_SECONDS + 60) == 1  # a minute for a busy machine; gloo alone would wait for half an hour
+        assert (
+            runs[0].wait(DEADLINE + GRACE_SECONDS + 60) == 1
+        )  # a minute for a busy machine; gloo alone would wait for half an hour
     finally:
         runs[1].kill()
     told = runs[0].log.read_text()
@@ -93,7 +112,11 @@ def test_asked_to_stop_it_saves_and_goes_on_later(forked, tmp_path):
     assert "to be continued: " in runs[0].log.read_text() and "to be continued" not in runs[1].log.read_text()
     assert (folder / "to-be-continued").exists()
     last = max(read_values(folder, "train", "loss"))
-    assert 13 <= last < 40 and (folder / "checkpoints" / f"step-{last}").is_dir() and not (folder / "summary.json").exists()
+    assert (
+        13 <= last < 40
+        and (folder / "checkpoints" / f"step-{last}").is_dir()
+        and not (folder / "summary.json").exists()
+    )
     finished(forked.start_ranks(sft(folder), tmp_path / "logs", 2))
     finished(undisturbed)
     assert not (folder / "to-be-continued").exists()
@@ -101,7 +124,9 @@ def test_asked_to_stop_it_saves_and_goes_on_later(forked, tmp_path):
 
 
 def test_a_rank_that_is_slow_is_named(forked, tmp_path):
-    runs = forked.start_ranks(sft(tmp_path / "run", "--sft.steps=44", "--sft.checkpoint_every=44"), tmp_path / "logs", 2, "rank_1_is_slow")
+    runs = forked.start_ranks(
+        sft(tmp_path / "run", "--sft.steps=44", "--sft.checkpoint_every=44"), tmp_path / "logs", 2, "rank_1_is_slow"
+    )
     finished(runs)
     log = (tmp_path / "run" / "train.log").read_text()
     assert re.search(r"step 41 rank 1 \(.*data 1\) holds up the others in phase update: ", log), log

@@ -16,7 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def start(folder):
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
-    command = [sys.executable, "-m", "pctrain", "run", *tiny.OPTIONS, f"--run.dir={folder}", "--study.starts=[stable]", "--run.keep_last=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "pctrain",
+        "run",
+        *tiny.OPTIONS,
+        f"--run.dir={folder}",
+        "--study.starts=[stable]",
+        "--run.keep_last=1",
+    ]
     with open(folder.with_suffix(".log"), "a") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -30,7 +39,9 @@ def kill_when(folder, happened):
     deadline = time.monotonic() + 240
     try:
         while not happened():
-            assert process.poll() is None, "the run ended before it could be killed:\n" + folder.with_suffix(".log").read_text()[-3000:]
+            assert process.poll() is None, (
+                "the run ended before it could be killed:\n" + folder.with_suffix(".log").read_text()[-3000:]
+            )
             assert time.monotonic() < deadline, "the run did not come as far as it was to be killed"
             time.sleep(0.01)
     finally:
@@ -60,13 +71,26 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
             ours, theirs = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
             for part in theirs.glob("*.distcp"):
                 assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
-        assert (killed / run / "hf" / "model.safetensors").read_bytes() == (whole / run / "hf" / "model.safetensors").read_bytes()
-    assert sorted(path.name for path in (whole / "sft" / "checkpoints").iterdir()) == [f"step-{n}" for n in (100, 120, 20, 40, 60, 80)]
+        assert (killed / run / "hf" / "model.safetensors").read_bytes() == (
+            whole / run / "hf" / "model.safetensors"
+        ).read_bytes()
+    assert sorted(path.name for path in (whole / "sft" / "checkpoints").iterdir()) == [
+        f"step-{n}" for n in (100, 120, 20, 40, 60, 80)
+    ]
     scores = {line["step"]: line["score"] for line in tiny.metrics(whole / rl, "eval") if line["step"]}
     best = max(scores, key=lambda step: (scores[step], -step))
-    assert {path.name for path in (whole / rl / "checkpoints").iterdir()} == {"step-4", f"step-{best}"}  # the newest, and the best
+    assert {path.name for path in (whole / rl / "checkpoints").iterdir()} == {
+        "step-4",
+        f"step-{best}",
+    }  # the newest, and the best
     for rollouts in (whole / rl / "rollouts").iterdir():
         assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
     assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed
-    for name in ("report.html", "study.json", "figures/validation_loss.png", "figures/score_vs_compute.png", "figures/ceilings.png"):
+    for name in (
+        "report.html",
+        "study.json",
+        "figures/validation_loss.png",
+        "figures/score_vs_compute.png",
+        "figures/ceilings.png",
+    ):
         assert (killed / "report" / name).stat().st_size > 1000

@@ -10,18 +10,41 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMAND = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2", "-m", "pctrain", "run"]
+COMMAND = [
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--local-addr",
+    "127.0.0.1",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "pctrain",
+    "run",
+]
 
 
 @pytest.mark.full
 @pytest.mark.timeout(2700)
 def test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, *COMMAND, "--config", str(ROOT / "configs" / "quickstart.yaml"), f"--run.dir={tmp_path}/run"]
+    command = [
+        sys.executable,
+        *COMMAND,
+        "--config",
+        str(ROOT / "configs" / "quickstart.yaml"),
+        f"--run.dir={tmp_path}/run",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-3000:]
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # two cores have 1,200 s in ten minutes; by the clock other tests would count too
+    after = resource.getrusage(
+        resource.RUSAGE_CHILDREN
+    )  # two cores have 1,200 s in ten minutes; by the clock other tests would count too
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1200
 
     study = json.loads((tmp_path / "run" / "report" / "study.json").read_text())

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from plan.plan_models import LLAMA_3B, QWEN_7B, write_config
 
 from e2e import tiny
 from pctrain.cli.main import main
@@ -15,13 +14,16 @@ from pctrain.config.load import load, read
 from pctrain.plan.options import PlanOptions
 from pctrain.plan.planner import Planner
 from pctrain.study.stages import stages_of
+from plan.plan_models import LLAMA_3B, QWEN_7B, write_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
 SHARED = {"sft.yaml", "rl.yaml", "qwen2.5-7b.yaml", "llama-3.2-3b.yaml", "rl-compare.yaml"}
 TYING = {"eval.yaml", "study.yaml"}  # what is not one run
 RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED | TYING)
 SETS = ["s1k", "easy102k", "uniform102k", "hard102k", "889k"]
-ROWS = re.findall(r"^\| (.+?) \| `(\S+) = (\S+)` \| (\S+\.yaml) \| (paper|code) \|$", (FOLDER / "README.md").read_text(), re.M)
+ROWS = re.findall(
+    r"^\| (.+?) \| `(\S+) = (\S+)` \| (\S+\.yaml) \| (paper|code) \|$", (FOLDER / "README.md").read_text(), re.M
+)
 MODELS = {"models/Qwen2.5-7B": QWEN_7B, "models/Llama-3.2-3B": LLAMA_3B}
 GPUS = 8
 
@@ -76,12 +78,35 @@ def test_the_evaluation_and_the_study_resolve_for_their_gpus(eight_gpus):
 
 # ---- scaled down: the same keys, fewer of everything -------------------------------------------------------------------------
 
-SMALL = ["--model.dtype=float32", "--parallel.tensor=1", "--parallel.sequence_parallel=false", "--run.tensorboard=false",
-         "--data.overlong=error", "--rollout.max_prompt=64", "--rollout.max_response=24"]
-SMALL_SFT = ["--sft.steps=2", "--sft.batch_size=8", "--sft.token_budget=256", "--sft.val_every=1", "--sft.checkpoint_every=2",
-             "--sft.optimizer.warmup=1"]
-SMALL_RL = ["--rl.steps=2", "--rl.prompts=4", "--rl.round_prompts=4", "--rl.max_rounds=2", "--rl.token_budget=1024", "--rl.eval_every=2",
-            "--rl.checkpoint_every=2", "--rollout.tensor=1", "--rollout.kv_cache_mb=64", "--reward.workers=1"]
+SMALL = [
+    "--model.dtype=float32",
+    "--parallel.tensor=1",
+    "--parallel.sequence_parallel=false",
+    "--run.tensorboard=false",
+    "--data.overlong=error",
+    "--rollout.max_prompt=64",
+    "--rollout.max_response=24",
+]
+SMALL_SFT = [
+    "--sft.steps=2",
+    "--sft.batch_size=8",
+    "--sft.token_budget=256",
+    "--sft.val_every=1",
+    "--sft.checkpoint_every=2",
+    "--sft.optimizer.warmup=1",
+]
+SMALL_RL = [
+    "--rl.steps=2",
+    "--rl.prompts=4",
+    "--rl.round_prompts=4",
+    "--rl.max_rounds=2",
+    "--rl.token_budget=1024",
+    "--rl.eval_every=2",
+    "--rl.checkpoint_every=2",
+    "--rollout.tensor=1",
+    "--rollout.kv_cache_mb=64",
+    "--reward.workers=1",
+]
 
 
 def _families(sft_run, folder):
@@ -92,9 +117,19 @@ def _families(sft_run, folder):
     torch.manual_seed(3)
     qwen = folder / "qwen2"
     shape = json.loads((sft_run / "hf" / "config.json").read_text())
-    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "max_position_embeddings", "eos_token_id")
-    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{name: shape[name] for name in sizes})).save_pretrained(qwen)
+    sizes = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "eos_token_id",
+    )
+    transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{name: shape[name] for name in sizes})).save_pretrained(
+        qwen
+    )
     for file in (sft_run / "hf").glob("tokenizer*"):
         shutil.copy(file, qwen / file.name)
     return {"qwen": qwen, "llama": sft_run / "hf"}
@@ -102,7 +137,10 @@ def _families(sft_run, folder):
 
 def _run(sft_run, folder, files):
     models = _families(sft_run, folder)
-    data = [f"--data.{name}={sft_run}/data/{'train' if name == 'rl' else name}.jsonl" for name in ("train", "validation", "test", "rl")]
+    data = [
+        f"--data.{name}={sft_run}/data/{'train' if name == 'rl' else name}.jsonl"
+        for name in ("train", "validation", "test", "rl")
+    ]
     statuses = {}
     for file in files:
         model = models["llama" if "llama" in file else "qwen"]
@@ -115,12 +153,18 @@ def _run(sft_run, folder, files):
 def _check(folder, files):
     for file in files:
         train = tiny.metrics(folder / file, "train")
-        assert [line["step"] for line in train] == [1, 2] and (folder / file / "hf" / "model.safetensors").exists(), file
+        assert [line["step"] for line in train] == [1, 2] and (folder / file / "hf" / "model.safetensors").exists(), (
+            file
+        )
 
 
-@pytest.mark.parametrize("files", [
-    pytest.param(["sft-s1k.yaml"], id="one"),
-    pytest.param([file for file in RUNS if file != "sft-s1k.yaml"], id="the others", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param(["sft-s1k.yaml"], id="one"),
+        pytest.param([file for file in RUNS if file != "sft-s1k.yaml"], id="the others", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.timeout(900)
 def test_runs_scaled_down(ranks, sft_run, tmp_path, files):
     [statuses] = ranks.run(_run, sft_run, tmp_path, files, world=1, deadline=800)
@@ -130,9 +174,24 @@ def test_runs_scaled_down(ranks, sft_run, tmp_path, files):
 
 def _evaluate(sft_run, folder, models):
     benchmark = f"--eval.benchmarks={{gsm8k: {sft_run}/data/test.jsonl, aime24: {{path: {sft_run}/data/test.jsonl, samples: 2}}}}"
-    return main(["eval", *map(str, models), "--out", str(folder / "scores"), "--config", str(FOLDER / "eval.yaml"), "--model.dtype=float32",
-                 "--parallel.tensor=1", "--parallel.sequence_parallel=false", "--rollout.tensor=1", "--rollout.kv_cache_mb=64",
-                 "--eval.max_response=24", "--reward.workers=1", benchmark])
+    return main(
+        [
+            "eval",
+            *map(str, models),
+            "--out",
+            str(folder / "scores"),
+            "--config",
+            str(FOLDER / "eval.yaml"),
+            "--model.dtype=float32",
+            "--parallel.tensor=1",
+            "--parallel.sequence_parallel=false",
+            "--rollout.tensor=1",
+            "--rollout.kv_cache_mb=64",
+            "--eval.max_response=24",
+            "--reward.workers=1",
+            benchmark,
+        ]
+    )
 
 
 @pytest.mark.full
@@ -149,11 +208,33 @@ def _study(sft_run, folder):
     """SFT of each set by its own file into its place, then the study; RL from the best checkpoint alone."""
     data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("validation", "test")]
     model, root = f"--model.path={sft_run}/hf", folder / "study"
-    statuses = [main(["sft", "--config", str(FOLDER / f"sft-{name}.yaml"), *SMALL, *SMALL_SFT, *data, model,
-                      f"--data.train={sft_run}/data/train.jsonl", f"--run.dir={root}/sets/{name}/sft"]) for name in SETS]
+    statuses = [
+        main(
+            [
+                "sft",
+                "--config",
+                str(FOLDER / f"sft-{name}.yaml"),
+                *SMALL,
+                *SMALL_SFT,
+                *data,
+                model,
+                f"--data.train={sft_run}/data/train.jsonl",
+                f"--run.dir={root}/sets/{name}/sft",
+            ]
+        )
+        for name in SETS
+    ]
     sets = "{" + ", ".join(f"{name}: {sft_run}/data/train.jsonl" for name in SETS) + "}"
-    study = [f"--run.dir={root}", f"--data.rl={sft_run}/data/train.jsonl", f"--study.sets={sets}", "--study.starts=[stable]"]
-    return [*statuses, main(["run", "--config", str(FOLDER / "study.yaml"), *SMALL, *SMALL_SFT, *SMALL_RL, *data, model, *study])]
+    study = [
+        f"--run.dir={root}",
+        f"--data.rl={sft_run}/data/train.jsonl",
+        f"--study.sets={sets}",
+        "--study.starts=[stable]",
+    ]
+    return [
+        *statuses,
+        main(["run", "--config", str(FOLDER / "study.yaml"), *SMALL, *SMALL_SFT, *SMALL_RL, *data, model, *study]),
+    ]
 
 
 @pytest.mark.full

@@ -44,7 +44,10 @@ def test_a_finished_rollout_is_not_sampled_again(ranks, sft_run, whole, tmp_path
     folder = tmp_path / "run"
     [(status, _)] = ranks.run(_rl, options(sft_run, folder), 4, world=1, deadline=240)
     assert status == 130
-    assert sorted(path.name for path in (folder / "rollouts").glob("*.npz")) == ["step-3.replay.npz", "step-4.replay.npz"]
+    assert sorted(path.name for path in (folder / "rollouts").glob("*.npz")) == [
+        "step-3.replay.npz",
+        "step-4.replay.npz",
+    ]
     [(status, errors)] = ranks.run(_rl, options(sft_run, folder), None, (1, 2, 3, 4), world=1, deadline=240)
     assert status == 0, errors
     assert tiny.metrics(folder) == tiny.metrics(whole) and tiny.ledger(folder) == tiny.ledger(whole)
@@ -66,7 +69,12 @@ def test_half_a_step_at_a_time(ranks, sft_run, whole, tmp_path):
     folder = tmp_path / "run"
     [(status, errors)] = ranks.run(_rl, [*options(sft_run, folder), "--debug-rollout-only"], world=1, deadline=240)
     file = folder / "rollouts" / "step-1.replay.npz"
-    assert status == 0 and file.exists() and not (folder / "summary.json").exists() and not (folder / "metrics.jsonl").exists(), errors
+    assert (
+        status == 0
+        and file.exists()
+        and not (folder / "summary.json").exists()
+        and not (folder / "metrics.jsonl").exists()
+    ), errors
     before = sorted(path.name for path in folder.rglob("*"))
     train = [*options(sft_run, tmp_path / "none"), "--debug-train-only", file]
     [(status, text)] = ranks.run(_debug_train, train, world=1, deadline=240)
@@ -92,9 +100,23 @@ def test_what_is_written_down(whole):
         assert line["mismatch/beyond_2x"] == 0 and abs(line["mismatch/kl"]) < 1e-6
         assert abs(line["ratio"] - 1) < 1e-4
     rows = [json.loads(line) for line in (whole / "rollouts" / "step-1.jsonl").read_text().splitlines()]
-    assert {"prompt", "response", "answer", "reward", "cause", "advantage", "tokens", "finish", "kept", "why", "group"} <= set(rows[0])
+    assert {
+        "prompt",
+        "response",
+        "answer",
+        "reward",
+        "cause",
+        "advantage",
+        "tokens",
+        "finish",
+        "kept",
+        "why",
+        "group",
+    } <= set(rows[0])
     kept = [row for row in rows if row["kept"]]
-    assert abs(sum(row["advantage"] for row in kept)) < 1e-3 and all(row["advantage"] is None for row in rows if not row["kept"])
+    assert abs(sum(row["advantage"] for row in kept)) < 1e-3 and all(
+        row["advantage"] is None for row in rows if not row["kept"]
+    )
     summary = json.loads((whole / "summary.json").read_text())["summary"]
     assert summary["best checkpoint"].startswith(str(whole / "checkpoints"))
 
@@ -110,9 +132,9 @@ ALGORITHMS = {
 def _train_with_each(commands):
     """Two steps of every algorithm, with one engine for all of them."""
     from pctrain.config.load import load
+    from pctrain.rl import loop
     from pctrain.rollout.worker import RolloutWorker
     from pctrain.run.resume import begin
-    from pctrain.rl import loop
 
     with begin(load(None, list(map(str, commands[0])))) as first, RolloutWorker(first) as worker:
         for command in commands:
@@ -122,7 +144,9 @@ def _train_with_each(commands):
 
 def test_every_algorithm_trains(ranks, sft_run, tmp_path):
     more = ["--rl.steps=2", f"--data.rl={sft_run}/data/train.jsonl", "--rl.eval_every=2"]
-    commands = [[*options(sft_run, tmp_path / name), f"--rl.algorithm={name}", *more, *own] for name, own in ALGORITHMS.items()]
+    commands = [
+        [*options(sft_run, tmp_path / name), f"--rl.algorithm={name}", *more, *own] for name, own in ALGORITHMS.items()
+    ]
     ranks.run(_train_with_each, commands, world=1, deadline=280)
     for name in ALGORITHMS:
         train = tiny.metrics(tmp_path / name, "train")

@@ -7,7 +7,11 @@ from e2e import tiny
 
 def options(sft_run, folder, *more):
     data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("train", "validation", "test", "rl")]
-    start = [f"--model.path={sft_run}/model", f"--model.checkpoint={sft_run}/checkpoints/step-120", f"--run.dir={folder}"]
+    start = [
+        f"--model.path={sft_run}/model",
+        f"--model.checkpoint={sft_run}/checkpoints/step-120",
+        f"--run.dir={folder}",
+    ]
     return [*tiny.OPTIONS, *data, *start, *more]
 
 
@@ -29,7 +33,9 @@ def single(ranks, sft_run, tmp_path_factory):
 def test_a_single_process_learns_from_mixed_rewards(single):
     train = [line for line in single if line["kind"] == "train"]
     assert any(0 < line["reward"] < 1 and line["grad_norm"] > 0 for line in train)
-    assert all(line["ratio"] == pytest.approx(1, abs=1e-6) for line in train)  # one update a step: the policy is the one that sampled
+    assert all(
+        line["ratio"] == pytest.approx(1, abs=1e-6) for line in train
+    )  # one update a step: the policy is the one that sampled
     assert [line["step"] for line in single if line["kind"] == "eval"] == [0, 2, 4]
 
 
@@ -43,12 +49,19 @@ def test_several_updates_a_step(ranks, sft_run, tmp_path):
     assert train[0]["kept_prompts"] == 8 and train[0]["rounds"] == 1
 
 
-@pytest.mark.parametrize("layout", [
-    pytest.param(["--parallel.tensor=2", "--rollout.tensor=2"], id="TP2, one engine over both ranks"),
-    pytest.param(["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2, an engine a rank", marks=pytest.mark.full),
-    pytest.param([], id="DP2", marks=pytest.mark.full),
-    pytest.param(["--parallel.pipeline=2"], id="PP2"),
-])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(["--parallel.tensor=2", "--rollout.tensor=2"], id="TP2, one engine over both ranks"),
+        pytest.param(
+            ["--parallel.tensor=2", "--parallel.sequence_parallel=true"],
+            id="TP2, an engine a rank",
+            marks=pytest.mark.full,
+        ),
+        pytest.param([], id="DP2", marks=pytest.mark.full),
+        pytest.param(["--parallel.pipeline=2"], id="PP2"),
+    ],
+)
 def test_layouts_agree(ranks, sft_run, single, tmp_path, layout):
     lines = run(ranks, sft_run, tmp_path / "run", 2, *layout)
     assert [(line["step"], line["kind"]) for line in lines] == [(line["step"], line["kind"]) for line in single]

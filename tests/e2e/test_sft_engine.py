@@ -24,21 +24,46 @@ def sources(sft_run, tmp_path_factory):
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress("".join(lines[60:140]).encode()))
     for part, rows in (("1", lines[140:170]), ("2", lines[170:])):
         records = [json.loads(line) for line in rows]
-        pq.write_table(pa.Table.from_pylist([
-            {"extra_info": {"question": r["prompt"], "answer": r["response"]}, "reward_model": {"ground_truth": r["answer"]},
-             "data_source": "arithmetic", "prompt": [{"role": "user", "content": r["prompt"]}]} for r in records]),
-            folder / f"retu-{part}.parquet")
-    train = [{"path": str(folder / "plain.jsonl")}, {"path": str(folder / "packed.jsonl.gz"), "weight": 0.5},
-             {"path": str(folder / "retu-*.parquet"), "weight": 2, "name": "retu"}]
+        pq.write_table(
+            pa.Table.from_pylist(
+                [
+                    {
+                        "extra_info": {"question": r["prompt"], "answer": r["response"]},
+                        "reward_model": {"ground_truth": r["answer"]},
+                        "data_source": "arithmetic",
+                        "prompt": [{"role": "user", "content": r["prompt"]}],
+                    }
+                    for r in records
+                ]
+            ),
+            folder / f"retu-{part}.parquet",
+        )
+    train = [
+        {"path": str(folder / "plain.jsonl")},
+        {"path": str(folder / "packed.jsonl.gz"), "weight": 0.5},
+        {"path": str(folder / "retu-*.parquet"), "weight": 2, "name": "retu"},
+    ]
     return train
 
 
 def arguments(sft_run, folder, train, *more):
     validation = sft_run / "data" / "validation.jsonl"
     held_out = json.dumps([{"path": str(validation)}, {"path": str(sft_run / "data" / "train.jsonl"), "name": "seen"}])
-    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", f"--model.path={sft_run}/model", f"--data.train={json.dumps(train)}",
-            f"--data.validation={held_out}", f"--data.test={sft_run}/data/test.jsonl", f"--data.rl={sft_run}/data/rl.jsonl",
-            "--sft.eval_every=0", f"--sft.steps={STEPS}", "--sft.val_every=6", "--sft.checkpoint_every=4", *more]
+    return [
+        "sft",
+        *tiny.OPTIONS,
+        f"--run.dir={folder}",
+        f"--model.path={sft_run}/model",
+        f"--data.train={json.dumps(train)}",
+        f"--data.validation={held_out}",
+        f"--data.test={sft_run}/data/test.jsonl",
+        f"--data.rl={sft_run}/data/rl.jsonl",
+        "--sft.eval_every=0",
+        f"--sft.steps={STEPS}",
+        "--sft.val_every=6",
+        "--sft.checkpoint_every=4",
+        *more,
+    ]
 
 
 def succeed(ranks, *arguments, world=1):
@@ -67,7 +92,9 @@ def test_what_is_written_down(three_sources):
     val = tiny.metrics(three_sources, "val")
     assert [line["step"] for line in val] == [0, 4, 6, 8, 12]
     assert all(line["regime"] == "stable" for line in val[1:]) and val[-1]["val_loss"] < val[0]["val_loss"]
-    assert {"val_loss/validation", "val_loss/seen", "val_loss_se/seen", "val_sample_loss", "val_sample_loss_se"} <= set(val[0])
+    assert {"val_loss/validation", "val_loss/seen", "val_loss_se/seen", "val_sample_loss", "val_sample_loss_se"} <= set(
+        val[0]
+    )
     log = (three_sources / "train.log").read_text()
     assert "training data: packed: 80 trajectories" in log and "weight 0.5" in log and "mfu" in log
 
@@ -85,7 +112,10 @@ def test_the_data_parallel_size_changes_nothing(ranks, sft_run, sources, three_s
     one, other = tiny.metrics(three_sources), tiny.metrics(tmp_path / "run")
     assert [(line["step"], line["kind"]) for line in one] == [(line["step"], line["kind"]) for line in other]
     for a, b in zip(one, other, strict=True):
-        assert (a.get("tokens"), a.get("loss_tokens")) == (b.get("tokens"), b.get("loss_tokens"))  # the same samples in every step
+        assert (a.get("tokens"), a.get("loss_tokens")) == (
+            b.get("tokens"),
+            b.get("loss_tokens"),
+        )  # the same samples in every step
         for key in ("loss", "loss/plain", "loss/retu", "val_loss", "val_loss/seen"):
             assert (key in a) == (key in b) and a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-5)
 
@@ -118,18 +148,33 @@ def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):
     """Twelve trajectories by heart: the validation loss turns soon."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join((sft_run / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:12]))
-    options = ["--sft.steps=300", "--sft.val_every=10", "--sft.checkpoint_every=50", "--sft.batch_size=12", "--sft.stop_after=stable"]
+    options = [
+        "--sft.steps=300",
+        "--sft.val_every=10",
+        "--sft.checkpoint_every=50",
+        "--sft.batch_size=12",
+        "--sft.stop_after=stable",
+    ]
     command = arguments(sft_run, tmp_path / "run", [str(few)], *options)
-    command = [a for a in command if not a.startswith("--data.validation")] + [f"--data.validation={sft_run}/data/validation.jsonl"]
+    command = [a for a in command if not a.startswith("--data.validation")] + [
+        f"--data.validation={sft_run}/data/validation.jsonl"
+    ]
     succeed(ranks, *command)
     val = tiny.metrics(tmp_path / "run", "val")
     last = val[-1]["step"]
-    assert last < 300 and [line["regime"] for line in val] == ["stable"] * (len(val) - 1) + ["mild"] and val[-1]["advice"] == "stop"
+    assert (
+        last < 300
+        and [line["regime"] for line in val] == ["stable"] * (len(val) - 1) + ["mild"]
+        and val[-1]["advice"] == "stop"
+    )
     assert val[-1]["val_loss"] > 1.02 * min(line["val_loss"] for line in val) and val[-1]["minimum_passed"] > 0.95
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["summary"]["steps"] == last and f"checkpoints/step-{val[-1]['rl_start']}" in summary["next_command"]
     assert "the minimum of the validation loss is passed" in summary["summary"]["monitor"]
-    assert f"RL would start from step {val[-1]['rl_start']}" in (tmp_path / "run" / "train.log").read_text().splitlines()[-2]
+    assert (
+        f"RL would start from step {val[-1]['rl_start']}"
+        in (tmp_path / "run" / "train.log").read_text().splitlines()[-2]
+    )
     # Killed between its last checkpoint and its summary: it does not train on.
     (tmp_path / "run" / "summary.json").unlink()
     succeed(ranks, *command)
@@ -141,9 +186,14 @@ def test_samples_that_are_too_long_are_dropped_and_counted(ranks, sft_run, tmp_p
     lines = (sft_run / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:40]
     lines.insert(7, json.dumps({"prompt": "1+1=", "response": "2" * 400}) + "\n")
     (tmp_path / "long.jsonl").write_text("".join(lines))
-    command = arguments(sft_run, tmp_path / "run", [str(tmp_path / "long.jsonl")], "--sft.steps=6", "--data.overlong=drop")
+    command = arguments(
+        sft_run, tmp_path / "run", [str(tmp_path / "long.jsonl")], "--sft.steps=6", "--data.overlong=drop"
+    )
     succeed(ranks, *command)
-    assert "training data: long: 40 trajectories" in (log := (tmp_path / "run" / "train.log").read_text()) and "1 overlong" in log
+    assert (
+        "training data: long: 40 trajectories" in (log := (tmp_path / "run" / "train.log").read_text())
+        and "1 overlong" in log
+    )
 
 
 def test_two_sources_of_one_name_are_refused(ranks, sft_run, tmp_path):
@@ -180,7 +230,9 @@ def _without_wandb(*arguments):
     from unittest import mock
 
     real = importlib.util.find_spec
-    with mock.patch.object(importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest)):
+    with mock.patch.object(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else real(name, *rest)
+    ):
         return tiny.cli(*arguments)
 
 

@@ -57,17 +57,40 @@ def look(pid, step, counted):
     """`counted`: what hooks.memory_is_counted wrote."""
     members = family(pid)
     held, blocks = counted.read_text().split()
-    own = [sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem")) for fields in members.values() if "RssAnon" in fields]
+    own = [
+        sum(int(fields[key].split()[0]) for key in ("RssAnon", "RssShmem"))
+        for fields in members.values()
+        if "RssAnon" in fields
+    ]
     zombies = frozenset(one for one, fields in members.items() if fields["State"].startswith("Z"))
-    return Sample(step, sum(own) / 1024, float(held), int(blocks), len(os.listdir(f"/proc/{pid}/fd")), int(members[pid]["Threads"]),
-                  len(members), zombies)
+    return Sample(
+        step,
+        sum(own) / 1024,
+        float(held),
+        int(blocks),
+        len(os.listdir(f"/proc/{pid}/fd")),
+        int(members[pid]["Threads"]),
+        len(members),
+        zombies,
+    )
 
 
 def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
     """[samples of each rank], one in `interval` seconds, of a run that evaluates and saves every so many steps, and that is asked to stop
     at the end."""
-    arguments = ["rl", *options(sft_run, folder / "run", "--rl.steps=1000000", f"--rl.eval_every={every}", f"--rl.checkpoint_every={every}",
-                                "--run.keep_last=2", "--rl.optimizer.lr=1e-5", "--rl.kl_coef=0.01")]
+    arguments = [
+        "rl",
+        *options(
+            sft_run,
+            folder / "run",
+            "--rl.steps=1000000",
+            f"--rl.eval_every={every}",
+            f"--rl.checkpoint_every={every}",
+            "--run.keep_last=2",
+            "--rl.optimizer.lr=1e-5",
+            "--rl.kl_coef=0.01",
+        ),
+    ]
     runs = forked.start_ranks(arguments, folder / "logs", world, "memory_is_counted", HELD=str(folder / "held"))
     samples, began, step = [[] for _ in runs], time.monotonic(), 0
     while time.monotonic() - began < seconds or step < steps:
@@ -115,21 +138,30 @@ def forked():
 
 def test_a_few_steps(forked, sft_run, tmp_path):
     """Finds what is left open, running or unasked for at every step, evaluation or checkpoint; a leak of memory only where it is large."""
-    check(soak(forked, sft_run, tmp_path, world=1, every=3, interval=0.2, seconds=0, steps=24), 0.2,
-          {"memory": 40.0, "held": 20.0, "blocks": 100_000})
+    check(
+        soak(forked, sft_run, tmp_path, world=1, every=3, interval=0.2, seconds=0, steps=24),
+        0.2,
+        {"memory": 40.0, "held": 20.0, "blocks": 100_000},
+    )
 
 
 @pytest.mark.full
 @pytest.mark.timeout(60 * MINUTES + 7200)
 def test_half_an_hour_or_a_thousand_steps(forked, sft_run, tmp_path):
     samples = soak(forked, sft_run, tmp_path, world=2, every=50, interval=1.0, seconds=60 * MINUTES, steps=STEPS)
-    rows = [vars(sample) | {"rank": rank, "zombies": len(sample.zombies)} for rank, seen in enumerate(samples) for sample in seen]
+    rows = [
+        vars(sample) | {"rank": rank, "zombies": len(sample.zombies)}
+        for rank, seen in enumerate(samples)
+        for sample in seen
+    ]
     (tmp_path / "soak.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for rank, seen in enumerate(samples):
         memory, held, blocks, files = (quarters(seen, what) for what in ("memory", "held", "blocks", "files"))
-        print(f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
-              f"held {held[0]:.1f} and {held[1]:.1f} MB, blocks {blocks[0]:g} and {blocks[1]:g}, open files {files[0]:g} and {files[1]:g}, "
-              f"{seen[-1].processes} processes, {seen[-1].threads} threads")
+        print(
+            f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
+            f"held {held[0]:.1f} and {held[1]:.1f} MB, blocks {blocks[0]:g} and {blocks[1]:g}, open files {files[0]:g} and {files[1]:g}, "
+            f"{seen[-1].processes} processes, {seen[-1].threads} threads"
+        )
     # Held memory swings by a megabyte. What is resident grows slowly with the holes, by 3 to 7 MB between these quarters of 1,300 to 2,000
     # steps, where nothing more is held.
     check(samples, 1.0, {"memory": 12.0, "held": 3.0, "blocks": 15_000})

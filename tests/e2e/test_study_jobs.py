@@ -19,8 +19,20 @@ def study_arguments(sft_run, folder, *more):
         (folder.parent / f"{name}.jsonl").write_text("".join(part))
     sets = json.dumps({name: str(folder.parent / f"{name}.jsonl") for name in ("easy", "hard")})
     data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("validation", "test", "rl")]
-    return ["run", *tiny.OPTIONS, *data, f"--model.path={sft_run}/model", f"--run.dir={folder}", f"--study.sets={sets}", "--sft.steps=80",
-            "--sft.eval_every=80", "--rl.steps=2", "--rl.eval_every=1", "--study.checkpoints=[0, 60]", *more]
+    return [
+        "run",
+        *tiny.OPTIONS,
+        *data,
+        f"--model.path={sft_run}/model",
+        f"--run.dir={folder}",
+        f"--study.sets={sets}",
+        "--sft.steps=80",
+        "--sft.eval_every=80",
+        "--rl.steps=2",
+        "--rl.eval_every=1",
+        "--study.checkpoints=[0, 60]",
+        *more,
+    ]
 
 
 @pytest.mark.full
@@ -34,7 +46,10 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
             assert one.poll() is None, one.log.read_text()[-3000:]
             time.sleep(0.05)
         other = forked.start(arguments, tmp_path / "other.log")
-        while not (folder / "sets" / "hard" / "sft" / "metrics.jsonl").exists() and not (folder / "rl-step-0" / "metrics.jsonl").exists():
+        while (
+            not (folder / "sets" / "hard" / "sft" / "metrics.jsonl").exists()
+            and not (folder / "rl-step-0" / "metrics.jsonl").exists()
+        ):
             assert other.poll() is None, other.log.read_text()[-3000:]
             time.sleep(0.05)
         assert one.kill() == -9
@@ -46,7 +61,9 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
         found = sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("summary.json"))
         assert found == ["rl-step-0", "sets/easy/rl-step-60", "sets/easy/sft", "sets/hard/rl-step-60", "sets/hard/sft"]
         study = json.loads((folder / "report" / "study.json").read_text())
-        assert [run["set"] for run in study["sft"]] == ["easy", "hard"] and {run["size"] for run in study["sft"]} == {100}
+        assert [run["set"] for run in study["sft"]] == ["easy", "hard"] and {run["size"] for run in study["sft"]} == {
+            100
+        }
         assert [(run["set"], run["start_step"]) for run in study["rl"]] == [("", 0), ("easy", 60), ("hard", 60)]
 
         before = {name: (folder / name / "metrics.jsonl").read_bytes() for name in found}
@@ -56,7 +73,9 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
         assert "ahead about 0 FLOPs" in again.log.read_text()
 
     # The job that took over after the kill ended with the numbers of one that nothing happened to.
-    [(status, errors)] = ranks.run(tiny.cli, *study_arguments(sft_run, tmp_path / "whole", "--only=easy"), world=1, deadline=400)
+    [(status, errors)] = ranks.run(
+        tiny.cli, *study_arguments(sft_run, tmp_path / "whole", "--only=easy"), world=1, deadline=400
+    )
     assert status == 0, errors
     for name in ("sets/easy/sft", "sets/easy/rl-step-60"):
         assert tiny.metrics(folder / name) == tiny.metrics(tmp_path / "whole" / name)
@@ -87,7 +106,9 @@ def test_rl_stops_when_its_ceiling_is_known(ranks, sft_run, tmp_path, within, en
     assert status == 0, errors
     assert [line["step"] for line in tiny.metrics(folder, "eval")] == list(range(ends + 1))
     assert json.loads((folder / "summary.json").read_text())["summary"]["steps"] == ends
-    assert ("rl.stop_within" in (folder / "train.log").read_text()) == (ends == 2) and (folder / "checkpoints" / f"step-{ends}").is_dir()
+    assert ("rl.stop_within" in (folder / "train.log").read_text()) == (ends == 2) and (
+        folder / "checkpoints" / f"step-{ends}"
+    ).is_dir()
     if ends == 2:  # killed between its last checkpoint and its summary: it does not train on
         (folder / "summary.json").unlink()
         [(status, errors, asked)] = ranks.run(_rl_with_ceiling_at, 3, *command, world=1, deadline=240)

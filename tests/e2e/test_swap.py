@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from core import small
 
+from core import small
 from pctrain.config.tree import ArchitectureConfig, RolloutConfig
 from pctrain.data.scratch_model import make_hf_dir
 
@@ -21,23 +21,31 @@ def _difference(directory, layout):
     prompts = [rng.integers(3, 260, length).tolist() for length in (5, 40, 200)]  # a cache block has 128 tokens
     engine = RolloutEngine(directory, RolloutConfig(kv_cache_mb=64), dtype="float32", context=256, eos_id=EOS)
     try:
-        def learner(token_rows):
+
+        def learner_logprobs(token_rows):
             return model.logprobs([small.make_row(tokens[:1], tokens[1:]) for tokens in token_rows], 512)
 
-        before = engine.verify(learner, prompts, EOS)
+        before = engine.verify(learner_logprobs, prompts, EOS)
         engine.load_weights(model.hf_weights())
-        return before, engine.verify(learner, prompts, EOS)
+        return before, engine.verify(learner_logprobs, prompts, EOS)
     finally:
         engine.close()
 
 
-@pytest.mark.parametrize(("layout", "tied"), [
-    pytest.param({"tensor": 2}, True, id="TP2-tied"), pytest.param({"pipeline": 2}, False, id="PP2-untied"),
-    pytest.param({"tensor": 2}, False, id="TP2-untied", marks=pytest.mark.full),
-    pytest.param({"pipeline": 2}, True, id="PP2-tied", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    ("layout", "tied"),
+    [
+        pytest.param({"tensor": 2}, True, id="TP2-tied"),
+        pytest.param({"pipeline": 2}, False, id="PP2-untied"),
+        pytest.param({"tensor": 2}, False, id="TP2-untied", marks=pytest.mark.full),
+        pytest.param({"pipeline": 2}, True, id="PP2-tied", marks=pytest.mark.full),
+    ],
+)
 def test_after_a_swap_the_engine_is_the_learner(ranks, tmp_path, layout, tied):
     architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=tied)
-    directory = make_hf_dir(tmp_path / "model", architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
+    directory = make_hf_dir(
+        tmp_path / "model", architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1
+    )
     for before, after in ranks.run(_difference, directory, layout, world=2, deadline=240):
         assert before > 1e-2  # the weights it started with are told apart
         assert after < 1e-4  # fp32 on both sides

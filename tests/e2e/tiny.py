@@ -7,8 +7,8 @@ import io
 import json
 from pathlib import Path
 
-from pctrain.config.tree import Config
 from pctrain.config.load import load
+from pctrain.config.tree import Config
 
 OPTIONS = [
     "--data.problems.min_terms=2", "--data.problems.max_terms=3", "--data.problems.train=200", "--data.problems.validation=40",
@@ -28,7 +28,9 @@ def config(folder: Path, *options: str) -> Config:
 def metrics(folder: Path, kind: str | None = None) -> list[dict]:
     """The lines of a run without the times, the only values that two runs of one config do not share."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines if kind in (None, line["kind"])]
+    return [
+        {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines if kind in (None, line["kind"])
+    ]
 
 
 def ledger(folder: Path) -> list[dict]:

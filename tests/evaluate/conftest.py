@@ -2,14 +2,26 @@ r"""A model of two answers: it ends every prompt `i+j=` by `\boxed{1}` or `\boxe
 themselves."""
 
 import pytest
+
 import sets_cli
 from e2e import tiny
 
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
-TRAINING = ["--model.architecture.layers=1", "--model.architecture.hidden=32", "--model.architecture.heads=1",
-            "--model.architecture.kv_heads=1", "--model.architecture.ffn=64", "--model.architecture.context=64", "--sft.steps=50",
-            "--sft.batch_size=16", "--sft.token_budget=256", "--sft.val_every=50", "--sft.checkpoint_every=25", "--sft.optimizer.lr=2e-2",
-            "--run.tensorboard=false"]
+TRAINING = [
+    "--model.architecture.layers=1",
+    "--model.architecture.hidden=32",
+    "--model.architecture.heads=1",
+    "--model.architecture.kv_heads=1",
+    "--model.architecture.ffn=64",
+    "--model.architecture.context=64",
+    "--sft.steps=50",
+    "--sft.batch_size=16",
+    "--sft.token_budget=256",
+    "--sft.val_every=50",
+    "--sft.checkpoint_every=25",
+    "--sft.optimizer.lr=2e-2",
+    "--run.tensorboard=false",
+]
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,10 @@ class Engine:
 
     def generate(self, requests, **how):
         self.asked.append((requests, how))
-        return [Completion([request.seed % 97, 1], "length" if i == 0 else "stop", None) for i, request in enumerate(requests)]
+        return [
+            Completion([request.seed % 97, 1], "length" if i == 0 else "stop", None)
+            for i, request in enumerate(requests)
+        ]
 
 
 class Words:
@@ -32,8 +35,10 @@ class Verifier:
     """The first half of the samples of every problem is right."""
 
     def score(self, pairs):
-        return [Verdict(1.0 if i % 4 < int(answer) else 0.0, "right" if i % 4 < int(answer) else "wrong", "")
-                for i, (_, answer) in enumerate(pairs)]
+        return [
+            Verdict(1.0 if i % 4 < int(answer) else 0.0, "right" if i % 4 < int(answer) else "wrong", "")
+            for i, (_, answer) in enumerate(pairs)
+        ]
 
 
 PROBLEMS = [Problem(f"p{i}", i, f"{i} + 1", [5 + i], answer, []) for i, answer in enumerate(["4", "2", "0"])]
@@ -47,6 +52,10 @@ def test_samples_are_averaged_by_problem_and_drawn_as_the_config_says():
     assert (score.problems, score.lengths, score.truncated_share) == (3, [3] * 12, pytest.approx(1 / 12))
     [(requests, how)] = engine.asked
     assert how == {"temperature": 0.6, "top_p": 0.95, "max_response": 9}
-    assert [list(request.prompt_ids) for request in requests[::4]] == [[5], [6], [7]] and len({r.seed for r in requests}) == 12
+    assert [list(request.prompt_ids) for request in requests[::4]] == [[5], [6], [7]] and len(
+        {r.seed for r in requests}
+    ) == 12
     evaluate(engine, Verifier(), Words(), PROBLEMS, config)
-    assert [r.seed for r in engine.asked[1][0]] == [r.seed for r in requests]  # checkpoints are compared on the same draws
+    assert [r.seed for r in engine.asked[1][0]] == [
+        r.seed for r in requests
+    ]  # checkpoints are compared on the same draws

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sets_cli as cli
 import yaml
-from e2e import tiny
 
+import sets_cli as cli
+from e2e import tiny
 from pctrain.reward.verifiers import VERIFIERS
 from pctrain.rollout import sampling_seed
 
@@ -98,7 +98,9 @@ def models(two_answers):
 @pytest.fixture(scope="module")
 def out(ranks, models, place):
     """What a call that nobody disturbed left."""
-    [(status, errors, calls, engines)] = ranks.run(evaluate, place, *models, "--out", "out", *COMMON, world=1, deadline=280)
+    [(status, errors, calls, engines)] = ranks.run(
+        evaluate, place, *models, "--out", "out", *COMMON, world=1, deadline=280
+    )
     assert status == 0, errors
     assert engines == 1 and sum(calls) == 3 * (80 + 12 + 32)
     return place / "out"
@@ -109,13 +111,18 @@ def test_every_sample_is_kept_with_verdicts_that_anybody_can_make_again(out):
     for name in NAMES:
         samples = cli.read(out / name / "gsm8k" / "samples.jsonl")
         assert [(line["index"], line["sample"], line["prompt"]) for line in samples] == [
-            (i, k, PROMPTS[i]) for i in range(20) for k in range(4)]
-        assert [line["seed"] for line in samples] == [sampling_seed(0, "eval", 0, i, k) for i in range(20) for k in range(4)]
+            (i, k, PROMPTS[i]) for i in range(20) for k in range(4)
+        ]
+        assert [line["seed"] for line in samples] == [
+            sampling_seed(0, "eval", 0, i, k) for i in range(20) for k in range(4)
+        ]
         for line in samples:
             assert line["strict"]["cause"] == VERIFIERS["strict"](line["response"], "1").cause and line["answer"] == "1"
             assert line["lenient"]["reward"] == VERIFIERS["lenient"](line["response"], "1").reward
     samples = {name: (out / name / "gsm8k" / "samples.jsonl").read_bytes() for name in NAMES}
-    assert samples["run-step-50"] == samples["run"] != samples["run-step-25"]  # a checkpoint, and what was exported from it
+    assert (
+        samples["run-step-50"] == samples["run"] != samples["run-step-25"]
+    )  # a checkpoint, and what was exported from it
 
 
 def test_the_figures_are_those_of_the_samples(out):
@@ -128,15 +135,23 @@ def test_the_figures_are_those_of_the_samples(out):
             entry = model["benchmarks"][benchmark]
             assert entry["strict"]["score"] == pytest.approx(100 * right.mean())
             assert entry["pass_at"]["2"]["score"] == pytest.approx(
-                100 * np.mean([[max(row[i], row[j]) for i, j in combinations(range(k), 2)] for row in right]))
-        weighted = sum(n * model["benchmarks"][b]["strict"]["score"] for b, n in (("gsm8k", 20), ("math", 6), ("percent", 8))) / 34
+                100 * np.mean([[max(row[i], row[j]) for i, j in combinations(range(k), 2)] for row in right])
+            )
+        weighted = (
+            sum(n * model["benchmarks"][b]["strict"]["score"] for b, n in (("gsm8k", 20), ("math", 6), ("percent", 8)))
+            / 34
+        )
         assert model["weighted"]["strict"]["score"] == pytest.approx(weighted)
         assert model["mean"]["strict"]["score"] == pytest.approx(
-            np.mean([model["benchmarks"][b]["strict"]["score"] for b in ("gsm8k", "math", "percent")]))
+            np.mean([model["benchmarks"][b]["strict"]["score"] for b in ("gsm8k", "math", "percent")])
+        )
     later, same = results["differences"]
     assert (later["model"], same["model"], same["against"]) == ("run-step-25", "run", "run-step-50")
     scores = [model["benchmarks"]["gsm8k"]["strict"]["score"] for model in results["models"]]
-    assert later["gsm8k"]["score"] == pytest.approx(scores[1] - scores[0]) and same["weighted"]["score"] == 0 < same["weighted"]["high"]
+    assert (
+        later["gsm8k"]["score"] == pytest.approx(scores[1] - scores[0])
+        and same["weighted"]["score"] == 0 < same["weighted"]["high"]
+    )
     rows = list(csv.DictReader((out / "results.csv").open()))
     assert len(rows) == 3 * 5 and float(rows[0]["strict"]) == scores[0] and rows[3]["benchmark"] == "benchmark mean"
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG") and not (out / "curves.json").exists()
@@ -146,13 +161,16 @@ def test_disagreements_are_listed_and_judged_but_where_the_judge_raised(out):
     results = json.loads((out / "results.json").read_text())
     lines, disputed = (cli.read(out / "run" / "percent" / f"{name}.jsonl") for name in ("samples", "disagreements"))
     ones = [line for line in lines if line["response"] == r"\boxed{1}"]
-    assert [(d["index"], d["sample"]) for d in disputed] == [(line["index"], line["sample"]) for line in ones] and 5 < len(ones) < 32
+    assert [(d["index"], d["sample"]) for d in disputed] == [
+        (line["index"], line["sample"]) for line in ones
+    ] and 5 < len(ones) < 32
     entry = results["models"][2]["benchmarks"]["percent"]
     raised = sum(d["index"] == 0 for d in disputed)
     assert all((d["judged"]["cause"] == "error") == (d["index"] == 0) for d in disputed) and 0 < raised < len(ones)
     assert (entry["disagreements"], entry["judge_faults"]) == (len(ones), raised)
     assert [entry[v]["score"] for v in ("strict", "lenient", "judged")] == pytest.approx(
-        [0, 100 * len(ones) / 32, 100 * (len(ones) - raised) / 32])
+        [0, 100 * len(ones) / 32, 100 * (len(ones) - raised) / 32]
+    )
 
 
 @pytest.mark.timeout(400)
@@ -175,8 +193,13 @@ def test_what_is_there_is_not_sampled_again_and_other_settings_are_refused(ranks
     before = contents(out)
     [(status, _, calls, engines)] = ranks.run(evaluate, place, *models, "--out", "out", *COMMON, world=1, deadline=240)
     assert (status, calls, engines) == (0, [], 0) and contents(out) == before
-    [(status, errors, *_)] = ranks.run(evaluate, place, models[0], "--out", "out", *COMMON, "--eval.temperature=0.5", world=1)
-    assert status == 2 and "run-step-50/gsm8k holds the samples of a call with other temperature (0.7 there, 0.5 now)" in errors
+    [(status, errors, *_)] = ranks.run(
+        evaluate, place, models[0], "--out", "out", *COMMON, "--eval.temperature=0.5", world=1
+    )
+    assert (
+        status == 2
+        and "run-step-50/gsm8k holds the samples of a call with other temperature (0.7 there, 0.5 now)" in errors
+    )
 
 
 # ---- what cannot be evaluated -----------------------------------------------------------------------------------------------------------
@@ -200,15 +223,21 @@ def test_what_cannot_be_evaluated_is_refused_before_an_engine_starts(ranks, two_
     assert "eval.benchmarks.a has no record" in message("--eval.benchmarks={a: empty.jsonl}")
     cli.write(place / "long.jsonl", [{"prompt": "1+" * 60 + "1=", "answer": 1}])
     assert "long.jsonl:1: the problem has" in message("--eval.benchmarks={a: long.jsonl}")
-    assert "no room for an answer in the model's context of 64; remove it" in message("--eval.benchmarks={a: long.jsonl}")
+    assert "no room for an answer in the model's context of 64; remove it" in message(
+        "--eval.benchmarks={a: long.jsonl}"
+    )
     other = hf_dirs[True]
     errors = message(other, *common)
     assert f"{two_answers} and {other} are of two architectures (" in errors and "context 64 and 256" in errors
     shutil.copytree(two_answers / "hf", place / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     assert "bare/tokenizer.json does not exist" in refused(ranks, place, "bare", *there, *common)
-    assert "pctrain eval takes checkpoints as operands" in message(*common, f"--model.checkpoint={two_answers}/checkpoints/step-25")
+    assert "pctrain eval takes checkpoints as operands" in message(
+        *common, f"--model.checkpoint={two_answers}/checkpoints/step-25"
+    )
     assert not (place / "refused").exists()
-    assert "holds something else than results of pctrain eval" in refused(ranks, place, two_answers, "--out", two_answers, *common)
+    assert "holds something else than results of pctrain eval" in refused(
+        ranks, place, two_answers, "--out", two_answers, *common
+    )
     assert "eval.judge = 'my_judge:nobody': " in message(*common, "--eval.judge=my_judge:nobody")
     assert "has no nobody; its functions: judge" in message(*common, "--eval.judge=my_judge:nobody")
 
@@ -221,12 +250,23 @@ def test_what_cannot_be_evaluated_is_refused_before_an_engine_starts(ranks, two_
 def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answers, place, out):
     """The other side of benchmarks/eval_vllm.py."""
     problems = cli.write(place / "test.jsonl", [{"prompt": p, "answer": 1} for p in PROMPTS[:20]])
-    script = [sys.executable, ROOT / "benchmarks" / "eval_vllm.py", "--samples=4", "--plain", two_answers / "hf", problems]
+    script = [
+        sys.executable,
+        ROOT / "benchmarks" / "eval_vllm.py",
+        "--samples=4",
+        "--plain",
+        two_answers / "hf",
+        problems,
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     subprocess.run([*script, place / "plain.jsonl"], env=environment, check=True, capture_output=True, timeout=250)
     ours, theirs = cli.read(out / "run" / "gsm8k" / "samples.jsonl"), cli.read(place / "plain.jsonl")
-    assert [(a["seed"], a["tokens"], a["response"]) for a in ours] == [(b["seed"], b["tokens"], b["response"]) for b in theirs]
-    assert [a["strict"]["reward"] for a in ours] == [b["right"] for b in theirs] and 0 < sum(b["right"] for b in theirs) < 80
+    assert [(a["seed"], a["tokens"], a["response"]) for a in ours] == [
+        (b["seed"], b["tokens"], b["response"]) for b in theirs
+    ]
+    assert [a["strict"]["reward"] for a in ours] == [b["right"] for b in theirs] and 0 < sum(
+        b["right"] for b in theirs
+    ) < 80
 
 
 @pytest.mark.full

@@ -19,7 +19,9 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_sample(samples):
         of = [1] * right + [0] * (samples - right)
         for k in range(1, samples + 1):
             draws = list(itertools.combinations(of, k))
-            assert statistics.pass_at_k(samples, right, k) == pytest.approx(sum(any(draw) for draw in draws) / len(draws), abs=1e-12)
+            assert statistics.pass_at_k(samples, right, k) == pytest.approx(
+                sum(any(draw) for draw in draws) / len(draws), abs=1e-12
+            )
 
 
 def test_pass_at_k_of_many_samples_is_the_papers_product():
@@ -67,7 +69,10 @@ def test_a_difference_holds_its_value_is_never_a_point_and_turns_round(values, r
 
 @pytest.mark.parametrize("both, gained, lost, neither", [(10, 6, 2, 12), (0, 0, 0, 9), (30, 9, 0, 1)])
 def test_one_sample_a_problem_is_agresti_and_mins_interval(both, gained, lost, neither):
-    new, old = [1] * both + [1] * gained + [0] * lost + [0] * neither, [1] * both + [0] * gained + [1] * lost + [0] * neither
+    new, old = (
+        [1] * both + [1] * gained + [0] * lost + [0] * neither,
+        [1] * both + [0] * gained + [1] * lost + [0] * neither,
+    )
     n, b, c = len(new) + 2, gained + 0.5, lost + 0.5  # half a problem more in each of the four cells
     reach = stats.norm.ppf(0.975) * math.sqrt((b + c) - (b - c) ** 2 / n) / n
     found = statistics.difference(new, old)
@@ -84,7 +89,9 @@ def test_a_mean_of_benchmarks_joins_the_distances_to_their_bounds():
     assert (alone.low, alone.value, alone.high) == pytest.approx((0.8, 0.9, 0.94))
 
 
-@pytest.mark.parametrize("problems, samples, a, b", [(25, 1, 1, 9), (25, 16, 0.2, 1), (262, 1, 3, 3), (60, 4, 8, 0.6), (30, 8, 20, 20)])
+@pytest.mark.parametrize(
+    "problems, samples, a, b", [(25, 1, 1, 9), (25, 16, 0.2, 1), (262, 1, 3, 3), (60, 4, 8, 0.6), (30, 8, 20, 20)]
+)
 def test_95_percent_of_simulated_benchmarks_lie_in_their_intervals(problems, samples, a, b):
     """Difficulties from a Beta distribution: rare and frequent successes, all alike and all or nothing."""
     rng = np.random.default_rng(0)

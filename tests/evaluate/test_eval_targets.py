@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 
-from pctrain.report.curves import read_curves
 from pctrain.cli.main import main
 from pctrain.common.errors import UserError
 from pctrain.evaluate import rl_curves
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.targets import find
+from pctrain.report.curves import read_curves
 
 
 @pytest.fixture
@@ -23,7 +23,12 @@ def test_what_the_three_kinds_are(run):
     folder = run / "checkpoints" / "step-25"
     hf, checkpoint, whole = find([run / "model", folder, run], None)
     assert (hf.name, hf.hf_dir, hf.checkpoint, hf.step) == ("model", run / "model", None, None)
-    assert (checkpoint.name, checkpoint.checkpoint, checkpoint.kind, checkpoint.step) == ("run-step-25", folder, "sft", 25)
+    assert (checkpoint.name, checkpoint.checkpoint, checkpoint.kind, checkpoint.step) == (
+        "run-step-25",
+        folder,
+        "sft",
+        25,
+    )
     assert (whole.name, whole.hf_dir, whole.checkpoint, whole.step) == ("run", run / "hf", None, 50)
     assert 0 < checkpoint.eflops_sft < whole.eflops_sft and checkpoint.eflops_rl == 0
     assert find([folder], run / "hf")[0].hf_dir == checkpoint.hf_dir != run / "hf"  # the run knows its own model
@@ -40,7 +45,9 @@ def test_a_checkpoint_that_was_moved_away_from_its_run_takes_model_path(run, tmp
 
 def test_names_take_as_many_parts_as_tell_them_apart(run, tmp_path):
     shutil.copytree(run, tmp_path / "b" / "run")
-    names = [target.name for target in find([run, tmp_path / "b" / "run" / "hf", run / "checkpoints" / "step-25"], None)]
+    names = [
+        target.name for target in find([run, tmp_path / "b" / "run" / "hf", run / "checkpoints" / "step-25"], None)
+    ]
     assert names == ["a-run", "b-run", "a-run-step-25"]
 
 
@@ -54,12 +61,16 @@ def test_a_folder_that_is_none_is_told_of(run, tmp_path):
     assert "neither a Hugging Face directory (config.json), nor a run folder" in refused(tmp_path)
     assert "these weights are given more than once" in refused(run, run / "hf")
     shutil.rmtree(run / "hf")
-    assert f"has not finished, so it has no hf/; let it end, or name a checkpoint, such as {run}/checkpoints/step-50" in refused(run)
+    assert (
+        f"has not finished, so it has no hf/; let it end, or name a checkpoint, such as {run}/checkpoints/step-50"
+        in refused(run)
+    )
     (run / "checkpoints" / "step-25" / "state.json").write_text("{")
     assert "manifest.json or state.json is damaged" in refused(run / "checkpoints" / "step-25")
     (run / "config.yaml").unlink()
     assert "has no config.yaml that names its model; give its Hugging Face directory by --model.path" in refused(
-        run / "checkpoints" / "step-50")
+        run / "checkpoints" / "step-50"
+    )
 
 
 def rl_run(sft, folder, steps, flops):
@@ -71,7 +82,9 @@ def rl_run(sft, folder, steps, flops):
     for step in steps:
         shutil.copytree(sft / "checkpoints" / "step-50", folder / "checkpoints" / f"step-{step}")
         place = folder / "checkpoints" / f"step-{step}"
-        (place / "manifest.json").write_text(json.dumps(json.loads((place / "manifest.json").read_text()) | {"kind": "rl", "step": step}))
+        (place / "manifest.json").write_text(
+            json.dumps(json.loads((place / "manifest.json").read_text()) | {"kind": "rl", "step": step})
+        )
         zero = dict.fromkeys(("sequences", "tokens", "exact_flops", "seconds", "device_seconds"), 0)
         totals = {"rollout": {**zero, "paper_flops": flops * step * 1e18}, "evaluation": {**zero, "paper_flops": 9e18}}
         ledger = {"joint": 1.5, "totals": totals}
@@ -84,12 +97,20 @@ def test_checkpoints_of_rl_runs_become_curves_that_fit_reads(run, tmp_path, caps
     rl, other = (rl_run(run, tmp_path / name, steps, flops) for name, flops in (("rl-one", 2.0), ("rl-two", 3.0)))
     paths = [rl / "checkpoints" / f"step-{step}" for step in steps] + [other / "checkpoints" / "step-5"]
     scores = {f"rl-one-step-{step}": Estimate(0.5 + step / 100, 0.4 + step / 100, 0.6 + step / 100) for step in steps}
-    scores |= {"rl-two-step-5": Estimate(0.7, 0.6, 0.8), "run-step-50": Estimate(0.5, 0.48, 0.52), "run": Estimate(0.5, 0.48, 0.52)}
+    scores |= {
+        "rl-two-step-5": Estimate(0.7, 0.6, 0.8),
+        "run-step-50": Estimate(0.5, 0.48, 0.52),
+        "run": Estimate(0.5, 0.48, 0.52),
+    }
     for start in (run / "checkpoints" / "step-50", run):  # the checkpoint, or the run whose last one it is
         curves, said = rl_curves.curves_of(find([*paths, start], None), scores)
         assert said == [] and [curve["name"] for curve in curves] == ["rl-one", "rl-two"]
-        assert curves[0]["eflops"] == pytest.approx([10, 20, 40, 80]) and curves[0]["scores"] == pytest.approx([55, 60, 70, 90])
-        assert (curves[0]["p_sft"], curves[0]["p_sft_se"], curves[0]["score_se"]) == pytest.approx((50, 2 / 1.96, 10 / 1.96), rel=1e-3)
+        assert curves[0]["eflops"] == pytest.approx([10, 20, 40, 80]) and curves[0]["scores"] == pytest.approx(
+            [55, 60, 70, 90]
+        )
+        assert (curves[0]["p_sft"], curves[0]["p_sft_se"], curves[0]["score_se"]) == pytest.approx(
+            (50, 2 / 1.96, 10 / 1.96), rel=1e-3
+        )
     file = tmp_path / "curves.json"
     file.write_text(rl_curves.document(curves))
     assert read_curves(file)[0].eflops.tolist() == curves[0]["eflops"]
@@ -100,5 +121,9 @@ def test_checkpoints_of_rl_runs_become_curves_that_fit_reads(run, tmp_path, caps
 
 def test_a_curve_without_its_start_is_left_out_and_said(run, tmp_path):
     rl = rl_run(run, tmp_path / "rl", [5], 1.0)
-    curves, said = rl_curves.curves_of(find([rl / "checkpoints" / "step-5"], None), {"rl-step-5": Estimate(0.5, 0.4, 0.6)})
-    assert curves == [] and said == [f"rl: no curve, for its start {run}/checkpoints/step-50 is not among the models: give it as well"]
+    curves, said = rl_curves.curves_of(
+        find([rl / "checkpoints" / "step-5"], None), {"rl-step-5": Estimate(0.5, 0.4, 0.6)}
+    )
+    assert curves == [] and said == [
+        f"rl: no curve, for its start {run}/checkpoints/step-50 is not among the models: give it as well"
+    ]

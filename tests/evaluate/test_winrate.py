@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+
 import sets_cli as cli
 from e2e import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
-ENGINE = ["--rollout.max_response=12", "--rollout.kv_cache_mb=64", "--rollout.max_sequences=8"]  # 8 records of 4 attempts a batch
+ENGINE = [
+    "--rollout.max_response=12",
+    "--rollout.kv_cache_mb=64",
+    "--rollout.max_sequences=8",
+]  # 8 records of 4 attempts a batch
 
 
 @pytest.fixture
@@ -26,9 +31,14 @@ def model(two_answers):
 @pytest.fixture
 def records(tmp_path):
     """30 that can be rated, a third by their trajectory's box; one without an answer, one too long for the context, one malformed."""
-    values = [{"prompt": p, "answer": 1, "n": i} if i % 3 else {"prompt": p, "response": r"\boxed{3} no, \boxed{1}", "n": i}
-              for i, p in enumerate(PROMPTS)]
-    path = cli.write(tmp_path / "all.jsonl", [*values, {"prompt": "1=", "response": "no box"}, {"prompt": "1+" * 60 + "1=", "answer": 1}])
+    values = [
+        {"prompt": p, "answer": 1, "n": i} if i % 3 else {"prompt": p, "response": r"\boxed{3} no, \boxed{1}", "n": i}
+        for i, p in enumerate(PROMPTS)
+    ]
+    path = cli.write(
+        tmp_path / "all.jsonl",
+        [*values, {"prompt": "1=", "response": "no box"}, {"prompt": "1+" * 60 + "1=", "answer": 1}],
+    )
     with open(path, "a") as stream:
         stream.write("{\n")
     return path
@@ -65,7 +75,8 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     assert status == 0, errors
     rated, manifest = cli.read(out), cli.manifest(out)
     assert [{k: r[k] for k in r if k not in ("win_rate", "attempts", "win_rate_model")} for r in rated] == [
-        json.loads(line) for line in records.read_text().splitlines()[:-1]]
+        json.loads(line) for line in records.read_text().splitlines()[:-1]
+    ]
     assert {r["win_rate_model"] for r in rated} == {str(model)}
     rates = [r["win_rate"] for r in rated[:30]]
     assert all(r["attempts"] == 4 and r["win_rate"] in (0, 0.25, 0.5, 0.75, 1) for r in rated[:30])
@@ -84,18 +95,23 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     progress.write_text("".join(lines[:14]) + '{"place": 13, "win_')
     assert "unfinished `pctrain data winrate`" in cli.refused("select", records, f"--out={again}", "--size=3")
     message = "other attempts (4 there, 2 now)"
-    [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120)
+    [(status, errors)] = ranks.run(
+        tiny.cli, "data", *winrate(records, again, model, "--attempts=2"), world=1, deadline=120
+    )
     assert status == 2 and message in errors
     [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)
     assert rest == 17
     assert again.read_bytes() == out.read_bytes() and not progress.parent.exists()
 
 
-@pytest.mark.parametrize("values, options, message", [
-    ([{"prompt": "p", "response": "r"}], [], "no record has an answer to judge by"),
-    ([{"prompt": "p", "answer": 1, "win_rate": 0.5}], [], "a column 'win_rate' already"),
-    ([{"prompt": "p", "answer": 1}], ["--model.checkpoint=step-1"], "pctrain convert mcore-to-hf"),
-])
+@pytest.mark.parametrize(
+    "values, options, message",
+    [
+        ([{"prompt": "p", "response": "r"}], [], "no record has an answer to judge by"),
+        ([{"prompt": "p", "answer": 1, "win_rate": 0.5}], [], "a column 'win_rate' already"),
+        ([{"prompt": "p", "answer": 1}], ["--model.checkpoint=step-1"], "pctrain convert mcore-to-hf"),
+    ],
+)
 def test_what_cannot_be_rated_is_refused_before_an_engine_starts(ranks, model, tmp_path, values, options, message):
     path = cli.write(tmp_path / "all.jsonl", values)
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(path, tmp_path / "out.jsonl", model, *options), world=1)

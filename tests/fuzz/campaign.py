@@ -76,11 +76,15 @@ class Outcome:
     def line(self) -> str:
         found = f"{len(self.findings)} findings" if self.findings else "nothing found"
         seeds = f"seeds {self.seeds[0]} to {self.seeds[-1]}" if self.seeds else "no seed"
-        return (f"fuzz {self.target}: {self.examples} examples in {self.seconds:.0f} s ({self.accepted} accepted, {self.refused} refused), "
-                f"{seeds}, {found}")
+        return (
+            f"fuzz {self.target}: {self.examples} examples in {self.seconds:.0f} s ({self.accepted} accepted, {self.refused} refused), "
+            f"{seeds}, {found}"
+        )
 
 
-def campaign(target: Target, findings: Path, *, seed: int = 0, examples: int | None = None, minutes: float | None = None) -> Outcome:
+def campaign(
+    target: Target, findings: Path, *, seed: int = 0, examples: int | None = None, minutes: float | None = None
+) -> Outcome:
     """Rounds with the seeds `seed`, `seed + 1`, ... until there were `examples`, or until `minutes` are over.
 
     Args:
@@ -106,8 +110,16 @@ def campaign(target: Target, findings: Path, *, seed: int = 0, examples: int | N
     return outcome
 
 
-def _round(target: Target, bases: Mapping[str, Path], scratch: Path, findings: Path, seed: int, examples: int, end: float | None,
-           outcome: Outcome) -> None:
+def _round(
+    target: Target,
+    bases: Mapping[str, Path],
+    scratch: Path,
+    findings: Path,
+    seed: int,
+    examples: int,
+    end: float | None,
+    outcome: Outcome,
+) -> None:
     """One process. It says of each example how it ended; where it dies, the case it was at is a finding."""
     current = scratch / "current.json"
     current.unlink(missing_ok=True)
@@ -146,16 +158,30 @@ def _round(target: Target, bases: Mapping[str, Path], scratch: Path, findings: P
         _keep(target, findings, name, Case.read(current) if current.exists() else None, stacks)
 
 
-def _child(target: Target, bases: Mapping[str, Path], scratch: Path, findings: Path, seed: int, examples: int, end: float | None,
-           tells: int) -> None:
+def _child(
+    target: Target,
+    bases: Mapping[str, Path],
+    scratch: Path,
+    findings: Path,
+    seed: int,
+    examples: int,
+    end: float | None,
+    tells: int,
+) -> None:
     sys.stderr = (scratch / "stacks.txt").open("w")
     faulthandler.enable(sys.stderr)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     @hypothesis.seed(seed)
-    @hypothesis.settings(max_examples=examples, database=None, derandomize=False, deadline=None, phases=[hypothesis.Phase.generate],
-                         suppress_health_check=list(hypothesis.HealthCheck))
+    @hypothesis.settings(
+        max_examples=examples,
+        database=None,
+        derandomize=False,
+        deadline=None,
+        phases=[hypothesis.Phase.generate],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
     @hypothesis.given(target.CASES)
     def one(case: Case) -> None:
         if end is not None and time.monotonic() >= end:
@@ -217,9 +243,15 @@ def _check_message(message: str) -> None:
 
 def _check_leftovers(folder: Path, case: Case, bases: Mapping[str, Path]) -> None:
     """After a refusal: no results (`out*`) and nothing half-written that was not there before."""
-    before = {path.relative_to(bases[case.base]).as_posix() for path in bases[case.base].rglob("*")} if case.base else set()
+    before = (
+        {path.relative_to(bases[case.base]).as_posix() for path in bases[case.base].rglob("*")} if case.base else set()
+    )
     now = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-    left = [name for name in sorted(now - before - set(case.files)) if name.startswith("out") or name.endswith((".tmp", ".partial"))]
+    left = [
+        name
+        for name in sorted(now - before - set(case.files))
+        if name.startswith("out") or name.endswith((".tmp", ".partial"))
+    ]
     if left:
         raise Unclean(f"refused, and yet this is left: {', '.join(left)}")
 

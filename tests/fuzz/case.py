@@ -38,11 +38,18 @@ class Case:
                 path.write_bytes(content)
 
     def save(self, path: Path) -> None:
-        files = {name: None if content is None else base64.b64encode(content).decode() for name, content in self.files.items()}
-        path.write_text(json.dumps({"action": self.action, "arguments": self.arguments, "base": self.base, "files": files}))
+        files = {
+            name: None if content is None else base64.b64encode(content).decode()
+            for name, content in self.files.items()
+        }
+        path.write_text(
+            json.dumps({"action": self.action, "arguments": self.arguments, "base": self.base, "files": files})
+        )
 
     @classmethod
     def read(cls, path: Path) -> Case:
         stored = json.loads(path.read_text())
-        files = {name: None if content is None else base64.b64decode(content) for name, content in stored["files"].items()}
+        files = {
+            name: None if content is None else base64.b64decode(content) for name, content in stored["files"].items()
+        }
         return cls(stored["action"], files, tuple(stored["arguments"]), stored["base"])

@@ -21,29 +21,76 @@ from hypothesis import strategies as st
 from fuzz.case import Case
 from fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
 from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
-from pctrain.run import checkpoints, folder as runfolder
 from pctrain.cli import main as cli
-from pctrain.config.tree import ParallelConfig
-from pctrain.config.load import load, read
 from pctrain.common.errors import UserError
+from pctrain.config.load import load, read
+from pctrain.config.tree import ParallelConfig
+from pctrain.run import checkpoints
+from pctrain.run import folder as runfolder
 
 NAME = "checkpoints"
 STEP = "run/checkpoints/step-2"
 RAN = "ran"  # a folder that code in a file would make
-ABOUT = {"format": 1, "step": 3, "prompts": {"position": 3, "carried": [0, 1]}, "rounds": 1, "rollout_seconds": 0.5, "reward_seconds": 0.1,
-         "groups": [{"problem": 0, "id": "p:1", "why": None, "prefixes": [[], []],
-                     "verdicts": [{"reward": 1.0, "cause": "right", "detail": ""}] * 2, "finish": ["stop", "length"]},
-                    {"problem": 1, "id": "p:2", "why": "all wrong", "prefixes": [[], []],
-                     "verdicts": [{"reward": 0.0, "cause": "wrong", "detail": ""}] * 2, "finish": ["stop", "stop"]}]}
-MODEL = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2,
-         "num_key_value_heads": 2, "intermediate_size": 16, "vocab_size": 270,
-         "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "eos_token_id": 2, "rope_theta": 10000.0,
-         "hidden_act": "silu", "head_dim": 8,
-         "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                          "original_max_position_embeddings": 32}}
-EXPERTS = {**MODEL, "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8,
-           "norm_topk_prob": True, "rope_scaling": None,
-           "layer_types": ["full_attention"], "sliding_window": None}
+ABOUT = {
+    "format": 1,
+    "step": 3,
+    "prompts": {"position": 3, "carried": [0, 1]},
+    "rounds": 1,
+    "rollout_seconds": 0.5,
+    "reward_seconds": 0.1,
+    "groups": [
+        {
+            "problem": 0,
+            "id": "p:1",
+            "why": None,
+            "prefixes": [[], []],
+            "verdicts": [{"reward": 1.0, "cause": "right", "detail": ""}] * 2,
+            "finish": ["stop", "length"],
+        },
+        {
+            "problem": 1,
+            "id": "p:2",
+            "why": "all wrong",
+            "prefixes": [[], []],
+            "verdicts": [{"reward": 0.0, "cause": "wrong", "detail": ""}] * 2,
+            "finish": ["stop", "stop"],
+        },
+    ],
+}
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 16,
+    "vocab_size": 270,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 2,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "head_dim": 8,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+EXPERTS = {
+    **MODEL,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "norm_topk_prob": True,
+    "rope_scaling": None,
+    "layer_types": ["full_attention"],
+    "sliding_window": None,
+}
 BYTES: dict[str, bytes] = {}  # of the files that are changed as bytes, by their path in the prepared folder
 
 
@@ -57,21 +104,47 @@ class _Runs:
 
 def _global(module: str, name: str, *arguments: object) -> bytes:
     """A pickle that calls `module.name`, in protocol 0, whatever that is here."""
-    return b"c" + f"{module}\n{name}\n".encode() + b"(" + b"".join(pickle.dumps(argument, 0)[:-1] for argument in arguments) + b"tR."
+    return (
+        b"c"
+        + f"{module}\n{name}\n".encode()
+        + b"("
+        + b"".join(pickle.dumps(argument, 0)[:-1] for argument in arguments)
+        + b"tR."
+    )
 
 
-CODE = [pickle.dumps(_Runs(os.mkdir, RAN)), pickle.dumps(_Runs(os.mkdir, RAN), 0), pickle.dumps({"state": [_Runs(os.mkdir, RAN)]}),
-        pickle.dumps(_Runs(eval, f"__import__('os').mkdir('{RAN}')")),
-        _global("builtins", "getattr", "x", "upper"), _global("torch", "Size.__class__", 1), _global("torch", "load", "x"),
-        _global("torch.serialization", "_get_layout", "x"),
-        _global("torch.serialization", "_get_layout", "torch.strided"), _global("torch", "Size", 3), _global("torch", "float32", 3),
-        _global("torch.distributed.checkpoint.metadata", "Metadata"),
-        _global("torch.distributed.checkpoint.metadata", "Metadata", 1, 2, 3), _global("torch.distributed.checkpoint.metadata",
-                                                                                       "MetadataIndex", "x"),
-        _global("torch.distributed.checkpoint.metadata", "TensorProperties.__init__.__globals__", "x"),
-        _global("torch.distributed.checkpoint.metadata", "nothing"), pickle.dumps(3), pickle.dumps(None),
-        pickle.dumps({"a": [1]}), b"", b".", b"N.", b"(" * 5000, b"]" * 3000 + b"a" * 2999 + b".", b"r\xff\xff\xff\x7f.",
-        b"Nr\xff\xff\xff\x7f.", b"\x80\x05.", b"\x80\xff.", b"h\0.", b"X\xff\xff\xff\x7f."]
+CODE = [
+    pickle.dumps(_Runs(os.mkdir, RAN)),
+    pickle.dumps(_Runs(os.mkdir, RAN), 0),
+    pickle.dumps({"state": [_Runs(os.mkdir, RAN)]}),
+    pickle.dumps(_Runs(eval, f"__import__('os').mkdir('{RAN}')")),
+    _global("builtins", "getattr", "x", "upper"),
+    _global("torch", "Size.__class__", 1),
+    _global("torch", "load", "x"),
+    _global("torch.serialization", "_get_layout", "x"),
+    _global("torch.serialization", "_get_layout", "torch.strided"),
+    _global("torch", "Size", 3),
+    _global("torch", "float32", 3),
+    _global("torch.distributed.checkpoint.metadata", "Metadata"),
+    _global("torch.distributed.checkpoint.metadata", "Metadata", 1, 2, 3),
+    _global("torch.distributed.checkpoint.metadata", "MetadataIndex", "x"),
+    _global("torch.distributed.checkpoint.metadata", "TensorProperties.__init__.__globals__", "x"),
+    _global("torch.distributed.checkpoint.metadata", "nothing"),
+    pickle.dumps(3),
+    pickle.dumps(None),
+    pickle.dumps({"a": [1]}),
+    b"",
+    b".",
+    b"N.",
+    b"(" * 5000,
+    b"]" * 3000 + b"a" * 2999 + b".",
+    b"r\xff\xff\xff\x7f.",
+    b"Nr\xff\xff\xff\x7f.",
+    b"\x80\x05.",
+    b"\x80\xff.",
+    b"h\0.",
+    b"X\xff\xff\xff\x7f.",
+]
 
 
 @st.composite
@@ -84,7 +157,9 @@ def parts(draw: st.DrawFn, name: str) -> bytes:
     if kind == 1 and zipfile.is_zipfile(io.BytesIO(data)):
         return _with_pickle(data, draw(st.sampled_from(CODE)))
     if kind == 2:
-        return draw(st.sampled_from([b"", data[: len(data) // 2], data * 2, *(BYTES[f"{STEP}/{other}"] for other in PARTS)]))
+        return draw(
+            st.sampled_from([b"", data[: len(data) // 2], data * 2, *(BYTES[f"{STEP}/{other}"] for other in PARTS)])
+        )
     return draw(edited_bytes(data, least=1, most=2))
 
 
@@ -111,7 +186,9 @@ def checkpoint_cases(draw: st.DrawFn) -> Case:
             files[f"{STEP}/{name}"] = draw(parts(name))
         elif what == "metadata.json":
             tree = json.loads(BYTES[f"{STEP}/metadata.json"])
-            files[f"{STEP}/metadata.json"] = draw(json_files(tree, values=[*ODD_VALUES, "torch_dist", "zarr", "fully_sharded", 1, 2]))
+            files[f"{STEP}/metadata.json"] = draw(
+                json_files(tree, values=[*ODD_VALUES, "torch_dist", "zarr", "fully_sharded", 1, 2])
+            )
         elif what == "manifest":
             odd = ["../../a.jsonl", "/etc/passwd", "a\0b", "x" * 5000, "", ".", *ODD_VALUES]
             files[f"{STEP}/manifest.json"] = draw(json_files(json.loads(BYTES[f"{STEP}/manifest.json"]), values=odd))
@@ -147,48 +224,120 @@ def lines(draw: st.DrawFn, rows: list[Any]) -> bytes:
 def folder_cases(draw: st.DrawFn) -> Case:
     """A run folder that is opened again, or shown."""
     files: dict[str, bytes | None] = {}
-    for name in draw(st.lists(st.sampled_from(["metrics.jsonl", "ledger.jsonl", "train.log", "config.yaml", "summary.json", "rollouts"]),
-                              min_size=1, max_size=2, unique=True)):
+    for name in draw(
+        st.lists(
+            st.sampled_from(["metrics.jsonl", "ledger.jsonl", "train.log", "config.yaml", "summary.json", "rollouts"]),
+            min_size=1,
+            max_size=2,
+            unique=True,
+        )
+    ):
         path = f"run/{name}"
         if draw(st.integers(0, 29)) == 0:
             files[path] = None
         elif name == "metrics.jsonl":
             files[path] = draw(lines(METRICS))
         elif name == "ledger.jsonl":
-            files[path] = draw(lines([{"step": 1, "phase": "sft_update", "tokens": 80}, {"step": 2, "phase": "validation", "tokens": 80}]))
+            files[path] = draw(
+                lines(
+                    [{"step": 1, "phase": "sft_update", "tokens": 80}, {"step": 2, "phase": "validation", "tokens": 80}]
+                )
+            )
         elif name == "train.log":
             log = b"2026-01-01T00:00:00 step 1 loss\n2026-01-01T00:00:00 step 99 loss\nx\n"
-            files[path] = draw(edited_bytes(log.replace(b"99", draw(st.sampled_from([b"99", b"9" * 5000, "٣".encode(), b"\xff"])))))
+            files[path] = draw(
+                edited_bytes(log.replace(b"99", draw(st.sampled_from([b"99", b"9" * 5000, "٣".encode(), b"\xff"]))))
+            )
         elif name == "config.yaml":
             text = BYTES[path]
-            old = draw(st.sampled_from([b"kind: sft", b"seed: 0", b"fingerprints:", b"a.jsonl", b"lr:", b"null", b"true", b"'", b"\n",
-                                        b"sft:"]))
-            odd = [b"", b"x", b"[]", b"{a: 1}", b"&a [*a]", b"!!timestamp x", b"kind: rl", b"3", b"fingerprints: 3\nx:",
-                   b"fingerprints: {3: 4}\nx:", b"\"\\ud800\"", b"[" * 2000, b"9" * 5000, b"\0"]
+            old = draw(
+                st.sampled_from(
+                    [
+                        b"kind: sft",
+                        b"seed: 0",
+                        b"fingerprints:",
+                        b"a.jsonl",
+                        b"lr:",
+                        b"null",
+                        b"true",
+                        b"'",
+                        b"\n",
+                        b"sft:",
+                    ]
+                )
+            )
+            odd = [
+                b"",
+                b"x",
+                b"[]",
+                b"{a: 1}",
+                b"&a [*a]",
+                b"!!timestamp x",
+                b"kind: rl",
+                b"3",
+                b"fingerprints: 3\nx:",
+                b"fingerprints: {3: 4}\nx:",
+                b'"\\ud800"',
+                b"[" * 2000,
+                b"9" * 5000,
+                b"\0",
+            ]
             text = text.replace(old, draw(st.sampled_from(odd)), draw(st.sampled_from([1, 1, -1])))
             files[path] = draw(edited_bytes(text))
         elif name == "summary.json":
-            files[path] = draw(json_files({"summary": {"steps": 2, "loss": 2.0, "final weights": "hf"}, "next_command": "pctrain rl"}))
+            files[path] = draw(
+                json_files({"summary": {"steps": 2, "loss": 2.0, "final weights": "hf"}, "next_command": "pctrain rl"})
+            )
         else:
-            rows = [{**ROLLOUT, "group": n // 2, "kept": n < 2, "why": "" if n < 2 else "all wrong"}
-                    for n in range(draw(st.sampled_from([1, 4, 4, 0])))]
+            rows = [
+                {**ROLLOUT, "group": n // 2, "kept": n < 2, "why": "" if n < 2 else "all wrong"}
+                for n in range(draw(st.sampled_from([1, 4, 4, 0])))
+            ]
             files["run/rollouts/step-2.jsonl"] = draw(lines(rows))
-            others = ["step-3.jsonl", "step-x.jsonl", "step-٣.jsonl", f"step-{'9' * 200}.jsonl", "step--1.jsonl", "step-4.replay.npz"]
+            others = [
+                "step-3.jsonl",
+                "step-x.jsonl",
+                "step-٣.jsonl",
+                f"step-{'9' * 200}.jsonl",
+                "step--1.jsonl",
+                "step-4.replay.npz",
+            ]
             files[f"run/rollouts/{draw(st.sampled_from(others))}"] = b""
-    action = draw(st.sampled_from(["open", "open",
-                                   "show"])) if "run/rollouts/step-2.jsonl" not in files else draw(st.sampled_from(["show", "show",
-                                                                                                                    "open"]))
-    return Case(action, files, tuple(draw(st.sampled_from([("--step=2",), (), ("--dropped",), ("--step=2", "--dropped", "--prompts=1")]))),
-                "run")
+    action = (
+        draw(st.sampled_from(["open", "open", "show"]))
+        if "run/rollouts/step-2.jsonl" not in files
+        else draw(st.sampled_from(["show", "show", "open"]))
+    )
+    return Case(
+        action,
+        files,
+        tuple(draw(st.sampled_from([("--step=2",), (), ("--dropped",), ("--step=2", "--dropped", "--prompts=1")]))),
+        "run",
+    )
 
 
 @st.composite
 def replay_cases(draw: st.DrawFn) -> Case:
-    arrays = {"lengths": np.array([2, 1, 2, 1]), "tokens": np.arange(6, dtype=np.int32),
-              "logprobs": np.zeros(draw(st.sampled_from([6, 0, 3])))}
-    odd = [np.zeros(0), np.zeros((2, 2)), np.array(3), np.array([1.5, -1]), np.array(["a"]), np.array([None], object),
-           np.array([2**62, 2**62]), np.array([-5, 3]), np.zeros(6, "V8"),
-           np.array([np.nan] * 6), np.zeros(6, bool), np.array([1, 2], "datetime64[s]"), np.zeros(3, complex)]
+    arrays = {
+        "lengths": np.array([2, 1, 2, 1]),
+        "tokens": np.arange(6, dtype=np.int32),
+        "logprobs": np.zeros(draw(st.sampled_from([6, 0, 3]))),
+    }
+    odd = [
+        np.zeros(0),
+        np.zeros((2, 2)),
+        np.array(3),
+        np.array([1.5, -1]),
+        np.array(["a"]),
+        np.array([None], object),
+        np.array([2**62, 2**62]),
+        np.array([-5, 3]),
+        np.zeros(6, "V8"),
+        np.array([np.nan] * 6),
+        np.zeros(6, bool),
+        np.array([1, 2], "datetime64[s]"),
+        np.zeros(3, complex),
+    ]
     for name in draw(st.lists(st.sampled_from(list(arrays)), max_size=2, unique=True)):
         arrays[name] = draw(st.sampled_from(odd))
     about = draw(json_files(ABOUT))
@@ -201,8 +350,10 @@ def replay_cases(draw: st.DrawFn) -> Case:
     if draw(st.integers(0, 19)) == 0:  # a header that promises more than there is
         with zipfile.ZipFile(io.BytesIO(data), "a") as archive:
             header = io.BytesIO()
-            np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False,
-                                                          "shape": (draw(st.sampled_from([10**9, 10**12, -1, 2**62])),)})
+            np.lib.format.write_array_header_1_0(
+                header,
+                {"descr": "<i8", "fortran_order": False, "shape": (draw(st.sampled_from([10**9, 10**12, -1, 2**62])),)},
+            )
             archive.writestr("tokens.npy", header.getvalue())
     data = draw(edited_bytes(data, least=1)) if draw(st.integers(0, 2)) == 0 else data
     return Case("replay", {"step.npz": data if draw(st.integers(0, 29)) else None})
@@ -220,8 +371,22 @@ def store_cases(draw: st.DrawFn) -> Case:
             arrays = dict(index)
         changed = draw(st.sampled_from(sorted(arrays)))
         old = arrays[changed]
-        arrays[changed] = draw(st.sampled_from([old[:-1], old[:0], old * 0 - 1, old * 1000, old.astype(float), old.astype(object),
-                                                np.zeros((3, 3, 3), np.int32), np.array(1), old + 2**30, -old]))
+        arrays[changed] = draw(
+            st.sampled_from(
+                [
+                    old[:-1],
+                    old[:0],
+                    old * 0 - 1,
+                    old * 1000,
+                    old.astype(float),
+                    old.astype(object),
+                    np.zeros((3, 3, 3), np.int32),
+                    np.array(1),
+                    old + 2**30,
+                    -old,
+                ]
+            )
+        )
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
         content = buffer.getvalue()
@@ -234,20 +399,51 @@ def store_cases(draw: st.DrawFn) -> Case:
 def model_cases(draw: st.DrawFn) -> Case:
     """A Hugging Face directory."""
     files: dict[str, bytes | None] = {}
-    for name in draw(st.lists(st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors",
-                                               "index", "special_tokens_map.json"]), min_size=1, max_size=2)):
+    for name in draw(
+        st.lists(
+            st.sampled_from(
+                [
+                    "config.json",
+                    "config.json",
+                    "tokenizer.json",
+                    "tokenizer_config.json",
+                    "model.safetensors",
+                    "index",
+                    "special_tokens_map.json",
+                ]
+            ),
+            min_size=1,
+            max_size=2,
+        )
+    ):
         if name == "config.json":
             tree = draw(st.sampled_from([MODEL, MODEL, EXPERTS]))
-            files["model/config.json"] = draw(json_files({**tree, "vocab_size": VOCABULARY[0]},
-                                                         values=[*ODD_VALUES, "linear", "yarn", "default", 1, 2]))
+            files["model/config.json"] = draw(
+                json_files(
+                    {**tree, "vocab_size": VOCABULARY[0]}, values=[*ODD_VALUES, "linear", "yarn", "default", 1, 2]
+                )
+            )
         elif name == "tokenizer.json":
             files["model/tokenizer.json"] = draw(json_files(json.loads(BYTES["model/tokenizer.json"])))
         elif name == "tokenizer_config.json":
-            tree = {"eos_token": draw(st.sampled_from(["</s>", {"content": "</s>"}])), "bos_token": "<s>", "added_tokens_decoder": {},
-                    "chat_template": "{{ messages[0].content }}"}
-            files["model/tokenizer_config.json"] = draw(json_files(tree, values=[*ODD_VALUES, [{"name": "default", "template": "x"}],
-                                                                                 [{"name": "a"}], [{"name": [], "template": "x"}],
-                                                                                 "{% if %}"]))
+            tree = {
+                "eos_token": draw(st.sampled_from(["</s>", {"content": "</s>"}])),
+                "bos_token": "<s>",
+                "added_tokens_decoder": {},
+                "chat_template": "{{ messages[0].content }}",
+            }
+            files["model/tokenizer_config.json"] = draw(
+                json_files(
+                    tree,
+                    values=[
+                        *ODD_VALUES,
+                        [{"name": "default", "template": "x"}],
+                        [{"name": "a"}],
+                        [{"name": [], "template": "x"}],
+                        "{% if %}",
+                    ],
+                )
+            )
         elif name == "special_tokens_map.json":
             files["model/special_tokens_map.json"] = draw(json_files({"eos_token": "</s>"}))
         elif name == "index":
@@ -268,24 +464,37 @@ def safetensors(draw: st.DrawFn) -> bytes:
     data = BYTES["model/model.safetensors"]
     length = int.from_bytes(data[:8], "little")
     if draw(st.booleans()):
-        header = draw(json_files(json.loads(data[8 : 8 + length]), values=[*ODD_VALUES, "F32", "F64", "BOOL", [1, 2], [0, 4], [4, 0],
-                                                                           [2**40, 2**40], [0, 2**63]]))
+        header = draw(
+            json_files(
+                json.loads(data[8 : 8 + length]),
+                values=[*ODD_VALUES, "F32", "F64", "BOOL", [1, 2], [0, 4], [4, 0], [2**40, 2**40], [0, 2**63]],
+            )
+        )
         size = draw(st.sampled_from([len(header)] * 4 + [0, 1, 2**63 - 1, len(header) + 10**6]))
         return size.to_bytes(8, "little") + header + data[8 + length :]
     return draw(edited_bytes(data, least=1))
 
 
-CASES = st.one_of(checkpoint_cases(), checkpoint_cases(), code_cases(), state_cases(), folder_cases(), folder_cases(), replay_cases(),
-                  store_cases(),
-                  model_cases(), model_cases())
+CASES = st.one_of(
+    checkpoint_cases(),
+    checkpoint_cases(),
+    code_cases(),
+    state_cases(),
+    folder_cases(),
+    folder_cases(),
+    replay_cases(),
+    store_cases(),
+    model_cases(),
+    model_cases(),
+)
 
 
 # ---- the folders that are changed ----------------------------------------------------------------------------------------
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
-    import pctrain.run.resume
     import pctrain.rl.loop
+    import pctrain.run.resume
     import pctrain.sft.journal
     import pctrain.tools.show  # noqa: F401
 
@@ -316,8 +525,15 @@ def prepare(folder: Path) -> Mapping[str, Path]:
 
 def run(case: Case, folder: Path) -> None:
     try:
-        {"load": _load, "state": _state, "open": _open, "show": _show, "replay": _replay, "store": _store,
-         "model": _model}[case.action](case, folder)
+        {
+            "load": _load,
+            "state": _state,
+            "open": _open,
+            "show": _show,
+            "replay": _replay,
+            "store": _store,
+            "model": _model,
+        }[case.action](case, folder)
     finally:
         assert not (folder / RAN).exists(), "code of a file ran"
 
@@ -326,8 +542,8 @@ _loaded: Any = None  # one core a process: making it takes as long as a hundred 
 
 
 def _load(case: Case, folder: Path) -> None:
-    from pctrain.run import resume
     from pctrain.distributed import parallel
+    from pctrain.run import resume
 
     global _loaded
     if _loaded is None:
@@ -338,9 +554,14 @@ def _load(case: Case, folder: Path) -> None:
         (path / gone).unlink()
     if whole == "whole" and (path / "manifest.json").is_file():
         manifest = json.loads((path / "manifest.json").read_text())
-        manifest["files"] = {file.relative_to(path).as_posix(): {"bytes": file.stat().st_size,
-                                                                 "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-                             for file in path.rglob("*") if file.is_file() and file.name != "manifest.json"}
+        manifest["files"] = {
+            file.relative_to(path).as_posix(): {
+                "bytes": file.stat().st_size,
+                "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+            }
+            for file in path.rglob("*")
+            if file.is_file() and file.name != "manifest.json"
+        }
         (path / "manifest.json").write_text(json.dumps(manifest))
     newest = checkpoints.newest(folder / "run")
     resume.verify(newest, checkpoints.damaged)
@@ -349,10 +570,10 @@ def _load(case: Case, folder: Path) -> None:
 
 
 def _state(case: Case, folder: Path) -> None:
-    from pctrain.compute.ledger import Ledger
     from pctrain.ceiling.monitor import Monitor
-    from pctrain.hf.config import HFConfig
+    from pctrain.compute.ledger import Ledger
     from pctrain.core.skipped import SkippedUpdates
+    from pctrain.hf.config import HFConfig
     from pctrain.rl.loop import _joint
     from pctrain.rl.sampling import PromptStream
     from pctrain.sft.spikes import Spikes
@@ -421,21 +642,27 @@ def _store(case: Case, folder: Path) -> None:
     store = TokenStore(Path("tokens"))
     for i in range(min(len(store), 100)):
         row = store[i]
-        assert len(row) == store.lengths[i] and row.weights.sum() == store.loss_tokens[i], "a row that is not as long as the index says"
+        assert len(row) == store.lengths[i] and row.weights.sum() == store.loss_tokens[i], (
+            "a row that is not as long as the index says"
+        )
         assert isinstance(store.id(i), str)
     sum(store.counts.values())
     assert store.tokens >= 0
 
 
 def _model(case: Case, folder: Path) -> None:
-    from pctrain.hf.config import HFConfig
-    from pctrain.hf.weight_files import HFReader
     from pctrain.hf import chat_template
+    from pctrain.hf.config import HFConfig
     from pctrain.hf.tokenizer import Tokenizer
+    from pctrain.hf.weight_files import HFReader
 
     steps: list[Callable[[], object]] = [
-        lambda: load(None, ["--model.path=model"], sections=("model", "parallel", "rollout")), lambda: HFConfig.read(Path("model")).shape,
-        lambda: Tokenizer(Path("model")).encode("1+1="), lambda: chat_template.load(Path("model"), "auto"), lambda: _tensors(HFReader)]
+        lambda: load(None, ["--model.path=model"], sections=("model", "parallel", "rollout")),
+        lambda: HFConfig.read(Path("model")).shape,
+        lambda: Tokenizer(Path("model")).encode("1+1="),
+        lambda: chat_template.load(Path("model"), "auto"),
+        lambda: _tensors(HFReader),
+    ]
     refused = None
     for step in steps:  # each reader looks at the directory for itself
         try:

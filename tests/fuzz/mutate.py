@@ -12,12 +12,79 @@ from hypothesis import strategies as st
 # Written in place of these texts (with their quotes) by `json_text`: what json.dumps does not write.
 HUGE, DEEP, LONG = "@HUGE@", "@DEEP@", "@LONG@"
 _WRITTEN = {f'"{HUGE}"': "9" * 5000, f'"{DEEP}"': "[" * 3000 + "]" * 3000, f'"{LONG}"': '"' + "x" * 100_000 + '"'}
-ODD_TEXTS = ["", " ", "\n", "\0", "a\0b", "\ud800", "\udfff x", "\x1b[31m", "[bold]x[/", "[/]", "\u2028", "\u0085", "é" * 3, "💥", "٣", "²",
-             "../../etc", "/", "~", "NaN", "1e5", "-1", "null", "true", "{", "}", "%s", "\\boxed{", "\\boxed{1}", "x" * 3000, "a,b", "=1"]
-ODD_NUMBERS = [0, 1, -1, 2, 0.5, -0.0, 1e-320, 1e308, -1e308, 2**31, 2**53 + 1, 2**63, 2**64, 10**30, 10**400, float("nan"), float("inf"),
-               -float("inf"), HUGE]
-ODD_VALUES: list[Any] = [None, True, False, *ODD_NUMBERS, *ODD_TEXTS, LONG, DEEP, [], {}, [[]], [None], {"": None}, [1, "a", {}],
-                         {"a": {"b": 1}}, [{}], "2020-01-01"]
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n",
+    "\0",
+    "a\0b",
+    "\ud800",
+    "\udfff x",
+    "\x1b[31m",
+    "[bold]x[/",
+    "[/]",
+    "\u2028",
+    "\u0085",
+    "é" * 3,
+    "💥",
+    "٣",
+    "²",
+    "../../etc",
+    "/",
+    "~",
+    "NaN",
+    "1e5",
+    "-1",
+    "null",
+    "true",
+    "{",
+    "}",
+    "%s",
+    "\\boxed{",
+    "\\boxed{1}",
+    "x" * 3000,
+    "a,b",
+    "=1",
+]
+ODD_NUMBERS = [
+    0,
+    1,
+    -1,
+    2,
+    0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    -1e308,
+    2**31,
+    2**53 + 1,
+    2**63,
+    2**64,
+    10**30,
+    10**400,
+    float("nan"),
+    float("inf"),
+    -float("inf"),
+    HUGE,
+]
+ODD_VALUES: list[Any] = [
+    None,
+    True,
+    False,
+    *ODD_NUMBERS,
+    *ODD_TEXTS,
+    LONG,
+    DEEP,
+    [],
+    {},
+    [[]],
+    [None],
+    {"": None},
+    [1, "a", {}],
+    {"a": {"b": 1}},
+    [{}],
+    "2020-01-01",
+]
 
 
 def json_text(tree: Any) -> bytes:
@@ -40,12 +107,18 @@ def edited_trees(draw: st.DrawFn, tree: Any, most: int = 3, values: list[Any] = 
         elif edit == "twice" and isinstance(holder, list) and holder is not root:
             holder.insert(key, copy.deepcopy(holder[key]))
         elif edit == "rename" and isinstance(holder, dict):
-            holder[draw(st.sampled_from([*ODD_TEXTS, key.upper(), key + "s", "id", "messages", "step"]))] = holder.pop(key)
+            holder[draw(st.sampled_from([*ODD_TEXTS, key.upper(), key + "s", "id", "messages", "step"]))] = holder.pop(
+                key
+            )
         elif edit == "wrap":
             holder[key] = draw(st.sampled_from([lambda x: [x], lambda x: {"a": x}, lambda x: [x, x], str]))(holder[key])
         elif edit == "swap":
             other, name = places[draw(st.integers(0, len(places) - 1))]
-            if other is not root and holder is not root and name in range(len(other)) if isinstance(other, list) else name in other:
+            if (
+                other is not root and holder is not root and name in range(len(other))
+                if isinstance(other, list)
+                else name in other
+            ):
                 holder[key] = copy.deepcopy(other[name])
         else:
             holder[key] = copy.deepcopy(draw(st.sampled_from(values)))
@@ -66,11 +139,40 @@ def _places(node: Any, most: int = 400) -> list[tuple[Any, Any]]:
     return found
 
 
-_PIECES = [b"", b"\0", b"\xff", b"\xc3", b"\xef\xbb\xbf", b"\xff\xfe", b"\n", b"\r\n", b"\t", b"{", b"}", b"[", b"]", b'"', b":", b",",
-           b"-",
-           b"\\", b"\\ud800", b"NaN", b"1e999", b"-1", b"\x00\x00\x00\x00", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff\xff\xff\xff\xff",
-           b"A" * 64,
-           b"\0" * 64, b"\x80", b"&a ", b"*a ", b"!!", b"<<: "]
+_PIECES = [
+    b"",
+    b"\0",
+    b"\xff",
+    b"\xc3",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\n",
+    b"\r\n",
+    b"\t",
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b'"',
+    b":",
+    b",",
+    b"-",
+    b"\\",
+    b"\\ud800",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"\x00\x00\x00\x00",
+    b"\xff\xff\xff\xff",
+    b"\x7f\xff\xff\xff\xff\xff\xff\xff",
+    b"A" * 64,
+    b"\0" * 64,
+    b"\x80",
+    b"&a ",
+    b"*a ",
+    b"!!",
+    b"<<: ",
+]
 
 
 @st.composite
@@ -100,7 +202,9 @@ def edited_bytes(draw: st.DrawFn, data: bytes, least: int = 0, most: int = 3) ->
 
 
 @st.composite
-def json_files(draw: st.DrawFn, tree: Any, write: Callable[[Any], bytes] = json_text, values: list[Any] = ODD_VALUES) -> bytes:
+def json_files(
+    draw: st.DrawFn, tree: Any, write: Callable[[Any], bytes] = json_text, values: list[Any] = ODD_VALUES
+) -> bytes:
     """The bytes of a JSON file: mostly with its structure edited, sometimes its bytes, sometimes both."""
     data = write(draw(edited_trees(tree, values=values)))
     return draw(edited_bytes(data)) if draw(st.integers(0, 3)) == 0 else data

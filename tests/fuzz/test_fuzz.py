@@ -23,7 +23,9 @@ def test_nothing_but_success_and_clear_errors(name, tmp_path):
     print(outcome.line())
     assert not outcome.findings, "\n".join(path.with_suffix(".txt").read_text() for path in outcome.findings.values())
     assert outcome.examples == EXAMPLES[name]
-    assert outcome.accepted > 5 and outcome.refused > 5, outcome.line()  # what is all refused at the door tests the door alone
+    assert outcome.accepted > 5 and outcome.refused > 5, (
+        outcome.line()
+    )  # what is all refused at the door tests the door alone
 
 
 @pytest.mark.full
@@ -33,9 +35,19 @@ def test_a_quarter_of_an_hour_of_each(tmp_path):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])}
     findings = ROOT / "fuzz-findings"
     command = [sys.executable, "-m", "fuzz", "--minutes", str(MINUTES), "--findings", str(findings)]
-    running = [(name, subprocess.Popen([*command, name], stdout=(tmp_path / name).open("w"), stderr=subprocess.STDOUT, env=environment,
-                                       cwd=ROOT))
-               for name in TARGETS]
+    running = [
+        (
+            name,
+            subprocess.Popen(
+                [*command, name],
+                stdout=(tmp_path / name).open("w"),
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+            ),
+        )
+        for name in TARGETS
+    ]
     failed = []
     try:
         for name, process in running:
@@ -81,9 +93,17 @@ class _Broken:
             raise UserError("refused")
 
 
-@pytest.mark.parametrize("action, found", [
-    ("raises", "KeyError"), ("is killed", "died"), ("loops", "TooSlow"), ("takes memory", "MemoryError"), ("says nothing", "Unclean"),
-    ("leaves a part", "Unclean")])
+@pytest.mark.parametrize(
+    "action, found",
+    [
+        ("raises", "KeyError"),
+        ("is killed", "died"),
+        ("loops", "TooSlow"),
+        ("takes memory", "MemoryError"),
+        ("says nothing", "Unclean"),
+        ("leaves a part", "Unclean"),
+    ],
+)
 def test_a_campaign_finds(action, found, tmp_path, monkeypatch):
     from hypothesis import strategies as st
 

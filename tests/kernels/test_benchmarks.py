@@ -36,14 +36,22 @@ def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, c
     printed = capsys.readouterr().out
     for row in rows:
         assert (row["tokens"], row["vocab"], row["width"], row["dtype"]) == (32, 96, 8, "float32")
-        assert row["machine"] and row["driver"] is None and row["versions"]["torch"] == torch.__version__ and row["date"]
+        assert (
+            row["machine"] and row["driver"] is None and row["versions"]["torch"] == torch.__version__ and row["date"]
+        )
         assert benchmarks.report.line(row) in printed
         if row["status"] == "ok":
             quantiles = [row["quantiles_ms"][q] for q in ("10", "25", "50", "75", "90")]
-            assert 0 < quantiles[0] and quantiles == sorted(quantiles) and row["median_ms"] == pytest.approx(quantiles[2])
+            assert (
+                0 < quantiles[0] and quantiles == sorted(quantiles) and row["median_ms"] == pytest.approx(quantiles[2])
+            )
             assert row["turns"] == benchmarks.harness.LEAST_TURNS
             assert row["of_floor"] == 1 if row["provider"] == "floor" else row["of_floor"] > 0
-            assert row["provider"] == "floor" or row["peak_bytes"] >= row["result_bytes"] > 0 and max(row["errors"].values()) < 1e-4
+            assert (
+                row["provider"] == "floor"
+                or row["peak_bytes"] >= row["result_bytes"] > 0
+                and max(row["errors"].values()) < 1e-4
+            )
         else:
             assert row["status"] in ("absent", "error") and row["reason"] and "median_ms" not in row
     timed = {(row["op"], row["provider"]) for row in rows if row["status"] == "ok"}
@@ -65,7 +73,9 @@ def without_softmax(results: dict[str, torch.Tensor], target: torch.Tensor) -> N
         ("grad_weight of others", without_softmax),
     ],
 )
-def test_a_wrong_provider_prints_fail_and_has_no_time(benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture, piece, spoil) -> None:
+def test_a_wrong_provider_prints_fail_and_has_no_time(
+    benchmarks, tmp_path: Path, capsys: pytest.CaptureFixture, piece, spoil
+) -> None:
     right = benchmarks.run_all.OPS["linear_token_loss"]
 
     def wrong(problem):

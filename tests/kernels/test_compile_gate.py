@@ -32,7 +32,13 @@ def test_no_kernel_spills(tier: str, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "rows.json").read_text())
     assert TRITON is None or Path(report["triton_path"]).is_relative_to(Path(TRITON).resolve())
     rows = report["rows"]
-    assert {row["specialisation"] for row in rows} == {"generic", "divisible by 16", "not divisible", "equal to 1", "stride int64"}
+    assert {row["specialisation"] for row in rows} == {
+        "generic",
+        "divisible by 16",
+        "not divisible",
+        "equal to 1",
+        "stride int64",
+    }
     assert {row["kernel"] for row in rows} >= {"statistics_kernel", "gradient_kernel"}
     assert all(row["registers"] > 0 and row["spills"] == 0 for row in rows)
 

@@ -17,8 +17,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 
-FILES = ["test_triton_softmax.py", "test_linear_logprob.py", "test_linear_token_loss.py", "test_vocab_parallel.py",
-         pytest.param("test_logits.py", marks=pytest.mark.full)]  # what the others do to the same kernels, at more sizes
+FILES = [
+    "test_triton_softmax.py",
+    "test_linear_logprob.py",
+    "test_linear_token_loss.py",
+    "test_vocab_parallel.py",
+    pytest.param("test_logits.py", marks=pytest.mark.full),
+]  # what the others do to the same kernels, at more sizes
 # 2048 rows would take a minute; the others do not reach the kernels, or import much.
 LEFT_OUT = "not never_exist and not memory_beside and not float64_inputs and not transformers"
 

@@ -6,16 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pctrain_kernels import linear_logprob_entropy, reference
 from torch import Tensor
 from torch.nn import functional as F
+
+from pctrain_kernels import linear_logprob_entropy, reference
 
 # fp32 rounding of dot products of some dozen terms and of logits of size 10: some units of 6e-8 of the largest value or norm.
 LOGPROB_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-6
 
 
-def make_inputs(tokens: int, vocab: int, width: int = 24, *, seed: int = 0, ignored: float = 0.3, valid: int | None = None):
+def make_inputs(
+    tokens: int, vocab: int, width: int = 24, *, seed: int = 0, ignored: float = 0.3, valid: int | None = None
+):
     """hidden [T, H], weight [V, H] fp32 leaves, target [T] below `valid` with a share of -100."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
@@ -35,16 +38,22 @@ def double(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-def compare(hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options) -> None:
+def compare(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options
+) -> None:
     """Values and gradients of the fused operation and the definition."""
     generator = torch.Generator().manual_seed(1)
     signs = torch.randn(2, target.shape[0], generator=generator, dtype=torch.float64)
     signs[0 if upstream == "entropy" else 1] *= upstream == "both"
     want_inputs = double(hidden, weight)
     want = reference.linear_logprob_entropy(*want_inputs, target, **options)
-    want_gradients = torch.autograd.grad(sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), want_inputs)
+    want_gradients = torch.autograd.grad(
+        sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), want_inputs
+    )
     got = linear_logprob_entropy(hidden, weight, target, chunk_tokens=chunk, **options)
-    got_gradients = torch.autograd.grad(sum((sign.float() * value).sum() for sign, value in zip(signs, got, strict=True)), (hidden, weight))
+    got_gradients = torch.autograd.grad(
+        sum((sign.float() * value).sum() for sign, value in zip(signs, got, strict=True)), (hidden, weight)
+    )
     for got_value, want_value in zip(got, want, strict=True):
         assert got_value.dtype == torch.float32
         torch.testing.assert_close(got_value.double(), want_value, rtol=0, atol=LOGPROB_TOLERANCE)
@@ -72,7 +81,9 @@ def test_any_shape_agrees_with_the_definition(tokens, vocab, padding, seed, temp
     want = reference.linear_logprob_entropy(*double(hidden, weight), target, **options)
     got = linear_logprob_entropy(hidden, weight, target, chunk_tokens=chunk, **options)
     for got_value, want_value in zip(got, want, strict=True):
-        torch.testing.assert_close(got_value.double(), want_value, rtol=0, atol=LOGPROB_TOLERANCE * max(1, 1 / temperature))
+        torch.testing.assert_close(
+            got_value.double(), want_value, rtol=0, atol=LOGPROB_TOLERANCE * max(1, 1 / temperature)
+        )
 
 
 def test_float64_inputs_are_computed_in_float64() -> None:
@@ -97,7 +108,9 @@ def test_bfloat16_inputs_are_computed_in_fp32() -> None:
     (want[0] + want[1]).sum().backward()
     for tensor, want_tensor in zip((hidden, weight), want_inputs, strict=True):
         assert tensor.grad.dtype == torch.bfloat16
-        assert relative(tensor.grad, want_tensor.grad) < 2**-8  # the one rounding of the result to bf16: half a unit of 2^-8
+        assert (
+            relative(tensor.grad, want_tensor.grad) < 2**-8
+        )  # the one rounding of the result to bf16: half a unit of 2^-8
 
 
 def test_padding_columns_take_no_part() -> None:
@@ -168,7 +181,9 @@ def test_without_entropy_the_logprob_is_the_same() -> None:
 @pytest.mark.parametrize("zero_out_wgrad", [False, True])
 def test_grad_weight_out_accumulates_the_weight_gradient(zero_out_wgrad: bool) -> None:
     hidden, weight, target = make_inputs(17, 50, valid=47)
-    want = torch.autograd.grad(linear_logprob_entropy(hidden, weight, target, valid_vocab=47)[0].mul(3).sum(), (hidden, weight))
+    want = torch.autograd.grad(
+        linear_logprob_entropy(hidden, weight, target, valid_vocab=47)[0].mul(3).sum(), (hidden, weight)
+    )
     weight.zero_out_wgrad = zero_out_wgrad
     main_grad = torch.ones_like(weight)
     logprob, _ = linear_logprob_entropy(hidden, weight, target, valid_vocab=47, grad_weight_out=main_grad)
@@ -223,7 +238,9 @@ def test_vocab_start_moves_the_targets() -> None:
 def test_agrees_with_cross_entropy_of_torch_and_transformers() -> None:
     hidden, weight, target = make_inputs(33, 101)
     logprob, _ = linear_logprob_entropy(hidden, weight, target)
-    torch.testing.assert_close(-logprob, F.cross_entropy(hidden @ weight.T, target, reduction="none"), rtol=0, atol=LOGPROB_TOLERANCE)
+    torch.testing.assert_close(
+        -logprob, F.cross_entropy(hidden @ weight.T, target, reduction="none"), rtol=0, atol=LOGPROB_TOLERANCE
+    )
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     logits = (hidden @ weight.T)[None]

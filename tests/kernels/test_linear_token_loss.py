@@ -6,15 +6,16 @@ import ast
 import re
 from pathlib import Path
 
-import pctrain_kernels
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pctrain_kernels import linear_token_loss, reference
 from test_linear_logprob import GRADIENT_TOLERANCE, double, exact_logits, make_inputs, relative
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import pctrain_kernels
+from pctrain_kernels import linear_token_loss, reference
 
 VALUE_TOLERANCE = 2e-6  # relative to the sum of magnitudes: fp32 rounding of each term
 
@@ -57,7 +58,15 @@ def make_streams(hidden, weight, target, *, seed: int = 3, **options):
 def both(hidden, weight, target, token_loss, streams, token_weight, *, upstream: float = 1.0, fused=None, **options):
     """(loss, metrics, gradients) of the fused operation in fp32 and of the definition in float64."""
     got_loss, got_metrics = linear_token_loss(
-        hidden, weight, target, token_loss, streams=streams, denom=37.0, token_weight=token_weight, **options, **(fused or {})
+        hidden,
+        weight,
+        target,
+        token_loss,
+        streams=streams,
+        denom=37.0,
+        token_weight=token_weight,
+        **options,
+        **(fused or {}),
     )
     got = torch.autograd.grad(got_loss * upstream, (hidden, weight))
     inputs = double(hidden, weight)
@@ -85,7 +94,14 @@ def test_any_loss_is_differentiated_as_by_autograd(token_loss, chunk) -> None:
     inputs = make_inputs(33, 101, valid=97)
     streams, token_weight = make_streams(*inputs, valid_vocab=97, temperature=0.7)
     got, want = both(
-        *inputs, token_loss, streams, token_weight, upstream=-2.5, fused={"chunk_tokens": chunk}, valid_vocab=97, temperature=0.7
+        *inputs,
+        token_loss,
+        streams,
+        token_weight,
+        upstream=-2.5,
+        fused={"chunk_tokens": chunk},
+        valid_vocab=97,
+        temperature=0.7,
     )
     assert_agree(got, want, scale=10)
     if token_loss is clipped_policy:
@@ -119,7 +135,9 @@ def test_agrees_with_cross_entropy_of_torch() -> None:
     want = F.cross_entropy(hidden @ weight.T, target, reduction="sum") / 20
     got, metrics = linear_token_loss(hidden, weight, target, nll, streams={}, denom=20, want_entropy=False)
     assert metrics == {} and got.dtype == torch.float32
-    same = linear_token_loss(hidden, weight, target, nll, streams={}, denom=torch.tensor(20, dtype=torch.float64), want_entropy=False)[0]
+    same = linear_token_loss(
+        hidden, weight, target, nll, streams={}, denom=torch.tensor(20, dtype=torch.float64), want_entropy=False
+    )[0]
     assert same.dtype == torch.float32 and same == got
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
     gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss in (got, want)]
@@ -146,7 +164,14 @@ def test_bfloat16_gradients() -> None:
         assert relative(got_gradient, want_gradient) < 2**-8  # the one rounding of the result to bf16
     main_grad = torch.zeros(101, 24)
     linear_token_loss(
-        hidden, weight, target, clipped_policy, streams=streams, denom=37.0, token_weight=token_weight, grad_weight_out=main_grad
+        hidden,
+        weight,
+        target,
+        clipped_policy,
+        streams=streams,
+        denom=37.0,
+        token_weight=token_weight,
+        grad_weight_out=main_grad,
     )
     assert relative(main_grad, want[2][1]) < GRADIENT_TOLERANCE  # not rounded at all
 
@@ -182,13 +207,20 @@ def test_grad_weight_out_is_filled_in_forward(zero_out_wgrad: bool) -> None:
     hidden, weight, target = make_inputs(40, 50, valid=47)
     streams, token_weight = make_streams(hidden, weight, target)
     options = {"streams": streams, "token_weight": token_weight, "denom": 13, "valid_vocab": 47, "chunk_tokens": 9}
-    want = torch.autograd.grad(linear_token_loss(hidden, weight, target, clipped_policy, **options)[0], (hidden, weight))
+    want = torch.autograd.grad(
+        linear_token_loss(hidden, weight, target, clipped_policy, **options)[0], (hidden, weight)
+    )
     weight.zero_out_wgrad = zero_out_wgrad
     main_grad = torch.zeros_like(weight)
     half = len(target) // 2
     for rows in (slice(half), slice(half, None)):  # two micro-batches
-        pieces = options | {"streams": {name: stream[rows] for name, stream in streams.items()}, "token_weight": token_weight[rows]}
-        loss, _ = linear_token_loss(hidden[rows], weight, target[rows], clipped_policy, grad_weight_out=main_grad, **pieces)
+        pieces = options | {
+            "streams": {name: stream[rows] for name, stream in streams.items()},
+            "token_weight": token_weight[rows],
+        }
+        loss, _ = linear_token_loss(
+            hidden[rows], weight, target[rows], clipped_policy, grad_weight_out=main_grad, **pieces
+        )
         loss.backward()
     torch.testing.assert_close(main_grad, want[1], rtol=1e-5, atol=1e-7)  # the order of an fp32 sum
     torch.testing.assert_close(hidden.grad, want[0])
@@ -198,7 +230,9 @@ def test_grad_weight_out_is_filled_in_forward(zero_out_wgrad: bool) -> None:
 
 def test_grad_weight_out_refuses_a_scaled_loss() -> None:
     hidden, weight, target = make_inputs(8, 50)
-    loss, _ = linear_token_loss(hidden, weight, target, nll, streams={}, denom=1, grad_weight_out=torch.zeros_like(weight))
+    loss, _ = linear_token_loss(
+        hidden, weight, target, nll, streams={}, denom=1, grad_weight_out=torch.zeros_like(weight)
+    )
     with pytest.raises(RuntimeError, match="upstream gradient 1"):
         (loss * 2).backward()
 
@@ -256,7 +290,9 @@ def test_the_logits_of_the_batch_never_exist_at_once() -> None:
         loss, _ = linear_token_loss(hidden, weight, target, nll, streams={}, denom=tokens)
         loss.backward()
     assert seen.products % 3 == 0  # three products a chunk, forward and backward together
-    assert vocab * width < seen.largest <= 2**25 // 4  # the chunk's logits are seen, and are within their budget; T * V is 33 million
+    assert (
+        vocab * width < seen.largest <= 2**25 // 4
+    )  # the chunk's logits are seen, and are within their budget; T * V is 33 million
     assert weight.grad is not None
 
 
@@ -280,7 +316,10 @@ def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
 
 def test_the_package_needs_torch_alone_and_triton_in_files_named_after_it() -> None:
     for path in Path(pctrain_kernels.__file__).parent.glob("*.py"):
-        allowed = r"(__future__|torch|pctrain_kernels|collections|dataclasses|os|typing" + "|triton" * path.name.startswith("triton_")
+        allowed = (
+            r"(__future__|torch|pctrain_kernels|collections|dataclasses|os|typing"
+            + "|triton" * path.name.startswith("triton_")
+        )
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module] if isinstance(node, ast.ImportFrom) else []

@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pctrain_kernels import logits as logits_module
-from pctrain_kernels import reference, vocab_parallel_cross_entropy, vocab_parallel_logprob_entropy
 from test_linear_logprob import LOGPROB_TOLERANCE, relative
 from torch import Tensor
 from torch.nn import functional as F
+
+from pctrain_kernels import logits as logits_module
+from pctrain_kernels import reference, vocab_parallel_cross_entropy, vocab_parallel_logprob_entropy
 
 # Of the gradient's norm: rounding of exponentials of arguments up to 10 or so; a half precision result is rounded once, half a unit.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -22,7 +23,16 @@ SHAPES = [(0, 5), (1, 1), (17, 1), (1, 127), (17, 127), (32, 1003)]
 LAYOUTS = ["contiguous", "padded rows", "sliced", "transposed"]
 
 
-def make_logits(tokens: int, vocab: int, *, seed: int = 0, ignored: float = 0.3, dtype=torch.float32, layout="contiguous", valid=None):
+def make_logits(
+    tokens: int,
+    vocab: int,
+    *,
+    seed: int = 0,
+    ignored: float = 0.3,
+    dtype=torch.float32,
+    layout="contiguous",
+    valid=None,
+):
     """logits [T, V], a leaf in a memory of that layout, and target [T] below `valid`, a share of it -100."""
     generator = torch.Generator().manual_seed(seed)
     values = (3 * torch.randn(tokens, vocab, generator=generator)).to(dtype)
@@ -44,12 +54,16 @@ def random_signs(tokens: int, upstream: str) -> Tensor:
     return signs
 
 
-def compare(logits: Tensor, target: Tensor, *, upstream: str = "both", inplace: bool = False, tolerance: float = 1.0, **options) -> None:
+def compare(
+    logits: Tensor, target: Tensor, *, upstream: str = "both", inplace: bool = False, tolerance: float = 1.0, **options
+) -> None:
     """Values and gradient of op 1 and of its definition in float64; the caller's logits are as they were after forward."""
     signs = random_signs(len(target), upstream)
     leaf = logits.detach().double().requires_grad_()
     want = reference.vocab_parallel_logprob_entropy(leaf, target, **options)
-    (want_gradient,) = torch.autograd.grad(sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), leaf)
+    (want_gradient,) = torch.autograd.grad(
+        sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), leaf
+    )
     before = logits.detach().clone()
     got = vocab_parallel_logprob_entropy(logits, target, inplace_backward=inplace, **options)
     assert torch.equal(logits, before)
@@ -89,7 +103,9 @@ def test_any_layout_and_dtype(layout, dtype, ignored, inplace) -> None:
     temperature=st.floats(0.3, 3), ignored=st.sampled_from([0.0, 0.5, 1.1]), inplace=st.booleans(), block=st.integers(1, 20),
     upstream=st.sampled_from(["logprob", "entropy", "both"]), layout=st.sampled_from(LAYOUTS),
 )  # fmt: skip
-def test_any_shape_agrees_with_the_definition(tokens, vocab, padding, seed, temperature, ignored, inplace, block, upstream, layout) -> None:
+def test_any_shape_agrees_with_the_definition(
+    tokens, vocab, padding, seed, temperature, ignored, inplace, block, upstream, layout
+) -> None:
     logits, target = make_logits(tokens, vocab + padding, seed=seed, ignored=ignored, valid=vocab, layout=layout)
     # Rows in blocks of `block`. A temperature of 0.3 makes logits three times as large, and their rounding with them. A gradient that is
     # exactly 0 (one valid column) has no norm to be relative to: `relative` would divide by it.
@@ -102,7 +118,9 @@ def test_any_shape_agrees_with_the_definition(tokens, vocab, padding, seed, temp
 
 def test_float64_and_gradcheck() -> None:
     logits, target = make_logits(7, 20, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x: vocab_parallel_logprob_entropy(x, target, temperature=0.7, valid_vocab=19), logits)
+    assert torch.autograd.gradcheck(
+        lambda x: vocab_parallel_logprob_entropy(x, target, temperature=0.7, valid_vocab=19), logits
+    )
     options = {"temperature": 0.7, "label_smoothing": 0.2, "z_loss": 0.03, "valid_vocab": 19}
     assert torch.autograd.gradcheck(lambda x: vocab_parallel_cross_entropy(x, target, **options), logits)
 
@@ -211,7 +229,9 @@ def test_cross_entropy_is_that_of_torch(label_smoothing, z_loss, temperature, in
     want = F.cross_entropy(y, target, reduction="none", label_smoothing=label_smoothing)
     want = want + z_loss * y.logsumexp(-1).square() * (target != -100)
     options = {"valid_vocab": 101, "temperature": temperature, "label_smoothing": label_smoothing, "z_loss": z_loss}
-    torch.testing.assert_close(reference.vocab_parallel_cross_entropy(leaf, target, **options), want, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(
+        reference.vocab_parallel_cross_entropy(leaf, target, **options), want, rtol=1e-13, atol=1e-13
+    )
     got = vocab_parallel_cross_entropy(logits, target, inplace_backward=inplace, **options)
     assert got.dtype == torch.float32 and not got[target == -100].any()
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=LOGPROB_TOLERANCE)
@@ -287,13 +307,17 @@ class Case:
     inplace: bool = False
 
     def inputs(self) -> tuple[Tensor, Tensor]:
-        logits, target = make_logits(self.tokens, sum(self.shards), ignored=self.ignored, valid=self.valid, dtype=self.dtype)
+        logits, target = make_logits(
+            self.tokens, sum(self.shards), ignored=self.ignored, valid=self.valid, dtype=self.dtype
+        )
         ends = torch.tensor(self.shards).cumsum(0).tolist()
         with torch.no_grad():
             for rank, end in enumerate(ends):
                 logits[:, end - self.shards[rank] : end] += self.offset * rank
         if self.edges:
-            edges = sorted({column for end, size in zip(ends, self.shards, strict=True) for column in (end - size, end - 1)})
+            edges = sorted(
+                {column for end, size in zip(ends, self.shards, strict=True) for column in (end - size, end - 1)}
+            )
             target[: len(edges)] = torch.tensor(edges)
         return logits.detach(), target
 
@@ -337,7 +361,12 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict:
     whole, target = case.inputs()
     shard = whole[:, case.start[rank] : case.start[rank] + case.shards[rank]]
     leaves = [shard.clone().requires_grad_() for _ in range(2)]
-    options = {"vocab_start": case.start[rank], "valid_vocab": case.valid, "group": group, "temperature": case.temperature}
+    options = {
+        "vocab_start": case.start[rank],
+        "valid_vocab": case.valid,
+        "group": group,
+        "temperature": case.temperature,
+    }
     options["inplace_backward"] = case.inplace
     signs = random_signs(case.tokens, "both").float()
     sent: list[tuple] = []

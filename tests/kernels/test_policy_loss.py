@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pctrain_kernels import linear_cross_entropy, linear_policy_loss, linear_token_loss, policy_loss, reference
-from pctrain_kernels import policy as policy_module
 from test_linear_logprob import GRADIENT_TOLERANCE, double, make_inputs, relative
 from test_linear_token_loss import VALUE_TOLERANCE
 from torch import Tensor
+
+from pctrain_kernels import linear_cross_entropy, linear_policy_loss, linear_token_loss, policy_loss, reference
+from pctrain_kernels import policy as policy_module
 
 DEFAULTS = {
     "clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "kl_coef": 0.0, "kl_kind": "k3", "entropy_coef": 0.0, "is_cap": None,
@@ -22,13 +23,18 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def by_hand(lp, entropy, *, advantage, old_logprob=None, ref_logprob=None, rollout_logprob=None, expert_mask=False, **options):
+def by_hand(
+    lp, entropy, *, advantage, old_logprob=None, ref_logprob=None, rollout_logprob=None, expert_mask=False, **options
+):
     """(loss, d loss / d logprob, d loss / d entropy) of one token, in Python floats: the formula and its derivative, case by case."""
     o = SimpleNamespace(**(DEFAULTS | options))
     old = lp if old_logprob is None else old_logprob
     if expert_mask:
         p = math.exp(lp)
-        loss, slope = -p / (p + o.expert_shaping) * advantage, -o.expert_shaping * p / (p + o.expert_shaping) ** 2 * advantage
+        loss, slope = (
+            -p / (p + o.expert_shaping) * advantage,
+            -o.expert_shaping * p / (p + o.expert_shaping) ** 2 * advantage,
+        )
     else:
         r = math.exp(lp - old)
         lowest = -math.inf if o.clip_low is None else 1 - o.clip_low
@@ -53,7 +59,9 @@ def by_hand(lp, entropy, *, advantage, old_logprob=None, ref_logprob=None, rollo
 logprobs = st.floats(-4, 0)
 # One token: logprob, entropy, advantage, the log-probs of old policy, reference and sampler, and whether it is an expert's.
 tokens = st.lists(
-    st.tuples(logprobs, st.floats(0, 3), st.floats(-2, 2), logprobs, logprobs, logprobs, st.booleans()), min_size=1, max_size=12
+    st.tuples(logprobs, st.floats(0, 3), st.floats(-2, 2), logprobs, logprobs, logprobs, st.booleans()),
+    min_size=1,
+    max_size=12,
 )
 clips = st.none() | st.floats(0, 0.5)
 
@@ -71,7 +79,9 @@ def columns(rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     kl_kind=st.sampled_from(["k2", "k3"]), entropy_coef=st.sampled_from([0.0, 0.2]), is_cap=st.none() | st.floats(0.5, 3),
     shaping=st.none() | st.floats(0.01, 1), old=st.booleans(),
 )  # fmt: skip
-def test_any_options_follow_the_formula(rows, clip_low, clip_high, dual_clip, kl, kl_kind, entropy_coef, is_cap, shaping, old) -> None:
+def test_any_options_follow_the_formula(
+    rows, clip_low, clip_high, dual_clip, kl, kl_kind, entropy_coef, is_cap, shaping, old
+) -> None:
     logprob, entropy, streams = columns(rows)
     for name, wanted in {"old_logprob": old, "rollout_logprob": is_cap, "expert_mask": shaping}.items():
         if wanted in (None, False):
@@ -92,14 +102,18 @@ def test_any_options_follow_the_formula(rows, clip_low, clip_high, dual_clip, kl
         of_token = {name: stream[i].item() for name, stream in streams.items()}
         want = by_hand(logprob[i].item(), entropy[i].item(), **of_token, **options)
         assert (loss[i].item(), dlogprob[i].item(), dentropy[i].item()) == pytest.approx(want, rel=1e-12, abs=1e-12)
-    assert not any(value.requires_grad for value in metrics.values()) and all(value.shape == loss.shape for value in metrics.values())
+    assert not any(value.requires_grad for value in metrics.values()) and all(
+        value.shape == loss.shape for value in metrics.values()
+    )
 
 
 def one(ratio: float, advantage: float, **options) -> tuple[float, float, dict[str, float]]:
     """(loss, d loss / d ratio, metrics) of a token with that ratio."""
     logprob = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([-math.log(ratio)], dtype=torch.float64)
-    loss, metrics = policy_loss(logprob, None, advantage=torch.tensor([advantage], dtype=torch.float64), old_logprob=old, **options)
+    loss, metrics = policy_loss(
+        logprob, None, advantage=torch.tensor([advantage], dtype=torch.float64), old_logprob=old, **options
+    )
     (slope,) = torch.autograd.grad(loss.sum(), logprob)
     return loss.item(), slope.item() / ratio, {name: value.item() for name, value in metrics.items()}
 
@@ -135,7 +149,9 @@ def test_without_old_logprob_the_ratio_is_one_and_the_gradient_reinforce() -> No
 def test_metrics() -> None:
     names = ["ratio", "clipped_low", "clipped_high", "clipped_dual", "is_weight", "expert", "kl", "entropy"]
     generator = torch.Generator().manual_seed(0)
-    logprob, old, ref, rollout, advantage = (torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(5))
+    logprob, old, ref, rollout, advantage = (
+        torch.randn(200, generator=generator, dtype=torch.float64) for _ in range(5)
+    )
     expert, entropy = torch.arange(200) % 5 == 0, torch.rand(200, generator=generator)
     loss, metrics = policy_loss(
         logprob, entropy, advantage=advantage, old_logprob=old, ref_logprob=ref, rollout_logprob=rollout, expert_mask=expert,
@@ -169,7 +185,13 @@ def test_streams_of_an_expert_that_mean_nothing_do_no_harm() -> None:
 
 @pytest.mark.parametrize(
     "name, options",
-    [("logprob", {}), ("advantage", {}), ("old_logprob", {}), ("ref_logprob", {"kl_coef": 0.1}), ("rollout_logprob", {"is_cap": 2.0})],
+    [
+        ("logprob", {}),
+        ("advantage", {}),
+        ("old_logprob", {}),
+        ("ref_logprob", {"kl_coef": 0.1}),
+        ("rollout_logprob", {"is_cap": 2.0}),
+    ],
 )
 def test_non_finite_values_are_not_hidden(name: str, options: dict) -> None:
     values = {key: torch.full((3,), -1.0) for key in {"logprob", "advantage", "old_logprob", name}}
@@ -182,7 +204,10 @@ def test_non_finite_values_are_not_hidden(name: str, options: dict) -> None:
 
 def test_streams_are_constants() -> None:
     logprob = torch.full((3,), -1.0, requires_grad=True)
-    streams = {name: torch.full((3,), -0.5, requires_grad=True) for name in ("advantage", "old_logprob", "ref_logprob", "rollout_logprob")}
+    streams = {
+        name: torch.full((3,), -0.5, requires_grad=True)
+        for name in ("advantage", "old_logprob", "ref_logprob", "rollout_logprob")
+    }
     loss, _ = policy_loss(logprob, None, **streams, kl_coef=0.1, is_cap=2.0)
     assert torch.autograd.grad(loss.sum(), list(streams.values()), allow_unused=True) == (None,) * 4
 
@@ -221,7 +246,9 @@ def test_an_entropy_bonus_needs_the_entropy() -> None:
     with pytest.raises(ValueError, match="entropy_coef needs the entropy"):
         policy_loss(torch.zeros(8), None, advantage=torch.zeros(8), entropy_coef=0.1)
     with pytest.raises(ValueError, match="entropy_coef needs the entropy"):
-        linear_policy_loss(hidden, weight, target, advantage=torch.zeros(8), denom=1, entropy_coef=0.1, want_entropy=False)
+        linear_policy_loss(
+            hidden, weight, target, advantage=torch.zeros(8), denom=1, entropy_coef=0.1, want_entropy=False
+        )
 
 
 def head_inputs(tokens: int = 33, vocab: int = 101):
@@ -229,12 +256,22 @@ def head_inputs(tokens: int = 33, vocab: int = 101):
     hidden, weight, target = make_inputs(tokens, vocab)
     logprob = reference.linear_logprob_entropy(hidden, weight, target)[0].detach()
     noise = torch.randn(4, tokens, generator=torch.Generator().manual_seed(3))
-    streams = {name: logprob + 0.5 * part for name, part in zip(("old_logprob", "ref_logprob", "rollout_logprob"), noise, strict=False)}
+    streams = {
+        name: logprob + 0.5 * part
+        for name, part in zip(("old_logprob", "ref_logprob", "rollout_logprob"), noise, strict=False)
+    }
     streams |= {"advantage": 2 * noise[3], "expert_mask": torch.arange(tokens) % 4 == 0}
     return hidden, weight, target, streams, (torch.arange(tokens) % 3).float()
 
 
-EVERY_OPTION = {"dual_clip": 2.0, "kl_coef": 0.1, "kl_kind": "k2", "entropy_coef": 0.05, "is_cap": 1.5, "expert_shaping": 0.1}
+EVERY_OPTION = {
+    "dual_clip": 2.0,
+    "kl_coef": 0.1,
+    "kl_kind": "k2",
+    "entropy_coef": 0.05,
+    "is_cap": 1.5,
+    "expert_shaping": 0.1,
+}
 
 
 def test_the_linear_loss_is_op_four_with_that_function() -> None:
@@ -263,9 +300,13 @@ def test_the_linear_loss_against_float64_autograd_over_the_full_logits() -> None
     want = (weights * want).sum() / 7
     torch.testing.assert_close(loss.double(), want, rtol=VALUE_TOLERANCE, atol=10 * VALUE_TOLERANCE)
     for name, value in metrics.items():
-        torch.testing.assert_close(value.double(), (weights * want_metrics[name]).sum(), rtol=10 * VALUE_TOLERANCE, atol=0)
+        torch.testing.assert_close(
+            value.double(), (weights * want_metrics[name]).sum(), rtol=10 * VALUE_TOLERANCE, atol=0
+        )
         assert value > 0, f"{name}: no token has it"
-    for got, expected in zip(torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, leaves), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, leaves), strict=True
+    ):
         # e^(logprob - old) carries an error of the log-prob, some 1e-6 here.
         assert relative(got, expected) < 2 * GRADIENT_TOLERANCE
 
@@ -293,7 +334,14 @@ def test_micro_batches_add_up_to_the_batch(main_grad: bool) -> None:
         for rows in pieces:
             of_rows = {name: stream[rows] for name, stream in streams.items()}
             loss, _ = linear_policy_loss(
-                leaf[rows], head, target[rows], **of_rows, **EVERY_OPTION, denom=7, token_weight=token_weight[rows], grad_weight_out=into
+                leaf[rows],
+                head,
+                target[rows],
+                **of_rows,
+                **EVERY_OPTION,
+                denom=7,
+                token_weight=token_weight[rows],
+                grad_weight_out=into,
             )
             loss.backward()
             total = total + loss.detach()
@@ -315,11 +363,15 @@ def test_linear_cross_entropy_is_that_of_torch() -> None:
     got, metrics = linear_cross_entropy(hidden, weight, target, **options)
     assert metrics == {}
     torch.testing.assert_close(got.double(), want, rtol=VALUE_TOLERANCE, atol=0)
-    for gradient, expected in zip(torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, leaves), strict=True):
+    for gradient, expected in zip(
+        torch.autograd.grad(got, (hidden, weight)), torch.autograd.grad(want, leaves), strict=True
+    ):
         assert relative(gradient, expected) < GRADIENT_TOLERANCE
     same, metrics = linear_cross_entropy(hidden, weight, target, want_entropy=True, **options)
     assert same.detach() == got.detach()
-    torch.testing.assert_close(metrics["entropy"].double(), (entropy * token_weight).sum().detach(), rtol=VALUE_TOLERANCE, atol=0)
+    torch.testing.assert_close(
+        metrics["entropy"].double(), (entropy * token_weight).sum().detach(), rtol=VALUE_TOLERANCE, atol=0
+    )
 
 
 def run_shards(shards: tuple[int, ...]) -> dict:
@@ -330,7 +382,13 @@ def run_shards(shards: tuple[int, ...]) -> dict:
     hidden, weight, target, streams, token_weight = head_inputs(vocab=sum(shards))
     start = sum(shards[:rank])
     leaves = hidden.detach().requires_grad_(), weight.detach()[start : start + shards[rank]].clone().requires_grad_()
-    options = {"denom": 7, "token_weight": token_weight, "vocab_start": start, "group": dist.group.WORLD, "chunk_tokens": 9}
+    options = {
+        "denom": 7,
+        "token_weight": token_weight,
+        "vocab_start": start,
+        "group": dist.group.WORLD,
+        "chunk_tokens": 9,
+    }
     loss, metrics = linear_policy_loss(*leaves, target, **streams, **EVERY_OPTION, **options)
     plain, _ = linear_cross_entropy(*leaves, target, **options)
     gradients = torch.autograd.grad(loss, leaves) + torch.autograd.grad(plain, leaves)
@@ -358,7 +416,9 @@ def test_linear_losses_of_shards_are_those_of_one_process(ranks, shards) -> None
 # Independent implementations, where they are installed (PCTRAIN_TEST_EXTRAS of launch/setup.sh).
 
 same_tokens = st.lists(
-    st.tuples(logprobs, st.floats(0, 3), st.just(0.0), logprobs, logprobs, logprobs, st.just(False)), min_size=6, max_size=6
+    st.tuples(logprobs, st.floats(0, 3), st.just(0.0), logprobs, logprobs, logprobs, st.just(False)),
+    min_size=6,
+    max_size=6,
 )
 same_options = {
     "rows": same_tokens, "advantages": st.tuples(st.floats(-2, 2), st.floats(-2, 2)), "clip_low": st.floats(0.01, 0.5),
@@ -380,7 +440,9 @@ def ours(rows, advantages, clip_low, clip_high, dual_clip, kl_coef, weighted):
         is_cap=2.0 if weighted else None,
     )  # fmt: skip
     loss = (loss * MASK.flatten()).sum() / MASK.sum()
-    weights = (streams["old_logprob"] - streams["rollout_logprob"]).exp().clamp(max=2.0).view(2, 3) if weighted else None
+    weights = (
+        (streams["old_logprob"] - streams["rollout_logprob"]).exp().clamp(max=2.0).view(2, 3) if weighted else None
+    )
     # Where gradients on an edge are split differently there is nothing to compare.
     ratio = (logprob.detach() - streams["old_logprob"]).exp()
     assume(all(((ratio - edge).abs() > 1e-9).all() for edge in (1 - clip_low, 1 + clip_high, dual_clip or 1)))
@@ -410,7 +472,10 @@ def test_is_the_loss_of_trl(**case) -> None:
         "completion_ids": torch.zeros(2, 3),
         "completion_mask": MASK,
     }
-    inputs |= {"advantages": torch.tensor(case["advantages"], dtype=torch.float64), "importance_sampling_ratio": weights}
+    inputs |= {
+        "advantages": torch.tensor(case["advantages"], dtype=torch.float64),
+        "importance_sampling_ratio": weights,
+    }
     inputs |= {f"{name}_per_token_logps": streams[f"{name}_logprob"].view(2, 3) for name in ("old", "ref")}
     theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
     torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=1e-12)
@@ -448,9 +513,17 @@ def test_the_linear_loss_is_that_of_liger() -> None:
         token_weight=mask.flatten(), denom=mask.sum(), chunk_tokens=5,
     )  # fmt: skip
     leaves = hidden.detach().view(2, 8, -1).requires_grad_(), weight.detach().requires_grad_()
-    theirs = liger.LigerFusedLinearGRPOLoss(beta=0.1, compiled=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo")
+    theirs = liger.LigerFusedLinearGRPOLoss(
+        beta=0.1, compiled=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo"
+    )
     want, _ = theirs(
-        leaves[0], leaves[1], target.view(2, 8), mask, advantage, ref_per_token_logps=ref.view(2, 8), old_per_token_logps=old.view(2, 8)
+        leaves[0],
+        leaves[1],
+        target.view(2, 8),
+        mask,
+        advantage,
+        ref_per_token_logps=ref.view(2, 8),
+        old_per_token_logps=old.view(2, 8),
     )
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     want_gradients = torch.autograd.grad(want, leaves)

@@ -25,12 +25,22 @@ from torch import Tensor
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py", allow_module_level=True)
 
-from pctrain_kernels import head, linear_logprob, linear_logprob_entropy, linear_token_loss, merge, reference, softmax, triton_softmax
+from test_linear_logprob import LOGPROB_TOLERANCE, double, make_inputs, relative
+from test_linear_token_loss import clipped_policy, make_streams
+
+from pctrain_kernels import (
+    head,
+    linear_logprob,
+    linear_logprob_entropy,
+    linear_token_loss,
+    merge,
+    reference,
+    softmax,
+    triton_softmax,
+)
 from pctrain_kernels.merge import RowStatistics, empty_shard
 from pctrain_kernels.softmax import TorchSoftmax, softmax_of
 from pctrain_kernels.triton_softmax import TritonSoftmax, launch_shape
-from test_linear_logprob import LOGPROB_TOLERANCE, double, make_inputs, relative
-from test_linear_token_loss import clipped_policy, make_streams
 
 # Relative to the norm of the gradient. fp32: the rounding of exp and of the row sums, a few units of 6e-8. Half precision: the one
 # rounding of the result, which is a truncation to 8 bits in the interpreter's bf16.
@@ -45,7 +55,10 @@ def pairwise(axes: dict[str, list]) -> list[dict]:
     missing = {
         ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))
     }  # fmt: skip
-    every = [dict(zip(names, indices, strict=True)) for indices in itertools.product(*(range(len(values)) for values in axes.values()))]
+    every = [
+        dict(zip(names, indices, strict=True))
+        for indices in itertools.product(*(range(len(values)) for values in axes.values()))
+    ]
     chosen = []
     while missing:
         pairs_of = lambda row: {pair for pair in itertools.combinations(row.items(), 2)} & missing  # noqa: E731
@@ -236,7 +249,11 @@ def check_confident(kernels: type = TritonSoftmax) -> None:
             want = rest / (rest + torch.tensor(lead).double().exp())
             assert 0 < want.min() and want.max() < 1e-3
             block = kernels(logits, target, 1.0, False)
-            got = block.gradient(block.statistics(), torch.ones(case.tokens), None, dtype).double().gather(1, target[:, None])
+            got = (
+                block.gradient(block.statistics(), torch.ones(case.tokens), None, dtype)
+                .double()
+                .gather(1, target[:, None])
+            )
             torch.testing.assert_close(got, want, rtol=GRADIENT_TOLERANCE[dtype], atol=0)
 
 
@@ -328,7 +345,9 @@ def test_softmax_of_chooses_the_kernels() -> None:
         raise AssertionError("memory was asked for")
 
     assert isinstance(softmax_of(logits, column, scratch=no_scratch, **options), TritonSoftmax)
-    assert isinstance(softmax_of(logits.double(), column, scratch=lambda: torch.empty(2, 9).double(), **options), TorchSoftmax)
+    assert isinstance(
+        softmax_of(logits.double(), column, scratch=lambda: torch.empty(2, 9).double(), **options), TorchSoftmax
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,7 +358,9 @@ def test_softmax_of_chooses_the_kernels() -> None:
 )
 def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        block = TritonSoftmax(**({"column": torch.zeros(3, dtype=torch.int64), "temperature": 1.0, "want_entropy": False} | change))
+        block = TritonSoftmax(
+            **({"column": torch.zeros(3, dtype=torch.int64), "temperature": 1.0, "want_entropy": False} | change)
+        )
         block.gradient(block.statistics(), torch.ones(3), None, torch.float32)
 
 
@@ -361,7 +382,11 @@ class GpuProducts:
         accumulator.addmm_(a.float(), b.float())
 
     def _see(self, a: Tensor) -> None:
-        if a.dtype != torch.float32 and a.storage_offset() == 0 and a.untyped_storage().nbytes() > a.numel() * a.dtype.itemsize:
+        if (
+            a.dtype != torch.float32
+            and a.storage_offset() == 0
+            and a.untyped_storage().nbytes() > a.numel() * a.dtype.itemsize
+        ):
             self.dlogits.append(a)
 
 
@@ -563,4 +588,6 @@ def test_mutation_blocks_downwards(mutated_kernels) -> None:
 @pytest.mark.parametrize("kernel", [0, 1])
 def test_mutation_offsets_of_32_bits(mutated_kernels, kernel: int) -> None:
     with pytest.raises(AssertionError):
-        check_beyond_two_to_the_31(mutated_kernels("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)", which=kernel, times=2))
+        check_beyond_two_to_the_31(
+            mutated_kernels("tl.cast(tl.program_id(0), tl.int64)", "tl.program_id(0)", which=kernel, times=2)
+        )

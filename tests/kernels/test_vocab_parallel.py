@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from pctrain_kernels import head as head_module
-from pctrain_kernels import linear_logprob_entropy, linear_token_loss, parallel, reference
 from test_linear_logprob import GRADIENT_TOLERANCE, LOGPROB_TOLERANCE, double, make_inputs, relative
 from test_linear_token_loss import VALUE_TOLERANCE, clipped_policy, make_streams
+
+from pctrain_kernels import head as head_module
+from pctrain_kernels import linear_logprob_entropy, linear_token_loss, parallel, reference
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,9 @@ class Case:
             hidden[:, 0] = 1
             for rank, end in enumerate(torch.tensor(self.shards).cumsum(0).tolist()):
                 weight[end - self.shards[rank] : end, 0] = self.offset * rank
-        streams, token_weight = make_streams(hidden, weight, target, temperature=self.temperature, valid_vocab=self.valid)
+        streams, token_weight = make_streams(
+            hidden, weight, target, temperature=self.temperature, valid_vocab=self.valid
+        )
         return hidden, weight, target, streams, token_weight
 
     @property
@@ -59,7 +62,9 @@ CASES = {
     "four even": Case((25, 25, 25, 25), chunk=1, tokens=4),
     "four uneven": Case((30, 11, 50, 10), temperature=1.7, offset=3.0),
     "four, two of padding": Case((30, 30, 30, 30), valid=55, main_grad=True, chunk=9),
-    "four, sequence parallel": Case((30, 11, 50, 10), sequence_parallel=True, main_grad=True, valid=95, budget=4 * 50 * 3),
+    "four, sequence parallel": Case(
+        (30, 11, 50, 10), sequence_parallel=True, main_grad=True, valid=95, budget=4 * 50 * 3
+    ),
 }
 
 
@@ -79,10 +84,17 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict:
     full_hidden, full_weight, target, streams, token_weight = case.inputs()
     start = sum(case.shards[:rank])
     shard = full_weight.detach()[start : start + case.shards[rank]]
-    sequence = full_hidden.detach().chunk(world)[rank] if case.sequence_parallel and case.tokens else full_hidden.detach()
+    sequence = (
+        full_hidden.detach().chunk(world)[rank] if case.sequence_parallel and case.tokens else full_hidden.detach()
+    )
     main_grads = [torch.zeros_like(shard) if case.main_grad else None for _ in range(2)]
     leaves = [(sequence.clone().requires_grad_(), shard.clone().requires_grad_()) for _ in range(2)]
-    options = {"group": group, "vocab_start": start, "chunk_tokens": case.chunk, "sequence_parallel": case.sequence_parallel}
+    options = {
+        "group": group,
+        "vocab_start": start,
+        "chunk_tokens": case.chunk,
+        "sequence_parallel": case.sequence_parallel,
+    }
     options |= case.options
     loss_options = options | {"streams": streams, "denom": 7, "token_weight": token_weight}
 
@@ -99,9 +111,13 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict:
         forward_collectives = list(collectives)
         (logprob.sum() - 0.3 * (entropy * torch.arange(case.tokens)).sum()).backward()
         with torch.no_grad():
-            evaluated = linear_token_loss(*leaves[1], target, clipped_policy, grad_weight_out=main_grads[1], **loss_options)
+            evaluated = linear_token_loss(
+                *leaves[1], target, clipped_policy, grad_weight_out=main_grads[1], **loss_options
+            )
         collectives.clear()
-        loss, metrics = linear_token_loss(*leaves[1], target, clipped_policy, grad_weight_out=main_grads[1], **loss_options)
+        loss, metrics = linear_token_loss(
+            *leaves[1], target, clipped_policy, grad_weight_out=main_grads[1], **loss_options
+        )
         loss.backward()
     finally:
         head_module.CPU_LOGITS_BYTES, parallel._all_gather = budget, gather
@@ -148,7 +164,9 @@ def test_agrees_with_one_process_and_ranks_agree_bit_for_bit(results, name: str)
     torch.testing.assert_close(got["entropy"].double(), entropy, rtol=0, atol=LOGPROB_TOLERANCE + rounding)
     for key, want in {"loss": loss, **metrics}.items():
         for value in (got["loss"] if key == "loss" else got["metrics"][key], got["evaluated"][key]):
-            torch.testing.assert_close(value.double(), want.detach(), rtol=VALUE_TOLERANCE + rounding, atol=20 * VALUE_TOLERANCE)
+            torch.testing.assert_close(
+                value.double(), want.detach(), rtol=VALUE_TOLERANCE + rounding, atol=20 * VALUE_TOLERANCE
+            )
     for op, (want_hidden, want_weight) in enumerate(want_gradients):
         grad_hidden = got["grad_hidden"][op]
         if case.sequence_parallel:

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from e2e import tiny
 
+from e2e import tiny
 from pctrain.run.folder import read_values
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,13 @@ def executable(path, text):
 def script(path, *arguments, **environment):
     """(exit status, output)."""
     kept = ("PATH", "HOME", "LANG")
-    result = subprocess.run(["bash", str(path), *arguments], capture_output=True, text=True, timeout=60,
-                            env={name: os.environ[name] for name in kept if name in os.environ} | environment)
+    result = subprocess.run(
+        ["bash", str(path), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={name: os.environ[name] for name in kept if name in os.environ} | environment,
+    )
     return result.returncode, result.stdout + result.stderr
 
 
@@ -41,23 +46,37 @@ def venv(tmp_path):
 
 def test_one_node(venv, tmp_path):
     assert script(TORCHRUN, "sft", "--config", "a b.yaml", **venv) == (
-        0, "-m torch.distributed.run --standalone --nproc-per-node 1 --max-restarts 3 --shutdown-timeout 600 "
-           "-m pctrain sft --config a b.yaml\n")
+        0,
+        "-m torch.distributed.run --standalone --nproc-per-node 1 --max-restarts 3 --shutdown-timeout 600 "
+        "-m pctrain sft --config a b.yaml\n",
+    )
     executable(tmp_path / "bin/nvidia-smi", "printf 'GPU 0\\nGPU 1\\n'")
     assert "--nproc-per-node 2 " in script(TORCHRUN, "rl", **venv)[1]
     assert "--nproc-per-node 1 --max-restarts 0" in script(TORCHRUN, "rl", NPROC="1", MAX_RESTARTS="0", **venv)[1]
 
 
 def test_several_nodes(venv):
-    _, told = script(TORCHRUN, "rl", NNODES="2:4", RDZV="node1:29500", RDZV_ID="run7", LOCAL_ADDR="10.0.0.2", NPROC="8", **venv)
-    assert "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id run7 --local-addr 10.0.0.2 --nproc-per-node 8 " in told
-    assert "--rdzv-conf is_host=true" in script(TORCHRUN, "rl", NNODES="2", RDZV="10.0.0.2:1", LOCAL_ADDR="10.0.0.2", **venv)[1]
+    _, told = script(
+        TORCHRUN, "rl", NNODES="2:4", RDZV="node1:29500", RDZV_ID="run7", LOCAL_ADDR="10.0.0.2", NPROC="8", **venv
+    )
+    assert (
+        "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id run7 --local-addr 10.0.0.2 --nproc-per-node 8 "
+        in told
+    )
+    assert (
+        "--rdzv-conf is_host=true"
+        in script(TORCHRUN, "rl", NNODES="2", RDZV="10.0.0.2:1", LOCAL_ADDR="10.0.0.2", **venv)[1]
+    )
 
 
-@pytest.mark.parametrize(("arguments", "environment", "told"), [
-    ([], {}, "which command?"), (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
-    (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "environment", "told"),
+    [
+        ([], {}, "which command?"),
+        (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
+        (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
+    ],
+)
 def test_torchrun_refuses(venv, arguments, environment, told):
     status, output = script(TORCHRUN, *arguments, **venv | environment)
     assert status == 2 and told in output
@@ -68,19 +87,32 @@ def slurm(tmp_path):
     """A Slurm that notes what it is asked for, and runs steps here; a torchrun.sh that notes what it was started with."""
     executable(tmp_path / "bin/srun", 'shift; exec "$@"')
     executable(tmp_path / "bin/scontrol", f'echo "scontrol $*" >> {tmp_path}/calls; echo node7; echo node8')
-    executable(tmp_path / "launch/torchrun.sh", f"""echo "$NNODES $RDZV $RDZV_ID ${{NPROC:-}} $*" >> {tmp_path}/calls
+    executable(
+        tmp_path / "launch/torchrun.sh",
+        f"""echo "$NNODES $RDZV $RDZV_ID ${{NPROC:-}} $*" >> {tmp_path}/calls
 for argument in "$@"; do case "$argument" in --run.dir=*) run="${{argument#--run.dir=}}" ;; esac; done
-mkdir -p "$run"; [[ -z "${{STOPPED:-}}" ]] || touch "$run/to-be-continued"; exit "${{STATUS:-0}}" """)
-    return {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PCTRAIN_ROOT": str(tmp_path), "RUN_DIR": str(tmp_path / "run"),
-            "SLURM_JOB_ID": "20042", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_GPUS_ON_NODE": "8"}
+mkdir -p "$run"; [[ -z "${{STOPPED:-}}" ]] || touch "$run/to-be-continued"; exit "${{STATUS:-0}}" """,
+    )
+    return {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "PCTRAIN_ROOT": str(tmp_path),
+        "RUN_DIR": str(tmp_path / "run"),
+        "SLURM_JOB_ID": "20042",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
 
 
 def test_slurm_starts_every_node_and_asks_for_its_place_again(slurm, tmp_path):
     status, told = script(SBATCH, "sft", "--config", "x.yaml", STOPPED="1", **slurm)
     assert status == 0 and "back into the queue" in told
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == ["scontrol show hostnames node[7-8]", f"2 node7:20042 20042 8 sft --config x.yaml --run.dir={tmp_path}/run",
-                     "scontrol requeue 20042"]
+    assert calls == [
+        "scontrol show hostnames node[7-8]",
+        f"2 node7:20042 20042 8 sft --config x.yaml --run.dir={tmp_path}/run",
+        "scontrol requeue 20042",
+    ]
 
 
 def test_slurm_leaves_the_queue_when_the_run_has_finished_or_failed(slurm, tmp_path):
@@ -94,10 +126,18 @@ def test_an_array_is_one_run_a_seed(slurm, tmp_path):
     assert f"rl --run.dir={tmp_path}/run/seed-2 --run.seed=2" in (tmp_path / "calls").read_text()
 
 
-@pytest.mark.parametrize(("left_out", "arguments", "told"), [
-    ("RUN_DIR", ["sft"], "set RUN_DIR"), ("", [], "which command?"), ("PCTRAIN_ROOT", ["sft"], "submit from the checkout")])
+@pytest.mark.parametrize(
+    ("left_out", "arguments", "told"),
+    [
+        ("RUN_DIR", ["sft"], "set RUN_DIR"),
+        ("", [], "which command?"),
+        ("PCTRAIN_ROOT", ["sft"], "submit from the checkout"),
+    ],
+)
 def test_slurm_refuses(slurm, tmp_path, left_out, arguments, told):
-    environment = {name: value for name, value in slurm.items() if name != left_out} | {"SLURM_SUBMIT_DIR": str(tmp_path / "elsewhere")}
+    environment = {name: value for name, value in slurm.items() if name != left_out} | {
+        "SLURM_SUBMIT_DIR": str(tmp_path / "elsewhere")
+    }
     status, output = script(SBATCH, *arguments, **environment)
     assert status == 2 and told in output
 
@@ -106,23 +146,42 @@ def test_slurm_refuses(slurm, tmp_path, left_out, arguments, told):
 
 
 def sft(folder, *more):
-    return ["sft", *tiny.OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0", "--sft.steps=60", "--sft.checkpoint_every=10",
-            "--sft.val_every=20", "--run.tensorboard=false", *more]
+    return [
+        "sft",
+        *tiny.OPTIONS,
+        f"--run.dir={folder}",
+        "--sft.eval_every=0",
+        "--sft.steps=60",
+        "--sft.checkpoint_every=10",
+        "--sft.val_every=20",
+        "--run.tensorboard=false",
+        *more,
+    ]
 
 
 def launch(arguments, log, before=(), **environment):
     """torchrun.sh with this very Python."""
     venv = log.with_name("venv")
     executable(venv / "bin/python", f'exec {sys.executable} "$@"')
-    variables = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}", "PCTRAIN_VENV": str(venv), "OMP_NUM_THREADS": "1", **environment}
+    variables = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
+        "PCTRAIN_VENV": str(venv),
+        "OMP_NUM_THREADS": "1",
+        **environment,
+    }
     with open(log, "a") as stream:
-        return subprocess.Popen([*before, "bash", str(TORCHRUN), *arguments], stdout=stream, stderr=stream, env=variables)
+        return subprocess.Popen(
+            [*before, "bash", str(TORCHRUN), *arguments], stdout=stream, stderr=stream, env=variables
+        )
 
 
 def wait_for_step(folder, step, *processes, seconds=240):
     end = time.monotonic() + seconds
     while max(read_values(folder, "train", "loss"), default=0) < step:
-        assert time.monotonic() < end and all(process.poll() is None for process in processes), f"step {step} was not reached"
+        assert time.monotonic() < end and all(process.poll() is None for process in processes), (
+            f"step {step} was not reached"
+        )
         time.sleep(0.05)
 
 
@@ -139,7 +198,9 @@ def family(pid):
     while todo:
         one = todo.pop()
         try:
-            variables = dict(item.split("=", 1) for item in Path(f"/proc/{one}/environ").read_text().split("\0") if "=" in item)
+            variables = dict(
+                item.split("=", 1) for item in Path(f"/proc/{one}/environ").read_text().split("\0") if "=" in item
+            )
             command = Path(f"/proc/{one}/cmdline").read_bytes()
         except OSError:
             continue
@@ -233,9 +294,21 @@ def two_hosts():
 
 
 def start_hosts(hosts, arguments, folder, **environment):
-    return [launch(arguments, _log(folder, side), ["ip", "netns", "exec", host], NNODES="2", NPROC="2",
-                   RDZV="10.77.0.1:29400", LOCAL_ADDR=f"10.77.0.{number}", GLOO_SOCKET_IFNAME="veth0", MAX_RESTARTS="0", **environment)
-            for number, (side, host) in enumerate(zip("ab", hosts), start=1)]
+    return [
+        launch(
+            arguments,
+            _log(folder, side),
+            ["ip", "netns", "exec", host],
+            NNODES="2",
+            NPROC="2",
+            RDZV="10.77.0.1:29400",
+            LOCAL_ADDR=f"10.77.0.{number}",
+            GLOO_SOCKET_IFNAME="veth0",
+            MAX_RESTARTS="0",
+            **environment,
+        )
+        for number, (side, host) in enumerate(zip("ab", hosts), start=1)
+    ]
 
 
 def _log(folder, side):
@@ -256,7 +329,9 @@ def test_a_host_that_goes_is_told_of_within_the_deadline_and_a_restart_goes_on(t
             end(hosts[1])
         else:
             subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "veth0", "down"], check=True)
-        assert hosts[0].wait(120) != 0  # the deadline is 30 s, the grace 6 s; torchrun's own end and a busy machine take the rest
+        assert (
+            hosts[0].wait(120) != 0
+        )  # the deadline is 30 s, the grace 6 s; torchrun's own end and a busy machine take the rest
         told = (tmp_path / "a" / "log").read_text()
         if how == "killed":
             assert "error: rank 2, 3 does not answer: dead, stopped, or cut off" in told

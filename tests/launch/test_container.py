@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from e2e.doc_pages import commands
 
+from e2e.doc_pages import commands
 from pctrain.tools import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,14 +90,27 @@ def test_a_target_installs_as_anywhere_else_and_runs_as_a_user(target):
 
 def test_what_is_copied_exists_and_reaches_the_builder():
     copied = [text.split() for word, text in STEPS if word == "COPY"]
-    sources = {source for words in copied if not any(w.startswith("--from") for w in words)
-               for source in [w for w in words if not w.startswith("--")][:-1]}
+    sources = {
+        source
+        for words in copied
+        if not any(w.startswith("--from") for w in words)
+        for source in [w for w in words if not w.startswith("--")][:-1]
+    }
     assert {"setup.py", "launch/setup.sh", "."} <= sources
     for source in sources - {"."}:
         assert (ROOT / source).exists() and not ignored(source)
-    for path in ("pctrain/cli/main.py", "configs/quickstart.yaml", "launch/torchrun.sh", "kernels/pctrain_kernels/backend.py", "README.md"):
+    for path in (
+        "pctrain/cli/main.py",
+        "configs/quickstart.yaml",
+        "launch/torchrun.sh",
+        "kernels/pctrain_kernels/backend.py",
+        "README.md",
+    ):
         assert (ROOT / path).exists() and not ignored(path)
-    assert all(ignored(path) for path in (".venv/bin/python", "runs/quickstart/sft", ".git/config", "pctrain/__pycache__/a.pyc"))
+    assert all(
+        ignored(path)
+        for path in (".venv/bin/python", "runs/quickstart/sft", ".git/config", "pctrain/__pycache__/a.pyc")
+    )
 
 
 def test_the_environments_files_are_copied_before_the_code():
@@ -118,14 +131,32 @@ def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
             to.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, to)
     offline = ["--no-deps", "--no-index", "--no-build-isolation"]
-    install = [sys.executable, "-m", "pip", "install", *offline, "--target", str(tmp_path / "there"), "-e", str(tmp_path / "checkout")]
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        *offline,
+        "--target",
+        str(tmp_path / "there"),
+        "-e",
+        str(tmp_path / "checkout"),
+    ]
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     shutil.copy(ROOT / "pctrain" / "errors.py", tmp_path / "checkout" / "pctrain")  # the code comes later
-    program = (f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.common.errors as e; import importlib.util as u; "
-               "print(e.__file__, u.find_spec('pctrain_kernels').origin)")
-    seen = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, cwd=tmp_path, timeout=100,
-                          env={"PATH": "/usr/bin"})
+    program = (
+        f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.common.errors as e; import importlib.util as u; "
+        "print(e.__file__, u.find_spec('pctrain_kernels').origin)"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-S", "-c", program],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=100,
+        env={"PATH": "/usr/bin"},
+    )
     assert seen.stdout.count(str(tmp_path / "checkout")) == 2, seen.stderr
 
 
@@ -139,6 +170,6 @@ def test_the_commands_of_the_page():
             tags[words[words.index("--tag") + 1]] = words[words.index("--target") + 1]
         else:
             at = next(i for i, word in enumerate(words) if word in tags)
-            inside = [word for word in words[at + 1:] if word != "bash"]
+            inside = [word for word in words[at + 1 :] if word != "bash"]
             assert not inside or (ROOT / inside[0]).exists()
     assert set(tags.values()) == {"cpu", "gpu"} and len(shown) == 5

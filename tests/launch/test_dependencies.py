@@ -17,9 +17,15 @@ VERSIONS = {"a": "1.0", "b": "2.0"}
 
 
 def test_what_is_needed_directly_and_not(monkeypatch):
-    there = {"top": ("1", ["mid[x]>=1", "absent", 'windows; sys_platform == "win32"', 'pytest; extra == "test"']),
-             "mid": ("2", ["Deep_Down", 'extra-of-mid; extra == "x"', 'other; extra == "y"']), "deep-down": ("3", ["top"]),
-             "extra-of-mid": ("4", []), "pytest": ("5", []), "other": ("6", []), "windows": ("7", [])}
+    there = {
+        "top": ("1", ["mid[x]>=1", "absent", 'windows; sys_platform == "win32"', 'pytest; extra == "test"']),
+        "mid": ("2", ["Deep_Down", 'extra-of-mid; extra == "x"', 'other; extra == "y"']),
+        "deep-down": ("3", ["top"]),
+        "extra-of-mid": ("4", []),
+        "pytest": ("5", []),
+        "other": ("6", []),
+        "windows": ("7", []),
+    }
 
     class Found:
         def __init__(self, name):
@@ -31,11 +37,21 @@ def test_what_is_needed_directly_and_not(monkeypatch):
     assert dependencies.closure("top", ("test",)) == {"deep-down": "3", "extra-of-mid": "4", "mid": "2", "pytest": "5"}
 
 
-@pytest.mark.parametrize(("licence", "concern"), [
-    ("MIT License", ""), ("Apache-2.0 WITH LLVM-exception", ""), ("BSD-3-Clause", ""), ("GPL-3.0-only", "copyleft"),
-    ("GNU Affero General Public License v3", "copyleft"), ("LGPL-2.1-only", "weak copyleft"), ("MPL-2.0 AND MIT", "weak copyleft"),
-    ("GNU Lesser General Public License v2 (LGPLv2)", "weak copyleft"), ("Other/Proprietary License", "proprietary"),
-    ("UNKNOWN", "unknown")])
+@pytest.mark.parametrize(
+    ("licence", "concern"),
+    [
+        ("MIT License", ""),
+        ("Apache-2.0 WITH LLVM-exception", ""),
+        ("BSD-3-Clause", ""),
+        ("GPL-3.0-only", "copyleft"),
+        ("GNU Affero General Public License v3", "copyleft"),
+        ("LGPL-2.1-only", "weak copyleft"),
+        ("MPL-2.0 AND MIT", "weak copyleft"),
+        ("GNU Lesser General Public License v2 (LGPLv2)", "weak copyleft"),
+        ("Other/Proprietary License", "proprietary"),
+        ("UNKNOWN", "unknown"),
+    ],
+)
 def test_licences_to_be_looked_at(licence, concern):
     assert dependencies.Package("a", "1", licence).concern == concern
 
@@ -48,15 +64,28 @@ def test_status_and_words():
     clean = dependencies.read_audit(json.dumps({"dependencies": [row("a"), row("B")]}), "", VERSIONS)
     assert clean.status == 0 and dependencies.verdict(2, clean) == "no vulnerability is known of any of the 2 packages"
     known = dependencies.read_audit(
-        json.dumps({"dependencies": [row("a", vulns=[{"id": "PYSEC-1", "fix_versions": ["1.1"]}]), row("b")]}), "", VERSIONS)
+        json.dumps({"dependencies": [row("a", vulns=[{"id": "PYSEC-1", "fix_versions": ["1.1"]}]), row("b")]}),
+        "",
+        VERSIONS,
+    )
     assert known.status == 1 and known.known == [("a", "PYSEC-1", "1.1")]
     assert "1 known vulnerabilities in 1 of 2" in dependencies.verdict(2, known)
 
 
-@pytest.mark.parametrize(("printed", "errors", "count"), [
-    (json.dumps({"dependencies": [{"name": "a", "skip_reason": "not found"}, row("b")]}), "", 1),  # as where PyPI is a mirror
-    (json.dumps({"dependencies": [row("a")]}), "", 1),
-    ("", "ConnectionError: Failed to resolve pypi.org", 2), ("null", "", 2), ("[]", "", 2)])
+@pytest.mark.parametrize(
+    ("printed", "errors", "count"),
+    [
+        (
+            json.dumps({"dependencies": [{"name": "a", "skip_reason": "not found"}, row("b")]}),
+            "",
+            1,
+        ),  # as where PyPI is a mirror
+        (json.dumps({"dependencies": [row("a")]}), "", 1),
+        ("", "ConnectionError: Failed to resolve pypi.org", 2),
+        ("null", "", 2),
+        ("[]", "", 2),
+    ],
+)
 def test_what_could_not_be_asked_about_is_never_clean(printed, errors, count):
     found = dependencies.read_audit(printed, errors, VERSIONS)
     said = dependencies.verdict(2, found)
@@ -68,7 +97,9 @@ def test_the_page_was_made_by_it_and_says_when():
     text = (ROOT / "docs" / "dependencies.md").read_text()
     rows = re.findall(r"^\| ([\w.-]+) \| \S+ \| (.+?) \|$", text.split("## All")[1].split("|---|\n")[1], re.M)
     assert re.search(r" on 20\d\d-\d\d-\d\d \(Python 3\.11\.\d+, Linux", text) and len(rows) > 100
-    for line in re.findall(r'^        "([a-z0-9-]+)', (ROOT / "setup.py").read_text().split("install_requires")[1].split("]")[0], re.M):
+    for line in re.findall(
+        r'^        "([a-z0-9-]+)', (ROOT / "setup.py").read_text().split("install_requires")[1].split("]")[0], re.M
+    ):
         assert line in dict(rows), f"{line} is not in docs/dependencies.md: make the page again"
     looked_at = text.split("## To be looked at")[1].split("## All")[0]
     for name, licence in rows:

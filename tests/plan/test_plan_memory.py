@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 
 import pytest
-from core.peak_memory import on_ranks
 
+from core.peak_memory import on_ranks
 from pctrain.config.load import read
 from pctrain.plan import planner
 from pctrain.plan.gpus import Gpu
@@ -18,11 +18,26 @@ from pctrain.plan.options import PlanOptions
 from plan.plan_models import write_model
 
 PROGRAM = str(Path(__file__).with_name("step_memory.py"))
-SMALL = dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=4000,
-             max_position_embeddings=1024)
+SMALL = dict(
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=4000,
+    max_position_embeddings=1024,
+)
 LARGER = SMALL | dict(num_hidden_layers=8, vocab_size=8000)
-EXPERTS = LARGER | dict(architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", moe_intermediate_size=384, num_experts=8,
-                        num_experts_per_tok=2, norm_topk_prob=True, head_dim=64, num_hidden_layers=6)
+EXPERTS = LARGER | dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    moe_intermediate_size=384,
+    num_experts=8,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    head_dim=64,
+    num_hidden_layers=6,
+)
 # Its rates do not matter here, and measuring them takes a while.
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 
@@ -31,15 +46,21 @@ def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
     """Of each stage (measured - planned) / planned."""
     monkeypatch.setattr(planner, "find", lambda name, ranks: CPU)
     path = write_model(folder / "model", **model)
-    batch = [f"--sft.batch_size={rows}"] if kind == "sft" else [f"--rl.prompts={rows // 4}", "--rl.group=4", "--rollout.max_response=60"]
+    batch = (
+        [f"--sft.batch_size={rows}"]
+        if kind == "sft"
+        else [f"--rl.prompts={rows // 4}", "--rl.group=4", "--rollout.max_response=60"]
+    )
     typed = [f"--model.path={path}", *batch, *options]
     (folder / "asked.json").write_text(json.dumps({"options": typed, "kind": kind, "rows": rows, "length": length}))
     plan = planner.Planner.of(read(None, typed), PlanOptions(gpus=world, gpu="cpu", kind=kind), ()).as_configured()
     measured = on_ranks(PROGRAM, folder / "asked.json", world=world)
     stages = plan.layout.parallel.pipeline
     planned = [max(moment.total for moment in plan.memory.moments if moment.stage == stage) for stage in range(stages)]
-    above = [max(memory.peak - memory.base for memory in measured[stage * world // stages : (stage + 1) * world // stages])
-             for stage in range(stages)]
+    above = [
+        max(memory.peak - memory.base for memory in measured[stage * world // stages : (stage + 1) * world // stages])
+        for stage in range(stages)
+    ]
     print(f"measured {[round(value / 1e6) for value in above]} MB, planned {[round(value / 1e6) for value in planned]}")
     return [(a - b) / b for a, b in zip(above, planned, strict=True)]
 
@@ -51,19 +72,24 @@ def test_a_step_of_sft(monkeypatch, tmp_path):
 
 @pytest.mark.full
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("model", "kind", "world", "rows", "options"), [
-    pytest.param(LARGER, "sft", 1, 8, ["--parallel.recompute=full"], id="recompute"),
-    pytest.param(LARGER, "sft", 1, 8, ["--parallel.recompute=selective"], id="selective"),
-    pytest.param(LARGER, "sft", 2, 16, [], id="DP2"),
-    pytest.param(LARGER, "sft", 2, 8, ["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2"),
-    pytest.param(LARGER, "sft", 2, 32, ["--parallel.pipeline=2"], id="PP2"),
-    pytest.param(LARGER, "sft", 2, 32, ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"], id="PP2 virtual"),
-    pytest.param(EXPERTS, "sft", 1, 8, [], id="experts"),
-    pytest.param(EXPERTS, "sft", 2, 16, ["--parallel.expert=2"], id="EP2"),
-    pytest.param(LARGER, "rl", 1, 8, [], id="RL"),
-    pytest.param(LARGER, "rl", 1, 8, ["--rl.kl_coef=0.1"], id="RL with a reference"),
-    pytest.param(LARGER, "rl", 2, 16, [], id="RL DP2"),
-])
+@pytest.mark.parametrize(
+    ("model", "kind", "world", "rows", "options"),
+    [
+        pytest.param(LARGER, "sft", 1, 8, ["--parallel.recompute=full"], id="recompute"),
+        pytest.param(LARGER, "sft", 1, 8, ["--parallel.recompute=selective"], id="selective"),
+        pytest.param(LARGER, "sft", 2, 16, [], id="DP2"),
+        pytest.param(LARGER, "sft", 2, 8, ["--parallel.tensor=2", "--parallel.sequence_parallel=true"], id="TP2"),
+        pytest.param(LARGER, "sft", 2, 32, ["--parallel.pipeline=2"], id="PP2"),
+        pytest.param(
+            LARGER, "sft", 2, 32, ["--parallel.pipeline=2", "--parallel.virtual_pipeline=2"], id="PP2 virtual"
+        ),
+        pytest.param(EXPERTS, "sft", 1, 8, [], id="experts"),
+        pytest.param(EXPERTS, "sft", 2, 16, ["--parallel.expert=2"], id="EP2"),
+        pytest.param(LARGER, "rl", 1, 8, [], id="RL"),
+        pytest.param(LARGER, "rl", 1, 8, ["--rl.kl_coef=0.1"], id="RL with a reference"),
+        pytest.param(LARGER, "rl", 2, 16, [], id="RL DP2"),
+    ],
+)
 def test_other_steps(monkeypatch, tmp_path, model, kind, world, rows, options):
     apart = _apart(monkeypatch, tmp_path, model, kind, world, rows, 128, f"--{kind}.token_budget=1024", *options)
     assert max(map(abs, apart)) <= 0.15, apart

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from pctrain.config.tree import Config, RewardConfig
-from pctrain.config.check import check_combinations
 from pctrain.common.errors import UserError
+from pctrain.config.check import check_combinations
+from pctrain.config.tree import Config, RewardConfig
 from pctrain.reward import VerifierPool
 
-MODULE = '''
+MODULE = """
 import asyncio, os, time
 import numpy
 from pathlib import Path
@@ -58,7 +58,7 @@ class Judge:
         return 1
 instance = Judge()
 number = 5
-'''
+"""
 
 
 @pytest.fixture
@@ -74,14 +74,33 @@ def pool(name, **options):
 
 
 def test_what_the_function_returns_is_the_reward_or_a_counted_cause(folder):
-    expected = {"true": (1, "right"), "false": (0, "wrong"), "one": (1, "right"), "half": (0.5, "partial"), "numpy": (0.25, "partial"),
-                "numpy_bool": (1, "right"), "two": (0, "bad_value"), "minus": (0, "bad_value"), "nan": (0, "bad_value"),
-                "none": (0, "bad_value"), "string": (0, "bad_value"), "list": (0, "bad_value"), "array": (0, "bad_value"),
-                "raise": (0, "error"), "exit": (0, "error"), "die": (0, "crash"), "memory": (0, "memory"), "print": (1, "right")}
+    expected = {
+        "true": (1, "right"),
+        "false": (0, "wrong"),
+        "one": (1, "right"),
+        "half": (0.5, "partial"),
+        "numpy": (0.25, "partial"),
+        "numpy_bool": (1, "right"),
+        "two": (0, "bad_value"),
+        "minus": (0, "bad_value"),
+        "nan": (0, "bad_value"),
+        "none": (0, "bad_value"),
+        "string": (0, "bad_value"),
+        "list": (0, "bad_value"),
+        "array": (0, "bad_value"),
+        "raise": (0, "error"),
+        "exit": (0, "error"),
+        "die": (0, "crash"),
+        "memory": (0, "memory"),
+        "print": (1, "right"),
+    }
     with pool("own_rewards:judge") as verifier:
         verdicts = dict(zip(expected, verifier.score([(response, "5") for response in expected]), strict=True))
     assert {key: (v.reward, v.cause) for key, v in verdicts.items()} == expected
-    assert "ValueError: no answer key" in verdicts["raise"].detail and "own_rewards.py, line 10" in verdicts["raise"].detail
+    assert (
+        "ValueError: no answer key" in verdicts["raise"].detail
+        and "own_rewards.py, line 10" in verdicts["raise"].detail
+    )
     assert "'1'" in verdicts["string"].detail
     assert int((folder / "imported").read_text()) != os.getpid() and "own_rewards" not in sys.modules
 
@@ -120,18 +139,21 @@ def test_a_callable_object_may_be_async(folder):
         assert verifier.score([("a", "b")])[0].cause == "right"
 
 
-@pytest.mark.parametrize(("name", "parts"), [
-    ("no_module_here:judge", ["no_module_here cannot be imported", "ModuleNotFoundError", "PYTHONPATH"]),
-    ("broken_rewards:judge", ["no_such_package", "broken_rewards.py, line 2"]),
-    ("own_rewards:juge", ["own_rewards.py has no juge", "judge, remote"]),
-    ("own_rewards:number", ["number is no function but 5"]),
-    ("own_rewards:", ["expected module:function"]),
-    ("own-rewards:judge", ["expected module:function"]),
-    (":judge", ["expected module:function"]),
-    ("../own_rewards.py:judge", ["expected module:function"]),
-    ("stritc", ["'stritc' is no verifier", "did you mean strict?", "lenient"]),
-    ("math-verify", ["strict, lenient, exact, choice", "module:function"]),
-])
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("no_module_here:judge", ["no_module_here cannot be imported", "ModuleNotFoundError", "PYTHONPATH"]),
+        ("broken_rewards:judge", ["no_such_package", "broken_rewards.py, line 2"]),
+        ("own_rewards:juge", ["own_rewards.py has no juge", "judge, remote"]),
+        ("own_rewards:number", ["number is no function but 5"]),
+        ("own_rewards:", ["expected module:function"]),
+        ("own-rewards:judge", ["expected module:function"]),
+        (":judge", ["expected module:function"]),
+        ("../own_rewards.py:judge", ["expected module:function"]),
+        ("stritc", ["'stritc' is no verifier", "did you mean strict?", "lenient"]),
+        ("math-verify", ["strict, lenient, exact, choice", "module:function"]),
+    ],
+)
 def test_a_wrong_name_is_an_error_before_anything_is_scored(folder, name, parts):
     with pytest.raises(UserError) as error:
         pool(name)
@@ -151,15 +173,19 @@ def test_names_are_checked_with_the_config():
 
 
 def test_a_module_that_ends_the_process_while_importing_is_an_error_with_its_output(folder):
-    (folder / "ending_rewards.py").write_text("import os, sys\nprint('licence expired', file=sys.stderr, flush=True)\nos._exit(7)\n")
+    (folder / "ending_rewards.py").write_text(
+        "import os, sys\nprint('licence expired', file=sys.stderr, flush=True)\nos._exit(7)\n"
+    )
     with pytest.raises(UserError, match="(?s)status 7.*licence expired"):
         pool("ending_rewards:judge")
 
 
 def test_the_learner_needs_no_module_of_the_users(folder):
-    program = ("import sys; from pctrain.config.tree import RewardConfig; from pctrain.reward import VerifierPool\n"
-               "pool = VerifierPool(RewardConfig(verifier='own_rewards:judge', timeout=30))\n"
-               "print(pool.score([('half', '1')])[0].reward)\n"
-               "print('own_rewards' in sys.modules, 'numpy' in sys.modules, 'math_verify' in sys.modules)")
+    program = (
+        "import sys; from pctrain.config.tree import RewardConfig; from pctrain.reward import VerifierPool\n"
+        "pool = VerifierPool(RewardConfig(verifier='own_rewards:judge', timeout=30))\n"
+        "print(pool.score([('half', '1')])[0].reward)\n"
+        "print('own_rewards' in sys.modules, 'numpy' in sys.modules, 'math_verify' in sys.modules)"
+    )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=folder).stdout
     assert out.split() == ["0.5", "False", "False", "False"]

@@ -91,7 +91,13 @@ def test_the_line_for_the_log_counts_and_quotes():
     assert "\n" not in line and "2 of 4" in line and "1 timeout, 1 crash" in line and "x+hang" in line
     assert fault_line(verdicts[2:]) is None
     counts = cause_counts(verdicts)
-    assert counts["verdicts/timeout"] == counts["verdicts/crash"] == counts["verdicts/right"] == counts["verdicts/wrong"] == 1
+    assert (
+        counts["verdicts/timeout"]
+        == counts["verdicts/crash"]
+        == counts["verdicts/right"]
+        == counts["verdicts/wrong"]
+        == 1
+    )
     assert counts["verdicts/memory"] == 0 and sum(counts.values()) == 4
 
 
@@ -104,7 +110,10 @@ def test_worker_killed_between_two_calls_costs_no_verdict():
 
 
 def test_worker_that_does_not_start_is_an_error_with_its_message():
-    with pytest.raises(RuntimeError, match="no such package"), VerifierPool(RewardConfig(), command=(*FAULTY, "refuse")) as pool:
+    with (
+        pytest.raises(RuntimeError, match="no such package"),
+        VerifierPool(RewardConfig(), command=(*FAULTY, "refuse")) as pool,
+    ):
         pool.score([GOOD])
 
 

@@ -25,7 +25,9 @@ def algorithm(name: str, **options) -> Algorithm:
     return algorithms.build(RLConfig(algorithm=name, **options), MAX_RESPONSE)
 
 
-def group(index: int, rewards: list[float], responses: list[list[int]], prefixes=None, expert=(), logprobs=None) -> Group:
+def group(
+    index: int, rewards: list[float], responses: list[list[int]], prefixes=None, expert=(), logprobs=None
+) -> Group:
     verdicts = [Verdict(reward, "right" if reward else "wrong") for reward in rewards]
     logprobs = logprobs or [None] * len(rewards)
     completions = [Completion(tokens, "stop", known) for tokens, known in zip(responses, logprobs, strict=True)]
@@ -79,8 +81,12 @@ def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
     full = []
     for row, of_row in zip(rows, tokens, strict=True):
         assert len(of_row.logprob) == len(row) - len(PROMPT)
-        streams = {name: np.concatenate([np.full(len(PROMPT), np.nan), getattr(of_row, named[name]).detach().numpy()]).astype(np.float32)
-                   for name in needed}
+        streams = {
+            name: np.concatenate([np.full(len(PROMPT), np.nan), getattr(of_row, named[name]).detach().numpy()]).astype(
+                np.float32
+            )
+            for name in needed
+        }
         full.append(replace(row, streams={**row.streams, **streams}))
     return full
 
@@ -90,8 +96,10 @@ def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch
     rows, denominator = normalise(rows, algo.rl.normaliser, algo.max_response)
     own = [row.weights > 0 for row in rows]
     weights = torch.from_numpy(np.concatenate([row.weights[k] for row, k in zip(rows, own)])).double()
-    streams = {name: torch.from_numpy(np.concatenate([row.streams[name][k] for row, k in zip(rows, own)])).double()
-               for name in rows[0].streams}
+    streams = {
+        name: torch.from_numpy(np.concatenate([row.streams[name][k] for row, k in zip(rows, own)])).double()
+        for name in rows[0].streams
+    }
     loss, metrics = algo.loss(torch.cat([t.logprob for t in tokens]), torch.cat([t.entropy for t in tokens]), streams)
     assert not any(value.requires_grad for value in metrics.values())
     value = (weights * loss).sum() / (weights.sum() if denominator is None else denominator)

@@ -9,8 +9,8 @@ import test_prefix_rft
 import test_srft
 import test_upt
 import torch
-from core import small
 
+from core import small
 from pctrain.rl import batch
 
 NAIVE = {
@@ -37,10 +37,15 @@ def _step(directory, layout, name, normaliser):
         counted.append((phase, len(rows), sum(map(len, rows))))
 
     rows = algorithm.rows(groups)
-    needed = algorithm.streams_from_pass | {"ref_logprob"}  # not read by the loss without a coefficient, but it is a metric
+    needed = algorithm.streams_from_pass | {
+        "ref_logprob"
+    }  # not read by the loss without a coefficient, but it is a metric
     needed -= {"ref_logprob"} if name == "srft" else set()
     rows = batch.no_grad_streams(rows, model, needed, BUDGET, 0.9, count)
-    first_kl = max(abs(row.streams.get("ref_logprob", row.streams["old_logprob"]) - row.streams["old_logprob"]).max() for row in rows)
+    first_kl = max(
+        abs(row.streams.get("ref_logprob", row.streams["old_logprob"]) - row.streams["old_logprob"]).max()
+        for row in rows
+    )
     finished = algorithm.finish(rows, groups)
     model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
     logprobs, entropies = model.logprobs(finished, BUDGET, temperature=0.9, trained_only=True, want_entropy=True)
@@ -49,8 +54,10 @@ def _step(directory, layout, name, normaliser):
         return torch.from_numpy(values[3:]).double()
 
     # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the other tests.
-    tokens = [rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
-              for row, lp, h in zip(finished, logprobs, entropies, strict=True)]
+    tokens = [
+        rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
+        for row, lp, h in zip(finished, logprobs, entropies, strict=True)
+    ]
     update = model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
     return update, NAIVE[name](groups, tokens).item(), algorithm.entropy_coef, tokens, entropies, counted, first_kl
 
@@ -63,12 +70,15 @@ def expected(update_tokens, naive, entropy_coef, entropies):
     return naive + entropy_coef * (before - now), count
 
 
-@pytest.mark.parametrize("world, layout", [
-    pytest.param(2, {}, id="DP2"),
-    pytest.param(1, {}, id="single", marks=pytest.mark.full),
-    pytest.param(2, {"tensor": 2}, id="TP2", marks=pytest.mark.full),
-    pytest.param(2, {"pipeline": 2}, id="PP2", marks=pytest.mark.full),
-])
+@pytest.mark.parametrize(
+    "world, layout",
+    [
+        pytest.param(2, {}, id="DP2"),
+        pytest.param(1, {}, id="single", marks=pytest.mark.full),
+        pytest.param(2, {"tensor": 2}, id="TP2", marks=pytest.mark.full),
+        pytest.param(2, {"pipeline": 2}, id="PP2", marks=pytest.mark.full),
+    ],
+)
 def test_a_step_is_the_naive_loss_of_the_whole_batch(ranks, hf_dirs, world, layout):
     for name in NAIVE:
         if name == "upt":  # its bonus is not on the expert's tokens; below
@@ -107,7 +117,9 @@ def _kl(directory):
     algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)
     updates = []
     for _ in range(3):
-        rows = batch.no_grad_streams(algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0, lambda *_: None)
+        rows = batch.no_grad_streams(
+            algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0, lambda *_: None
+        )
         updates.append(model.step(batch.pack(algorithm.finish(rows, groups), model, algorithm, BUDGET), algorithm.loss))
     return [update.metrics["kl"] for update in updates]
 

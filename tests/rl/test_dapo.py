@@ -17,7 +17,9 @@ def test_by_hand():
     groups = [rl_cases.group(0, [1, 0], [[10], [11]]), rl_cases.group(1, [1, 0], [[12], []])]
     algorithm = rl_cases.algorithm("dapo_dc", updates=2)
     rows = algorithm.rows(groups)
-    assert [row.streams["advantage"][-1] for row in rows] == pytest.approx([0.7071058, -0.7071058, 0.7071058, -0.7071058], abs=1e-6)
+    assert [row.streams["advantage"][-1] for row in rows] == pytest.approx(
+        [0.7071058, -0.7071058, 0.7071058, -0.7071058], abs=1e-6
+    )
     tokens = rl_cases.random_tokens([1, 1, 1, 0], seed=0, old=False)
     for of_row, ratio in zip(tokens, (1.4, 1.4, 1.1)):
         of_row.old[0] -= math.log(ratio)
@@ -29,8 +31,12 @@ def test_by_hand():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_clip_higher_is_the_naive_version(seed):
-    rl_cases.compare(rl_cases.algorithm("dapo_dc", updates=2), rl_cases.random_groups(seed),
-                     lambda g, t: naive(g, t, low=0.2, high=0.28, std=True, entropy_coef=0.0), seed)
+    rl_cases.compare(
+        rl_cases.algorithm("dapo_dc", updates=2),
+        rl_cases.random_groups(seed),
+        lambda g, t: naive(g, t, low=0.2, high=0.28, std=True, entropy_coef=0.0),
+        seed,
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

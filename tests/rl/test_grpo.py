@@ -31,7 +31,9 @@ def test_by_hand():
     loss, metrics = rl_cases.total(algorithm, rl_cases.with_pass(rows, tokens, {"old_logprob"}), tokens)
     assert loss.item() == pytest.approx(-0.07, abs=1e-6)
     assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx([0, -0.1, 0.15, 0, 0], abs=1e-6)
-    assert metrics["ratio"] == pytest.approx((1.5 + 1 + 1.5 + 1 + 1) / 5) and metrics["clip_share"] == pytest.approx(1 / 5)
+    assert metrics["ratio"] == pytest.approx((1.5 + 1 + 1.5 + 1 + 1) / 5) and metrics["clip_share"] == pytest.approx(
+        1 / 5
+    )
 
 
 def naive(groups, tokens, *, low=CLIP, high=CLIP, std=False, entropy_coef=0.001, kl=None):
@@ -47,7 +49,9 @@ def naive(groups, tokens, *, low=CLIP, high=CLIP, std=False, entropy_coef=0.001,
                 ratio = torch.exp(of_row.logprob[t] - of_row.old[t])
                 clipped = min(max(ratio.item(), 1 - low), 1 + high)
                 plain = ratio * advantage
-                values = values - (plain if plain.item() <= clipped * advantage else torch.tensor(clipped * advantage).double())
+                values = values - (
+                    plain if plain.item() <= clipped * advantage else torch.tensor(clipped * advantage).double()
+                )
                 values = values - entropy_coef * of_row.entropy[t]
                 if kl is not None:
                     values = values + kl(of_row.ref[t] - of_row.logprob[t])
@@ -63,7 +67,9 @@ def test_is_the_naive_version(seed, moved):
 
 
 def test_the_paper_divides_by_no_standard_deviation_unless_asked():
-    rl_cases.compare(rl_cases.algorithm("grpo", std_normalise=True), rl_cases.random_groups(1), lambda g, t: naive(g, t, std=True), 1)
+    rl_cases.compare(
+        rl_cases.algorithm("grpo", std_normalise=True), rl_cases.random_groups(1), lambda g, t: naive(g, t, std=True), 1
+    )
 
 
 @pytest.mark.parametrize("kind, kl", [("k2", lambda d: d * d / 2), ("k3", lambda d: torch.exp(d) - d - 1)])
@@ -71,7 +77,8 @@ def test_kl_losses(kind, kl):
     algorithm = rl_cases.algorithm("grpo", kl_coef=0.3, kl_kind=kind, entropy_coef=0.0)
     assert algorithm.streams_from_pass == {"ref_logprob"}
     metrics = rl_cases.compare(
-        algorithm, rl_cases.random_groups(2), lambda g, t: naive(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)), 2)
+        algorithm, rl_cases.random_groups(2), lambda g, t: naive(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)), 2
+    )
     assert metrics["kl"] > 0
 
 
@@ -96,7 +103,9 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
     def padded(name):
         return torch.nn.utils.rnn.pad_sequence([getattr(t, name) for t in tokens], batch_first=True)
 
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(t.logprob), dtype=torch.float64) for t in tokens], batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence(
+        [torch.ones(len(t.logprob), dtype=torch.float64) for t in tokens], batch_first=True
+    )
     rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
     advantages = rewards - rewards.mean(1, keepdim=True)
     if algorithm.paper_std:
@@ -121,12 +130,17 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
 
 
 # TRL's names: bnpo and dapo divide by the tokens of the batch, grpo by sequence, dr_grpo by responses x longest response.
-@pytest.mark.parametrize("normaliser, loss_type", [("token", "bnpo"), ("token", "dapo"), ("sequence", "grpo"), ("fixed", "dr_grpo")])
+@pytest.mark.parametrize(
+    "normaliser, loss_type", [("token", "bnpo"), ("token", "dapo"), ("sequence", "grpo"), ("fixed", "dr_grpo")]
+)
 @pytest.mark.parametrize("name", ["grpo", "dapo_d", "dapo_dc"])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.2])
 def test_is_the_loss_of_trl(name, normaliser, loss_type, kl_coef):
     algorithm = rl_cases.algorithm(name, normaliser=normaliser, kl_coef=kl_coef, entropy_coef=0.0)
     for seed in range(3):
         rl_cases.compare(
-            algorithm, rl_cases.random_groups(seed),
-            lambda g, t: trl_loss(algorithm, g, t, beta=kl_coef, loss_type=loss_type), seed)
+            algorithm,
+            rl_cases.random_groups(seed),
+            lambda g, t: trl_loss(algorithm, g, t, beta=kl_coef, loss_type=loss_type),
+            seed,
+        )

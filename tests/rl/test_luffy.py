@@ -19,7 +19,12 @@ def test_by_hand():
     rows = algorithm.rows(groups)
     assert [row.tokens.tolist()[3:] for row in rows] == [[10], [20], [11], [21, 22]]
     assert [row.streams["advantage"][-1] for row in rows] == [-0.5, 0.5, 0, 0]
-    assert [row.streams["expert"].tolist() for row in rows] == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1, 1]]
+    assert [row.streams["expert"].tolist() for row in rows] == [
+        [0, 0, 0, 0],
+        [0, 0, 0, 1],
+        [0, 0, 0, 0],
+        [0, 0, 0, 1, 1],
+    ]
     tokens = rl_cases.random_tokens([1, 1, 1, 2], seed=0, old=False)
     for row, p in ((0, 0.5), (1, 0.1)):
         tokens[row].logprob = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from core import small
 
+from core import small
 from pctrain.config.tree import ArchitectureConfig, RolloutConfig
-from pctrain.data.scratch_model import make_hf_dir
 from pctrain.data.rows import make_row
+from pctrain.data.scratch_model import make_hf_dir
 from pctrain.rl import mismatch
 from pctrain.rollout import Request, sampling_seed
 
@@ -54,7 +54,9 @@ def test_without_the_engines_logprobs_the_loss_is_what_it_was():
 
 def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
     assert mismatch.correction(None, "bfloat16") == "token" and mismatch.correction(None, "float32") == "none"
-    assert mismatch.correction("none", "bfloat16") == "none" and mismatch.correction("sequence", "float32") == "sequence"
+    assert (
+        mismatch.correction("none", "bfloat16") == "none" and mismatch.correction("sequence", "float32") == "sequence"
+    )
 
 
 def _first_step(directory, layout, tensor):
@@ -65,7 +67,9 @@ def _first_step(directory, layout, tensor):
     for i in range(3):
         small.step(model, i)
     weights = {name: tensor.clone() for name, tensor in model.hf_weights()}
-    engine = RolloutEngine(directory, RolloutConfig(kv_cache_mb=64, tensor=tensor), dtype="float32", context=256, eos_id=EOS)
+    engine = RolloutEngine(
+        directory, RolloutConfig(kv_cache_mb=64, tensor=tensor), dtype="float32", context=256, eos_id=EOS
+    )
     try:
         engine.load_weights(model.hf_weights())
         rng = np.random.default_rng(0)
@@ -74,7 +78,9 @@ def _first_step(directory, layout, tensor):
         completions = engine.generate(requests, temperature=TEMPERATURE, max_response=12, logprobs=True)
     finally:
         engine.close()
-    rows = [make_row(p, c.token_ids, {"advantage": float(rng.normal())}) for p, c in zip(prompts, completions, strict=True)]
+    rows = [
+        make_row(p, c.token_ids, {"advantage": float(rng.normal())}) for p, c in zip(prompts, completions, strict=True)
+    ]
     for row, prompt, completion in zip(rows, prompts, completions, strict=True):
         row.streams["rollout_logprob"] = np.float32([math.nan] * len(prompt) + completion.logprobs)
     logprobs = model.logprobs(rows, 512, temperature=TEMPERATURE, trained_only=True)
@@ -93,12 +99,15 @@ def directory(tmp_path_factory):
     return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
 
 
-@pytest.mark.parametrize("layout, tensor, world", [
-    pytest.param({}, 1, 1, id="single"),
-    pytest.param({"tensor": 2}, 2, 2, id="TP2, one engine", marks=pytest.mark.full),
-    pytest.param({"tensor": 2}, 1, 2, id="TP2, an engine a rank", marks=pytest.mark.full),
-    pytest.param({"tensor": 4}, 2, 4, id="TP4, two engines of two ranks", marks=pytest.mark.full),
-])
+@pytest.mark.parametrize(
+    "layout, tensor, world",
+    [
+        pytest.param({}, 1, 1, id="single"),
+        pytest.param({"tensor": 2}, 2, 2, id="TP2, one engine", marks=pytest.mark.full),
+        pytest.param({"tensor": 2}, 1, 2, id="TP2, an engine a rank", marks=pytest.mark.full),
+        pytest.param({"tensor": 4}, 2, 4, id="TP4, two engines of two ranks", marks=pytest.mark.full),
+    ],
+)
 def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory, layout, tensor, world):
     for update, rows, logprobs, _ in ranks.run(_first_step, directory, layout, tensor, world=world, deadline=240):
         metrics = update.metrics
@@ -106,7 +115,10 @@ def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory,
         assert math.expm1(metrics["max/mismatch"]) < 1e-4  # every ratio is 1
         assert abs(metrics["mismatch/kl"]) < 1e-8 and metrics["mismatch/beyond_2x"] == 0
         # And what the training pass measured is what a pass of its own measures.
-        worst = max(np.abs(lp - row.streams["rollout_logprob"])[row.weights > 0].max() for row, lp in zip(rows, logprobs, strict=True))
+        worst = max(
+            np.abs(lp - row.streams["rollout_logprob"])[row.weights > 0].max()
+            for row, lp in zip(rows, logprobs, strict=True)
+        )
         assert metrics["max/mismatch"] == pytest.approx(worst, abs=3e-6)
 
 
@@ -122,7 +134,9 @@ def test_one_temperature_for_engine_logprobs_entropy_and_loss(ranks, directory):
         ids, sampled = torch.from_numpy(row.tokens), torch.from_numpy(row.weights[1:] > 0)
         scores = torch.log_softmax(model(ids[None]).logits[0, :-1] / TEMPERATURE, -1)
         logprob = scores.gather(-1, ids[1:, None])[:, 0][sampled]
-        np.testing.assert_allclose(row.streams["rollout_logprob"][1:][sampled], logprob.detach(), atol=1e-4)  # the engine's
+        np.testing.assert_allclose(
+            row.streams["rollout_logprob"][1:][sampled], logprob.detach(), atol=1e-4
+        )  # the engine's
         np.testing.assert_allclose(ours[1:][sampled], logprob.detach(), atol=1e-4)  # of a pass of its own
         total = total - (logprob * row.streams["advantage"][0]).sum()
         entropy -= (scores.exp() * scores).sum(-1)[sampled].sum().item()

@@ -6,8 +6,8 @@ import pytest
 import rl_cases
 
 from pctrain.cli.main import main
-from pctrain.config.load import load
 from pctrain.common.errors import UserError
+from pctrain.config.load import load
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.grpo import GRPO
 from pctrain.study.stages import stages_of
@@ -35,16 +35,22 @@ def folder(tmp_path, monkeypatch):
 
 def test_it_overrides_what_is_its_own():
     groups = [rl_cases.group(0, [1, 0], [[10, 20], [11]])]
-    plain, own = (rl_cases.algorithm(name, std_normalise=False).advantages(groups, [0.0]) for name in ("grpo", "own_algorithms:Halved"))
+    plain, own = (
+        rl_cases.algorithm(name, std_normalise=False).advantages(groups, [0.0])
+        for name in ("grpo", "own_algorithms:Halved")
+    )
     assert plain[0].tolist() == [0.5, -0.5] and own[0].tolist() == [0.25, -0.25]
 
 
-@pytest.mark.parametrize(("name", "told"), [
-    ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
-    ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithms.base.Algorithm, found 5"]),
-    ("broken_algorithms:Any", ["No module named 'no_such_package'", "broken_algorithms.py, line 1"]),
-    ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
-])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
+        ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithms.base.Algorithm, found 5"]),
+        ("broken_algorithms:Any", ["No module named 'no_such_package'", "broken_algorithms.py, line 1"]),
+        ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
+    ],
+)
 def test_what_is_wrong_is_told_before_anything_is_written(folder, capsys, name, told):
     before = sorted(folder.rglob("*"))
     assert main(["rl", f"--rl.algorithm={name}"]) == 2
@@ -55,7 +61,9 @@ def test_what_is_wrong_is_told_before_anything_is_written(folder, capsys, name, 
 
 @pytest.mark.parametrize("name", ["ppo", "a:b:c", "a b:C", ":C", "a:"])
 def test_a_name_of_another_form_is_refused_with_what_there_is(name):
-    with pytest.raises(UserError, match="rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"):
+    with pytest.raises(
+        UserError, match="rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"
+    ):
         load(None, [f"--rl.algorithm={name}"])
 
 
@@ -67,7 +75,14 @@ def test_a_run_is_bound_to_the_file_of_its_algorithm(folder):
 def test_a_study_takes_it_and_its_folder_can_be_found_again(tmp_path):
     from pctrain.run import layout
 
-    config = load(None, [f"--run.dir={tmp_path}/study", "--study.algorithms=[grpo, 'own_algorithms:Halved']", "--study.checkpoints=[100]"])
+    config = load(
+        None,
+        [
+            f"--run.dir={tmp_path}/study",
+            "--study.algorithms=[grpo, 'own_algorithms:Halved']",
+            "--study.checkpoints=[100]",
+        ],
+    )
     stages = {stage.name: stage for stage in stages_of(config)}
     own = stages["own_algorithms.Halved-step-100"]
     assert own.algorithm == "own_algorithms:Halved"

@@ -14,7 +14,10 @@ def test_by_hand():
     # Prompt 0: a wrong rollout of one token; and one that continues the expert's [20, 21] by [30] and is right. A = -1/2, +1/2.
     # Prompt 1: both right: A = 0. Of the prefix's two tokens ceil(0.5 x 2) = 1 keeps its advantage, the one with entropy 0.9.
     # Ratio 1: losses +1/2; -0, -1/2, -1/2; 0, 0: sum -1/2 over 6 tokens = -0.083333. Gradients (+1/2, 0, -1/2, -1/2, 0, 0) / 6.
-    groups = [rl_cases.group(0, [0, 1], [[10], [30]], [[], [20, 21]], [20, 21, 22]), rl_cases.group(1, [1, 1], [[11], [12]], expert=[23])]
+    groups = [
+        rl_cases.group(0, [0, 1], [[10], [30]], [[], [20, 21]], [20, 21, 22]),
+        rl_cases.group(1, [1, 1], [[11], [12]], expert=[23]),
+    ]
     algorithm = rl_cases.algorithm("prefix_rft", group=2, entropy_coef=0.0, prefix_entropy_share=0.5)
     rows = algorithm.rows(groups)
     assert [row.tokens.tolist()[3:] for row in rows] == [[10], [20, 21, 30], [11], [12]]
@@ -25,7 +28,9 @@ def test_by_hand():
     assert rows[1].streams["advantage"].tolist()[3:] == [0, 0.5, 0.5]
     loss, metrics = rl_cases.total(algorithm, rows, tokens)
     assert loss.item() == pytest.approx(-1 / 12)
-    assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx(np.array([0.5, 0, -0.5, -0.5, 0, 0]) / 6)
+    assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx(
+        np.array([0.5, 0, -0.5, -0.5, 0, 0]) / 6
+    )
     assert metrics["expert"] == pytest.approx(2 / 6) and algorithm.report(metrics)["ratio"] == pytest.approx(1)
 
 
@@ -72,7 +77,9 @@ def test_prefixes_are_a_function_of_seed_step_and_problem():
     assert lengths == [len(algorithm.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]
     assert lengths != [len(algorithm.prefixes(p, 49, 50, seed=1)[-1]) for p in problems]
     assert lengths != [len(algorithm.prefixes(p, 50, 50, seed=2)[-1]) for p in problems]
-    assert min(lengths) >= 5 and max(lengths) <= 95 and np.mean(lengths) == pytest.approx(50, abs=4)  # uniform on [0.05, 0.95]
+    assert (
+        min(lengths) >= 5 and max(lengths) <= 95 and np.mean(lengths) == pytest.approx(50, abs=4)
+    )  # uniform on [0.05, 0.95]
     skewed = rl_cases.algorithm("prefix_rft", prefix_beta_b=9)
     assert np.mean([len(skewed.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]) == pytest.approx(5 + 90 / 10, abs=2)
     everything = rl_cases.algorithm("prefix_rft", prefix_low_start=1, prefix_high=1)

@@ -39,13 +39,16 @@ class PretendCore:
 
 def step_of(name, rewards, dropped=0, prefix=0, **options):
     """The ledger after one step: `rewards`, a list for each kept group; all rollouts have ON tokens, the expert's trajectory OFF."""
+
     def group(i, of_group):
         prefixes = [[] for _ in of_group[1:]] + [list(range(10, 10 + prefix))]
         responses = [[20] * (RESPONSE - len(given)) for given in prefixes]
         return rl_cases.group(i, of_group, responses, prefixes, expert=range(10, 10 + EXPERT))
 
     config = Config(rl=RLConfig(algorithm=name, group=GROUP, **options))
-    sampled = Sampled([group(i, of_group) for i, of_group in enumerate(rewards)], [(group(9, [0.0] * GROUP), "all wrong")] * dropped)
+    sampled = Sampled(
+        [group(i, of_group) for i, of_group in enumerate(rewards)], [(group(9, [0.0] * GROUP), "all wrong")] * dropped
+    )
     ledger = Ledger(QWEN2_5_7B)
     update(config, PretendCore(), algorithms.build(config.rl, 12), sampled, ledger, 1)
     return ledger
@@ -56,21 +59,26 @@ MIXED = [[1.0, 0.0, 1.0, 0.0]] * PROMPTS
 
 def test_grpo():
     assert step_of("grpo", MIXED).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_grpo_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON))
+        flops.paper_grpo_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
+    )
 
 
 @pytest.mark.parametrize("name", ["dapo_d", "dapo_dc"])
 def test_dapo_counts_every_round(name):
     """Two rounds of four prompts, three of them kept."""
     assert step_of(name, MIXED, dropped=5).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_dapo_step(QWEN2_5_7B, rounds=2, batch_generated=4, batch_trained=PROMPTS, group=GROUP, mean_length=ON))
+        flops.paper_dapo_step(
+            QWEN2_5_7B, rounds=2, batch_generated=4, batch_trained=PROMPTS, group=GROUP, mean_length=ON
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["luffy", "srft"])
 def test_luffy_and_srft_count_the_expert_four_times(name):
     ledger = step_of(name, [rewards[1:] for rewards in MIXED])
     assert ledger.eflops_rl * EFLOP == pytest.approx(
-        flops.paper_luffy_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP - 1, length=ON, experts=1, expert_length=OFF))
+        flops.paper_luffy_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP - 1, length=ON, experts=1, expert_length=OFF)
+    )
     updates = [entry for entry in ledger.entries if entry["phase"] == "rl_update"]
     assert [entry["mean_length"] for entry in updates] == [ON, OFF]
     assert ("logprob" in ledger.totals()) == (name == "srft") and ledger.totals()["expert"]["exact_flops"] == 0
@@ -79,12 +87,16 @@ def test_luffy_and_srft_count_the_expert_four_times(name):
 def test_upt_counts_what_it_learns_from():
     """One prompt nobody solves: the expert's trajectory in place of its rollouts."""
     assert step_of("upt", [[0.0] * GROUP, *MIXED[1:]]).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_upt_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, length=ON, trained=2 * GROUP, experts=1, expert_length=OFF))
+        flops.paper_upt_step(
+            QWEN2_5_7B, batch=PROMPTS, group=GROUP, length=ON, trained=2 * GROUP, experts=1, expert_length=OFF
+        )
+    )
 
 
 def test_prefix_rft_counts_the_prefix_as_sampled():
     assert step_of("prefix_rft", MIXED, prefix=4).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_prefix_rft_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON))
+        flops.paper_prefix_rft_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
+    )
 
 
 def test_a_reference_costs_exact_flops_only():

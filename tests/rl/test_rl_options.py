@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from test_grpo import naive as naive_grpo
 
 from pctrain.data.rows import make_row
-from pctrain.rl.batch import split
 from pctrain.rl.algorithms.normaliser import normalise
 from pctrain.rl.algorithms.policy import group_advantages, overlong_share
+from pctrain.rl.batch import split
 
 
 def test_advantages_by_hand():
@@ -25,7 +25,11 @@ def test_advantages_by_hand():
     np.testing.assert_allclose(group_advantages(rewards, False, leave_one_out=True), [1, -1 / 3, -1 / 3, -1 / 3])
 
 
-@given(st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=5, max_size=5), min_size=1, max_size=6), st.booleans(), st.booleans())
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 1.0]), min_size=5, max_size=5), min_size=1, max_size=6),
+    st.booleans(),
+    st.booleans(),
+)
 def test_advantages_of_a_group_sum_to_zero_and_vanish_where_rewards_are_equal(rewards, normalise, leave_one_out):
     advantages = group_advantages(np.array(rewards), normalise, leave_one_out)
     np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-9)
@@ -39,7 +43,12 @@ def test_advantages_of_a_group_sum_to_zero_and_vanish_where_rewards_are_equal(re
 def test_rows_by_hand():
     groups = [rl_cases.group(0, [1, 0], [[10, 20], [11, 21, 2]]), rl_cases.group(1, [0, 0], [[12], [13]])]
     rows = rl_cases.algorithm("grpo").rows(groups)
-    assert [row.tokens.tolist() for row in rows] == [[7, 8, 9, 10, 20], [7, 8, 9, 11, 21, 2], [7, 8, 9, 12], [7, 8, 9, 13]]
+    assert [row.tokens.tolist() for row in rows] == [
+        [7, 8, 9, 10, 20],
+        [7, 8, 9, 11, 21, 2],
+        [7, 8, 9, 12],
+        [7, 8, 9, 13],
+    ]
     assert [row.weights.tolist() for row in rows] == [[0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1], [0, 0, 0, 1]]
     assert [row.streams["advantage"][-1] for row in rows] == [0.5, -0.5, 0, 0]
 
@@ -109,7 +118,10 @@ def test_k1_of_a_prefix_is_not_the_policys():
 
 
 def test_dual_clip_bounds_the_ratio_of_bad_tokens():
-    groups, algorithm = [rl_cases.group(0, [1, 0], [[10], [11]])], rl_cases.algorithm("grpo", dual_clip=3.0, entropy_coef=0.0)
+    groups, algorithm = (
+        [rl_cases.group(0, [1, 0], [[10], [11]])],
+        rl_cases.algorithm("grpo", dual_clip=3.0, entropy_coef=0.0),
+    )
     rows, tokens = algorithm.rows(groups), rl_cases.random_tokens([1, 1], seed=0, old=False)
     for of_row in tokens:
         of_row.old[0] -= math.log(5)
@@ -130,7 +142,9 @@ def weights_by_hand(groups, tokens, *, level, cap):
     for group in groups:
         for completion in group.completions:
             log_ratio = next(rows).old.numpy() - np.array(completion.logprobs)
-            found.append(np.minimum(np.exp(log_ratio if level == "token" else np.full(len(log_ratio), log_ratio.sum())), cap))
+            found.append(
+                np.minimum(np.exp(log_ratio if level == "token" else np.full(len(log_ratio), log_ratio.sum())), cap)
+            )
     return found
 
 

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
 from pctrain.data.problems import Problem
-from pctrain.common.errors import UserError
 from pctrain.reward import Verdict
 from pctrain.rl import replay
 from pctrain.rl.sampling import GroupSampler, PromptStream, summary
@@ -60,7 +60,9 @@ def sampler(dynamic=True, engine=None, verifier=None, prefix=(), **rl):
     config = Config()
     for key, value in ({"group": GROUP, "prompts": 4, "round_prompts": 8, "max_rounds": 10} | rl).items():
         setattr(config.rl, key, value)
-    return GroupSampler(config, engine or Engine(), verifier or Verifier(), Tokenizer(), Algorithm(dynamic, prefix=prefix))
+    return GroupSampler(
+        config, engine or Engine(), verifier or Verifier(), Tokenizer(), Algorithm(dynamic, prefix=prefix)
+    )
 
 
 def mixed(group):
@@ -138,7 +140,9 @@ class Half:
 
 
 def test_a_window_by_the_number_right():
-    sampled = sampler(verifier=Half(), keep_low=2, keep_high=3, max_rounds=2, prompts=8).sample(PromptStream(PROBLEMS, seed=1), 1)
+    sampled = sampler(verifier=Half(), keep_low=2, keep_high=3, max_rounds=2, prompts=8).sample(
+        PromptStream(PROBLEMS, seed=1), 1
+    )
     assert sampled.kept and {group.right for group in sampled.kept} == {2, 3}
     whys = {group.right: why for group, why in sampled.dropped if "carried" not in why}
     assert whys == {0: "all wrong", 1: "1 of 4 right", 4: "all right"}
@@ -204,10 +208,19 @@ def test_rollouts_that_do_not_fit_each_other(tmp_path):
         arrays = dict(archive)
     about = json.loads(arrays["about"].tobytes())
     groups = about["groups"]
-    spoilt = [{"lengths": arrays["lengths"] + 1}, {"lengths": arrays["lengths"].astype(float)}, {"tokens": arrays["tokens"][:-1]},
-              {"about": 3}, {"about": []}, {"about": about | {"groups": [{}]}}, {"about": about | {"groups": groups[:-1]}},
-              {"about": about | {"groups": [groups[0] | {"prefixes": []}, *groups[1:]]}}, {"about": about | {"step": "1"}},
-              {"about": about | {"groups": [groups[0] | {"problem": -1}, *groups[1:]]}}, {"about": about | {"rollout_seconds": None}}]
+    spoilt = [
+        {"lengths": arrays["lengths"] + 1},
+        {"lengths": arrays["lengths"].astype(float)},
+        {"tokens": arrays["tokens"][:-1]},
+        {"about": 3},
+        {"about": []},
+        {"about": about | {"groups": [{}]}},
+        {"about": about | {"groups": groups[:-1]}},
+        {"about": about | {"groups": [groups[0] | {"prefixes": []}, *groups[1:]]}},
+        {"about": about | {"step": "1"}},
+        {"about": about | {"groups": [groups[0] | {"problem": -1}, *groups[1:]]}},
+        {"about": about | {"rollout_seconds": None}},
+    ]
     for changed in spoilt:
         if "about" in changed:
             changed = {"about": np.frombuffer(json.dumps(changed["about"]).encode(), np.uint8)}

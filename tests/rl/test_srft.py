@@ -27,7 +27,9 @@ def test_by_hand():
     loss, _ = rl_cases.total(algorithm, rows, tokens)
     assert [row.streams["advantage"][-1] for row in rows] == [-0.5, 0.5, 0, 0]
     assert loss.item() == pytest.approx(0.055524, abs=1e-6)
-    assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx([1 / 3, -0.28125 / 3, -0.5 / 3], abs=1e-6)
+    assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx(
+        [1 / 3, -0.28125 / 3, -0.5 / 3], abs=1e-6
+    )
 
 
 def naive(groups, tokens, *, entropy_coef=0.001):

@@ -13,7 +13,10 @@ def test_by_hand():
     # Prompt 0: none of two right: SFT on the expert's one token, p = 0.25: 0.3 x -ln 0.25 = 0.3 x 1.386294 = 0.415888, gradient -0.3.
     # Prompt 1: one of two right, one token each, ratio 1: A = +-1/2: loss -1/2 and +1/2, gradients the same.
     # Mean over the 3 tokens: 0.415888 / 3 = 0.138629; gradients -0.1, -1/6, +1/6.
-    groups = [rl_cases.group(0, [0, 0], [[10], [11]], expert=[20]), rl_cases.group(1, [1, 0], [[12], [13]], expert=[21])]
+    groups = [
+        rl_cases.group(0, [0, 0], [[10], [11]], expert=[20]),
+        rl_cases.group(1, [1, 0], [[12], [13]], expert=[21]),
+    ]
     algorithm = rl_cases.algorithm("upt", group=2, entropy_coef=0.0, upt_sft_coef=0.3)
     rows = algorithm.rows(groups)
     assert [row.tokens.tolist()[3:] for row in rows] == [[20], [12], [13]]  # the wrong rollouts are dropped
@@ -45,7 +48,8 @@ def naive(groups, tokens, *, gamma, coefficient):
 def test_is_the_naive_version(seed, gamma):
     algorithm = rl_cases.algorithm("upt", updates=2, upt_gamma=gamma, upt_sft_coef=0.3)
     metrics = rl_cases.compare(
-        algorithm, rl_cases.random_groups(seed, prompts=6), lambda g, t: naive(g, t, gamma=gamma, coefficient=0.3), seed)
+        algorithm, rl_cases.random_groups(seed, prompts=6), lambda g, t: naive(g, t, gamma=gamma, coefficient=0.3), seed
+    )
     assert 0 < metrics["expert"] < 1
 
 
@@ -72,7 +76,9 @@ def test_advantages_with_k1_leave_the_experts_rows_alone():
     rows = algorithm.rows(groups)
     tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 0)
     finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
-    assert [row.streams["advantage"][-1] for row, m in zip(finished, algorithm.members(groups)) if m.index is None] == [0]
+    assert [row.streams["advantage"][-1] for row, m in zip(finished, algorithm.members(groups)) if m.index is None] == [
+        0
+    ]
 
 
 def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
@@ -81,12 +87,25 @@ def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
     from pctrain.rl.update import means
 
     algorithm = rl_cases.algorithm("upt")
-    of_experts = algorithm.report({"expert": 1.0, "entropy": 2.0, "ratio": 0.0, "clip_share": 0.0, "mismatch/mean": 0.0})
+    of_experts = algorithm.report(
+        {"expert": 1.0, "entropy": 2.0, "ratio": 0.0, "clip_share": 0.0, "mismatch/mean": 0.0}
+    )
     assert of_experts == {"expert": 1.0, "entropy": 2.0}
     of_both = algorithm.report({"expert": 0.5, "entropy": 1.0, "ratio": 0.5, "clip_share": 0.0, "mismatch/mean": 0.1})
     updates = [Update(1.0, metrics, 0.3, 1e-3, False) for metrics in (of_experts, of_both)]
-    assert means(updates) == pytest.approx({"loss": 1.0, "grad_norm": 0.3, "lr": 1e-3, "expert": 0.75, "entropy": 1.5, "ratio": 1.0,
-                                            "clip_share": 0.0, "mismatch/mean": 0.2, "skipped_updates": 0})
+    assert means(updates) == pytest.approx(
+        {
+            "loss": 1.0,
+            "grad_norm": 0.3,
+            "lr": 1e-3,
+            "expert": 0.75,
+            "entropy": 1.5,
+            "ratio": 1.0,
+            "clip_share": 0.0,
+            "mismatch/mean": 0.2,
+            "skipped_updates": 0,
+        }
+    )
     assert set(means(updates[:1])) == {"loss", "grad_norm", "lr", "expert", "entropy", "skipped_updates"}
     skipped = Update(float("nan"), of_both, float("nan"), 1e-3, True)
     assert means([skipped]) == {"lr": 1e-3, "skipped_updates": 1}

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pctrain.config.tree import RolloutConfig
 from pctrain.common.errors import UserError
+from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 EOS, CONTEXT, TEMPERATURE = 2, 256, 0.7  # a temperature other than 1, so that forgetting it shows
@@ -25,8 +25,12 @@ def process_state() -> dict:
     """Everything of the learner's process that vLLM is known to change."""
     return {
         "environment": dict(os.environ),
-        "python": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist(),
-        "set_num_threads": torch.set_num_threads, "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(),
+        "python": random.getstate(),
+        "numpy": repr(np.random.get_state()),
+        "torch": torch.get_rng_state().tolist(),
+        "set_num_threads": torch.set_num_threads,
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
         "precision": torch.get_float32_matmul_precision(),
     }
 
@@ -74,7 +78,9 @@ def tied(rigs):
 
 def requests(n, length=12, purpose="test"):
     draw = random.Random(n * length)
-    return [Request([draw.randrange(3, 320) for _ in range(length)], sampling_seed(0, purpose, 0, i, 0)) for i in range(n)]
+    return [
+        Request([draw.randrange(3, 320) for _ in range(length)], sampling_seed(0, purpose, 0, i, 0)) for i in range(n)
+    ]
 
 
 def tokens(completions):
@@ -120,7 +126,7 @@ def test_bad_streams_are_refused_by_name(tied):
 
     def reused_buffer():
         for name, tensor in tied.tiny.stream(model):
-            yield name, scratch[:tensor.numel()].view_as(tensor).copy_(tensor)
+            yield name, scratch[: tensor.numel()].view_as(tensor).copy_(tensor)
 
     with pytest.raises(UserError, match="'model.layers.9.x', which the rollout engine's model does not have"):
         tied.engine.load_weights(chain(tied.tiny.stream(model), [("model.layers.9.x", torch.zeros(1))]))
@@ -143,7 +149,9 @@ def test_samples_depend_on_the_seed_alone(rig):
     assert plain[0].logprobs is None
     backwards = rig.engine.generate(batch[::-1][:20], temperature=1.0, max_response=20, logprobs=True)
     assert backwards == scored[::-1][:20]
-    alone = [rig.engine.generate([request], temperature=1.0, max_response=20, logprobs=True)[0] for request in batch[:5]]
+    alone = [
+        rig.engine.generate([request], temperature=1.0, max_response=20, logprobs=True)[0] for request in batch[:5]
+    ]
     assert alone == scored[:5]
     other_seeds = [Request(request.prompt_ids, request.seed + 1) for request in batch]
     assert tokens(rig.engine.generate(other_seeds, temperature=1.0, max_response=20)) != tokens(plain)
@@ -176,8 +184,16 @@ def test_the_next_batch_begins_before_the_last_response_ends(tied, monkeypatch):
     long, short = requests(1, length=8), requests(3, length=7)
     each = [[Request(long[0].prompt_ids, 7), *(Request(one.prompt_ids, one.seed, max_response=4) for one in short)]] * 4
     sampled = []
-    apart = steps_of(tied.engine, monkeypatch, lambda: [tied.engine.generate(batch, temperature=0.0, max_response=24) for batch in each])
-    fed = steps_of(tied.engine, monkeypatch, lambda: sampled.extend(tied.engine.generate_batches(each, temperature=0.0, max_response=24)))
+    apart = steps_of(
+        tied.engine,
+        monkeypatch,
+        lambda: [tied.engine.generate(batch, temperature=0.0, max_response=24) for batch in each],
+    )
+    fed = steps_of(
+        tied.engine,
+        monkeypatch,
+        lambda: sampled.extend(tied.engine.generate_batches(each, temperature=0.0, max_response=24)),
+    )
     assert len(sampled) == 4 and fed * 2 < apart
 
 
@@ -200,7 +216,11 @@ def test_batches_left_half_way_are_not_mixed_into_the_next_call(tied):
     short = [Request(one.prompt_ids, one.seed, max_response=2) for one in requests(2)]
     taken = tied.engine.generate_batches([short, requests(20, length=20)], temperature=1.0, max_response=60)
     next(taken)
-    for act in (lambda: tied.engine.generate(requests(1), temperature=1.0, max_response=2), lambda: tied.swap(7), tied.difference):
+    for act in (
+        lambda: tied.engine.generate(requests(1), temperature=1.0, max_response=2),
+        lambda: tied.swap(7),
+        tied.difference,
+    ):
         with pytest.raises(RuntimeError, match="left requests behind"):
             act()
     list(taken)

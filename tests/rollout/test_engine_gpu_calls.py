@@ -38,7 +38,9 @@ def engine(monkeypatch, tiny, tmp_path):
     llm = Recorder()
     monkeypatch.setattr(engine_module, "on_gpu", lambda: True)
     monkeypatch.setattr(engine_module, "start_llm", lambda *args, **kwargs: llm)
-    monkeypatch.setattr(engine_module.torch.cuda, "empty_cache", lambda: llm.calls.append("the learner's cache is emptied"))
+    monkeypatch.setattr(
+        engine_module.torch.cuda, "empty_cache", lambda: llm.calls.append("the learner's cache is emptied")
+    )
     monkeypatch.setattr(engine_module, "guest", lambda groups: contextlib.nullcontext())
     engine = RolloutEngine(tmp_path, RolloutConfig(), dtype="float32", context=64, eos_id=2)
     engine.stream = lambda: tiny.stream(tiny.build(False, seed=1))
@@ -47,7 +49,13 @@ def engine(monkeypatch, tiny, tmp_path):
 
 def test_order_of_calls_around_a_swap(engine):
     names = [name for name, _ in engine.stream()]
-    swap = ["the learner's cache is emptied", ("wake_up", ["weights"]), ("reload_weights", names), ("wake_up", ["kv_cache"]), "reset_prefix_cache"]
+    swap = [
+        "the learner's cache is emptied",
+        ("wake_up", ["weights"]),
+        ("reload_weights", names),
+        ("wake_up", ["kv_cache"]),
+        "reset_prefix_cache",
+    ]
     engine.load_weights(engine.stream())
     assert engine._llm.calls == [("sleep", 2), *swap]
     engine._llm.calls.clear()
@@ -68,7 +76,9 @@ def test_options_by_device(monkeypatch, tmp_path):
         groups = EngineGroups(1)
         groups.world = world
         monkeypatch.setattr(vllm_setup, "on_gpu", lambda: gpu)
-        return vllm_setup.engine_options(tmp_path, RolloutConfig(gpu_memory=0.3, kv_cache_mb=64), groups, dtype="bfloat16", context=512)
+        return vllm_setup.engine_options(
+            tmp_path, RolloutConfig(gpu_memory=0.3, kv_cache_mb=64), groups, dtype="bfloat16", context=512
+        )
 
     gpu, cpu = options(gpu=True), options(gpu=False)
     assert gpu["enable_sleep_mode"] and gpu["gpu_memory_utilization"] == 0.3 and "enforce_eager" not in gpu

@@ -21,13 +21,26 @@ def results(request, tiny, tmp_path_factory):
     """
     directory = tmp_path_factory.mktemp("ranks")
     tiny.build(True, seed=0).save_pretrained(directory / "model")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    }
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment["OMP_NUM_THREADS"] = "1"
     if request.param == "AVX2":
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests" / "avx2"), environment["PYTHONPATH"]])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(HERE / "two_ranks.py"),
-               str(directory / "model"), str(directory / "out.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(HERE / "two_ranks.py"),
+        str(directory / "model"),
+        str(directory / "out.json"),
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
     found = json.loads((directory / "out.json").read_text())
@@ -53,7 +66,7 @@ def test_completions_come_back_in_the_order_of_the_requests(results, tiny):
     prompts = [[5 + (7 * i + 3 * j) % 300 for j in range(12)] for i in range(9)]
     for prompt, tokens, logprobs in zip(prompts, results["1"]["swapped"], results["1"]["logprobs"], strict=False):
         (row,) = tiny.oracle(model, 1.0)([prompt + tokens])
-        assert np.abs(row[len(prompt):] - logprobs).max() < 1e-4
+        assert np.abs(row[len(prompt) :] - logprobs).max() < 1e-4
     assert len(results["1"]["swapped"]) == 10
 
 

@@ -4,7 +4,9 @@ from hypothesis import strategies as st
 from pctrain.rollout.seeds import sampling_seed
 
 prompts = st.one_of(st.integers(0, 10**9), st.text())
-keys = st.tuples(st.integers(0, 2**31), st.sampled_from(["train", "eval"]), st.integers(0, 10**6), prompts, st.integers(0, 64))
+keys = st.tuples(
+    st.integers(0, 2**31), st.sampled_from(["train", "eval"]), st.integers(0, 10**6), prompts, st.integers(0, 64)
+)
 
 
 @settings(deadline=None)  # a shared machine stalls

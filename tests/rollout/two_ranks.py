@@ -1,17 +1,17 @@
 """Two ranks under torchrun: rollouts beside a megatron-core learner, one engine a rank, then one over both. See test_engine_ranks.py.
 
-    torchrun --nproc-per-node 2 two_ranks.py MODEL_DIR OUT.json
+torchrun --nproc-per-node 2 two_ranks.py MODEL_DIR OUT.json
 """
 
 import json
 import os
 import sys
 
-import conftest as tiny  # torchrun puts this folder on the path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+import conftest as tiny  # torchrun puts this folder on the path
 from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
@@ -25,7 +25,10 @@ def check_groups(tensor: int) -> None:
     """The learner's groups are the ones it made, and work."""
     total = torch.ones(1)
     dist.all_reduce(total)
-    sizes = {parallel_state.get_tensor_model_parallel_group(): tensor, parallel_state.get_data_parallel_group(): 2 // tensor}
+    sizes = {
+        parallel_state.get_tensor_model_parallel_group(): tensor,
+        parallel_state.get_data_parallel_group(): 2 // tensor,
+    }
     for group, size in sizes.items():
         share = torch.ones(1)
         dist.all_reduce(share, group=group)
@@ -60,8 +63,13 @@ def layout(tensor: int) -> dict:
     check_groups(tensor)
     assert dict(os.environ) == environment
     parallel_state.destroy_model_parallel()
-    return {"has_shared_memory": has_shared_memory, "difference": difference, "first": [c.token_ids for c in first], "swapped": [c.token_ids for c in swapped],
-            "logprobs": [c.logprobs for c in swapped]}
+    return {
+        "has_shared_memory": has_shared_memory,
+        "difference": difference,
+        "first": [c.token_ids for c in first],
+        "swapped": [c.token_ids for c in swapped],
+        "logprobs": [c.logprobs for c in swapped],
+    }
 
 
 def main() -> None:

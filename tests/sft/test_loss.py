@@ -15,10 +15,15 @@ def test_each_source_gets_the_mean_over_its_own_tokens():
     source[source == 1] = 2  # nothing of b in this batch
     loss, metrics = cross_entropy_by_source(["a", "b", "c"])(logprob, None, {SOURCE: source})
     assert torch.equal(loss, cross_entropy(logprob, None, {})[0])
-    means = {key: float(value.mean()) for key, value in metrics.items()}  # what the core reports of a metric, all weights 1
+    means = {
+        key: float(value.mean()) for key, value in metrics.items()
+    }  # what the core reports of a metric, all weights 1
     found = of_sources({**means, "other": 5.0}, ["a", "b", "c"], [int((source == i).sum()) for i in range(3)])
-    assert found == {"other": 5.0, "loss/a": pytest.approx(-float(logprob[source == 0].mean())),
-                     "loss/c": pytest.approx(-float(logprob[source == 2].mean()))}
+    assert found == {
+        "other": 5.0,
+        "loss/a": pytest.approx(-float(logprob[source == 0].mean())),
+        "loss/c": pytest.approx(-float(logprob[source == 2].mean())),
+    }
 
 
 def test_one_source_has_no_loss_of_its_own():
@@ -52,4 +57,6 @@ def test_the_state_goes_on():
     for loss in losses[:60]:
         first.add(loss)
     second = Spikes(first.state())
-    assert [second.add(loss) for loss in losses[60:]] == [first.add(loss) for loss in losses[60:]] and len(second.state()) == 50
+    assert [second.add(loss) for loss in losses[60:]] == [first.add(loss) for loss in losses[60:]] and len(
+        second.state()
+    ) == 50

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from core import small
 
+from core import small
 from pctrain.config.tree import SourceConfig
 from pctrain.data.trajectories import Trajectories
 
@@ -26,7 +26,10 @@ class Stored(list):
 def _trajectories(rows, sources=1):
     """The rows as the trajectories of so many sources, cut where the index says so."""
     parts = [part.tolist() for part in np.array_split(np.arange(len(rows)), sources)]
-    return Trajectories([SourceConfig(path=f"{name}.jsonl") for name in "abc"[:sources]], [Stored(rows[i] for i in part) for part in parts])
+    return Trajectories(
+        [SourceConfig(path=f"{name}.jsonl") for name in "abc"[:sources]],
+        [Stored(rows[i] for i in part) for part in parts],
+    )
 
 
 def _validation_loss(directory, layout, rows, budget, sources=1, packs=16):
@@ -35,7 +38,9 @@ def _validation_loss(directory, layout, rows, budget, sources=1, packs=16):
     from pctrain.sft import validation
 
     with mock.patch.object(validation, "PACKS", packs):
-        return validation.validation_loss(small.learner(directory, layout, train=False), _trajectories(rows, sources), budget)
+        return validation.validation_loss(
+            small.learner(directory, layout, train=False), _trajectories(rows, sources), budget
+        )
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,9 @@ def by_transformers(hf_dirs, rows):
     for row in rows:
         ids = torch.tensor(row.tokens)[None]
         with torch.no_grad():
-            logprobs = torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+            logprobs = (
+                torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None])[:, 0].numpy()
+            )
         trained = row.weights[1:] > 0
         out.append((-logprobs[trained].sum(), int(trained.sum())))
     return out
@@ -78,7 +85,10 @@ def test_each_source_has_its_own(ranks, hf_dirs, rows, by_transformers):
         for name, part in zip("ab", (by_transformers[:9], by_transformers[9:]), strict=True):
             expected = sum(s for s, _ in part) / sum(n for _, n in part)
             assert result.sources[name].loss == pytest.approx(expected, rel=1e-6)
-            assert result.metrics()[f"val_loss/{name}"] == result.sources[name].loss and result.metrics()[f"val_loss_se/{name}"] > 0
+            assert (
+                result.metrics()[f"val_loss/{name}"] == result.sources[name].loss
+                and result.metrics()[f"val_loss_se/{name}"] > 0
+            )
         assert result.whole.tokens == sum(mean.tokens for mean in result.sources.values())
 
 

@@ -38,8 +38,14 @@ def shard(pack: Pack) -> Pack:
         return pack
     mine = positions(pack.cu_seqlens, len(pack.tokens), rank, size)
     return replace(
-        pack, tokens=pack.tokens[mine], labels=pack.labels[mine], weights=pack.weights[mine], position_ids=pack.position_ids[mine],
-        padding=pack.padding[mine], streams={name: stream[mine] for name, stream in pack.streams.items()})
+        pack,
+        tokens=pack.tokens[mine],
+        labels=pack.labels[mine],
+        weights=pack.weights[mine],
+        position_ids=pack.position_ids[mine],
+        padding=pack.padding[mine],
+        streams={name: stream[mine] for name, stream in pack.streams.items()},
+    )
 
 
 def gather(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:

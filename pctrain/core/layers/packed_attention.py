@@ -14,8 +14,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch.autograd.function import once_differentiable
 
-from pctrain.core.layers.rotary import Rotate, rotation
 from pctrain.common.device import device
+from pctrain.core.layers.rotary import Rotate, rotation
 
 # What one more bucket costs, as a number of query-key pairs of one head of one channel: its calls, forward and backward, take about as
 # long as the attention of so many. (Measured on one core: the optimum is flat from a quarter of it to the double.)
@@ -32,7 +32,9 @@ class PackedLayout(PackedSeqParams):
     """
 
     buckets: list[tuple[int, int]] = None  # (count, length) of each
-    index: torch.Tensor | None = None  # int64 [slots]: the position in the pack of each slot; None: the slots are the first positions
+    index: torch.Tensor | None = (
+        None  # int64 [slots]: the position in the pack of each slot; None: the slots are the first positions
+    )
     inverse: torch.Tensor | None = None  # int64 [T]: the slot of each position
     filled: int = 0  # positions before the padding at the end
     positions: torch.Tensor = None  # int64 [T], from 0 in every sequence
@@ -168,7 +170,9 @@ class _Put(torch.autograd.Function):
 class PackedSDPA(DotProductAttention):
     """Causal attention inside each sequence of a pack, by torch's scaled_dot_product_attention; rotates queries and keys first."""
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim] -> [T, 1, heads * dim]."""
         layout: PackedLayout = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
@@ -176,6 +180,8 @@ class PackedSDPA(DotProductAttention):
         outputs = []
         for parts in zip(*(layout.take(x) for x in (q, k, v)), strict=True):  # [count, length, heads, dim]
             q, k, v = (x.transpose(1, 2) for x in parts)
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1])
+            out = F.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.softmax_scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
             outputs.append(out.transpose(1, 2).flatten(2))
         return layout.put(outputs).unsqueeze(1)

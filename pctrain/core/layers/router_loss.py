@@ -44,10 +44,16 @@ class BalancedRouter(TopKRouter):
     def _apply_aux_loss(self, probs, scores_for_aux_loss, routing_map, with_padding_mask=False):
         """probs [tokens, E] with the loss attached; scores [tokens, E] and routing_map [tokens, E]: 0 on padding."""
         counts, _, n = get_tokens_per_expert_and_token_count(
-            routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True)
+            routing_map=routing_map, reduce_group=self.tp_cp_group, topk=self.topk, with_padding_mask=True
+        )
         share = n * switch_load_balancing_loss_func(  # of n * A: this rank's tokens. The counts are those of all
-            probs=scores_for_aux_loss, tokens_per_expert=counts, total_num_tokens=n.clamp(min=1), topk=self.topk,
-            num_experts=self.config.num_moe_experts, moe_aux_loss_coeff=1.0)
+            probs=scores_for_aux_loss,
+            tokens_per_expert=counts,
+            total_num_tokens=n.clamp(min=1),
+            topk=self.topk,
+            num_experts=self.config.num_moe_experts,
+            moe_aux_loss_coeff=1.0,
+        )
         self.total += share.detach()
         return MoEAuxLossAutoScaler.apply(probs, share * (self.scale * self.config.moe_aux_loss_coeff))
 

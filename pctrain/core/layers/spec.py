@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
+from pctrain.common.device import on_gpu
+from pctrain.common.errors import UserError
 from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import varlen_attention
 from pctrain.core.layers.packed_attention import PackedSDPA
 from pctrain.core.layers.rms_norm import RMSNorm
 from pctrain.core.layers.swiglu import swiglu
 from pctrain.core.layers.varlen_attention import VarlenAttention
-from pctrain.common.device import on_gpu
-from pctrain.common.errors import UserError
 
 
 def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
@@ -27,16 +30,22 @@ def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
     varlen = on_gpu() and varlen_attention.available() and model.dtype == "bfloat16"
     spec = model.spec if model.spec != "auto" else "te" if te else "torch-varlen" if varlen else "torch"
     if spec == "te" and not te:
-        raise UserError("model.spec = te needs a CUDA device and Transformer Engine; "
-                        "install it (pip install 'transformer-engine[pytorch]'), or set model.spec to auto")
+        raise UserError(
+            "model.spec = te needs a CUDA device and Transformer Engine; "
+            "install it (pip install 'transformer-engine[pytorch]'), or set model.spec to auto"
+        )
     if spec == "torch-varlen" and not varlen:
-        raise UserError("model.spec = torch-varlen needs a CUDA device, torch 2.10 or later and model.dtype = bfloat16; "
-                        "set model.spec to auto")
+        raise UserError(
+            "model.spec = torch-varlen needs a CUDA device, torch 2.10 or later and model.dtype = bfloat16; "
+            "set model.spec to auto"
+        )
     if spec != "te":
         for key, wanted in (("parallel.context", parallel.context > 1), ("model.fp8", model.fp8 is not None)):
             if wanted:
-                raise UserError(f"{key} needs the layer spec te (Transformer Engine on CUDA devices), but this model runs on {spec}; "
-                                f"leave {key} out")
+                raise UserError(
+                    f"{key} needs the layer spec te (Transformer Engine on CUDA devices), but this model runs on {spec}; "
+                    f"leave {key} out"
+                )
     return spec
 
 
@@ -44,7 +53,9 @@ def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | No
     """The decoder spec that GPTModel takes. `spec`: from `choose_spec`; `vp_stage`: which virtual pipeline stage."""
     if spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_layernorm)
-    layer = get_gpt_layer_local_spec(num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=qk_layernorm)
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=qk_layernorm
+    )
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = {"torch": PackedSDPA, "torch-varlen": VarlenAttention}[spec]
@@ -54,4 +65,6 @@ def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | No
         config.use_te_activation_func = True
     if qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
+    )

@@ -11,8 +11,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from pctrain.core.layers.rotary import Rotate, rotation
 from pctrain.common.device import device
+from pctrain.core.layers.rotary import Rotate, rotation
 
 
 @dataclass
@@ -55,7 +55,9 @@ def flash_bounds(bounds: torch.Tensor) -> dict:
 class VarlenAttention(DotProductAttention):
     """Causal attention inside each sequence of a pack, in one call and without padding; rotates queries and keys first."""
 
-    def forward(self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None):
+    def forward(
+        self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
+    ):
         """query [T, 1, heads, dim], key and value [T, 1, kv heads, dim], half precision -> [T, 1, heads * dim]."""
         layout: VarlenLayout = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
@@ -65,8 +67,16 @@ class VarlenAttention(DotProductAttention):
         causal = {"window_size": (-1, 0)} if _takes("window_size") else {"is_causal": True}
         options = {"scale": self.softmax_scale, "enable_gqa": q.shape[1] != k.shape[1]}
         out = _varlen().varlen_attn(
-            q, k, v.contiguous(), layout.cu_seqlens_q, layout.cu_seqlens_kv, layout.max_seqlen_q, layout.max_seqlen_kv,
-            **causal, **{name: value for name, value in options.items() if _takes(name)})
+            q,
+            k,
+            v.contiguous(),
+            layout.cu_seqlens_q,
+            layout.cu_seqlens_kv,
+            layout.max_seqlen_q,
+            layout.max_seqlen_kv,
+            **causal,
+            **{name: value for name, value in options.items() if _takes(name)},
+        )
         return out.flatten(1).unsqueeze(1)
 
 

@@ -149,7 +149,8 @@ def _patch_uneven_splits() -> None:
             return gather_equal(input_, group, output_split_sizes, use_global_buffer)
         output = input_.new_empty(sum(output_split_sizes), *input_.shape[1:])
         torch.distributed.all_to_all_single(
-            output, torch.cat([input_] * group.size()), output_split_sizes, [len(input_)] * group.size(), group=group)
+            output, torch.cat([input_] * group.size()), output_split_sizes, [len(input_)] * group.size(), group=group
+        )
         return output
 
     def reduce_scatter(input_, group, input_split_sizes=None, use_global_buffer=False):
@@ -157,7 +158,9 @@ def _patch_uneven_splits() -> None:
             return scatter_equal(input_, group, input_split_sizes, use_global_buffer)
         mine = input_split_sizes[group.rank()]
         parts = input_.new_empty(group.size() * mine, *input_.shape[1:])
-        torch.distributed.all_to_all_single(parts, input_.contiguous(), [mine] * group.size(), input_split_sizes, group=group)
+        torch.distributed.all_to_all_single(
+            parts, input_.contiguous(), [mine] * group.size(), input_split_sizes, group=group
+        )
         return parts.view(group.size(), mine, *input_.shape[1:]).sum(0)
 
     mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim = gather, reduce_scatter

@@ -7,8 +7,9 @@ in the parameter's dtype, rounded to it, and then read again to be added. (Trans
 from __future__ import annotations
 
 from megatron.core.tensor_parallel import layers
-from pctrain_kernels.matmul import add_product, operand
 from torch import Tensor
+
+from pctrain_kernels.matmul import add_product, operand
 
 
 class _TorchProducts:

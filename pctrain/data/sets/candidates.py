@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from pctrain.distributed.health import watchdog
-from pctrain.data.sets.options import RankOptions
 from pctrain.common.errors import UserError
+from pctrain.data.sets.options import RankOptions
+from pctrain.distributed.health import watchdog
 
 NAME = re.compile(r"[\w-][\w.-]*")
 TAKEN = ("data", "model", "tokens", watchdog.FOLDER)  # folders of other things beside the candidates' own
@@ -24,13 +24,17 @@ def read_candidates(options: RankOptions) -> dict[str, Path]:
     pairs += [(item["name"], item["path"]) for item in _listed(options.candidates)] if options.candidates else []
     names = [name for name, _ in pairs]
     if len(pairs) < 2:
-        raise UserError(f"pctrain data rank compares candidates: {len(pairs)} given, expected two or more, --candidate=NAME=PATH each")
+        raise UserError(
+            f"pctrain data rank compares candidates: {len(pairs)} given, expected two or more, --candidate=NAME=PATH each"
+        )
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"two candidates have the name {name!r}; give each its own")
         if not NAME.fullmatch(name) or name in TAKEN:
-            raise UserError(f"candidate {name!r}: expected a name of letters, digits, dot, dash and underscore, and none of "
-                            f"{', '.join(TAKEN)}: it names a folder")
+            raise UserError(
+                f"candidate {name!r}: expected a name of letters, digits, dot, dash and underscore, and none of "
+                f"{', '.join(TAKEN)}: it names a folder"
+            )
     if len(set(options.seeds)) < len(options.seeds) or min(options.seeds) < 0:
         raise UserError(f"--seeds={','.join(map(str, options.seeds))}: expected different seeds of 0 or more")
     return {name: Path(path) for name, path in pairs}
@@ -42,8 +46,13 @@ def _listed(text: str) -> list[dict[str, str]]:
     except yaml.YAMLError as error:
         raise UserError(f"--candidates: not valid YAML: {error}") from None
     good = isinstance(items, list) and all(
-        isinstance(item, dict) and item.keys() == {"name", "path"} and all(isinstance(value, str) for value in item.values())
-        for item in items)
+        isinstance(item, dict)
+        and item.keys() == {"name", "path"}
+        and all(isinstance(value, str) for value in item.values())
+        for item in items
+    )
     if not good:
-        raise UserError(f"--candidates={text}: expected a list such as [{{name: a, path: a.jsonl}}, {{name: b, path: b.jsonl}}]")
+        raise UserError(
+            f"--candidates={text}: expected a list such as [{{name: a, path: a.jsonl}}, {{name: b, path: b.jsonl}}]"
+        )
     return items

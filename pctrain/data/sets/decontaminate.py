@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import DecontaminateOptions, Request
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.text import in_formula, ngram_hashes, word_hashes, words
-from pctrain.common.errors import UserError
-from pctrain.common.progress import make_console
 
 SHORT = 5
 BOILERPLATE, BOILERPLATE_AT_LEAST = 0.1, 3  # share of a benchmark's prompts, and their number
@@ -59,8 +59,13 @@ class Benchmark:
     found: set[int]
 
     def summary(self) -> dict[str, Any]:
-        return {"benchmark": self.name, "prompts": len(self.prompts), "prompts_found": len(self.found), "records_dropped": self.records,
-                "boilerplate_ngrams": len(self.boilerplate)}
+        return {
+            "benchmark": self.name,
+            "prompts": len(self.prompts),
+            "prompts_found": len(self.found),
+            "records_dropped": self.records,
+            "boilerplate_ngrams": len(self.boilerplate),
+        }
 
 
 def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
@@ -75,7 +80,9 @@ def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
     data.refuse_empty(len(prompts), None)
     seen = Counter(gram for prompt in prompts for gram in set(ngram_hashes(word_hashes(prompt), n).tolist()))
     limit = max(BOILERPLATE_AT_LEAST, BOILERPLATE * len(prompts))
-    return Benchmark(str(path), data.files, ids, prompts, {gram for gram, count in seen.items() if count >= limit}, 0, set())
+    return Benchmark(
+        str(path), data.files, ids, prompts, {gram for gram, count in seen.items() if count >= limit}, 0, set()
+    )
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,7 @@ class Search:
         """The first match in the words of a text: by an n-gram, then by a whole prompt."""
         hashes = word_hashes(text)
         for start, gram in _hits(ngram_hashes(hashes, self.n), self._grams):
-            shared = text[start: start + self.n]
+            shared = text[start : start + self.n]
             b, p = self._owner[gram]
             if _holds(self.benchmarks[b].prompts[p], shared):
                 return Match(b, p, " ".join(shared))
@@ -121,8 +128,8 @@ class Search:
                 if _goes_on(text, start, length):
                     continue
                 for b, p in self._whole[length][key]:
-                    if text[start: start + length] == self.benchmarks[b].prompts[p]:
-                        return Match(b, p, " ".join(text[start: start + length]))
+                    if text[start : start + length] == self.benchmarks[b].prompts[p]:
+                        return Match(b, p, " ".join(text[start : start + length]))
         return None
 
     def equal(self, question: list[str]) -> Match | None:
@@ -142,7 +149,7 @@ def _hits(grams: np.ndarray, known: np.ndarray) -> Iterator[tuple[int, int]]:
 
 def _holds(prompt: list[str], part: list[str]) -> bool:
     """Whether the words stand in the prompt, in a row: equal hashes are no proof."""
-    return any(prompt[start: start + len(part)] == part for start in range(len(prompt) - len(part) + 1))
+    return any(prompt[start : start + len(part)] == part for start in range(len(prompt) - len(part) + 1))
 
 
 def _goes_on(text: list[str], start: int, length: int) -> bool:
@@ -150,10 +157,14 @@ def _goes_on(text: list[str], start: int, length: int) -> bool:
     first, last = text[start], text[start + length - 1]
     before = text[start - 1] if start else ""
     after = text[start + length] if start + length < len(text) else ""
-    return bool(before and in_formula(before) and in_formula(first)) or bool(after and in_formula(after) and in_formula(last))
+    return bool(before and in_formula(before) and in_formula(first)) or bool(
+        after and in_formula(after) and in_formula(last)
+    )
 
 
-def _kept(data: Data, search: Search, options: DecontaminateOptions, outputs: Outputs, counts: Counter) -> Iterator[dict[str, Any]]:
+def _kept(
+    data: Data, search: Search, options: DecontaminateOptions, outputs: Outputs, counts: Counter
+) -> Iterator[dict[str, Any]]:
     for item in data.items("searching"):
         counts["read"] += 1
         if isinstance(item, Fault):
@@ -166,8 +177,14 @@ def _kept(data: Data, search: Search, options: DecontaminateOptions, outputs: Ou
         benchmark = search.benchmarks[match.benchmark]
         benchmark.records += 1
         benchmark.found.add(match.prompt)
-        outputs.drop(item.where, item.record.id, "contaminated", benchmark=benchmark.name, prompt=benchmark.ids[match.prompt],
-                     shared=match.text)
+        outputs.drop(
+            item.where,
+            item.record.id,
+            "contaminated",
+            benchmark=benchmark.name,
+            prompt=benchmark.ids[match.prompt],
+            shared=match.text,
+        )
 
 
 def _match(record: Record, search: Search, options: DecontaminateOptions) -> Match | None:
@@ -187,5 +204,10 @@ def _print_benchmarks(benchmarks: list[Benchmark]) -> None:
         table.add_column(name, justify="left" if name == "benchmark" else "right", overflow="fold")
     for benchmark in benchmarks:
         row = benchmark.summary()
-        table.add_row(*(Text(str(row[key])) for key in ("benchmark", "prompts", "prompts_found", "records_dropped", "boilerplate_ngrams")))
+        table.add_row(
+            *(
+                Text(str(row[key]))
+                for key in ("benchmark", "prompts", "prompts_found", "records_dropped", "boilerplate_ngrams")
+            )
+        )
     make_console().print(table)

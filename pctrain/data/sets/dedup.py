@@ -38,7 +38,9 @@ class _Survey:
         self.read = usable = 0
         first: dict[bytes, int] = {}
         fault = None
-        for entry in survey(data, options.by, options if options.near else None, workers, "sketching" if options.near else "comparing"):
+        for entry in survey(
+            data, options.by, options if options.near else None, workers, "sketching" if options.near else "comparing"
+        ):
             self.read += 1
             if isinstance(entry, Fault):
                 fault = fault or entry
@@ -52,7 +54,9 @@ class _Survey:
         data.refuse_empty(usable, fault)
 
 
-def _kept(data: Data, options: DedupOptions, found: _Survey, neighbours: Neighbours | None, outputs: Outputs) -> Iterator[dict[str, Any]]:
+def _kept(
+    data: Data, options: DedupOptions, found: _Survey, neighbours: Neighbours | None, outputs: Outputs
+) -> Iterator[dict[str, Any]]:
     """The second reading: what stays; the rest goes to `outputs.drop`."""
     named = set(found.equal_to.values())  # records that evidence may have to name
     names: dict[int, dict[str, str]] = {}

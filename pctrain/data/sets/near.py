@@ -96,7 +96,9 @@ class Neighbours:
         row = self._row(place)
         return row < len(self._places) and self._places[row] == place and bool((self._groups[row] >= 0).any())
 
-    def near(self, place: int, text: str, skip: Callable[[int], bool] = lambda other: False) -> Iterator[tuple[int, float]]:
+    def near(
+        self, place: int, text: str, skip: Callable[[int], bool] = lambda other: False
+    ) -> Iterator[tuple[int, float]]:
         """(place, exact Jaccard similarity) of the kept texts at or above the threshold, in order of place.
 
         skip: whether a kept text need not be compared, asked just before it would be.

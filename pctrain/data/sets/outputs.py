@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pctrain import __version__
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 from pctrain.data.sets.options import Request
 from pctrain.data.sources import parts_of
 from pctrain.data.writing import FORMATS, write_records
 from pctrain.files.durable import fingerprint, json_line, plain, write_beside
-from pctrain.common.errors import UserError
 from pctrain.files.lock import lock_folder
-from pctrain.common.progress import make_console
 
 DROPPED, MANIFEST = "dropped.jsonl", "manifest.json"
 PROGRESS = "progress.jsonl"  # of a command that goes on where it was stopped: hours of sampling
@@ -48,16 +48,22 @@ class Outputs:
         self._refuse_taken()
         self.folder = self.out.with_name(self.out.name + ".partial")
         if not resumable and (self.folder / PROGRESS).exists():
-            raise UserError(f"{self.folder} holds the attempts of an unfinished `pctrain data winrate`; finish it with the same command, "
-                            "delete the folder, or name another --out")
+            raise UserError(
+                f"{self.folder} holds the attempts of an unfinished `pctrain data winrate`; finish it with the same command, "
+                "delete the folder, or name another --out"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written ({error.strerror}); name a place you may write to") from None
+            raise UserError(
+                f"--out {self.out}: cannot be written ({error.strerror}); name a place you may write to"
+            ) from None
         try:
             self._release = lock_folder(self.folder / ".lock")
         except UserError:
-            raise UserError(f"--out {self.out}: another process is writing it (it holds {self.folder}); wait for it or stop it") from None
+            raise UserError(
+                f"--out {self.out}: another process is writing it (it holds {self.folder}); wait for it or stop it"
+            ) from None
         self._clear()
         self._dropped = open(self.folder / DROPPED, "w", encoding="utf-8")
         self.reasons: Counter[str] = Counter()
@@ -96,16 +102,25 @@ class Outputs:
     def finish(self, read: int, **details: Any) -> dict[str, Any]:
         """Gives everything its name. `details`: the command's own figures. Returns the manifest."""
         self._dropped.close()
-        manifest = plain({
-            "command": self._request.command, "arguments": self._request.arguments,
-            "options": self._request.options.model_dump(mode="json"),
-            "fields": self._request.config.data.fields.model_dump(exclude_none=True),
-            "inputs": [described(file, file) for file in self._inputs],
-            "outputs": [{**described(self.folder / name, name), "records": count} for name, count in self.written.items()],
-            "records": {"read": read, "kept": sum(self.written.values()), "dropped": dict(sorted(self.reasons.items()))},
-            **details,
-            "versions": versions(),
-        })
+        manifest = plain(
+            {
+                "command": self._request.command,
+                "arguments": self._request.arguments,
+                "options": self._request.options.model_dump(mode="json"),
+                "fields": self._request.config.data.fields.model_dump(exclude_none=True),
+                "inputs": [described(file, file) for file in self._inputs],
+                "outputs": [
+                    {**described(self.folder / name, name), "records": count} for name, count in self.written.items()
+                ],
+                "records": {
+                    "read": read,
+                    "kept": sum(self.written.values()),
+                    "dropped": dict(sorted(self.reasons.items())),
+                },
+                **details,
+                "versions": versions(),
+            }
+        )
         write_beside(self.folder / MANIFEST, _pretty(manifest))
         self._publish()
         return manifest
@@ -147,7 +162,9 @@ class Outputs:
         table.add_column(overflow="fold")
         records = manifest["records"]
         rows = [("records read", f"{records['read']:,}")]
-        rows += [(output["file"] if self._names else "kept", f"{output['records']:,}") for output in manifest["outputs"]]
+        rows += [
+            (output["file"] if self._names else "kept", f"{output['records']:,}") for output in manifest["outputs"]
+        ]
         rows += [(f"dropped: {reason}", f"{count:,}") for reason, count in records["dropped"].items()]
         for key, value in (*rows, *more, ("written to", self.out)):
             table.add_row(Text(str(key)), Text(str(value)))

@@ -10,13 +10,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import progress
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import Columns
 from pctrain.data.records import Fault, Record, Unreadable, make_record
 from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of
 from pctrain.data.workers import map_in_order
-from pctrain.common.errors import UserError
-from pctrain.common.progress import progress
 
 Result = TypeVar("Result")
 
@@ -57,7 +57,9 @@ class Data:
                         place += 1
                     done(chunk.done, chunk.file, place)
 
-    def mapped(self, function: Callable[[Chunk], list[Result]], doing: str, workers: int | None) -> Iterator[list[Result]]:
+    def mapped(
+        self, function: Callable[[Chunk], list[Result]], doing: str, workers: int | None
+    ) -> Iterator[list[Result]]:
         """`function(chunk)` for every part of the files, in order, by worker processes. It gives one result for each of its records."""
         count, handed_out = 0, deque()
 
@@ -88,7 +90,9 @@ class Data:
             yield lambda done, file, records: bar.advance(_mb(before[file] + done) - bar.done, records=records)
             bar.advance(bar.total - bar.done)
 
-    def _item(self, place: int, where: str, identity: str, value: dict[str, Any] | Unreadable, columns: Columns) -> Item | Fault:
+    def _item(
+        self, place: int, where: str, identity: str, value: dict[str, Any] | Unreadable, columns: Columns
+    ) -> Item | Fault:
         try:
             if isinstance(value, Unreadable):
                 raise value
@@ -104,7 +108,10 @@ class Data:
         """UserError where no record can be used: all that follows would be empty."""
         if not usable:
             names = ", ".join(map(str, self.files))
-            raise UserError(f"{names}: no record can be used" + (f"; the first one: {first_fault}" if first_fault else " (there is none)"))
+            raise UserError(
+                f"{names}: no record can be used"
+                + (f"; the first one: {first_fault}" if first_fault else " (there is none)")
+            )
 
 
 def _mb(size: int) -> int:

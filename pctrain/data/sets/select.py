@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pctrain.common.errors import UserError
+from pctrain.common.progress import make_console
 from pctrain.data.records import Fault
 from pctrain.data.sets.options import Request, SelectOptions
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.hf.tokenizer import Tokenizer
-from pctrain.common.errors import UserError
-from pctrain.common.progress import make_console
 
 EASY, HARD = 1.0, 0.25
 _QUANTILES = (0, 10, 50, 90, 100)
@@ -43,11 +43,17 @@ def main(request: Request[SelectOptions]) -> None:
 
 def _check(options: SelectOptions) -> None:
     if options.take == "uniform" and options.size is None:
-        raise UserError("--take=uniform draws evenly over the win rates and needs --size=N, the number of records to draw")
+        raise UserError(
+            "--take=uniform draws evenly over the win rates and needs --size=N, the number of records to draw"
+        )
     if options.prefer != "random" and options.size is None:
-        raise UserError(f"--prefer={options.prefer} says which of the records stay where more qualify than --size; give --size=N")
+        raise UserError(
+            f"--prefer={options.prefer} says which of the records stay where more qualify than --size; give --size=N"
+        )
     if options.min_length is not None and options.max_length is not None and options.min_length > options.max_length:
-        raise UserError(f"--min_length={options.min_length} is above --max_length={options.max_length}: nothing would qualify")
+        raise UserError(
+            f"--min_length={options.min_length} is above --max_length={options.max_length}: nothing would qualify"
+        )
     if options.take is options.size is options.min_length is options.max_length is None:
         raise UserError("pctrain data select: nothing to select by; give --take, --size, --min_length or --max_length")
 
@@ -82,7 +88,9 @@ def _rate(item: Item, column: str, needed: bool) -> float:
     if column not in item.value:
         if not needed:
             return np.nan
-        raise UserError(f"{item.where}: the record has no column {column!r}; `pctrain data winrate` writes it, or name another one by --by")
+        raise UserError(
+            f"{item.where}: the record has no column {column!r}; `pctrain data winrate` writes it, or name another one by --by"
+        )
     rate = item.value[column]
     if rate is None:
         return np.nan
@@ -115,9 +123,13 @@ def reasons_to_drop(figures: Figures, options: SelectOptions) -> np.ndarray:
     if options.size is not None:
         qualified = np.flatnonzero((reasons == "") & figures.usable)
         if len(qualified) < options.size:
-            counts = ", ".join(f"{count} {reason}" for reason, count in Counter(filter(None, reasons.tolist())).most_common())
-            raise UserError(f"--size={options.size}: only {len(qualified)} of {int(figures.usable.sum())} records qualify"
-                            f"{f' ({counts})' if counts else ''}; lower --size or widen the choice")
+            counts = ", ".join(
+                f"{count} {reason}" for reason, count in Counter(filter(None, reasons.tolist())).most_common()
+            )
+            raise UserError(
+                f"--size={options.size}: only {len(qualified)} of {int(figures.usable.sum())} records qualify"
+                f"{f' ({counts})' if counts else ''}; lower --size or widen the choice"
+            )
         chosen = np.zeros(figures.read, bool)
         chosen[_draw(qualified, figures, options)] = True
         drop(~chosen, "not drawn")
@@ -134,7 +146,9 @@ def _draw(qualified: np.ndarray, figures: Figures, options: SelectOptions) -> np
         return order[: options.size]
     levels = np.unique(figures.rate[qualified])
     by_level = [order[figures.rate[order] == level] for level in levels]
-    return np.concatenate([places[:share] for places, share in zip(by_level, even_shares([len(p) for p in by_level], options.size))])
+    return np.concatenate(
+        [places[:share] for places, share in zip(by_level, even_shares([len(p) for p in by_level], options.size))]
+    )
 
 
 def even_shares(there: list[int], size: int) -> list[int]:
@@ -167,13 +181,20 @@ def _distribution(figures: Figures, chosen: np.ndarray) -> dict[str, Any]:
     rows: dict[str, Any] = {"win_rate": [], "length": []}
     for level in np.unique(figures.rate[figures.usable & ~np.isnan(figures.rate)]).tolist():
         at = figures.rate == level
-        rows["win_rate"].append({"win_rate": level, "before": int((at & figures.usable).sum()), "after": int((at & chosen).sum())})
+        rows["win_rate"].append(
+            {"win_rate": level, "before": int((at & figures.usable).sum()), "after": int((at & chosen).sum())}
+        )
     unrated = np.isnan(figures.rate) & figures.usable
     rows["win_rate"].append({"win_rate": None, "before": int(unrated.sum()), "after": int((unrated & chosen).sum())})
     before, after = figures.length[figures.usable], figures.length[chosen]
     for quantile in _QUANTILES:
-        rows["length"].append({"percentile": quantile, "before": float(np.percentile(before, quantile)),
-                               "after": float(np.percentile(after, quantile)) if len(after) else None})
+        rows["length"].append(
+            {
+                "percentile": quantile,
+                "before": float(np.percentile(before, quantile)),
+                "after": float(np.percentile(after, quantile)) if len(after) else None,
+            }
+        )
     return rows
 
 
@@ -192,6 +213,8 @@ def _print_distribution(distribution: dict[str, Any], unit: str) -> None:
     none = distribution["win_rate"][-1]
     table.add_row("no win rate", f"{none['before']:,}", f"{none['after']:,}")
     for row in distribution["length"]:
-        name = {0: "shortest", 50: "median length", 100: "longest"}.get(row["percentile"], f"{row['percentile']} % are at most")
+        name = {0: "shortest", 50: "median length", 100: "longest"}.get(
+            row["percentile"], f"{row['percentile']} % are at most"
+        )
         table.add_row(f"{name} ({unit})", f"{row['before']:,.0f}", f"{row['after']:,.0f}")
     make_console().print(table)

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+from pctrain.common.errors import UserError
 from pctrain.data.records import Fault
 from pctrain.data.sets.near import Neighbours, Sketches
 from pctrain.data.sets.options import Request, SplitOptions
@@ -18,7 +19,6 @@ from pctrain.data.sets.outputs import Outputs, suffix_of
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.survey import survey
 from pctrain.data.sets.text import text_key
-from pctrain.common.errors import UserError
 
 
 def main(request: Request[SplitOptions]) -> None:
@@ -34,12 +34,22 @@ def main(request: Request[SplitOptions]) -> None:
         overlap = len(_questions(outputs, train, fields) & _questions(outputs, validation, fields))
         if overlap:  # what the command is for: if it ever happens, it is a fault of this program
             raise RuntimeError(f"{overlap} questions stand on both sides of the split")
-        manifest = outputs.finish(groups.read, questions=len(groups.sizes), held_out_questions=len(held_out), overlap=overlap)
+        manifest = outputs.finish(
+            groups.read, questions=len(groups.sizes), held_out_questions=len(held_out), overlap=overlap
+        )
         asked = wanted(options, groups.records)
         got = outputs.written[validation]
-        note = [("held out", f"{got} of {asked} asked for: the other questions left have more records each")] if got < asked else []
-        outputs.report(manifest, ("questions", f"{len(groups.sizes):,}, {len(held_out):,} of them held out"),
-                       *note, ("questions on both sides", f"{overlap} (both sets read again)"))
+        note = (
+            [("held out", f"{got} of {asked} asked for: the other questions left have more records each")]
+            if got < asked
+            else []
+        )
+        outputs.report(
+            manifest,
+            ("questions", f"{len(groups.sizes):,}, {len(held_out):,} of them held out"),
+            *note,
+            ("questions on both sides", f"{overlap} (both sets read again)"),
+        )
 
 
 def wanted(options: SplitOptions, records: int) -> int:
@@ -59,8 +69,10 @@ def choose(sizes: dict[bytes, int], records: int, options: SplitOptions) -> set[
     """
     room = wanted(options, records)
     if room >= records:
-        raise UserError(f"--validation={options.validation:g}: {room} records to hold out, but there are {records}; "
-                        "some have to be left to train on")
+        raise UserError(
+            f"--validation={options.validation:g}: {room} records to hold out, but there are {records}; "
+            "some have to be left to train on"
+        )
     chosen = set()
     seed = options.seed.to_bytes(8, "little")
     for key in sorted(sizes, key=lambda key: hashlib.blake2b(seed + key, digest_size=16).digest()):
@@ -70,8 +82,10 @@ def choose(sizes: dict[bytes, int], records: int, options: SplitOptions) -> set[
         if not room:
             break
     if not chosen:
-        raise UserError(f"--validation={options.validation:g}: every question has more records ({min(sizes.values())} and more); "
-                        "a question is held out with all of them: raise --validation, or `pctrain data dedup --by=question` before")
+        raise UserError(
+            f"--validation={options.validation:g}: every question has more records ({min(sizes.values())} and more); "
+            "a question is held out with all of them: raise --validation, or `pctrain data dedup --by=question` before"
+        )
     return chosen
 
 
@@ -85,7 +99,9 @@ class _Groups:
         self._joined: dict[bytes, bytes] = {}  # towards the key of the group
         places: dict[int, bytes] = {}  # of a question's first record
         sketches, fault = Sketches(), None
-        for entry in survey(data, "question", options if options.near else None, request.config.data.workers, "questions"):
+        for entry in survey(
+            data, "question", options if options.near else None, request.config.data.workers, "questions"
+        ):
             self.read += 1
             if isinstance(entry, Fault):
                 fault = fault or entry

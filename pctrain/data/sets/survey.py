@@ -39,11 +39,17 @@ def survey(data: Data, by: By, near: NearOptions | None, workers: int | None, do
 
 def texts(record: Record, by: By) -> tuple[str, ...]:
     """The texts of a record that are compared."""
-    parts = {"question": (record.question,), "trajectory": (record.trajectory,), "record": (record.question, record.trajectory)}[by]
+    parts = {
+        "question": (record.question,),
+        "trajectory": (record.trajectory,),
+        "record": (record.question, record.trajectory),
+    }[by]
     return tuple(part or "" for part in parts)
 
 
-def _entries(data: Data, by: By, near: NearOptions | None, chunk: Chunk) -> list[tuple[bytes, np.ndarray | None] | Fault]:
+def _entries(
+    data: Data, by: By, near: NearOptions | None, chunk: Chunk
+) -> list[tuple[bytes, np.ndarray | None] | Fault]:
     sketcher = Sketcher(near) if near is not None else None
     entries = []
     for item in data.of_chunk(chunk, 0):
@@ -51,5 +57,7 @@ def _entries(data: Data, by: By, near: NearOptions | None, chunk: Chunk) -> list
             entries.append(item)
         else:
             compared = texts(item.record, by)
-            entries.append((text_key(*compared), sketcher.sketch("\n".join(compared)) if sketcher is not None else None))
+            entries.append(
+                (text_key(*compared), sketcher.sketch("\n".join(compared)) if sketcher is not None else None)
+            )
     return entries

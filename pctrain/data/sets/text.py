@@ -23,13 +23,54 @@ SIGNS = frozenset("+-*/=<>^%")
 _NUMBER = re.compile(r"\d")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LATEX = re.compile(r"\\([a-z]+|[,;:!> ()\[\]])|\$")
-_COMMANDS = {"dfrac": " frac ", "tfrac": " frac ", "cdot": " * ", "times": " * ", "ast": " * ", "div": " / ", "le": " < = ", "leq": " < = ",
-             "ge": " > = ", "geq": " > = "}
-_TYPESETTING = frozenset(("left", "right", "big", "bigg", "displaystyle", "textstyle", "quad", "qquad", "text", "textbf", "textit",
-                          "mathrm", "mathbf", "mathit", "mathsf", "operatorname", "mbox", *",;:!> ()[]"))
+_COMMANDS = {
+    "dfrac": " frac ",
+    "tfrac": " frac ",
+    "cdot": " * ",
+    "times": " * ",
+    "ast": " * ",
+    "div": " / ",
+    "le": " < = ",
+    "leq": " < = ",
+    "ge": " > = ",
+    "geq": " > = ",
+}
+_TYPESETTING = frozenset(
+    (
+        "left",
+        "right",
+        "big",
+        "bigg",
+        "displaystyle",
+        "textstyle",
+        "quad",
+        "qquad",
+        "text",
+        "textbf",
+        "textit",
+        "mathrm",
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "operatorname",
+        "mbox",
+        *",;:!> ()[]",
+    )
+)
 _WORD = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[-+*/=<>^%]")
-_SIGNS = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2014": "-", "\u00d7": "*", "\u00b7": "*", "\u22c5": "*", "\u00f7": "/",
-                        "\u2264": "<=", "\u2265": ">="})
+_SIGNS = str.maketrans(
+    {
+        "\u2212": "-",
+        "\u2013": "-",
+        "\u2014": "-",
+        "\u00d7": "*",
+        "\u00b7": "*",
+        "\u22c5": "*",
+        "\u00f7": "/",
+        "\u2264": "<=",
+        "\u2265": ">=",
+    }
+)
 
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
@@ -78,7 +119,7 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     total = np.zeros(count, np.uint64)
     with np.errstate(over="ignore"):
         for offset in range(n):
-            total = total * _MULTIPLIER + hashes[offset: offset + count]
+            total = total * _MULTIPLIER + hashes[offset : offset + count]
     return mixed(total)
 
 

@@ -23,8 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pctrain
-from pctrain.distributed.health import phases
 from pctrain.common.errors import RunFault, ToBeContinued, UserError
+from pctrain.distributed.health import phases
 
 FOLDER = "faults"
 GRACE_SECONDS = 6.0  # for the other ranks to write down what they do, once one has
@@ -193,7 +193,9 @@ class _Watcher(threading.Thread):
         """Called by the thread: the main one hangs, or another rank has failed."""
         frames = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
         still = time.monotonic() - _beat
-        self._write(Report(self.rank, kind, _now(), _step, still, _is_waiting(frames), _where(frames), ""), _all_stacks())
+        self._write(
+            Report(self.rank, kind, _now(), _step, still, _is_waiting(frames), _where(frames), ""), _all_stacks()
+        )
         fault = self._conclusion()
         if fault.speaker:
             print(f"error: {fault}", file=sys.stderr, flush=True)
@@ -206,16 +208,22 @@ class _Watcher(threading.Thread):
             temporary.write_text(json.dumps(asdict(report)) + "\n\n" + stack, encoding="utf-8")
             temporary.rename(temporary.with_suffix(".txt"))
         except OSError as error:  # a full disk must not hide the fault
-            print(f"error: rank {self.rank}, {report.place}: {report.cause or 'no progress'}; {self.folder} cannot be written ({error})\n"
-                  + stack, file=sys.stderr, flush=True)
+            print(
+                f"error: rank {self.rank}, {report.place}: {report.cause or 'no progress'}; {self.folder} cannot be written ({error})\n"
+                + stack,
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _conclusion(self) -> RunFault:
         """Waits for the other ranks' reports, and says what they tell together."""
         until = time.monotonic() + GRACE_SECONDS
         while len(reports := self._reports()) < self.world and time.monotonic() < until:
             time.sleep(0.05)
-        message = (f"{conclude(reports, self.world)}\nStacks of the ranks: {self.folder}. Nothing that was finished is lost: start the "
-                   "same command again, and it goes on from its newest checkpoint.")
+        message = (
+            f"{conclude(reports, self.world)}\nStacks of the ranks: {self.folder}. Nothing that was finished is lost: start the "
+            "same command again, and it goes on from its newest checkpoint."
+        )
         return RunFault(message, speaker=self.rank == min(reports, default=self.rank))
 
     def _reports(self) -> dict[int, Report]:
@@ -240,12 +248,18 @@ def conclude(reports: dict[int, Report], world: int) -> str:
     if missing:
         text = f"rank {_listed(missing)} does not answer: dead, stopped, or cut off"
     elif stuck and (waited or any(r.kind == "silent" for r in stuck)):
-        text = "; ".join(f"rank {r.rank} made no progress for {r.still_for:.0f} s in {r.place}, at {r.where}" for r in stuck)
+        text = "; ".join(
+            f"rank {r.rank} made no progress for {r.still_for:.0f} s in {r.place}, at {r.where}" for r in stuck
+        )
     else:
-        return "the ranks wait for one another in collectives that do not match, or the network between them is cut: " + "; ".join(
-            f"rank {r.rank} in {r.place}" + (f" ({r.cause})" if r.cause else "") for r in answers)
+        return (
+            "the ranks wait for one another in collectives that do not match, or the network between them is cut: "
+            + "; ".join(f"rank {r.rank} in {r.place}" + (f" ({r.cause})" if r.cause else "") for r in answers)
+        )
     places = sorted({r.place for r in waited})
-    return text + (f". Rank {_listed([r.rank for r in waited])} waited for it in {' and '.join(places)}" if waited else "")
+    return text + (
+        f". Rank {_listed([r.rank for r in waited])} waited for it in {' and '.join(places)}" if waited else ""
+    )
 
 
 def _advice(error: Exception) -> Iterator[str]:
@@ -255,9 +269,15 @@ def _advice(error: Exception) -> Iterator[str]:
         yield "the disk is full: make room, or keep fewer checkpoints (run.keep_last), and start again"
     elif number in (errno.EROFS, errno.EACCES, errno.EPERM):
         yield "the run folder cannot be written: mend that, or move it to where it can be (run.dir), and start again"
-    elif isinstance(error, MemoryError) or "out of memory" in str(error).lower() or "can't allocate memory" in str(error).lower():
-        yield ("out of memory: lower sft.token_budget or rl.token_budget, recompute activations (parallel.recompute), shard more "
-               "(parallel.tensor, parallel.pipeline), or give the engine less (rollout.gpu_memory, rollout.kv_cache_mb)")
+    elif (
+        isinstance(error, MemoryError)
+        or "out of memory" in str(error).lower()
+        or "can't allocate memory" in str(error).lower()
+    ):
+        yield (
+            "out of memory: lower sft.token_budget or rl.token_budget, recompute activations (parallel.recompute), shard more "
+            "(parallel.tensor, parallel.pipeline), or give the engine less (rollout.gpu_memory, rollout.kv_cache_mb)"
+        )
 
 
 def _listed(ranks: list[int]) -> str:
@@ -275,11 +295,16 @@ def _is_waiting(frames: traceback.StackSummary) -> bool:
 def _where(frames: traceback.StackSummary) -> str:
     """The innermost line of this package, else of all."""
     own = os.path.dirname(os.path.abspath(pctrain.__file__)) + os.sep
-    frame = next((f for f in reversed(frames) if f.filename.startswith(own) and f.filename != __file__), frames[-1] if frames else None)
+    frame = next(
+        (f for f in reversed(frames) if f.filename.startswith(own) and f.filename != __file__),
+        frames[-1] if frames else None,
+    )
     return "no frame" if frame is None else f"{frame.filename}:{frame.lineno} in {frame.name}"
 
 
 def _all_stacks() -> str:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
-                     for ident, frame in sys._current_frames().items())
+    return "\n".join(
+        f"thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+        for ident, frame in sys._current_frames().items()
+    )

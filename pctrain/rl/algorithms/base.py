@@ -46,7 +46,9 @@ class Algorithm:
 
     dynamic_sampling: ClassVar[bool] = False
     needs_expert: ClassVar[bool] = False  # every problem must carry a trajectory
-    expert_in_group: ClassVar[bool] = False  # the expert is the last member of its group: its reward counts in the others' advantages
+    expert_in_group: ClassVar[bool] = (
+        False  # the expert is the last member of its group: its reward counts in the others' advantages
+    )
     paper_std: ClassVar[bool] = False
     paper_entropy_coef: ClassVar[float] = 0.001
 
@@ -72,8 +74,12 @@ class Algorithm:
         """Of each group float64 [rollouts], and the expert's behind them where it is a member. `penalties` are taken off the rewards."""
         found = []
         for group, penalty in zip(groups, penalties, strict=True):
-            lengths = np.array([len(p) + len(c.token_ids) for p, c in zip(group.prefixes, group.completions, strict=True)])
-            penalty = penalty + self.rl.overlong_weight * policy.overlong_share(lengths, self.max_response, self.rl.overlong_buffer)
+            lengths = np.array(
+                [len(p) + len(c.token_ids) for p, c in zip(group.prefixes, group.completions, strict=True)]
+            )
+            penalty = penalty + self.rl.overlong_weight * policy.overlong_share(
+                lengths, self.max_response, self.rl.overlong_buffer
+            )
             rewards = np.concatenate([group.rewards - penalty, [EXPERT_REWARD] if self.expert_in_group else []])
             std = self.paper_std if self.rl.std_normalise is None else self.rl.std_normalise
             found.append(policy.group_advantages(rewards, std, self.rl.leave_one_out))
@@ -93,7 +99,9 @@ class Algorithm:
         if self.corrects or group.completions[0].logprobs is not None:
             row.streams["rollout_logprob"] = np.full(len(row), np.nan, np.float32)
             if sampled:
-                row.streams["rollout_logprob"][-len(sampled) :] = policy.finite(group.completions[member.index].logprobs, problem.id)
+                row.streams["rollout_logprob"][-len(sampled) :] = policy.finite(
+                    group.completions[member.index].logprobs, problem.id
+                )
         return row
 
     # ---- after the pass without gradients ------------------------------------------------------------------------------
@@ -122,7 +130,13 @@ class Algorithm:
                 penalties[member.group][member.index] = self.rl.kl_coef * k1.sum(dtype=np.float64)
         advantages = self.advantages(groups, penalties)
         return [
-            replace(row, streams={**row.streams, "advantage": np.full(len(row), self._advantage(member, advantages), np.float32)})
+            replace(
+                row,
+                streams={
+                    **row.streams,
+                    "advantage": np.full(len(row), self._advantage(member, advantages), np.float32),
+                },
+            )
             for member, row in zip(members, rows, strict=True)
         ]
 
@@ -132,7 +146,16 @@ class Algorithm:
         """logprob [n], entropy [n], streams {name: [n]} -> (loss [n], metrics {name: [n]}), each of its own token alone."""
         return self.surrogate(logprob, entropy, streams, clip_low=self.rl.clip_low, clip_high=self.rl.clip_low)
 
-    def surrogate(self, logprob, entropy, streams, *, clip_low: float | None, clip_high: float | None, shaping: float | None = None):
+    def surrogate(
+        self,
+        logprob,
+        entropy,
+        streams,
+        *,
+        clip_low: float | None,
+        clip_high: float | None,
+        shaping: float | None = None,
+    ):
         rl = self.rl
         return policy.surrogate_loss(
             logprob, entropy, streams, clip_low=clip_low, clip_high=clip_high, dual_clip=rl.dual_clip,
@@ -142,8 +165,11 @@ class Algorithm:
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Of `Update.metrics` those of a ratio or a weight as means over what was sampled alone; left out where nothing was."""
         own = 1 - metrics.get("expert", 0.0)
-        return {name: value / own if name in policy.OF_SAMPLED else value
-                for name, value in metrics.items() if own > 0 or name not in policy.OF_SAMPLED}
+        return {
+            name: value / own if name in policy.OF_SAMPLED else value
+            for name, value in metrics.items()
+            if own > 0 or name not in policy.OF_SAMPLED
+        }
 
     @property
     def corrects(self) -> bool:

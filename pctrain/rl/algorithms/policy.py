@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from pctrain_kernels import policy_loss
 
 from pctrain.data.rows import Row
 from pctrain.rl import mismatch
+from pctrain_kernels import policy_loss
 
 # Metrics that are 0 on an expert's tokens, so that their means over the others are quotients of sums.
 OF_SAMPLED = ("ratio", "clip_share", "dual_clip_share", "is_weight", *mismatch.OF_SAMPLED)
@@ -45,7 +45,9 @@ def sampled(row: Row) -> np.ndarray:
 def finite(logprobs: list[float] | None, problem_id: str) -> list[float]:
     """Log-probs of the engine, for NaN has a meaning of its own in the streams."""
     if logprobs is None or not np.isfinite(logprobs).all():
-        raise ValueError(f"{problem_id}: rl.is_correction needs a log-prob of every sampled token, and the engine gave none, or no number")
+        raise ValueError(
+            f"{problem_id}: rl.is_correction needs a log-prob of every sampled token, and the engine gave none, or no number"
+        )
     return logprobs
 
 
@@ -89,7 +91,11 @@ def surrogate_loss(
         logprob, entropy, advantage=advantage, **given, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef,
         kl_kind=kl_kind, entropy_coef=entropy_coef, is_cap=is_cap, expert_shaping=shaping,
     )  # fmt: skip
-    metrics = {"ratio": found["ratio"], "clip_share": found["clipped_low"] + found["clipped_high"], "entropy": found["entropy"]}
+    metrics = {
+        "ratio": found["ratio"],
+        "clip_share": found["clipped_low"] + found["clipped_high"],
+        "entropy": found["entropy"],
+    }
     metrics |= {name: found[name] for name in ("kl", "is_weight") if name in found}
     if "is_weight" in streams:
         metrics["is_weight"] = streams["is_weight"]

@@ -6,8 +6,8 @@ import inspect
 from pathlib import Path
 
 from pctrain.common import plugins
-from pctrain.config.tree import RLConfig
 from pctrain.common.errors import UserError
+from pctrain.config.tree import RLConfig
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.algorithms.dapo_d import DAPOd
 from pctrain.rl.algorithms.dapo_dc import DAPOdc
@@ -17,7 +17,15 @@ from pctrain.rl.algorithms.prefix_rft import PrefixRFT
 from pctrain.rl.algorithms.srft import SRFT
 from pctrain.rl.algorithms.upt import UPT
 
-ALGORITHMS = {"grpo": GRPO, "dapo_d": DAPOd, "dapo_dc": DAPOdc, "luffy": LUFFY, "srft": SRFT, "upt": UPT, "prefix_rft": PrefixRFT}
+ALGORITHMS = {
+    "grpo": GRPO,
+    "dapo_d": DAPOd,
+    "dapo_dc": DAPOdc,
+    "luffy": LUFFY,
+    "srft": SRFT,
+    "upt": UPT,
+    "prefix_rft": PrefixRFT,
+}
 
 
 def find(name: str) -> type[Algorithm]:
@@ -29,7 +37,9 @@ def find(name: str) -> type[Algorithm]:
     except plugins.LoadError as error:
         raise UserError(f"rl.algorithm = {name!r}: {error}") from None
     if not _is_algorithm(found):
-        raise UserError(f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.base.Algorithm, found {found!r:.80}")
+        raise UserError(
+            f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.base.Algorithm, found {found!r:.80}"
+        )
     return found
 
 

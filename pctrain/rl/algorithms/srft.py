@@ -58,7 +58,9 @@ class SRFT(Algorithm):
         shaped = probability / (probability + SHAPING)
         weight = self._is_weight(logprob, streams)
         likelihood = streams["sft_weight"] + weight * streams["rollout_weight"]
-        loss = -likelihood * logprob - streams["off_weight"] * streams["advantage"] * shaped - self.entropy_coef * entropy
+        loss = (
+            -likelihood * logprob - streams["off_weight"] * streams["advantage"] * shaped - self.entropy_coef * entropy
+        )
         metrics = {"entropy": entropy.detach(), "expert": streams["expert"]}
         if self.corrects:
             metrics["is_weight"] = weight * (1 - streams["expert"])

@@ -26,12 +26,11 @@ def _data_generate(command: Command, arguments: list[str]) -> None:
 def _data_check(command: Command, arguments: list[str]) -> None:
     paths, options, config = parse_with_config(command, arguments, CheckOptions)
     from pctrain.common.progress import make_console
-    from pctrain.data import check_report
     from pctrain.data.check import check
 
-    found = check([Path(path) for path in paths], config)
-    check_report.show(found, check_report.write(found, options.out), make_console())
-    if not found.passed:
+    result = check([Path(path) for path in paths], config)
+    result.show(result.write(options.out), make_console())
+    if not result.passed:
         raise SystemExit(1)
 
 

@@ -1,4 +1,4 @@
-"""Preparation of a run: generated problems if the config names no data, a fresh model if it names no model directory."""
+"""Preparation of a run: generated problems if the config names no data, a fresh model if it names no model."""
 
 from __future__ import annotations
 

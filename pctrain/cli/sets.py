@@ -13,10 +13,10 @@ from pctrain.config.help import own_option_lines
 from pctrain.config.tree import Section
 from pctrain.data.sets.candidates import read_candidates
 from pctrain.data.sets.options import (
+    CommandCall,
     DecontaminateOptions,
     DedupOptions,
     RankOptions,
-    Request,
     SelectOptions,
     SplitOptions,
     WinrateOptions,
@@ -44,7 +44,7 @@ _SETS: dict[str, tuple[str, type[Section]]] = {
 def _make_set(command: Command, arguments: list[str]) -> None:
     module, kind = _SETS[command.name]
     paths, options, config = parse_with_config(command, arguments, kind)
-    import_module(module).main(Request(command.name, arguments, paths, options, config))
+    import_module(module).main(CommandCall(command.name, arguments, paths, options, config))
 
 
 def _rank(command: Command, arguments: list[str]) -> None:
@@ -65,7 +65,7 @@ def _rank(command: Command, arguments: list[str]) -> None:
     config = resolve_config(command, rest)
     from pctrain.study.rank import main
 
-    main(Request(command.name, arguments, [], options, config), candidates)
+    main(CommandCall(command.name, arguments, [], options, config), candidates)
 
 
 def _notes(name: str, *more: str) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from pctrain.common.progress import progress
 from pctrain.config.tree import Config
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
-from pctrain.data.sets.options import Request, WinrateOptions
+from pctrain.data.sets.options import CommandCall, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import list_disk_files
@@ -31,14 +31,14 @@ from pctrain.distributed import parallel
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
 from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
 from pctrain.reward.boxed import last_boxed
-from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
+from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout.worker import RolloutWorker
 
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
 
 
-def main(request: Request[WinrateOptions]) -> None:
+def main(request: CommandCall[WinrateOptions]) -> None:
     config = request.config
     _check(config)
     parallel.initialize(config.parallel, config.run.seed)
@@ -114,7 +114,7 @@ def answer_of(record: Record) -> str | None:
 # ---- progress --------------------------------------------------------------------------------------------------------------
 
 
-def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarray:
+def _begin(file: Path, request: CommandCall[WinrateOptions], data: Data) -> np.ndarray:
     """int64, the places that an earlier start rated. UserError where that start sampled something else."""
     config, options = request.config, request.options
     about = json.loads(
@@ -157,7 +157,7 @@ class _Task:
 
 def _rate(
     data: Data,
-    request: Request[WinrateOptions],
+    request: CommandCall[WinrateOptions],
     worker: RolloutWorker,
     survey: Survey,
     done: np.ndarray,
@@ -232,7 +232,7 @@ def _judged(tasks: list[_Task], completions: list[Completion], worker: RolloutWo
 # ---- the result ------------------------------------------------------------------------------------------------------------
 
 
-def _write(data: Data, request: Request[WinrateOptions], survey: Survey, outputs: Outputs) -> None:
+def _write(data: Data, request: CommandCall[WinrateOptions], survey: Survey, outputs: Outputs) -> None:
     with open(outputs.folder / PROGRESS, encoding="utf-8") as stream:
         about, lines = json.loads(stream.readline()), map(json.loads, stream)
         rates = {line["place"]: line["win_rate"] for line in lines}
@@ -249,7 +249,7 @@ def _write(data: Data, request: Request[WinrateOptions], survey: Survey, outputs
 
 
 def _rated(
-    data: Data, rates: dict[int, float | None], request: Request[WinrateOptions], outputs: Outputs
+    data: Data, rates: dict[int, float | None], request: CommandCall[WinrateOptions], outputs: Outputs
 ) -> Iterator[dict[str, Any]]:
     model = str(request.config.model.path)
     for item in data.items("writing"):
@@ -262,7 +262,7 @@ def _rated(
                 "win_rate_model": model,
             }
         else:
-            outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+            outputs.drop_unusable(item)
 
 
 def _rows(survey: Survey, too_long: int, levels: Counter[float]) -> Iterator[tuple[str, str]]:

@@ -9,7 +9,7 @@ exactly.
 | `5`, `+5`, `-5`, `05`, `5.0`, `1,234`, `1{,}234` | the number; the only other digits accepted are full-width ones |
 | `5 \times 10^3` | 5000; the power has at most 3 digits |
 | `1/2`, `\frac{1}{2}`, `\frac12`, `2\frac{1}{2}` | a fraction; never equal to an integer gold (10/2 is unevaluated) |
-| `x = 5`, `\text{Cost: } 5`, `5 \text{ cm}^2`, `5 apples`, `\$5`, `5^\circ` | 5, with a name before or a unit after it |
+| `x = 5`, `\text{Cost: } 5`, `5 \text{ cm}^2`, `5 apples`, `\$5`, `5^\circ` | 5, with a name before or unit after it |
 | `5 \text{ m}` against `5 \text{ cm}` | wrong: known units that differ are never converted |
 | `50\%` | 50: the sign is a unit. It is never read as 0.5 |
 | `5 million`, `5 or 7`, `not 5`, `5 pi`, `\sin 5`, `5 \text{ squared}` | not a number: these words change it |

@@ -26,8 +26,8 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import Config, SourceConfig
 from pctrain.data.sets.candidates import TAKEN
-from pctrain.data.sets.options import RankOptions, Request
-from pctrain.data.sets.outputs import MANIFEST, described, versions
+from pctrain.data.sets.options import CommandCall, RankOptions
+from pctrain.data.sets.outputs import MANIFEST, describe_file, versions
 from pctrain.data.sources import list_files
 from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
@@ -45,7 +45,7 @@ CRITERION = (
 )
 
 
-def main(request: Request[RankOptions], candidates: dict[str, Path]) -> None:
+def main(request: CommandCall[RankOptions], candidates: dict[str, Path]) -> None:
     """`candidates`: {name: path}, from `candidates.read_candidates`. `request.config`: of a probe, its `data.train` the first candidate."""
     options, root = request.options, request.options.out
     config = request.config.model_copy(deep=True)
@@ -71,11 +71,11 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _write_manifest(request: Request[RankOptions], config: Config, candidates: dict[str, Path]) -> None:
+def _write_manifest(request: CommandCall[RankOptions], config: Config, candidates: dict[str, Path]) -> None:
     """Before the first probe: a folder that has it is one to go on in."""
 
     def inputs(path: Path) -> list[dict[str, Any]]:
-        return [described(file, file) for file in list_files(path)]
+        return [describe_file(file, file) for file in list_files(path)]
 
     write_beside(
         request.options.out / MANIFEST,

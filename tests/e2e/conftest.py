@@ -1,6 +1,6 @@
 import pytest
 
-from e2e import tiny
+from tests.helpers import tiny
 
 
 def _sft(folder):

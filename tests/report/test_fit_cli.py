@@ -15,7 +15,7 @@ from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.report.curves import read_curves
 
-PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
+PUBLISHED_FILE = Path(__file__).parents[1] / "helpers" / "published_curves.json"
 X = np.arange(1, 31) * 4.0
 Y = np.round(60 + 12 * rise(X, 1.5, 12.0) + 0.4 * np.random.default_rng(0).normal(size=30), 2)
 

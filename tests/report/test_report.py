@@ -17,7 +17,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from study_folders import binomial_se, config, make_rl, make_study, rising
 
 from pctrain.ceiling import regimes
 from pctrain.ceiling.fit import fit_ceiling
@@ -26,6 +25,7 @@ from pctrain.report import charts, curves, figures, looks
 from pctrain.report import command as report
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import SFTPoint, SFTRun
+from tests.helpers.study_folders import binomial_se, config, make_rl, make_study, rising
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} & \u2028"
 REGIMES = ["adaptive"] * 3 + ["stable", "transient", "stable", "stable", "mild", "severe", "severe"]

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from study_folders import make_rl, make_sft, make_study, rising
 
 from pctrain.common.errors import UserError
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import Study
 from pctrain.run import layout
+from tests.helpers.study_folders import make_rl, make_sft, make_study, rising
 
 SCORES = {60: 20.0, 150: 45.0, 270: 50.0}
 

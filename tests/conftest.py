@@ -1,4 +1,4 @@
-"""Fixtures of all tests: ranks that stay alive (`ranks`) and the small models (`hf_dirs`)."""
+"""Fixtures of all tests: ranks that stay alive (`ranks`), the small models (`hf_dirs`), a finished SFT run (`sft_run`)."""
 
 import pytest
 from hypothesis import settings
@@ -26,3 +26,14 @@ def hf_dirs(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("models")
     return {tied: small.hf_dir(folder / f"tied-{tied}", tied=tied) for tied in (True, False)}
+
+
+@pytest.fixture(scope="session")
+def sft_run(ranks, tmp_path_factory):
+    """A finished SFT run with its data and model."""
+    from tests.helpers import tiny
+
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    [(status, errors)] = ranks.run(tiny.sft, folder, world=1, deadline=240)
+    assert status == 0, errors
+    return folder

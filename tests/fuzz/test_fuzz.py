@@ -107,7 +107,7 @@ class _Broken:
 def test_a_campaign_finds(action, found, tmp_path, monkeypatch):
     from hypothesis import strategies as st
 
-    monkeypatch.setattr("fuzz.campaign.CPU_SECONDS", 0.5)
+    monkeypatch.setattr("tests.fuzz.campaign.CPU_SECONDS", 0.5)
     cases = st.sampled_from(["accepts", "refuses", action]).map(lambda name: Case(name, {"a": b"\0"}))
     outcome = campaign(_Broken(cases), tmp_path, examples=6)
     [(name, path)] = outcome.findings.items()

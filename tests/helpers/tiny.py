@@ -66,3 +66,8 @@ def rl_options(sft_run, folder, *more):
         f"--run.dir={folder}",
     ]
     return [*OPTIONS, *data, *start, *more]
+
+
+def sft(folder):
+    """(exit status, what went to stderr) of an SFT run without benchmarks."""
+    return cli("sft", *OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0")

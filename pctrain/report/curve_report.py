@@ -17,7 +17,9 @@ from pctrain.ceiling.fit import fit_curve
 from pctrain.common.errors import UserError
 from pctrain.common.progress import track
 from pctrain.compute import flops
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 from pctrain.config.tree import CeilingConfig
+from pctrain.hf.config import model_shape
 from pctrain.report import curves
 from pctrain.report.study_data import Estimate, RLPoint, RLRun, SFTPoint, SFTRun, Study
 
@@ -35,7 +37,7 @@ def read(file: Path) -> Study:
         )
     problems = document["meta"]["benchmarks"]
     model = document["meta"].get("model")
-    shape = flops.QWEN2_5_7B if model is None else flops.ModelShape.from_hf_config(model, f"{file}: meta.model")
+    shape = QWEN2_5_7B if model is None else model_shape(model, f"{file}: meta.model")
     sft = [_sft(file, name, entries, shape, problems) for name, entries in document["datasets"].items()]
     named = {run.set: run for run in sft}
     rl, pure = [], set()
@@ -80,7 +82,7 @@ def _plain(file: Path, curve: Curve) -> RLRun:
     )
 
 
-def _sft(file: Path, name: str, data: dict[str, Any], shape: flops.ModelShape, problems: dict[str, float]) -> SFTRun:
+def _sft(file: Path, name: str, data: dict[str, Any], shape: ModelShape, problems: dict[str, float]) -> SFTRun:
     steps = _steps(data, shape)
     losses = [_loss(entry, f"{file}: datasets.{name}.sft[{i}]") for i, entry in enumerate(data["sft"])]
     deltas = CeilingConfig()
@@ -113,7 +115,7 @@ def _sft(file: Path, name: str, data: dict[str, Any], shape: flops.ModelShape, p
     )
 
 
-def _steps(data: dict[str, Any], shape: flops.ModelShape) -> list[int]:
+def _steps(data: dict[str, Any], shape: ModelShape) -> list[int]:
     """Steps of the `sft` entries: as listed; or by their compute, that of a checkpoint within 2 %; by number where nothing is known."""
     listed, entries = data.get("checkpoint_steps"), data["sft"]
     if isinstance(listed, list) and len(listed) == len(entries):

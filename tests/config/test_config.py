@@ -402,6 +402,8 @@ QWEN = {
     "num_key_value_heads": 4,
     "intermediate_size": 18944,
     "max_position_embeddings": 4096,
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
 }
 
 
@@ -416,8 +418,8 @@ def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (None, "config.json does not exist"),
-        ("{", "cannot be read as JSON"),
+        (None, "config.json: not found"),
+        ("{", "config.json: not valid JSON"),
         ("[]", "expected a JSON object"),
         (
             json.dumps({**QWEN, "architectures": ["GPT2LMHeadModel"]}),
@@ -425,9 +427,9 @@ def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
         ),
         (
             json.dumps({**QWEN, "num_hidden_layers": None}),
-            "expected a whole number under 'num_hidden_layers', got None",
+            "config.json: key 'num_hidden_layers' is missing",
         ),
-        (json.dumps({k: v for k, v in QWEN.items() if k != "intermediate_size"}), "'intermediate_size', got None"),
+        (json.dumps({k: v for k, v in QWEN.items() if k != "intermediate_size"}), "key 'intermediate_size' is missing"),
     ],
 )
 def test_a_model_directory_that_is_none(tmp_path, content, message):

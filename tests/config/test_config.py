@@ -41,7 +41,7 @@ def refusal(path, *overrides, **kwargs) -> str:
 
 def test_file_goes_over_defaults_and_the_command_line_over_the_file(write):
     path = write("sft:\n  steps: 70\n  batch_size: 8\n")
-    config = load(path, ["--sft.batch_size=16", "--run.seed", "5"])
+    config = load(path, ["--sft.batch_size=16", "--run.seed=5"])
     assert (config.sft.steps, config.sft.batch_size, config.run.seed, config.sft.token_budget) == (70, 16, 5, 1024)
 
 
@@ -231,8 +231,7 @@ def test_a_base_that_cannot_be(write, tmp_path, text, message):
     "tokens, message",
     [
         (["sft.steps=3"], "unexpected argument 'sft.steps=3'"),
-        (["--sft.steps"], "--sft.steps needs a value"),
-        (["--sft.steps", "--run.seed=1"], "--sft.steps needs a value"),
+        (["--sft.steps"], "unexpected argument '--sft.steps'"),
     ],
 )
 def test_malformed_command_line(tokens, message):

@@ -449,7 +449,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
 def run(case: Case, folder: Path) -> None:
     if case.action == "command":
         try:
-            cli._dispatch(list(case.arguments))
+            cli.run_command(list(case.arguments))
         except SystemExit as end:
             if end.code not in (0, 1):
                 raise

@@ -228,7 +228,7 @@ def test_bad_curves_have_a_clear_answer_and_write_nothing(fit, case):
         (["--method=paper", "--alpha=0.3"], "--alpha"),
         (["--method=paper", "--eps=50"], "P_sft"),
         (["--points=0.01"], "larger share"),
-        (["--run.seed=1"], "expected one file or folder"),
+        (["--run.seed=1"], "unknown option --run.seed"),
         (["other.csv"], "expected one file or folder"),
         (["--out=no/where.json"], "--out FILE"),
     ],

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 
 from pctrain.common.device import DTYPES, on_gpu
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.config.tree import OptimizerConfig, ParallelConfig, ResolvedModelConfig
 from pctrain.core import checkpoint, model, optimizer, step, weight_buckets, weights
 from pctrain.core.layers import context_parallel
 from pctrain.core.layers import spec as layers
@@ -43,7 +43,7 @@ class Update:
     skipped: bool = False
 
 
-def _pack_shape(config: ModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
+def _pack_shape(config: ResolvedModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
     """Sizes that can be cut over the tensor and context parallel ranks; of one pack for all stages of a pipeline."""
     align = context_parallel.alignment(par.context)
     return PackShape(
@@ -62,7 +62,7 @@ class Learner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModelConfig,
         par: ParallelConfig,
         *,
         optimizer_config: OptimizerConfig | None,

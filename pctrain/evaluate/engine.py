@@ -84,7 +84,7 @@ class Engine:
 
         resume.verify(target.checkpoint, checkpoints.damaged_start)
         if self._learner is None:
-            model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})
+            model = self._config.model.resolved(target.hf_dir, target.checkpoint)
             self._learner = Learner(
                 model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
             )

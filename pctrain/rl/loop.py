@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pctrain.common.progress import progress
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config, RLConfig
+from pctrain.config.tree import Config, ResolvedConfig, RLConfig
 from pctrain.core import Learner
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
@@ -34,7 +34,7 @@ def main(config: Config, rollout_only: bool = False) -> None:
         train(config, worker, rollout_only=rollout_only)
 
 
-def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_only: bool = False) -> None:
+def train(config: ResolvedConfig, worker: RolloutWorker, role: str = "none", rollout_only: bool = False) -> None:
     """Runs, or goes on with, the RL run of `config.run.dir`, from `model.checkpoint` or else from the weights of `model.path`.
 
     `role`: what the start is to a study (early, stable, overfit), for its report. `rollout_only`: ends after the sampling of a step.
@@ -46,7 +46,9 @@ def train(config: Config, worker: RolloutWorker, role: str = "none", rollout_onl
     scored = len(
         worker.problems
     )  # before there is a run folder: it would be bound to a config with which they are too long
-    with open_run(config, "rl", [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]) as run:
+    with open_run(
+        config, "rl", [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm)]
+    ) as run:
         if finished(run):
             return
         run.write_start(joint)
@@ -108,7 +110,7 @@ def _algorithm(config: Config) -> Algorithm:
     return algorithms.build(_with_correction(config), config.rollout.max_response)
 
 
-def _core(config: Config, algorithm: Algorithm) -> Learner:
+def _core(config: ResolvedConfig, algorithm: Algorithm) -> Learner:
     """With the weights of the start. Collective."""
     rl = config.rl
     learner = Learner(
@@ -124,7 +126,7 @@ def _core(config: Config, algorithm: Algorithm) -> Learner:
 
 
 def _rollouts(
-    config: Config,
+    config: ResolvedConfig,
     run: RunFolder,
     learner: Learner,
     worker: RolloutWorker,
@@ -187,7 +189,7 @@ def _with_correction(config: Config) -> RLConfig:
     return config.rl.model_copy(update={"is_correction": correction(config.rl.is_correction, config.model.dtype)})
 
 
-def _joint(config: Config, role: str) -> dict:
+def _joint(config: ResolvedConfig, role: str) -> dict:
     """start.json: where this run leaves SFT, and what SFT had cost by then."""
     checkpoint = config.model.checkpoint
     if checkpoint is None:

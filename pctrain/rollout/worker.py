@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pctrain.config.tree import Config
+from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
 from pctrain.data.encode import Encoder
 from pctrain.data.problems import Problem, read_problems
@@ -29,7 +29,7 @@ class RolloutWorker:
     The engine starts at its first use: a run that never samples, or that had finished before, never pays for it. Collective.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ResolvedConfig):
         self.config = config
         self.hf = HFConfig.read(config.model.path)
         self.encoder = Encoder(config.model.path, config.data, self.hf.context)
@@ -53,7 +53,7 @@ class RolloutWorker:
     @cached_property
     def problems(self) -> list[Problem]:
         """The test problems, `data.test`. One that is too long is an error: without it the score would be another one."""
-        return self._read_problems(self.config.data.test, self._prompt_limit())
+        return self._read_problems(self.config.data.test_problems(), self._prompt_limit())
 
     def training_problems(self, expert: bool) -> tuple[list[Problem], list[str]]:
         """`data.rl`, and what is wrong with those of it that are left out (`data.overlong`).
@@ -68,7 +68,7 @@ class RolloutWorker:
             "rl.token_budget less rollout.max_response",
         )  # whatever is sampled fits into one
         problems = self._read_problems(
-            self.config.data.rl,
+            self.config.data.rl_problems(),
             min(self._prompt_limit(), pack),
             expert=longest if expert else None,
             left_out=None if self.encoder.stops("overlong") else left_out,

@@ -9,7 +9,7 @@ from pctrain.ceiling.monitor import SURE, Reading
 from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
 from pctrain.config.check import schedule_problems
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.core import Learner
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
@@ -27,19 +27,20 @@ from pctrain.sft.open_data import open_trajectories, prepare_sources
 
 def main(config: Config) -> None:
     """`pctrain sft`."""
-    with begin(config) as config, RolloutWorker(config) as worker:
-        train(config, worker)
+    with begin(config) as resolved, RolloutWorker(resolved) as worker:
+        train(resolved, worker)
 
 
-def train(config: Config, worker: RolloutWorker) -> None:
+def train(config: ResolvedConfig, worker: RolloutWorker) -> None:
     """Runs, or goes on with, the SFT run of `config.run.dir`."""
     sft, limit = config.sft, min(worker.hf.context, config.sft.token_budget)
     training, validation = (
-        prepare_sources(config, sources, limit) for sources in (config.data.train, config.data.validation)
+        prepare_sources(config, sources, limit)
+        for sources in (config.data.train_sources(), config.data.validation_sources())
     )
     scored = len(worker.problems) if sft.eval_every else 0  # as the rest of the data before there is a run folder
     with open_run(
-        config, "sft", [config.data.test] if sft.eval_every else [], training.digests | validation.digests
+        config, "sft", [config.data.test_problems()] if sft.eval_every else [], training.digests | validation.digests
     ) as run:
         if finished(run):
             return

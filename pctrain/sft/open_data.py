@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
-from pctrain.config.tree import Config, SourceConfig
+from pctrain.config.tree import ResolvedConfig, SourceConfig
 from pctrain.data.build import Progress, TokenJob, build, folder_of
 from pctrain.data.sources import files_of
 from pctrain.data.store import TokenStore, is_finished
@@ -30,7 +30,7 @@ class Prepared:
         return {str(source.path): folder.name for source, folder in zip(self.sources, self.folders, strict=True)}
 
 
-def prepare_sources(config: Config, sources: Sequence[SourceConfig], limit: int) -> Prepared:
+def prepare_sources(config: ResolvedConfig, sources: Sequence[SourceConfig], limit: int) -> Prepared:
     """Collective. Reads the files to know their contents, the first time; nothing is tokenised.
 
     Args:
@@ -39,14 +39,14 @@ def prepare_sources(config: Config, sources: Sequence[SourceConfig], limit: int)
     return parallel.from_rank_zero(lambda: _prepare(config, sources, limit))
 
 
-def _prepare(config: Config, sources: Sequence[SourceConfig], limit: int) -> Prepared:
+def _prepare(config: ResolvedConfig, sources: Sequence[SourceConfig], limit: int) -> Prepared:
     source_names(sources)  # refuses two of one name
     cache = cache_folder(config)
     jobs = [TokenJob(files_of(source.path), config.model.path, config.data, limit) for source in sources]
     return Prepared(sources, jobs, [folder_of(cache, job) for job in jobs])
 
 
-def cache_folder(config: Config) -> Path:
+def cache_folder(config: ResolvedConfig) -> Path:
     return config.data.cache or config.run.dir / "tokens"
 
 

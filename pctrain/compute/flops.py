@@ -1,7 +1,9 @@
-"""Training compute, counted twice: by the formulas of arXiv 2512.11470, appendix E, which give the x of every fit, and exactly.
+"""Training compute, counted twice: by the formulas of arXiv 2512.11470, appendix E, and exactly.
 
-"FLOPs" are floating point operations here (a multiply-add is two). One EFLOP is 1e18. `S` is the mean length of a sequence,
-prompt and response together, in tokens. All functions return floats.
+The formulas give the x of every fit.
+
+"FLOPs" are floating point operations here (a multiply-add is two). One EFLOP is 1e18. `S` is the mean length of a
+sequence, prompt and response together, in tokens. All functions return floats.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def paper_sft(shape: ModelShape, *, steps: float, batch: float, mean_length: flo
 
 
 def paper_grpo_step(shape: ModelShape, *, batch: float, group: float, mean_length: float) -> float:
-    """Return the FLOPs of a GRPO step, `batch` prompts x `group` rollouts: 4 B G S f (one forward to sample, three to train)."""
+    """Return the FLOPs of a GRPO step, `batch` prompts x `group` rollouts: 4 B G S f, one f to sample, three to train."""
     return (1.0 + TRAINING_UNITS) * batch * group * mean_length * paper_forward_per_token(shape, mean_length)
 
 
@@ -55,7 +57,9 @@ def paper_dapo_step(
 def paper_luffy_step(
     shape: ModelShape, *, batch: float, group: float, length: float, experts: float, expert_length: float
 ) -> float:
-    """Return the FLOPs of a LUFFY or SRFT step: 4 [B G S_on + B N S_off] f, with G rollouts and N expert trajectories a prompt.
+    """Return the FLOPs of a LUFFY or SRFT step: 4 [B G S_on + B N S_off] f.
+
+    A prompt has G rollouts and N expert trajectories.
 
     Rollouts and expert trajectories differ in length, so a token costs the f of its own kind: f(S_on), f(S_off).
     """
@@ -67,18 +71,18 @@ def paper_luffy_step(
 def exact_forward(shape: ModelShape, lengths: ArrayLike) -> float:
     """Return the forward FLOPs of sequences of `lengths` [n] tokens, with each matrix product counted once.
 
-    Position i of a sequence attends to i keys, so scores and values of a sequence cost 2 * 2 * S (S + 1) / 2 * query width
-    per layer. The embedding is a look-up and free. Every token passes the head. Norms, softmax and activations (below 1%)
-    are left out.
+    Position i of a sequence attends to i keys, so scores and values of a sequence cost 2 * 2 * S (S + 1) / 2 * query
+    width per layer. The embedding is a look-up and free. Every token passes the head. Norms, softmax and activations
+    (below 1%) are left out.
     """
     tokens = float(np.sum(lengths, dtype=np.float64))
     return tokens * 2.0 * (shape.layers * shape.layer_weights + shape.vocab * shape.hidden) + _attention(shape, lengths)
 
 
 def exact_training(shape: ModelShape, lengths: ArrayLike, recompute: Recompute = "none") -> float:
-    """Return the FLOPs of forward and backward passes over `lengths` [n] tokens, including recomputation (parallel.recompute).
+    """Return the FLOPs of forward and backward passes over `lengths` [n] tokens, recomputation included.
 
-    `full` recomputes all layers but not the head; `selective` recomputes scores and values, inside attention.
+    `recompute` is `parallel.recompute`: `full` recomputes all layers but not the head; `selective` recomputes scores and values, inside attention.
     """
     again = 0.0
     if recompute == "full":

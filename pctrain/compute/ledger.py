@@ -1,8 +1,8 @@
 """Every FLOP of a run by phase, in the paper's count (arXiv 2512.11470, appendix E) and in the exact one.
 
-Two totals are the x of all curves: `eflops_sft`, and `eflops_rl` from the SFT/RL switch point on. They hold training compute
-by the paper's formulas: SFT updates; rollouts, rejected ones included, and RL updates. Validation and evaluation are in the
-ledger, but never in x.
+Two totals are the x of all curves: `eflops_sft`, and `eflops_rl` from the SFT/RL switch point on. They hold training
+compute by the paper's formulas: SFT updates; rollouts, rejected ones included, and RL updates. Validation and
+evaluation are in the ledger, but never in x.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from pctrain.compute.model_shape import ModelShape
 class Phase:
     """The price of a token in one phase.
 
-    `paper_units`: forward passes that the paper's formulas count. `exact`: the passes that are made, which the exact count
-    covers. `axis`: the total that the phase belongs to, or None for evaluation.
+    `paper_units`: forward passes that the paper's formulas count. `exact`: the passes that are made, which the exact
+    count covers. `axis`: the total that the phase belongs to, or None for evaluation.
     """
 
     paper_units: float
@@ -31,9 +31,9 @@ class Phase:
     axis: Literal["sft", "rl"] | None
 
 
-# The paper's GRPO step has 4 forward units (rollout 1, update 3) and neither a log-prob pass nor a reference model. A rejected
-# rollout costs as much as a kept one. The paper also counts 4 units for the expert's tokens of LUFFY and SRFT, which nobody
-# samples: `expert` is the fourth.
+# The paper's GRPO step has 4 forward units (rollout 1, update 3) and neither a log-prob pass nor a reference model. A
+# rejected rollout costs as much as a kept one. The paper also counts 4 units for the expert's tokens of LUFFY and SRFT,
+# which nobody samples: `expert` is the fourth.
 PHASES = {
     "sft_update": Phase(3.0, "training", "sft"),
     "rollout": Phase(1.0, "forward", "rl"),
@@ -78,7 +78,7 @@ class Ledger:
         self._totals: dict[str, Sums] = {}
 
     def add(self, step: int, phase: str, lengths: Sequence[int] | np.ndarray, seconds: float) -> dict[str, Any]:
-        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks, and return the ledger.jsonl entry."""
+        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks; return the ledger.jsonl entry."""
         rule, lengths = PHASES[phase], np.asarray(lengths, dtype=np.int64)
         if (lengths <= 0).any():
             raise ValueError(f"ledger: a sequence of {lengths.min()} tokens ({phase}, step {step})")
@@ -124,8 +124,8 @@ class Ledger:
         unknown = set(state["totals"]) - set(PHASES)
         if unknown:
             raise UserError(
-                f"ledger: the saved state has unknown phases {', '.join(sorted(unknown))[:200]}. Another version of pctrain "
-                "wrote it: resume with that version, or start a new run"
+                f"ledger: the saved state has unknown phases {', '.join(sorted(unknown))[:200]}. Another version of "
+                "pctrain wrote it: resume with that version, or start a new run"
             )
         self.joint = float(state["joint"])
         self._totals = {phase: dict(total) for phase, total in state["totals"].items()}

@@ -26,7 +26,7 @@ def peak_flops(dtype: str) -> float:
 
 
 def fastest(act: Callable[[], object]) -> float:
-    """Return the wall-clock seconds of the fastest of a few calls, up to the end of the work they start on the device."""
+    """Return the wall-clock seconds of the fastest of a few calls, including the work they start on the device."""
     seconds = math.inf
     for _ in range(_REPEATS):
         _synchronize()

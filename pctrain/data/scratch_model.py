@@ -114,7 +114,7 @@ def _write_tokenizer(folder: Path, sentencepiece_model: bytes, context: int) -> 
         folder, legacy=False, add_prefix_space=False, add_bos_token=False, add_eos_token=False, model_max_length=context
     )
     converted.save_pretrained(folder)
-    # save_pretrained lists every added token as special, \boxed{ among them. A decoder that follows the list drops the box.
+    # save_pretrained lists every added token as special, \boxed{ too. A decoder that follows the list drops the box.
     settings = read_tokenizer_config(folder)
     settings.pop("extra_special_tokens", None)
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -11,7 +11,7 @@ from pctrain.common.errors import UserError
 
 
 class MalformedJSON(ValueError):
-    """Text that is not JSON, or that Python cannot hold. The message says what is wrong, with the position where it is known."""
+    """Text that is not JSON, or that Python cannot hold. The message says what is wrong, and where if that is known."""
 
 
 def parse(text: str | bytes) -> Any:

@@ -1,12 +1,12 @@
 """The chat template of a checkpoint: from messages to the text that its model was trained to read.
 
-Templates are rendered as transformers' `apply_chat_template` does (the same Jinja sandbox, extensions, filters and variables;
-the tests compare them) without importing transformers, which takes seconds in every worker process.
+Templates are rendered as transformers' `apply_chat_template` does (the same Jinja sandbox, extensions, filters and
+variables; the tests compare them) without importing transformers, which takes seconds in every worker process.
 
-One difference is intended: templates do not get `strftime_now`. Templates of the Llama 3.2 kind write today's date into the
-system turn, so a run's data would depend on the day it was made on, and the prompts that RL samples from would change at
-midnight. Such templates ask whether the function exists and fall back to a fixed date. A template that does not ask cannot be
-used, and the error says so.
+One difference is intended: templates do not get `strftime_now`. Templates of the Llama 3.2 kind write today's date into
+the system turn, so a run's data would depend on the day it was made on, and the prompts that RL samples from would
+change at midnight. Such templates ask whether the function exists and fall back to a fixed date. A template that does
+not ask cannot be used, and the error says so.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class ChatTemplate:
 
 
 _NO_DATE = (
-    "; today's date would make the data depend on the day: replace strftime_now by a fixed date in a copy of the template, "
-    "and give that copy by data.template"
+    "; today's date would make the data depend on the day: replace strftime_now by a fixed date in a copy of the "
+    "template, and give that copy by data.template"
 )
 
 
@@ -137,7 +137,7 @@ def _from_config(entry: Any, config: Path) -> str | None:
         entry = templates["default"]
     if entry is not None and not isinstance(entry, str):
         raise UserError(
-            f"{config}: chat_template: expected text, or a list of {{name, template}}; give another one by data.template"
+            f"{config}: chat_template: expected text, or a list of {{name, template}}; give another by data.template"
         )
     return entry
 
@@ -159,7 +159,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """A pass-through for `{% generation %}` ... `{% endgeneration %}`, which marks what the assistant writes in some templates.
+    """A pass-through for `{% generation %}` ... `{% endgeneration %}`, which mark what an assistant writes.
 
     The spans that are trained on come from the generation prompt, which RL samples after, and not from these marks.
     """

@@ -23,7 +23,7 @@ ADVICE = "model.path must be a Hugging Face directory with a config.json"
 
 @dataclass(frozen=True)
 class Family:
-    """The features of an architecture beyond RMSNorm before each block, SwiGLU, rotary embeddings and grouped queries."""
+    """The features of an architecture beyond pre-RMSNorm, SwiGLU, rotary embeddings and grouped queries."""
 
     qkv_bias: bool = False
     qk_norm: bool = False  # RMSNorm over each head of query and key, before the rotation
@@ -50,7 +50,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class Llama3Rope:
-    """Rotary frequencies of Llama 3.1 and later: low ones are divided by `factor`, high ones kept, others interpolated."""
+    """Rotary frequencies of Llama 3.1 and later: low ones divided by `factor`, high ones kept, others interpolated."""
 
     factor: float
     low_freq_factor: float
@@ -97,8 +97,8 @@ class HFConfig:
         """Read the config of a Hugging Face directory.
 
         Raises:
-            UserError: there is no config.json, the architecture or a setting is not supported, or a key is missing or has
-                the wrong type.
+            UserError: there is no config.json, the architecture or a setting is not supported, or a key is missing
+                or has the wrong type.
         """
         raw = read_raw(directory)
         path = Path(directory) / CONFIG
@@ -138,7 +138,7 @@ class HFConfig:
 
     @property
     def shape(self) -> ModelShape:
-        """The sizes that FLOPs are counted by. A mixture of experts counts the experts that a token passes, and the router."""
+        """The sizes that FLOPs depend on; of a mixture of experts, the router and the experts that a token passes."""
         ffn, experts = self.ffn, 0
         if self.experts:
             ffn, experts = self.experts.per_token * self.experts.ffn, self.experts.count
@@ -157,7 +157,7 @@ def read_raw(directory: Path) -> dict[str, Any]:
 
 
 def model_shape(fields: Mapping[str, Any], source: str = CONFIG) -> ModelShape:
-    """Return the shape of a Llama-like model (Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral) from the fields of its config.json.
+    """Return the shape of a Llama-like model (Llama, Qwen2, Qwen3, Qwen3-MoE, Mistral) from config.json fields.
 
     Unlike `HFConfig.read` it needs the sizes alone, so that a curves file can carry them. `source` names their place in
     error messages.
@@ -207,7 +207,8 @@ def _refuse_unsupported(fields: _Fields, family: Family) -> None:
             raise UserError(f"{path}: {key} = {_shown(value)} is not supported; expected {json.dumps(supported)}")
     if raw.get("quantization_config"):
         raise UserError(
-            f"{path}: quantization_config: quantized weights cannot be trained; give the directory of the unquantized model"
+            f"{path}: quantization_config: quantized weights cannot be trained; give the directory of the unquantized "
+            "model"
         )
     _refuse_window(fields, switched="use_sliding_window" in family.only)
 
@@ -215,20 +216,20 @@ def _refuse_unsupported(fields: _Fields, family: Family) -> None:
 def _refuse_window(fields: _Fields, switched: bool) -> None:
     """Raise UserError if attention is limited to a window.
 
-    `switched`: the family turns its window on by use_sliding_window, which is refused elsewhere. Mistral's window applies
-    wherever it is set.
+    `switched`: the family turns its window on by use_sliding_window, which is refused elsewhere. Mistral's window
+    applies wherever it is set.
     """
     raw, path = fields.raw, fields.source
     window, context = raw.get("sliding_window"), raw.get("max_position_embeddings") or 0
     if type(context) is not int or type(window) not in (int, type(None)):
         raise UserError(
-            f"{path}: expected whole numbers under 'max_position_embeddings' and 'sliding_window' (or null there), found "
-            f"{_shown(context)} and {_shown(window)}"
+            f"{path}: expected whole numbers under 'max_position_embeddings' and 'sliding_window' (or null there), "
+            f"found {_shown(context)} and {_shown(window)}"
         )
     if not switched and window is not None and window < context:
         raise UserError(
-            f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window is "
-            f"not supported: set max_position_embeddings to {window}, up to which the window changes nothing"
+            f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window "
+            f"is not supported: set max_position_embeddings to {window}, up to which the window changes nothing"
         )
     layer_types = raw.get("layer_types") or []
     if switched and isinstance(layer_types, list) and "sliding_attention" in layer_types:
@@ -256,7 +257,7 @@ def _rope_scaling(rope: _Fields) -> Llama3Rope | None:
 
 
 def _experts_key(fields: _Fields) -> str:
-    """Return the key of the number of experts. transformers 5 writes num_local_experts, earlier versions num_experts."""
+    """Return the key of the number of experts: transformers 5 writes num_local_experts, earlier versions num_experts."""
     return "num_experts" if fields.raw.get("num_experts") is not None else "num_local_experts"
 
 
@@ -289,9 +290,9 @@ def _passed_feed_forward(fields: _Fields) -> tuple[int, int]:
     for key, allowed in no_dense_layers:
         if fields.raw.get(key) not in allowed:
             raise UserError(
-                f"{fields.source}: `{key}` = {fields.raw[key]!r}: FLOPs are only counted for models whose layers all have "
-                "routed experts and no other feed-forward block; give the curves in EFLOPs that you have counted yourself, "
-                "and leave the model out"
+                f"{fields.source}: `{key}` = {fields.raw[key]!r}: FLOPs are only counted for models whose layers all "
+                "have routed experts and no other feed-forward block; give the curves in EFLOPs that you have counted "
+                "yourself, and leave the model out"
             )
     width = fields.count("num_experts_per_tok") * fields.count("moe_intermediate_size")
     return width, fields.count(_experts_key(fields))

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face directory with its EOS token, and the training of a small one for models made from scratch."""
+"""The tokenizer of a Hugging Face directory with its EOS token, and a trained one for models made from scratch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BOX = "\\boxed{"
 
 
 class Tokenizer:
-    """A tokenizer: text to ids and back by `tokenizer.json`, which vLLM and transformers read too, so the ids are the same.
+    """A tokenizer: text to ids and back by `tokenizer.json`, the file that vLLM and transformers read too.
 
     No BOS and no EOS is added: a sequence is prompt_ids + response_ids + [eos_id].
 
@@ -95,8 +95,8 @@ def read_tokenizer_config(hf_dir: Path) -> dict[str, Any]:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> bytes:
     """Train a SentencePiece BPE model (`tokenizer.model`) from texts; the same texts give the same bytes.
 
-    Byte fallback: every text can be encoded, whatever the model was trained on. Digits are split: a number is its digits.
-    There is no normalization and no space put in front: decode(encode(text)) == text.
+    Byte fallback: every text can be encoded, whatever the model was trained on. Digits are split: a number is its
+    digits. There is no normalization and no space put in front: decode(encode(text)) == text.
 
     Args:
         texts: the training corpus.

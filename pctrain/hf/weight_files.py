@@ -1,8 +1,8 @@
-"""The safetensors of a Hugging Face directory: read by slices, written tensor by tensor, so that no file is ever whole in memory.
+"""The safetensors of a Hugging Face directory: read by slices and written tensor by tensor, to save memory.
 
-The format (https://github.com/huggingface/safetensors) is 8 bytes with the header's length, little endian; then the header,
-JSON of name -> dtype, shape, begin and end; then the tensors' bytes. The safetensors library reads it. Its `save_file` wants
-all tensors of a file at once; `write` takes their shapes first and then one tensor at a time.
+The format (https://github.com/huggingface/safetensors) is 8 bytes with the header's length, little endian; then the
+header, JSON of name -> dtype, shape, begin and end; then the tensors' bytes. The safetensors library reads it. Its
+`save_file` wants all tensors of a file at once; `write` takes their shapes first and then one tensor at a time.
 
 Torch is imported where tensors are made, so that headers can be read without it.
 """
@@ -122,8 +122,8 @@ class HFReader:
     ) -> None:
         """Raise UserError unless the directory holds exactly the tensors `expected`, with these shapes.
 
-        The message lists missing and unknown tensors, or names one with another shape or an unsupported dtype. `ignored`:
-        names that may be present or absent.
+        The message lists missing and unknown tensors, or names one with another shape or an unsupported dtype.
+        `ignored`: names that may be present or absent.
         """
         present = {name for name in self.files if name not in ignored and not is_constant(name)}
         missing, unknown = sorted(set(expected) - present), sorted(present - set(expected))
@@ -179,7 +179,8 @@ def write(
 ) -> None:
     """Write `tensors`, in the order of `entries`, into one file, or into several with an index.
 
-    A file has at most `shard_bytes`, or one tensor. A tensor is cast to the dtype of its entry. Peak memory: one tensor.
+    A file has at most `shard_bytes`, or one tensor. A tensor is cast to the dtype of its entry. Peak memory: one
+    tensor.
     """
     shards: list[list[Entry]] = [[]]
     for entry in entries:

@@ -15,7 +15,7 @@ from pctrain.config import help as config_help
 from pctrain.config.tree import Config
 from pctrain.report.fit_options import FitOptions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pctrain(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

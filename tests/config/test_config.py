@@ -188,7 +188,7 @@ def test_missing_file_and_bytes_that_are_no_text(tmp_path):
 def test_the_reference_is_that_of_the_types():
     from pctrain.config.help import reference
 
-    page = Path(__file__).resolve().parents[1] / "docs" / "config.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
     assert page.read_text() == reference(), "write it anew: python -m pctrain.config.help > docs/config.md"
 
 
@@ -443,7 +443,7 @@ def test_nothing_heavy_is_imported():
         "import sys; from pctrain.config.load import load; load(None, []); "
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2], timeout=60)
 
 
 LAUGHS = (

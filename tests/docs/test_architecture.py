@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
 LAYERS = [
     re.findall(r"`(\w+)`", row.split("|")[2]) for row in PAGE.split("|---|---|---|\n")[1].split("\n\n")[0].splitlines()

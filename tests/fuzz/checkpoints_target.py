@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
-from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.config.load import load, read
 from pctrain.config.tree import ParallelConfig
 from pctrain.run import checkpoints
 from pctrain.run import folder as runfolder
+from tests.fuzz.case import Case
+from tests.fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
+from tests.fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 
 NAME = "checkpoints"
 STEP = "run/checkpoints/step-2"

@@ -17,7 +17,7 @@ from pctrain.report import fit_command
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import FitOptions
 
-PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
+PUBLISHED_FILE = Path(__file__).parents[1] / "helpers" / "published_curves.json"
 
 
 def point(eflops, a, b):

@@ -15,7 +15,7 @@ from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.report.curves import read_curves
 
-PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
+PUBLISHED_FILE = Path(__file__).parents[1] / "helpers" / "published_curves.json"
 X = np.arange(1, 31) * 4.0
 Y = np.round(60 + 12 * rise(X, 1.5, 12.0) + 0.4 * np.random.default_rng(0).normal(size=30), 2)
 
@@ -181,7 +181,7 @@ BAD = {
     ),
     "score above its own maximum": (minimal(max_score=65.0), r"at most 65"),
     "NaN score": (minimal(scores=[*Y.tolist()[:-1], float("nan")]), r"`scores`\[29\] must be a finite number"),
-    "maximum above 100": (minimal(max_score=101), "max_score` must be the highest score"),
+    "maximum above 100": (minimal(max_score=101), "max_score` must be the highest possible score"),
     "no P_sft": (minimal(p_sft=...), "the key `p_sft` is missing"),
     "unknown key": (minimal(flops=[1]), "unknown key `flops`"),
     "joint among the points": (minimal(eflops=[0.0, *X.tolist()[1:]]), "must begin above 0"),

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from study_folders import STEP_RL, STEP_SFT, binomial_se, config, make_rl, make_sft, make_study, rising
-from watch_server import Serving
 
 from pctrain.report import command as report
 from pctrain.report import watch
+from tests.helpers.study_folders import STEP_RL, STEP_SFT, binomial_se, config, make_rl, make_sft, make_study, rising
+from tests.helpers.watch_server import Serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is a test extra")
 CHROMIUM = shutil.which("chromium")

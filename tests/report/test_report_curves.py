@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from study_folders import make_rl, make_sft, make_study, rising
 
 from pctrain.ceiling.fit import fit_ceiling
 from pctrain.cli import main as cli
@@ -17,8 +16,9 @@ from pctrain.common.errors import UserError
 from pctrain.report import charts, curves, ledger_table
 from pctrain.report import command as report
 from pctrain.run import layout
+from tests.helpers.study_folders import make_rl, make_sft, make_study, rising
 
-PUBLISHED = Path(__file__).parent / "published_curves.json"
+PUBLISHED = Path(__file__).parents[1] / "helpers" / "published_curves.json"
 PROBLEMS = {"gsm8k": 300, "=aime": 100}
 
 

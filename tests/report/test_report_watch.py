@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from study_folders import STEP_RL, STEP_SFT, binomial_se, make_rl, make_study, rising
-from watch_server import Serving
 
 from pctrain.common.errors import UserError
 from pctrain.report import watch
+from tests.helpers.study_folders import STEP_RL, STEP_SFT, binomial_se, make_rl, make_study, rising
+from tests.helpers.watch_server import Serving
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-from study_folders import make_rl, make_sft, make_study, rising
 
 from pctrain.common.errors import UserError
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import Study
 from pctrain.run import layout
+from tests.helpers.study_folders import make_rl, make_sft, make_study, rising
 
 SCORES = {60: 20.0, 150: 45.0, 270: 50.0}
 
@@ -46,7 +46,7 @@ def test_an_rl_run_is_set_against_the_sft_run_that_it_came_from(wide: Study) -> 
     assert [wide.sft_of(run).name for run in (easy, hard)] == ["seed-10/sets/easy-1.0/sft", "seed-10/sets/hard/sft"]
     assert easy.sft_equal.value == pytest.approx(45 + 5 * (300 + 6 * 4 - 300) / 240)
     pure = wide.rl[0]
-    assert wide.sft_of(pure) is None and pure.start_regime is None and "of none of the sets" in pure.sft_equal.reason
+    assert wide.sft_of(pure) is None and pure.start_regime is None and "none of the sets" in pure.sft_equal.reason
 
 
 def test_labels_say_what_differs(wide: Study, tmp_path: Path) -> None:

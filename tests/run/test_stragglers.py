@@ -212,7 +212,7 @@ def test_the_table_has_the_slowest_rank_of_every_phase(times):
 
 
 def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):
-    from ceiling.study_folders import make_study
+    from tests.helpers.study_folders import make_study
 
     root = make_study(tmp_path / "study")
     for text in (

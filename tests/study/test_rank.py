@@ -6,9 +6,9 @@ import random
 import pytest
 from scipy import stats
 
-import sets_cli as cli
-from e2e import tiny
 from pctrain.study.rank import Candidate, Probe, compare, rank
+from tests.helpers import sets_cli as cli
+from tests.helpers import tiny
 
 PROBE = [
     "--model.architecture.layers=1",

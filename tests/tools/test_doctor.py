@@ -9,7 +9,7 @@ from pctrain.cli.main import main
 from pctrain.tools import doctor, gpu_branches
 from pctrain.tools.doctor import Finding, Package, combined
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def found(findings):

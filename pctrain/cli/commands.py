@@ -105,12 +105,14 @@ def _rl(command: Command, arguments: list[str]) -> None:
     if options.debug_rollout_only and options.debug_train_only is not None:
         raise UserError("--debug_rollout_only samples and --debug_train_only trains: give one of them")
     config = resolve_config(command, rest)
-    from pctrain.rl import loop
+    from pctrain.rl import debug, loop
 
     if options.debug_train_only is not None:
-        loop.debug_train(config, options.debug_train_only)
+        debug.train_only(config, options.debug_train_only)
+    elif options.debug_rollout_only:
+        debug.sample_only(config)
     else:
-        loop.main(config, options.debug_rollout_only)
+        loop.main(config)
 
 
 def _show(command: Command, arguments: list[str]) -> None:

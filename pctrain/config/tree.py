@@ -387,8 +387,11 @@ class RolloutConfig(Section):
     verify_every: int = Field(
         10, ge=1, description="weight swaps between checks of the engine by log-probs; the first always"
     )
-    verify_tolerance: float = Field(
-        2e-5, gt=0, description="most that the log-probs of engine and learner may differ a token (float32)"
+    verify_tolerance: float | None = Field(
+        None,
+        gt=0,
+        description="largest mean difference between the engine's and the learner's log-probs after a weight update, nats "
+        "per token; default: 2e-5 in float32, 0.1 in bfloat16",
     )
 
 

@@ -13,7 +13,7 @@ from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import make_console
 from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.records import Fault
-from pctrain.data.sources import list_files, iter_records
+from pctrain.data.sources import iter_records, list_files
 from pctrain.distributed import parallel
 from pctrain.files.lock import try_lock
 from pctrain.report import command as report

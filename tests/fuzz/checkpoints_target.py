@@ -574,8 +574,8 @@ def _state(case: Case, folder: Path) -> None:
     from pctrain.compute.ledger import Ledger
     from pctrain.core.skipped import SkippedUpdates
     from pctrain.hf.config import HFConfig
-    from pctrain.rl.session import _switch_point
     from pctrain.rl.prompts import PromptStream
+    from pctrain.rl.session import _switch_point
     from pctrain.sft.spikes import Spikes
 
     state = checkpoints.read_state(folder / STEP, "prompts")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.prepare import prepare
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # an evaluation asks here too, and needs no model of megatron
 
 
 @contextmanager
-def begin(config: Config) -> Iterator[Config]:
+def begin(config: Config) -> Iterator[ResolvedConfig]:
     """Collective, around all that a command does: joins the ranks, watches over them, and makes in `run.dir` what the config leaves to be
     made (problems, tokenizer, initial weights): the config that is yielded names it.
 
@@ -56,7 +56,7 @@ def this_start() -> str:
 
 
 def open_run(
-    config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None
+    config: ResolvedConfig, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None
 ) -> RunFolder:
     """Collective: rank 0 checks and locks the folder; where it refuses, every rank raises.
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pctrain.common.errors import UserError
-from pctrain.compute.flops import ModelShape
 from pctrain.compute.ledger import Ledger
+from pctrain.hf.config import HFConfig
+from pctrain.hf.directory import is_hf_directory
 from pctrain.run import checkpoints
 from pctrain.run.folder import HF_FOLDER, read_config
 
@@ -56,7 +57,7 @@ def find(paths: Sequence[str | Path], model_path: Path | None) -> list[Target]:
 
 
 def _find(path: Path, model_path: Path | None) -> Target:
-    if (path / "config.json").is_file():
+    if is_hf_directory(path):
         return Target("", path, path)
     if (path / "config.yaml").is_file():
         return _of_run(path)
@@ -74,7 +75,7 @@ def _find(path: Path, model_path: Path | None) -> Target:
 
 def _of_run(run: Path) -> Target:
     folder, found = run / HF_FOLDER, checkpoints.list_checkpoints(run)
-    if not (folder / "config.json").is_file():
+    if not is_hf_directory(folder):
         such = f", such as {found[-1]}" if found else ""
         raise UserError(
             f"{run}: the run has not finished, so it has no {HF_FOLDER}/; let it end, or name a checkpoint{such}"
@@ -88,7 +89,7 @@ def _of_checkpoint(path: Path, model_path: Path | None) -> Target:
     own = _own_model(path.parent.parent)
     # The run knows better than a config that was written for another one.
     for hf_dir in (own, model_path):
-        if hf_dir is not None and (hf_dir / "config.json").is_file():
+        if hf_dir is not None and is_hf_directory(hf_dir):
             return _with_ledger(Target("", path, hf_dir, checkpoint=path), path)
     why = (
         f"{path.parent.parent} has no config.yaml that names its model"
@@ -112,8 +113,7 @@ def _with_ledger(target: Target, checkpoint: Path) -> Target:
     try:
         kind = checkpoints.read_manifest(checkpoint).get("kind", "")
         state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["ledger"]
-        config = json.loads((target.hf_dir / "config.json").read_text(encoding="utf-8"))
-        ledger = Ledger(ModelShape.from_hf_config(config, str(target.hf_dir / "config.json")))
+        ledger = Ledger(HFConfig.read(target.hf_dir).shape)
         ledger.load_state_dict(state)
     except FileNotFoundError as error:
         raise UserError(

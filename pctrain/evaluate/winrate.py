@@ -26,10 +26,11 @@ from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
-from pctrain.data.sources import parts_of
+from pctrain.data.sources import list_disk_files
 from pctrain.distributed import parallel
-from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
+from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
+from pctrain.hf.directory import content_digests
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
@@ -120,8 +121,8 @@ def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarr
     about = json.loads(
         json_line(
             {
-                "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
-                "model": weights_of(config.model.path),
+                "inputs": [fingerprint(part) for file in data.files for part in list_disk_files(file)],
+                "model": content_digests(config.model.path),
                 "attempts": options.attempts,
                 "seed": config.run.seed,
                 "temperature": config.eval.temperature,

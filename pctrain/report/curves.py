@@ -25,6 +25,8 @@ from pctrain.ceiling import checks
 from pctrain.ceiling.curve import Curve
 from pctrain.common.errors import UserError
 from pctrain.compute import flops
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
+from pctrain.hf.config import model_shape
 from pctrain.report import plain_curves
 from pctrain.run import layout
 
@@ -127,10 +129,10 @@ def _exchange_curves(document: dict, file: Path) -> list[Curve]:
             f"{file}: meta.benchmarks must give a number of problems above 0 (at most 1e12) for each of one or more benchmarks"
         )
     top = checks.maximum(meta.get("max_score", checks.MAX_SCORE), f"{file}: meta.max_score")
-    shape = flops.QWEN2_5_7B
+    shape = QWEN2_5_7B
     if meta.get("model") is not None:
         where = f"{file}: meta.model"
-        shape = flops.ModelShape.from_hf_config(checks.mapping(meta["model"], where), where)
+        shape = model_shape(checks.mapping(meta["model"], where), where)
     datasets = checks.mapping(checks.need(document, "datasets", str(file)), f"{file}: datasets")
     curves = [
         c
@@ -143,7 +145,7 @@ def _exchange_curves(document: dict, file: Path) -> list[Curve]:
 
 
 def _dataset_curves(
-    name: str, data: object, counts: dict[str, float], top: float, shape: flops.ModelShape, where: str
+    name: str, data: object, counts: dict[str, float], top: float, shape: ModelShape, where: str
 ) -> list[Curve]:
     data = checks.mapping(data, where)
     sft_x, sft_scores = _points(checks.need(data, "sft", where), counts, top, f"{where}.sft")
@@ -157,7 +159,7 @@ def _dataset_curves(
     return sorted(curves, key=lambda curve: curve.start_step)
 
 
-def _sft_entry(step: int, data: Mapping, sft_x: np.ndarray, shape: flops.ModelShape, where: str) -> int:
+def _sft_entry(step: int, data: Mapping, sft_x: np.ndarray, shape: ModelShape, where: str) -> int:
     """Index of the `sft` entry that holds the score of the checkpoint at `step`."""
     steps = data.get("checkpoint_steps")
     if isinstance(steps, list) and len(steps) == len(sft_x) and step in steps:

@@ -42,7 +42,7 @@ class RolloutWorker:
     def engine(self) -> RolloutEngine:
         config = self.config
         return RolloutEngine(
-            config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.hf.eos_id
+            config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.tokenizer.eos_id
         )
 
     @property
@@ -112,7 +112,7 @@ class RolloutWorker:
             )
 
         found = self.engine.verify(
-            learner_logprobs, [problem.prompt_ids for problem in self.problems[:4]], self.hf.eos_id
+            learner_logprobs, [problem.prompt_ids for problem in self.problems[:4]], self.tokenizer.eos_id
         )
         tolerance = rollout.verify_tolerance if self.config.model.dtype == "float32" else BF16_TOLERANCE
         if found > tolerance:

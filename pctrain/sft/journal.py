@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pctrain.ceiling.monitor import Monitor, Reading
 from pctrain.compute import flops
 from pctrain.compute.ledger import Ledger
-from pctrain.compute.peak import peak_flops
 from pctrain.config.tree import Config
 from pctrain.core import Learner
 from pctrain.core.learner import Update
+from pctrain.core.peak import peak_flops
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import PackedBatch
 from pctrain.data.trajectories import Trajectories

@@ -21,13 +21,15 @@ from rich.text import Text
 
 from pctrain.common.progress import make_console
 from pctrain.compute import flops
-from pctrain.compute.flops import EFLOP, ModelShape
+from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import PHASES
+from pctrain.compute.model_shape import ModelShape
 from pctrain.config.tree import Config, SourceConfig
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
 from pctrain.data.sources import iter_records
+from pctrain.hf.config import HFConfig
 from pctrain.report.looks import flops_text
 from pctrain.study.stages import OnDisk, Stage
 
@@ -87,8 +89,7 @@ class Costs:
     def shape(self) -> ModelShape:
         model = self.config.model
         if model.path is not None:
-            file = Path(model.path) / "config.json"
-            return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+            return HFConfig.read(model.path).shape
         a = model.architecture
         return ModelShape(
             a.layers,

@@ -147,10 +147,3 @@ def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
         expected.append(name)
     assert [unit.name for unit in units(hf, te=True)] == expected
     assert sum("q_layernorm" in name for name in expected) == (hf.layers if hf.qk_norm else 0)
-
-
-def test_the_config_check_knows_the_same_families():
-    from pctrain.config.check import ARCHITECTURES
-    from pctrain.hf.config import FAMILIES
-
-    assert list(ARCHITECTURES) == list(FAMILIES)

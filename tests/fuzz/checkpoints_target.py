@@ -609,7 +609,7 @@ def _open(case: Case, folder: Path) -> None:
 
 def _show(case: Case, folder: Path) -> None:
     if case.arguments:
-        cli._dispatch(["show", "run", *case.arguments])
+        cli.run_command(["show", "run", *case.arguments])
     else:
         runfolder.read_config(Path("run"))
         runfolder.read_values(Path("run"), "val", "val_loss")

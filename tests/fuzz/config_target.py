@@ -516,8 +516,7 @@ def run(case: Case, folder: Path) -> None:
     else:
         _stop_before_the_work()
         try:
-            if cli._dispatch(list(case.arguments)):
-                raise UserError("an exit status")
+            cli.run_command(list(case.arguments))
         except _Reached:
             return
         except SystemExit as end:

@@ -426,7 +426,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
 
 
 def run(case: Case, folder: Path) -> None:
-    cli._dispatch([case.action, *case.arguments])
+    cli.run_command([case.action, *case.arguments])
     if case.action == "fit":
         out = next(path for path in (folder / "out.json", folder / "folder" / "out.json") if path.exists())
         _check_fits(json.loads(out.read_text(), parse_constant=_no_constant))

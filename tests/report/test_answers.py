@@ -13,7 +13,7 @@ from scipy import stats
 
 from pctrain.ceiling.correlation import correlate
 from pctrain.report.answers import Answer, answers
-from pctrain.report.study_data import RLPoint, RLRun, SFTPoint, SFTRun, Study
+from pctrain.report.study_data import RLPoint, RLRun, SFTLoss, SFTRun, SFTScore, Study, scored_run
 
 
 def sft(
@@ -30,10 +30,8 @@ def sft(
     losses = [
         minimum * (1 + (0.006 if turned and i > 5 else 0.02) * (i - (5 if turned else 9)) ** 2) for i in range(10)
     ]
-    points = [
-        SFTPoint(10 * i, i * 1e-3, loss, 0.01, 20.0 + i if scores else None, 2.0 if scores else None, "stable")
-        for i, loss in enumerate(losses)
-    ]
+    validations = [SFTLoss(10 * i, i * 1e-3, loss, 0.01, "stable") for i, loss in enumerate(losses)]
+    readings = [SFTScore(10 * i, i * 1e-3, 20.0 + i, 2.0) for i in range(10)]
     config = {"data": {"validation": [{"path": validation}]}}
     return SFTRun(
         "sft",
@@ -43,7 +41,8 @@ def sft(
         {},
         set=name,
         seed=seed,
-        points=points,
+        losses=validations,
+        scores=readings if scores else [],
         delta=0.02,
         delta2=0.10,
         size=size,
@@ -68,21 +67,21 @@ def rl(
         else SimpleNamespace(a_post_low=ceiling[0], a_post=ceiling[1], a_post_high=ceiling[2], verdict=verdict)
     )
     points = [RLPoint(0, 0.0, 30.0, se), RLPoint(10, 0.01, last, se)]
-    return RLRun(
-        f"rl-step-{step}",
-        Path("rl"),
-        {},
-        "",
-        {},
+    return scored_run(
+        fit,
+        points,
+        name=f"rl-step-{step}",
+        folder=Path("rl"),
+        config={},
+        config_text="",
+        ledger={},
         set=name,
         seed=seed,
         start_step=step,
         role=role,
         algorithm=algorithm,
         eflops_sft=step * 1e-4,
-        points=points,
         start_regime="stable",
-        fit=fit,
     )
 
 

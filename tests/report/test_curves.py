@@ -11,7 +11,8 @@ import pytest
 from rich.console import Console
 
 from pctrain.common.errors import UserError
-from pctrain.compute.flops import EFLOP, QWEN2_5_7B, paper_sft
+from pctrain.compute.flops import EFLOP, paper_sft
+from pctrain.compute.model_shape import QWEN2_5_7B
 from pctrain.report import fit_command
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import FitOptions

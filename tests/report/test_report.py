@@ -24,7 +24,7 @@ from pctrain.common.errors import UserError
 from pctrain.report import charts, curves, figures, looks
 from pctrain.report import command as report
 from pctrain.report.reading import read_study
-from pctrain.report.study_data import SFTPoint, SFTRun
+from pctrain.report.study_data import SFTLoss, SFTRun
 from tests.helpers.study_folders import binomial_se, config, make_rl, make_study, rising
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)> {{ 7*7 }} & \u2028"
@@ -135,10 +135,8 @@ def test_fit_is_that_of_the_fit_command(study_folder: Path) -> None:
 @given(st.lists(st.floats(0.3, 5.0), min_size=1, max_size=30))
 def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
     x = [float(i) for i in range(len(losses))]
-    points = [
-        SFTPoint(i, x[i], losses[i], 0.0, None, None, regime) for i, regime in enumerate(regimes.classify(x, losses))
-    ]
-    bands = SFTRun("sft", Path("sft"), {}, "", {}, points=points).bands()
+    points = [SFTLoss(i, x[i], losses[i], 0.0, regime) for i, regime in enumerate(regimes.classify(x, losses))]
+    bands = SFTRun("sft", Path("sft"), {}, "", {}, losses=points).bands()
     assert bands[0]["from"] == x[0] and bands[-1]["to"] == x[-1]
     assert all(a["to"] == b["from"] and a["regime"] != b["regime"] for a, b in zip(bands, bands[1:]))
     for point in points:

@@ -263,7 +263,7 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
         (["--watch", "--port=0"], "--port"),
         (["--ledgre"], "did you mean --ledger"),
         (["other"], "one folder or file"),
-        (["--run.dir=x"], "one folder or file"),
+        (["--run.dir=x"], "unknown option --run.dir"),
     ],
 )
 def test_options_that_do_not_go_together(

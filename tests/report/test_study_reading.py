@@ -46,7 +46,7 @@ def test_an_rl_run_is_set_against_the_sft_run_that_it_came_from(wide: Study) -> 
     assert [wide.sft_of(run).name for run in (easy, hard)] == ["seed-10/sets/easy-1.0/sft", "seed-10/sets/hard/sft"]
     assert easy.sft_equal.value == pytest.approx(45 + 5 * (300 + 6 * 4 - 300) / 240)
     pure = wide.rl[0]
-    assert wide.sft_of(pure) is None and pure.start_regime is None and "of none of the sets" in pure.sft_equal.reason
+    assert wide.sft_of(pure) is None and pure.start_regime is None and "none of the sets" in pure.sft_equal.reason
 
 
 def test_labels_say_what_differs(wide: Study, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pctrain.rollout.worker import BF16_TOLERANCE, RolloutWorker
 def worker():
     """A scorer whose engine and core are stand-ins: `differences` has one entry a verification."""
     worker = RolloutWorker.__new__(RolloutWorker)
-    worker.config, worker._swaps, worker.hf = Config(), 0, SimpleNamespace(eos_id=2)
+    worker.config, worker._swaps, worker.tokenizer = Config(), 0, SimpleNamespace(eos_id=2)
     worker.config.rollout.verify_every = 3
     worker.problems = [SimpleNamespace(prompt_ids=[5, 6])]
     worker.found, worker.differences = 1e-6, []

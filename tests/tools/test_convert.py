@@ -75,7 +75,7 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["hf-to-mcore", "HF"], "expected 2 folders, got 1"),
+        (["hf-to-mcore", "HF"], "expected 2 folders, got /"),
         (["hf-to-mcore", "HF", "out"], "expected a checkpoint folder named step-N"),
         (["mcore-to-hf", "HF", "out"], "needs --model.path"),
         (["mcore-to-hf", "HF", "out", "--model.path=HF"], "manifest.json is missing"),

@@ -19,6 +19,7 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.files.durable import plain, write_beside
 from pctrain.report import charts, curve_report, figures, findings, held_out, page
+from pctrain.report.not_shown import not_shown
 from pctrain.report.answers import answers
 from pctrain.report.looks import ceiling_text
 from pctrain.report.reading import read_study
@@ -91,7 +92,7 @@ def contents(study: Study) -> dict[str, Any]:
     return as_json(study) | {
         "answers": plain(answers(study)),
         "findings": findings.findings(study),
-        "not_shown": findings.not_shown(study),
+        "not_shown": not_shown(study),
         "versions": versions(),
     }
 

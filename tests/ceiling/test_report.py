@@ -1,4 +1,4 @@
-"""The report of run folders made here: its files, numbers and sentences, escaping, and errors that name file and line."""
+"""The report of run folders made here: files, numbers, sentences, escaping, and errors that name file and line."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
 
 
 def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> None:
-    figure = figures.validation_loss(drawn(study_folder)["validation_loss"])
+    figure = figures.validation_loss.draw(drawn(study_folder)["validation_loss"])
     shaded = {patch.get_gid() for patch in figure.axes[0].patches}
     assert shaded == {f"regime-{name}" for name in ("adaptive", "stable", "mild", "severe", "transient")}
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
@@ -157,13 +157,13 @@ def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> No
 
 
 def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
-    with matplotlib.rc_context(figures.STYLE):
-        texts = [text.get_text() for text in figures.ceilings(drawn(study_folder)["ceilings"]).axes[0].texts]
+    with matplotlib.rc_context(looks.STYLE):
+        texts = [text.get_text() for text in figures.ceilings.draw(drawn(study_folder)["ceilings"]).axes[0].texts]
     assert any(t.startswith("identified") for t in texts) and any(t.startswith("too short: no ceiling") for t in texts)
 
 
 def test_phases_are_named_beside_their_bars(study_folder: Path) -> None:
-    axes = figures.compute(drawn(study_folder)["compute"]).axes[0]
+    axes = figures.compute.draw(drawn(study_folder)["compute"]).axes[0]
     names = [
         "SFT updates",
         "Rollouts",
@@ -186,7 +186,7 @@ def test_compute_is_written_with_a_readable_prefix(eflops: float, text: str) -> 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
 def test_labels_keep_their_order_and_distance(values: list[float]) -> None:
-    placed = figures._spread(values, 6.0, 0.0, 100.0)
+    placed = figures.score_vs_compute.spread_out(values, 6.0, 0.0, 100.0)
     order = sorted(range(len(values)), key=lambda i: values[i])
     assert all(placed[b] - placed[a] >= 6.0 - 1e-9 for a, b in pairwise(order))  # sums of a few floats below 100
 

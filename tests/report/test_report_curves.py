@@ -232,12 +232,10 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
         "GFLOPs",
         "100",
         "GFLOPs",
-        "18.1",
-        "%",
+        "18.1%",
         "1.0",
         "2.0",
-        "11.1",
-        "%",
+        "11.1%",
     ] in lines
     whole = lines[next(i for i, line in enumerate(lines) if line[:2] == ["all", "runs"]) :]
     assert [
@@ -248,14 +246,12 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
         "GFLOPs",
         "551",
         "GFLOPs",
-        "100.0",
-        "%",
+        "100.0%",
         "9.0",
         "18.0",
-        "100.0",
-        "%",
+        "100.0%",
     ] in whole
-    assert ["Evaluation", "*", "2,400", "60", "GFLOPs", "90", "GFLOPs", "16.3", "%", "1.5", "3.0", "16.7", "%"] in whole
+    assert ["Evaluation", "*", "2,400", "60", "GFLOPs", "90", "GFLOPs", "16.3%", "1.5", "3.0", "16.7%"] in whole
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.common.errors import UserError
+from pctrain.files import json_file
 
 MAX_SCORE = 100.0  # percent
 LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits
@@ -81,38 +81,9 @@ def json_of(file: Path) -> object:
 
 def parsed(content: str, where: str) -> object:
     try:
-        return refuse_surrogates(json.loads(content), content, where)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except (
-        RecursionError,
-        ValueError,
-    ) as error:  # lists in lists without end; numbers of more digits than Python converts
-        raise UserError(f"{where}: not JSON that can be read ({error})") from None
-
-
-def json_lines(file: Path) -> list[tuple[str, dict]]:
-    """(place, object) of each line."""
-    records = []
-    for at, line in enumerate(text(file).splitlines(), start=1):
-        where = f"{file}, line {at}"
-        try:
-            records.append((where, mapping(refuse_surrogates(json.loads(line), line, where), where)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); a line is one object") from None
-    return records
-
-
-def refuse_surrogates(value: object, content: str, where: str) -> object:
-    """`value`, read from `content`. Half of a surrogate pair can stand in JSON as an escape; no terminal and no file would take it."""
-    if "\\ud" in content.lower():  # halves that belong together make a character
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write it anew"
-            ) from None
-    return value
+        return json_file.parse(content)
+    except json_file.MalformedJSON as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
 
 
 def mapping(value: object, where: str) -> dict:

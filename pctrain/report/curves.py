@@ -29,6 +29,9 @@ from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 from pctrain.hf.config import model_shape
 from pctrain.report import plain_curves
 from pctrain.run import layout
+from pctrain.run.documents import read_start
+from pctrain.run.names import METRICS
+from pctrain.run.records import has_metrics, read_metrics
 
 # A checkpoint without an `sft` entry within this share of its EFLOPs has no P_sft; files round EFLOPs to two decimals.
 NEAREST_SHARE, NEAREST_EFLOPS = 0.10, 0.005
@@ -43,10 +46,10 @@ def read_curves(path: Path | str) -> list[Curve]:
         return _read_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a curves file (JSON or CSV) or a run folder")
-    if (path / "metrics.jsonl").is_file():
+    if has_metrics(path):
         return [read_run_folder(path)]
     places = [
-        place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()
+        place for place in layout.find_runs(path) if place.kind == "rl" and has_metrics(place.folder)
     ]
     if not places:
         raise UserError(
@@ -74,8 +77,8 @@ def _read_file(file: Path) -> list[Curve]:
 
 def read_run_folder(folder: Path) -> Curve:
     """Curve from the `kind` = eval lines of an RL run's metrics.jsonl; its line at eflops_rl 0 is the score at the joint, P_sft."""
-    file = folder / "metrics.jsonl"
-    lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
+    file = folder / METRICS
+    lines = [(where, row) for row, where in read_metrics(folder) if row["kind"] == "eval"]
     points = [
         (
             checks.number(line, "eflops_rl", where),
@@ -91,7 +94,7 @@ def read_run_folder(folder: Path) -> Curve:
         raise UserError(
             f"{file}: no `kind` = eval line {what}; give the folder of an RL run that has been scored at its start and later"
         )
-    start = _start(folder)
+    start = read_start(folder)
     errors = [p[2] for p in after if p[2] is not None]
     return Curve(
         dataset=folder.resolve().parent.name if folder.resolve().name.startswith("rl-step-") else folder.resolve().name,
@@ -103,18 +106,6 @@ def read_run_folder(folder: Path) -> Curve:
         p_sft_se=joint[2],
         score_se=float(np.median(errors)) if errors else None,
     )
-
-
-def _start(folder: Path) -> dict:
-    file = folder / "start.json"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)"
-        )
-    start = checks.mapping(checks.json_of(file), str(file))
-    if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
-        raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
-    return start
 
 
 # ---- the exchange format

@@ -9,14 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pctrain.ceiling import checks
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.compute.ledger import PHASES
 from pctrain.report.looks import PHASE_NAMES, flops_text
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import LEDGER_KEYS, Study, sum_ledgers
-from pctrain.run.layout import RANKS_FILE
+from pctrain.run.documents import has_ranks, read_slowest_ranks
 
 LEGEND = (
     "paper: by the paper's formulas, the x of all curves; exact: with causal attention and every pass that was made. shares: of the "
@@ -56,7 +55,7 @@ def main(source: Path, console: Console | None = None) -> None:
     console = console or make_console()
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
-    if any((run.folder / RANKS_FILE).exists() for run in study.runs):
+    if any(has_ranks(run.folder) for run in study.runs):
         console.print()
         console.print(_ranks(study))
         console.print(RANKS_LEGEND, style="dim", highlight=False)
@@ -77,8 +76,7 @@ def _ranks(study: Study) -> Table:
     for name in ("s a step", "others", "times"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in study.runs:
-        file = run.folder / RANKS_FILE
-        for i, row in enumerate(_slowest(file) if file.exists() else []):
+        for i, row in enumerate(read_slowest_ranks(run.folder) if has_ranks(run.folder) else []):
             times = f"{row['seconds'] / row['others']:.2f}" if row["others"] else "-"
             table.add_row(
                 Text(run.name if i == 0 else ""),
@@ -89,21 +87,6 @@ def _ranks(study: Study) -> Table:
                 times,
             )
     return table
-
-
-def _slowest(file: Path) -> list[dict]:
-    where = f"{file}: slowest"
-    rows = checks.need(checks.mapping(checks.json_of(file), str(file)), "slowest", str(file))
-    if not isinstance(rows, list):
-        raise UserError(f"{where} must be a list, found {type(rows).__name__}")
-    rows = [checks.mapping(row, where) for row in rows]
-    return [
-        {
-            **{key: str(checks.need(row, key, where)) for key in ("phase", "rank", "place")},
-            **{key: checks.number(row, key, where) for key in ("seconds", "others")},
-        }
-        for row in rows
-    ]
 
 
 def _rows(table: Table, name: str, ledger: dict[str, dict[str, float]], totals: dict[str, float]) -> None:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from pctrain.ceiling import checks, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
 from pctrain.common.errors import UserError
-from pctrain.compute.ledger import PHASES
-from pctrain.files import yaml_text
 from pctrain.report import curves
 from pctrain.report.study_data import (
     LEDGER_KEYS,
@@ -31,11 +26,16 @@ from pctrain.report.study_data import (
     sum_ledgers,
     typical_se,
 )
+from pctrain.run import config_file
+from pctrain.run.config_file import has_config
+from pctrain.run.documents import is_finished, read_start, read_summary
 from pctrain.run.layout import find_runs
+from pctrain.run.names import CONFIG, METRICS, SUMMARY
+from pctrain.run.records import has_ledger, has_metrics, read_metrics, read_rollouts, rollout_files
+from pctrain.run.records import read_ledger as read_ledger_lines
 
 NO_JOINT = "the checkpoint was not scored before RL"
 NO_SFT_RUN = "there is no SFT run in this folder"
-ROLES = ("early", "stable", "overfit", "none")
 
 
 def read_study(folder: Path) -> Study:
@@ -55,7 +55,7 @@ def read_study(folder: Path) -> Study:
         sft = [read_sft(place.folder, place.set) for place in places if place.kind == "sft"]
         rl = [read_rl(place.folder, sft, place.set) for place in places if place.kind == "rl"]
         return _told_apart(Study(name, folder, sft, rl, begun))
-    if (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists():
+    if has_metrics(folder) or has_config(folder):
         if read_config(folder)[0]["kind"] == "rl":
             return Study(name, folder, [], [read_rl(folder, [])])
         return Study(name, folder, [read_sft(folder)], [])
@@ -67,8 +67,7 @@ def read_study(folder: Path) -> Study:
 
 def _has_recorded(run: Path) -> bool:
     """Whether it has made a step; of one that has, what is missing was lost."""
-    metrics = run / "metrics.jsonl"
-    return (run / "ledger.jsonl").exists() or metrics.exists() and any(row["step"] > 0 for row, _ in _metrics(run))
+    return has_ledger(run) or (has_metrics(run) and any(row["step"] > 0 for row, _ in _metrics(run)))
 
 
 def _told_apart(study: Study) -> Study:
@@ -115,7 +114,7 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
         try:
             labels = regimes.classify([p["eflops_sft"] for p in valid], [p["val_loss"] for p in valid], delta, delta2)
         except UserError as error:
-            raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
+            raise UserError(f"{folder / METRICS}: {error}") from None
         for point, label in zip(valid, labels, strict=True):
             point["regime"] = str(label)
     seed = int(_number_setting(folder, config, "run", "seed"))
@@ -138,12 +137,9 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
 
 def _trajectories(folder: Path) -> int | None:
     """Of the training set, by the summary of a finished run."""
-    path = folder / "summary.json"
-    if not path.exists():
+    if not is_finished(folder):
         return None
-    summary = checks.mapping(
-        checks.need(checks.mapping(checks.json_of(path), str(path)), "summary", str(path)), f"{path}: summary"
-    )
+    summary, path = read_summary(folder)["summary"], folder / SUMMARY
     trajectories = summary.get("trajectories")
     if trajectories is not None and (isinstance(trajectories, bool) or not isinstance(trajectories, int)):
         raise UserError(f"{path}: `trajectories` must be a whole number, found {trajectories!r:.60}")
@@ -158,7 +154,7 @@ def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
         ]
     except (TypeError, KeyError, AttributeError):
         raise UserError(
-            f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`"
+            f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`"
         ) from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
@@ -179,7 +175,7 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     config, text = read_config(folder)
     seed = int(_number_setting(folder, config, "run", "seed"))
     sft = sft_of(sft_runs, set_name, seed)
-    start = _read_start(folder)
+    start = read_start(folder)
     points, train, last_eval = [], [], {}
     for row, where in _metrics(folder):
         if row["kind"] == "eval":
@@ -201,7 +197,7 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     try:
         fit, reason = _fit(points)
     except UserError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
+        raise UserError(f"{folder / METRICS}: {error}") from None
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
     without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
@@ -279,14 +275,10 @@ def _counts(train: list[dict], last_eval: dict) -> dict[str, float]:
 
 def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[str, Any]]]:
     """Up to `limit` rollouts of the last step: first one of each cause, then in the file's order."""
-    files = {
-        int(m[1]): path
-        for path in (folder / "rollouts").glob("step-*.jsonl")
-        if (m := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
-    }
+    files = rollout_files(folder)
     if not files:
         return None, []
-    rows = [row for row, _ in read_lines(files[max(files)])]
+    rows = [row for row, _ in read_rollouts(files[max(files)])]
     first_of_cause = {row.get("cause"): i for i, row in reversed(list(enumerate(rows)))}
     chosen = sorted(first_of_cause.values())[:limit]
     chosen += [i for i in range(len(rows)) if i not in chosen][: limit - len(chosen)]
@@ -296,58 +288,17 @@ def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[
 # -- files -------------------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
-    try:
-        with path.open(encoding="utf-8", errors="strict") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                try:
-                    row = checks.refuse_surrogates(json.loads(line), line, where)
-                except (ValueError, RecursionError) as error:
-                    if not line.endswith("\n"):
-                        return
-                    raise UserError(
-                        f"{where}: not JSON ({error}). Expected one object a line; a run that was killed here mends its "
-                        f"files when the same command is started again."
-                    ) from None
-                yield checks.mapping(row, where), where
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-
-
 def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. The run has recorded nothing yet; start it again with the same command, then report."
-        )
-    for row, where in read_lines(path):
-        if row.get("kind") not in ("train", "val", "eval"):
-            raise UserError(f"{where}: `kind` must be train, val or eval, found {row.get('kind')!r}.")
-        if not isinstance(row.get("step"), int) or isinstance(row.get("step"), bool):
-            raise UserError(f"{where}: `step` must be a whole number, found {row.get('step')!r}.")
+    """Yield (line, "file:line") of the metrics, with the EFLOPs of each checked."""
+    for row, where in read_metrics(folder):
         for key in ("eflops_sft", "eflops_rl"):
             row[key] = _number(row, key, where)
         yield row, where
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. Every run folder has the resolved config of its run; is {folder} a run folder?"
-        )
-    text = checks.text(path)
-    try:
-        config = yaml_text.parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}).") from None
-    if not isinstance(config, dict) or config.get("kind") not in ("sft", "rl"):
-        raise UserError(f"{path}: not the config of a run; expected a tree of settings with `kind: sft` or `kind: rl`.")
-    return config, text
+    """Return the config of a run as plain values, and its text."""
+    return config_file.read_tree(folder), config_file.read_text(folder)
 
 
 def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> Any:
@@ -355,39 +306,22 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
         return config[section][key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{folder / 'config.yaml'}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
+            f"{folder / CONFIG}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
             f"key."
         ) from None
 
 
 def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:
     _setting(folder, config, section, key)
-    return _number(config[section], key, f"{folder / 'config.yaml'}: {section}")
+    return _number(config[section], key, f"{folder / CONFIG}: {section}")
 
 
 def read_ledger(folder: Path) -> dict[str, dict[str, float]]:
     """Sums by phase, in no particular order. A run without a ledger is refused: the x of every curve rests on it."""
-    path = folder / "ledger.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: missing. Every run folder has the ledger of its compute.")
-    rows = []
-    for row, where in read_lines(path):
-        if row.get("phase") not in PHASES:
-            raise UserError(f"{where}: `phase` must be one of {', '.join(PHASES)}, found {row.get('phase')!r}.")
-        rows.append({row["phase"]: {key: _number(row, key, where) for key in LEDGER_KEYS}})
+    rows = [
+        {row["phase"]: {key: _number(row, key, where) for key in LEDGER_KEYS}} for row, where in read_ledger_lines(folder)
+    ]
     return sum_ledgers(rows)
-
-
-def _read_start(folder: Path) -> dict[str, Any]:
-    path = folder / "start.json"
-    if not path.exists():
-        raise UserError(f"{path}: missing. An RL run folder says there which checkpoint it started from.")
-    start = checks.mapping(checks.json_of(path), str(path))
-    if start.get("role") not in ROLES:
-        raise UserError(f"{path}: `role` must be one of {', '.join(ROLES)}, found {start.get('role')!r}.")
-    for key in ("start_step", "eflops_sft"):
-        _number(start, key, str(path))
-    return start
 
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:

@@ -9,6 +9,7 @@ from pctrain.common.progress import progress
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Learner
+from pctrain.core.session import begin, due, export, finished, leave, open_run, record_ledger, resume, save
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
@@ -21,9 +22,11 @@ from pctrain.rl.sampling import GroupSampler, PromptStream, Sampled
 from pctrain.rl.update import update
 from pctrain.rollout import Swap
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.checkpoints import checkpoint_step, read_state
-from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, record_ledger, resume, save
+from pctrain.run.checkpoint_state import read_state
+from pctrain.run.checkpoints import checkpoint_step
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import best_step, read_values
 from pctrain.run.stragglers import RankTimes
 
 

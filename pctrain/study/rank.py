@@ -25,6 +25,7 @@ from scipy import stats
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import Config, SourceConfig
+from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
 from pctrain.data.sets.outputs import MANIFEST, described, versions
@@ -33,8 +34,7 @@ from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
 from pctrain.report.looks import flops_text
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.folder import read_values
-from pctrain.run.resume import begin
+from pctrain.run.records import read_ledger, read_values
 from pctrain.sft import loop as sft
 from pctrain.study.rank_figure import draw
 
@@ -157,7 +157,7 @@ class Difference:
 
 def read_probe(folder: Path, seed: int) -> Probe:
     losses = read_values(folder, "val", "val_loss")
-    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    ledger = [line for line, _ in read_ledger(folder)]
     step = min(losses, key=losses.get)
     eflops = read_values(folder, "val", "eflops_sft")
     return Probe(

@@ -16,7 +16,7 @@ import pytest
 
 from e2e.forked import Forked
 from e2e.test_rl_layouts import options
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
 
 MINUTES, STEPS = float(os.environ.get("PCTRAIN_SOAK_MINUTES", 30)), int(os.environ.get("PCTRAIN_SOAK_STEPS", 1000))
 ZOMBIE_SECONDS = 5.0  # a child that has ended is a zombie until its parent asks for it

@@ -44,6 +44,7 @@ setup(
         "annotated-types>=0.6",
         "pyyaml>=6.0",
         "rich>=13.0",
+        "shtab>=1.7",
         "tensorboard>=2.15",
         "matplotlib>=3.8",
         "plotly>=6.0",

@@ -6,8 +6,9 @@
         ...
     store = TokenStore(folder)
 
-Shard K is part K of the files (`sources.chunks`), whichever worker writes it and whenever: order and bytes do not depend on the workers.
-A shard is there when its .json is, which is written last; the folder is finished when its manifest is.
+Shard K is part K of the files (`sources.split_file`), whichever worker writes it and whenever: order and bytes do not
+depend on the workers. A shard is there when its .json is, which is written last; the folder is finished when its
+manifest is.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pctrain.common.errors import UserError
 from pctrain.config.tree import DataConfig
 from pctrain.data.encode import Encoder, Sample, Unusable
 from pctrain.data.records import Fault
-from pctrain.data.sources import CHUNK_BYTES, Chunk, chunks, columns_of, parts_of, read_numbered
+from pctrain.data.sources import CHUNK_BYTES, Chunk, chunk_columns, list_disk_files, read_numbered, split_file
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.data.workers import HEARTBEAT, in_processes
 from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_beside
@@ -44,7 +45,10 @@ SETTLED_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class TokenJob:
-    """What is tokenised, and how. `files`: of `files_of`; `limit`: most tokens of a sample; the paths in `data` are not read."""
+    """What is tokenised, and how.
+
+    `files`: of `list_files`; `limit`: most tokens of a sample; the paths in `data` are not read.
+    """
 
     files: Sequence[Path]
     hf_dir: Path
@@ -77,7 +81,7 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
     hashes = _Hashes(Path(cache))
     parts = {
         "format": FORMAT,
-        "files": [[file.name, *map(hashes.of, parts_of(file))] for file in map(Path, job.files)],
+        "files": [[file.name, *map(hashes.of, list_disk_files(file))] for file in map(Path, job.files)],
         "fields": job.data.fields.model_dump(),
         "encoder": Encoder(job.hf_dir, job.data, job.limit).digest,
     }
@@ -89,10 +93,13 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
 
 
 def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
-    """Makes `folder` (of `folder_of`) unless it is finished; the caller iterates to the end. One process builds, others wait for it.
+    """Makes `folder` (of `folder_of`) unless it is finished; the caller iterates to the end.
+
+    One process builds, others wait for it.
 
     Raises:
-        UserError: a record that a policy stops at (named), no usable record, a file that cannot be read or written, a dead worker.
+        UserError: a record that a policy stops at (named), no usable record, a file that cannot be read or written, a
+            dead worker.
     """
     if is_finished(folder):
         return
@@ -129,7 +136,7 @@ def _wait_for_lock(file: Path) -> Iterator[Progress]:
 def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
     parts: list[Chunk] = []
     for file in job.files:
-        for part in chunks(file, CHUNK_BYTES):
+        for part in split_file(file, CHUNK_BYTES):
             parts.append(part)
             yield Progress(0, 0, 0, 0)
     done = records = tokens = 0
@@ -140,7 +147,8 @@ def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
     _finish(job, folder, parts)
 
 
-# ---- shards ------------------------------------------------------------------------------------------------------------
+# ---- shards
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[Size | None]:
@@ -219,7 +227,8 @@ def _about(folder: Path, number: int) -> dict:
     return json.loads(shard_file(folder, number, "json").read_text(encoding="utf-8"))
 
 
-# ---- the finished folder -----------------------------------------------------------------------------------------------
+# ---- the finished folder
+# -----------------------------------------------------------------------------------------------
 
 
 def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
@@ -270,7 +279,7 @@ def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
                     "counts": counts,
                     "dtype": dtype,
                     "files": [{"path": file, "records": count} for file, count in records.items()],
-                    "columns": {str(part.file): columns_of(part, job.data.fields).describe() for part in parts},
+                    "columns": {str(part.file): chunk_columns(part, job.data.fields).describe() for part in parts},
                     "template": template and template.where,
                     "settings": {
                         "limit": job.limit,
@@ -301,7 +310,8 @@ def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     return buffer.getvalue()
 
 
-# ---- hashes of the files -------------------------------------------------------------------------------------------------
+# ---- hashes of the files
+# -------------------------------------------------------------------------------------------------
 
 
 class _Hashes:

@@ -1,6 +1,7 @@
 """`pctrain data check`: looks at every record of some files and says what is in them and what is wrong with them.
 
-Texts pass by a part of a file at a time; what stays of a record is 44 bytes: hashes of its prompt and of the whole, lengths, and its place.
+Texts pass by a part of a file at a time; what stays of a record is 44 bytes: hashes of its prompt and of the whole,
+lengths, and its place.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from pctrain.config import check as config_check
 from pctrain.config.tree import Config
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Fault, Record
-from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of, read_chunk, read_numbered
+from pctrain.data.sources import (
+    Chunk,
+    chunk_columns,
+    list_disk_files,
+    list_files,
+    read_chunk,
+    read_numbered,
+    split_file,
+)
 
 FIRST_PLACES = 5  # named of each trouble
 NO_LIMIT = 1 << 40  # tokens: lengths are measured here, and compared afterwards
@@ -75,7 +84,10 @@ class Trouble:
 
 @dataclass
 class FileCheck:
-    """`read_as`: trajectories (they need a response) or problems (they need an answer). `records` can be used, `unusable` cannot."""
+    """`read_as`: trajectories (they need a response) or problems (they need an answer).
+
+    `records` can be used, `unusable` cannot.
+    """
 
     path: Path
     read_as: str = "problems"
@@ -90,8 +102,8 @@ class Check:
 
     Attributes:
         files: one FileCheck each.
-        lengths: {"prompt, characters": int64 [n], "response, tokens": ..., ...} of the records that can be read, also where they are too
-            long, in order; -1: it has none.
+        lengths: {"prompt, characters": int64 [n], "response, tokens": ..., ...} of the records that can be read, also
+            where they are too long, in order; -1: it has none.
         file_of: int64 [n], the number of each record's file.
         limit: the model's context, tokens; None without a model.
     """
@@ -146,7 +158,10 @@ class Check:
         self.add_trouble(kind, where, message, unusable=True)
 
     def add_record(self, file: int, number: int, record: Record, tokens: tuple[int, int] | None) -> None:
-        """What stays of a record that can be read. `tokens`: of the prompt and of the response with EOS (0: a problem has none)."""
+        """What stays of a record that can be read.
+
+        `tokens`: of the prompt and of the response with EOS (0: a problem has none).
+        """
         self.files[file].chats += bool(record.messages)
         self._file.append(file)
         self._number.append(number)
@@ -194,13 +209,13 @@ def check(paths: Sequence[Path], config: Config) -> Check:
     Raises:
         UserError: a path that names no file, or one of another format; a model that cannot be read.
     """
-    files = list(dict.fromkeys(file for path in paths for file in files_of(path)))
+    files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
     encoder = limit = None
     if config.model.path is not None:
         limit = config_check.model_shape(config).context
         encoder = Encoder(config.model.path, config.data, NO_LIMIT)
     found = Check(files, limit)
-    sizes = [sum(part.stat().st_size for part in parts_of(file)) for file in files]
+    sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]
     with progress("checking", total=_megabytes(sum(sizes)), unit="MB") as bar:
         for number, file in enumerate(files):
             _check_file(found, number, config, encoder, bar, sum(sizes[:number]))
@@ -212,9 +227,9 @@ def check(paths: Sequence[Path], config: Config) -> Check:
 def _check_file(found: Check, number: int, config: Config, encoder: Encoder | None, bar: Bar, before: int) -> None:
     file, answers = found.files[number], _Answers()
     try:
-        for chunk in chunks(file.path):
+        for chunk in split_file(file.path):
             if not file.columns:
-                file.columns = columns_of(chunk, config.data.fields).describe()
+                file.columns = chunk_columns(chunk, config.data.fields).describe()
                 file.read_as = _read_as(chunk, config)
             _check_chunk(found, number, chunk, config, encoder, answers)
             bar.advance(_megabytes(before + chunk.done) - bar.done, records=found.records, unusable=found.unusable)

@@ -192,7 +192,8 @@ def _histogram_lines(name: str, values: np.ndarray) -> list[str]:
 def _trouble_lines(trouble: Trouble) -> list[str]:
     lines = [f"{'unusable' if trouble.unusable else 'remark'}: {trouble.count:,} {trouble.kind}: {trouble.advice}"]
     for where, message in trouble.first:
-        # A template's message names its place already where a file could not be read; a control character must not reach the terminal.
+        # A template's message names its place already where a file could not be read; a control character must not
+        # reach the terminal.
         told = message if message.startswith(where) or where in message else f"{where}: {message}" if message else where
         lines.append("  " + "".join(c if c.isprintable() else " " for c in told))
     if trouble.count > len(trouble.first):
@@ -203,7 +204,8 @@ def _trouble_lines(trouble: Trouble) -> list[str]:
 def _edges(values: np.ndarray, bins: int) -> np.ndarray:
     """Whole numbers around all values (int64, at least two), about `bins` bins of the same ratio.
 
-    No bin is narrower than the one before it: widths of 1 and 2 in turn, as rounding gives them, would make teeth of a smooth curve.
+    No bin is narrower than the one before it: widths of 1 and 2 in turn, as rounding gives them, would make teeth of a
+    smooth curve.
     """
     low, high = int(values.min()), int(values.max()) + 1
     ratio = (high / max(1, low)) ** (1 / bins)

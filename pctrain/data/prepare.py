@@ -1,4 +1,4 @@
-"""Fills in what a config leaves out: generated problems where no data is named, a fresh model where no directory is named."""
+"""Preparation of a run: generated problems if the config names no data, a fresh model if it names no model directory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from pctrain.data import scratch_model as hf_dir
 from pctrain.distributed.health import watchdog
 from pctrain.files.lock import try_lock
 
-LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks
+LOCK = ".prepare.lock"
+WAIT = 0.2  # seconds between two checks for the files of another job
 
 
 def prepare(config: Config, root: Path) -> Config:
-    """A copy of `config` whose data and model paths are all set; makes `root`/data and `root`/model where they are needed and absent.
+    """Return a copy of `config` with all data and model paths set.
 
-    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. Of several jobs that begin in one
-    folder at once, one makes it and the others wait.
+    Make `root`/data and `root`/model if they are needed.
+
+    The same config gives the same bytes, so a second call (a resumed run) finds the files that it would make. If
+    several jobs start in one folder at once, one makes the files and the others wait.
     """
     root = Path(root)
     config = config.model_copy(deep=True)
@@ -35,7 +38,7 @@ def prepare(config: Config, root: Path) -> Config:
         _make(config, root, paths)
     finally:
         if release is not None:
-            (root / LOCK).unlink()  # who waits for it finds everything made
+            (root / LOCK).unlink()  # waiting jobs find everything made
             release()
     return config
 

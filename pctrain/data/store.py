@@ -8,8 +8,9 @@ A folder of the cache, `<cache>/<key>/`, which `build` writes:
     dropped.jsonl       where, cause, message of every record that is not in the set
     manifest.json       what it was made of, and the counts; written last: a folder without it is not finished
 
-The shards are read by `pread`, not through a mapping: the pages of a mapping count as memory of the process that touched them, until they
-are given back one by one, and reading beyond the end of a damaged file would end the process by a signal in place of an error.
+The shards are read by `pread`, not through a mapping: the pages of a mapping count as memory of the process that
+touched them, until they are given back one by one, and reading beyond the end of a damaged file would end the process
+by a signal in place of an error.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class TokenStore:
         lengths: int32 [n], tokens of each sample.
         loss_tokens: int32 [n], tokens of each sample that are trained on.
         tokens: their sum over all samples.
-        counts: {cause: records}: `cut` of those in the set that were shortened to the limit; by any other cause, those that are not in it.
+        counts: {cause: records}: `cut` of those in the set that were shortened to the limit; by any other cause, those
+            that are not in it.
         manifest: all that the folder's manifest.json says (files, columns, limit, template, versions).
     """
 
@@ -75,7 +77,10 @@ class TokenStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Row:
-        """Tokens int64 [L]; weights float32 [L], 1 on the tokens that are trained on. UserError where the shard is damaged."""
+        """Tokens int64 [L]; weights float32 [L], 1 on the tokens that are trained on.
+
+        UserError where the shard is damaged.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = self._shard(index)
@@ -139,7 +144,10 @@ def _read_manifest(folder: Path) -> dict:
 
 
 def _read_index(folder: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """lengths, spans, span_counts, shards. UserError where they do not fit each other: rows would be read from the wrong place."""
+    """lengths, spans, span_counts, shards.
+
+    UserError where they do not fit each other: rows would be read from the wrong place.
+    """
     file = folder / "index.npz"
     try:
         lengths, spans, span_counts, shards = npz.read(file, ("lengths", "spans", "span_counts", "shards"))

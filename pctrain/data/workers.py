@@ -1,6 +1,7 @@
 """A function over a stream of items in worker processes, its results in the order of the items.
 
-Plain processes and pipes: the threads and locks of a ProcessPoolExecutor can hang on Ctrl-C, and its workers outlive a killed parent.
+Plain processes and pipes: the threads and locks of a ProcessPoolExecutor can hang on Ctrl-C, and its workers outlive a
+killed parent.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def in_processes(
 ) -> Iterator[tuple[Result] | None]:
     """(function(item),) of every item, in order, by `workers` processes; None at least every HEARTBEAT seconds that nothing is ready.
 
-    `prepare()` makes the function, once in each process. Of several items that fail the first one's exception is raised, whichever
-    process is the faster.
+    `prepare()` makes the function, once in each process. Of several items that fail the first one's exception is
+    raised, whichever process is the faster.
     """
     context = multiprocessing.get_context("spawn")  # a fork would copy locks that threads of torch and tokenizers hold
     processes: list[multiprocessing.process.BaseProcess] = []

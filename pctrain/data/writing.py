@@ -27,13 +27,16 @@ GZIP_LEVEL, ZSTD_LEVEL = 6, 3
 
 
 def write_records(path: Path | str, records: Iterable[dict[str, Any]]) -> int:
-    """Writes the records in the form of the path's suffix and returns how many there were. `path` is there whole or not at all.
+    """Writes the records in the form of the path's suffix and returns how many there were.
 
-    In JSON, NaN and infinities become null, dates their ISO form and decimals strings. A parquet file has every column of any record;
-    where a record lacks one it is null.
+    `path` is there whole or not at all.
+
+    In JSON, NaN and infinities become null, dates their ISO form and decimals strings. A parquet file has every column
+    of any record; where a record lacks one it is null.
 
     Raises:
-        UserError: a suffix that is not .jsonl, .jsonl.gz, .jsonl.zst or .parquet; a value that the form cannot hold; a disk that is full.
+        UserError: a suffix that is not .jsonl, .jsonl.gz, .jsonl.zst or .parquet; a value that the form cannot hold; a
+            disk that is full.
     """
     path = Path(path)
     write = next((write for suffix, write in FORMATS.items() if path.name.endswith(suffix)), None)
@@ -155,7 +158,10 @@ def _spool(file: Path, records: Iterable[dict[str, Any]], path: Path) -> tuple[l
 
 
 def _joined(one: pa.DataType, other: pa.DataType, path: Path, name: str = "") -> pa.DataType:
-    """The type that values of both types have. Numbers are not widened and nothing becomes text: 7 would come back as 7.0 or '7'."""
+    """The type that values of both types have.
+
+    Numbers are not widened and nothing becomes text: 7 would come back as 7.0 or '7'.
+    """
     if one == other or pa.types.is_null(other):
         return one
     if pa.types.is_null(one):

@@ -26,7 +26,7 @@ from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
-from pctrain.data.sources import parts_of
+from pctrain.data.sources import list_disk_files
 from pctrain.distributed import parallel
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
@@ -121,7 +121,7 @@ def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarr
     about = json.loads(
         json_line(
             {
-                "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
+                "inputs": [fingerprint(part) for file in data.files for part in list_disk_files(file)],
                 "model": content_digests(config.model.path),
                 "attempts": options.attempts,
                 "seed": config.run.seed,

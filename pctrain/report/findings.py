@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from pctrain.ceiling.fit import MIN_POINTS
+from pctrain.ceiling.stats import Measured, difference
 from pctrain.report.looks import flops_text, shows_ceiling
-from pctrain.report.study_data import Estimate, RLRun, SFTRun, Study, difference
+from pctrain.report.study_data import RLRun, SFTRun, Study
 
 PAPER_LEAST_EFLOPS = 0.6  # the smallest SFT checkpoint of the paper's table (S1K, 62 steps, Qwen2.5-7B), before any RL
 CUT_SHORT = 0.05  # share of responses cut at the length limit from which the report says so
@@ -84,8 +85,8 @@ def _what_was_run(study: Study) -> list[str]:
             f"training compute at most."
         )
     for sft in study.sft if not said else []:
-        if sft.points:
-            last = sft.points[-1]
+        if sft.end:
+            last = sft.end
             said.append(f"{_sft(sft)} ran to step {last.step}, {flops_text(last.eflops_sft)} of training compute.")
     if study.rl:
         algorithms = sorted(
@@ -303,7 +304,7 @@ def _paper_ordering(study: Study) -> list[str]:
         )
         began = overfit.first.score - stable.first.score
         return [said + (f" It also began {began:.1f} points higher." if began > 0 else "")]
-    below = f"RL from the {regime} start ended {_points(Estimate(-d.value, d.se))} below RL from the stable start"
+    below = f"RL from the {regime} start ended {_points(Measured(-d.value, d.se))} below RL from the stable start"
     if not _told_apart(d):
         return [f"{below}: the direction the paper reports, but within two standard errors."]
     return [f"{below}, as the paper reports; one run of each does not make it a rule."]
@@ -411,11 +412,11 @@ def _by_role(study: Study, role: str) -> RLRun | None:
     return next((run for run in study.rl if run.role == role and run.last), None)
 
 
-def _last(run: RLRun) -> Estimate:
-    return Estimate(run.last.score, run.last.score_se)
+def _last(run: RLRun) -> Measured:
+    return Measured(run.last.score, run.last.score_se)
 
 
-def _told_apart(d: Estimate) -> bool:
+def _told_apart(d: Measured) -> bool:
     return abs(d.value) > 2 * d.se
 
 
@@ -423,7 +424,7 @@ def _percent(value: float, se: float) -> str:
     return f"{value:.1f} % (standard error {se:.1f})"
 
 
-def _points(d: Estimate) -> str:
+def _points(d: Measured) -> str:
     return f"{d.value:.1f} points (standard error {d.se:.1f})"
 
 
@@ -435,7 +436,7 @@ def _from_to(run: RLRun) -> str:
 
 
 def _longest_sft(study: Study) -> float:
-    return max((p.eflops_sft for run in study.sft for p in run.points), default=0.0)
+    return max((run.end.eflops_sft for run in study.sft if run.end), default=0.0)
 
 
 def _longest(study: Study) -> float:

@@ -10,7 +10,7 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
 from pctrain.config.tree import Config, SourceConfig
 from pctrain.data.build import Progress, TokenJob, build, folder_of
-from pctrain.data.sources import files_of
+from pctrain.data.sources import list_files
 from pctrain.data.store import TokenStore, is_finished
 from pctrain.data.trajectories import Trajectories, source_names
 from pctrain.distributed import parallel
@@ -42,7 +42,7 @@ def prepare_sources(config: Config, sources: Sequence[SourceConfig], limit: int)
 def _prepare(config: Config, sources: Sequence[SourceConfig], limit: int) -> Prepared:
     source_names(sources)  # refuses two of one name
     cache = cache_folder(config)
-    jobs = [TokenJob(files_of(source.path), config.model.path, config.data, limit) for source in sources]
+    jobs = [TokenJob(list_files(source.path), config.model.path, config.data, limit) for source in sources]
     return Prepared(sources, jobs, [folder_of(cache, job) for job in jobs])
 
 

@@ -14,7 +14,7 @@ from pctrain.common.progress import make_console
 from pctrain.config.tree import Config
 from pctrain.core.session import asked_to_stop, begin
 from pctrain.data.records import Fault
-from pctrain.data.sources import files_of, iter_records
+from pctrain.data.sources import iter_records, list_files
 from pctrain.distributed import parallel
 from pctrain.files.lock import try_lock
 from pctrain.report import command as report
@@ -78,10 +78,10 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     data = config.data
     for sources in (data.train, data.validation, *config.study.sets.values()):
         for source in sources or []:
-            files_of(source.path)
+            list_files(source.path)
     for path in (data.rl, data.test):
         if path is not None:
-            files_of(path)
+            list_files(path)
     experts = sorted(
         name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert
     )

@@ -29,7 +29,7 @@ from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
 from pctrain.data.sets.outputs import MANIFEST, described, versions
-from pctrain.data.sources import files_of
+from pctrain.data.sources import list_files
 from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
 from pctrain.report.looks import flops_text
@@ -75,7 +75,7 @@ def _write_manifest(request: Request[RankOptions], config: Config, candidates: d
     """Before the first probe: a folder that has it is one to go on in."""
 
     def inputs(path: Path) -> list[dict[str, Any]]:
-        return [described(file, file) for file in files_of(path)]
+        return [described(file, file) for file in list_files(path)]
 
     write_beside(
         request.options.out / MANIFEST,

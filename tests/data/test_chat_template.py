@@ -2,13 +2,13 @@
 
 import json
 
-import chat_models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pctrain.common.errors import UserError
 from pctrain.hf.chat_template import RenderError, load
+from tests.helpers import chat_models
 
 CHAT = [
     {"role": "system", "content": 'Be <brief> & "kind".'},

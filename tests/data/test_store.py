@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import chat_models
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
 from pctrain.data.sources import read_records
 from pctrain.data.store import TokenStore
+from tests.helpers import chat_models
 
 BUILDER = Path(__file__).with_name("token_builder.py")
 
@@ -135,7 +135,7 @@ def test_a_data_set_on_disk_and_an_archive(hf_dir, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
     expected, _ = made(tmp_path / "cache", TokenJob([plain], hf_dir, DataConfig(), 4096))
     for path in (tmp_path / "set", tmp_path / "a.jsonl.gz"):
-        tokens, _ = made(tmp_path / "cache", TokenJob(sources.files_of(path), hf_dir, DataConfig(), 4096))
+        tokens, _ = made(tmp_path / "cache", TokenJob(sources.list_files(path), hf_dir, DataConfig(), 4096))
         assert [row.tokens.tolist() for row in tokens] == [row.tokens.tolist() for row in expected]
         assert tokens.id(19).startswith(f"{path.name}:")
 

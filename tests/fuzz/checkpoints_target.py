@@ -18,9 +18,6 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
-from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.config.load import load, read
@@ -28,6 +25,9 @@ from pctrain.config.tree import ParallelConfig
 from pctrain.run import checkpoints, config_file, records
 from pctrain.run import folder as runfolder
 from pctrain.run.checkpoint_state import read_state
+from tests.fuzz.case import Case
+from tests.fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
+from tests.fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 
 NAME = "checkpoints"
 STEP = "run/checkpoints/step-2"
@@ -610,7 +610,7 @@ def _open(case: Case, folder: Path) -> None:
 
 def _show(case: Case, folder: Path) -> None:
     if case.arguments:
-        cli._dispatch(["show", "run", *case.arguments])
+        cli.run_command(["show", "run", *case.arguments])
     else:
         config_file.read_config(Path("run"))
         records.read_values(Path("run"), "val", "val_loss")

@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_linear_logprob import GRADIENT_TOLERANCE, double, make_inputs, relative
-from test_linear_token_loss import VALUE_TOLERANCE
 from torch import Tensor
 
 from pctrain_kernels import linear_cross_entropy, linear_policy_loss, linear_token_loss, policy_loss, reference
 from pctrain_kernels import policy as policy_module
+from tests.helpers.kernel_inputs import GRADIENT_TOLERANCE, VALUE_TOLERANCE, double, make_inputs, relative
 
 DEFAULTS = {
     "clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "kl_coef": 0.0, "kl_kind": "k3", "entropy_coef": 0.0, "is_cap": None,

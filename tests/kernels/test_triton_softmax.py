@@ -18,15 +18,11 @@ from types import ModuleType
 from unittest import mock
 
 import pytest
-import test_linear_logprob
 import torch
 from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("run by test_interpreted.py", allow_module_level=True)
-
-from test_linear_logprob import LOGPROB_TOLERANCE, double, make_inputs, relative
-from test_linear_token_loss import clipped_policy, make_streams
 
 from pctrain_kernels import (
     head,
@@ -41,6 +37,15 @@ from pctrain_kernels import (
 from pctrain_kernels.merge import RowStatistics, empty_shard
 from pctrain_kernels.softmax import TorchSoftmax, softmax_of
 from pctrain_kernels.triton_softmax import TritonSoftmax, launch_shape
+from tests.helpers.kernel_inputs import (
+    LOGPROB_TOLERANCE,
+    check_padding_columns_take_no_part,
+    clipped_policy,
+    double,
+    make_inputs,
+    make_streams,
+    relative,
+)
 
 # Relative to the norm of the gradient. fp32: the rounding of exp and of the row sums, a few units of 6e-8. Half precision: the one
 # rounding of the result, which is a truncation to 8 bits in the interpreter's bf16.
@@ -572,10 +577,10 @@ def test_mutation_dw_accumulated_in_bf16(gpu_products, monkeypatch) -> None:
 
 
 def test_mutation_no_padding_mask_in_the_head(mutated, monkeypatch) -> None:
-    test_linear_logprob.test_padding_columns_take_no_part()
+    check_padding_columns_take_no_part()
     monkeypatch.setattr(linear_logprob, "Head", mutated(head, "operand(weight[: max(0, end)])", "operand(weight)").Head)
     with pytest.raises(AssertionError):
-        test_linear_logprob.test_padding_columns_take_no_part()
+        check_padding_columns_take_no_part()
 
 
 def test_mutation_blocks_downwards(mutated_kernels) -> None:

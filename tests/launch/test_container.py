@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e.doc_pages import commands
 from pctrain.tools import doctor
+from tests.helpers.doc_pages import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "launch" / "Dockerfile"

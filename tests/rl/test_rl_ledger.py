@@ -4,7 +4,6 @@ import contextlib
 
 import numpy as np
 import pytest
-import rl_cases
 
 from pctrain.compute import flops
 from pctrain.compute.flops import EFLOP
@@ -15,6 +14,7 @@ from pctrain.core import Update
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.sampling import Sampled
 from pctrain.rl.update import update
+from tests.helpers import rl_cases
 
 PROMPTS, GROUP, RESPONSE, EXPERT = 3, 4, 6, 9
 ON, OFF = len(rl_cases.PROMPT) + RESPONSE, len(rl_cases.PROMPT) + EXPERT

@@ -131,9 +131,6 @@ def _checkpoint_target(path: Path, model_path: Path | None) -> Target:
 
 def _with_ledger(target: Target, checkpoint: Path) -> Target:
     """Return a target with what the checkpoint says about its run and its compute."""
-    fault = checkpoints.size_fault(checkpoint)
-    if fault is not None:
-        raise UserError(f"checkpoint {checkpoint}: {fault}. Copy the checkpoint again, or name another")
     kind, state = checkpoints.read_manifest(checkpoint).get("kind"), read_state(checkpoint)
     ledger = Ledger(HFConfig.read(target.hf_dir).shape)
     ledger.load_state_dict(state["ledger"])

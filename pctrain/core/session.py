@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.prepare import prepare
 from pctrain.data.sources import content_hash
 from pctrain.distributed import parallel
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def begin(config: Config) -> Iterator[Config]:
+def begin(config: Config) -> Iterator[ResolvedConfig]:
     """Join the ranks and watch over them, around everything that a command does. Collective.
 
     What the config leaves to be made (problems, tokenizer, initial weights) is made in `run.dir`; the yielded config names
@@ -65,15 +65,13 @@ def this_start() -> str:
 
 
 def open_run(
-    config: Config, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None
+    config: ResolvedConfig, kind: Kind, data_files: Iterable[Path], digests: Mapping[str, str] | None = None
 ) -> RunFolder:
     """Open the run folder: rank 0 checks and locks it, and if it refuses, every rank raises. Collective.
 
     The run is bound to the contents of its data files, to the model's config and tokenizer, and to the checkpoint it
     starts from. `digests`: fingerprints of further files that are known already.
     """
-    if config.model.path is None:
-        raise ValueError("model.path is not resolved; `begin` yields the config that names it")
     inputs = [*data_files, *model_files(config.model.path)]
     start = config.model.checkpoint
     if start is not None:

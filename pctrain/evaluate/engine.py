@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pctrain.common.device import DTYPES
-from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
 from pctrain.core import session
-from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate.targets import Target
 from pctrain.hf.config import HFConfig
@@ -85,7 +84,7 @@ class Engine:
 
         session.verify(target.checkpoint, checkpoints.damaged_start)
         if self._learner is None:
-            model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})
+            model = self._config.model.resolved(target.hf_dir, target.checkpoint)
             self._learner = Learner(
                 model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
             )
@@ -97,14 +96,8 @@ class Engine:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if self._engine is not None and may_close(error):
-            self._engine.close()
-
-
-def may_close(error: BaseException | None) -> bool:
-    """Return whether an engine may be closed, which is collective: after a fault of one rank the others are elsewhere."""
-    one_rank_failed = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
-    return not one_rank_failed or parallel.world_size() == 1
+        if self._engine is not None:
+            self._engine.close_after(error)
 
 
 def hf_weights(hf_dir: Path, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import make_console
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.core.session import asked_to_stop, begin
 from pctrain.data.records import Fault
 from pctrain.data.sources import iter_records, list_files
@@ -54,7 +54,7 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
         parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 
-def _run(config: Config, root: Path, stage: Stage, worker: RolloutWorker) -> None:
+def _run(config: ResolvedConfig, root: Path, stage: Stage, worker: RolloutWorker) -> None:
     """Collective. One stage, from its beginning or from where it was stopped."""
     step = parallel.from_rank_zero(lambda: start_step(config, stage, root))
     own = stage_config(config, stage, root, step)

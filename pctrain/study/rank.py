@@ -24,7 +24,7 @@ from scipy import stats
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
-from pctrain.config.tree import Config, SourceConfig
+from pctrain.config.tree import ResolvedConfig, SourceConfig
 from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
@@ -71,7 +71,7 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _write_manifest(request: Request[RankOptions], config: Config, candidates: dict[str, Path]) -> None:
+def _write_manifest(request: Request[RankOptions], config: ResolvedConfig, candidates: dict[str, Path]) -> None:
     """Before the first probe: a folder that has it is one to go on in."""
 
     def inputs(path: Path) -> list[dict[str, Any]]:
@@ -86,14 +86,14 @@ def _write_manifest(request: Request[RankOptions], config: Config, candidates: d
                     "arguments": request.arguments,
                     "versions": versions(),
                     "candidates": {name: inputs(path) for name, path in candidates.items()},
-                    "validation": [entry for source in config.data.validation for entry in inputs(source.path)],
+                    "validation": [entry for source in config.data.validation_sources() for entry in inputs(source.path)],
                 }
             )
         ),
     )
 
 
-def probe_config(config: Config, root: Path, name: str, path: Path, seed: int) -> Config:
+def probe_config(config: ResolvedConfig, root: Path, name: str, path: Path, seed: int) -> ResolvedConfig:
     """The seed decides the order of the data alone: model.path holds the start of every probe."""
     probe = config.model_copy(deep=True)
     probe.run.dir, probe.run.seed = root / name / f"seed-{seed}", seed

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 
 from pctrain.ceiling import regimes
 from pctrain.common.errors import UserError
-from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config
+from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config, ResolvedConfig
 from pctrain.run import layout
 from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
 from pctrain.run.documents import is_finished
@@ -107,7 +107,7 @@ def _rl_runs(config: Config) -> list[tuple[str, str]]:
     return [(name, start) for start in starts for name in algorithms]
 
 
-def stage_config(config: Config, stage: Stage, root: Path, step: int) -> Config:
+def stage_config(config: ResolvedConfig, stage: Stage, root: Path, step: int) -> ResolvedConfig:
     """What the stage runs with. `config`: of the study, its data and model all named; `step`: that RL starts from."""
     own = config.model_copy(deep=True)
     own.study = type(config.study)()  # the plan may grow; its runs do not know of it

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 
 from pctrain.common.errors import UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.core import Learner, checkpoint, weights
 from pctrain.data.rows import make_row
 from pctrain.distributed import parallel
@@ -44,7 +44,7 @@ def hf_to_mcore(config: Config, source: Path, out: Path, verify: bool) -> None:
         _verify(learner, source)
 
 
-def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
+def mcore_to_hf(config: ResolvedConfig, source: Path, out: Path, verify: bool) -> None:
     """Writes the weights of checkpoint `source` as Hugging Face directory `out`, in the dtypes of `model.path`, whose config and tokenizer
     go with them.
 
@@ -64,7 +64,7 @@ def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
 
 
 def _core(config: Config, hf_dir: Path, source: Path | None = None) -> Learner:
-    model = config.model.model_copy(update={"path": hf_dir, "checkpoint": source})
+    model = config.model.resolved(hf_dir, source)
     return Learner(model, config.parallel, optimizer_config=None, total_steps=1, seed=config.run.seed)
 
 

@@ -80,7 +80,7 @@ def make(folder: Path) -> None:
     settings = config()
     parallel.initialize(settings.parallel, 0)
     learner = make_core(run / "model")
-    learner.step(learner.pack([make_row([5, 6, 7], [8, 9, 2])], 64), cross_entropy, want_entropy=False)
+    learner.train_step(learner.pack([make_row([5, 6, 7], [8, 9, 2])], 64), cross_entropy, want_entropy=False)
     with RunFolder.open(settings, "sft", [Path("a.jsonl")]) as opened:
         for row in METRICS:
             opened.record(

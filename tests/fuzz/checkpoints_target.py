@@ -575,8 +575,8 @@ def _state(case: Case, folder: Path) -> None:
     from pctrain.compute.ledger import Ledger
     from pctrain.core.skipped import SkippedUpdates
     from pctrain.hf.config import HFConfig
-    from pctrain.rl.loop import _joint
-    from pctrain.rl.sampling import PromptStream
+    from pctrain.rl.prompts import PromptStream
+    from pctrain.rl.session import _switch_point
     from pctrain.sft.spikes import Spikes
 
     state = read_state(folder / STEP, "prompts")
@@ -593,7 +593,7 @@ def _state(case: Case, folder: Path) -> None:
     stream = PromptStream(_problems(), 0)
     stream.load_state_dict(state["prompts"])
     stream.take(4)
-    _joint(read(None, [*RUN_OPTIONS, f"--model.checkpoint={STEP}"]), "none")
+    _switch_point(read(None, [*RUN_OPTIONS, f"--model.checkpoint={STEP}"]), "none")
 
 
 def _open(case: Case, folder: Path) -> None:
@@ -625,7 +625,7 @@ def _problems() -> list[Any]:
 
 def _replay(case: Case, folder: Path) -> None:
     from pctrain.rl import replay
-    from pctrain.rl.sampling import PromptStream
+    from pctrain.rl.prompts import PromptStream
 
     step, sampled, state = replay.load(Path("step.npz"), _problems())
     stream = PromptStream(_problems(), 0)

@@ -34,6 +34,9 @@ from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 from pctrain.hf.config import model_shape
 from pctrain.report import plain_curves
 from pctrain.run import layout
+from pctrain.run.documents import read_start
+from pctrain.run.names import METRICS
+from pctrain.run.records import has_metrics, read_metrics
 
 # An `sft` entry this near, as a share of the EFLOPs and in EFLOPs, gives P_sft. Files round EFLOPs to two decimals.
 NEAREST_SHARE, NEAREST_EFLOPS = 0.10, 0.005
@@ -48,10 +51,10 @@ def read_curves(path: Path | str) -> list[Curve]:
         return _read_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder. Give a curves file (JSON or CSV) or a run folder.")
-    if (path / "metrics.jsonl").is_file():
+    if has_metrics(path):
         return [read_run_folder(path)]
     places = [
-        place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()
+        place for place in layout.find_runs(path) if place.kind == "rl" and has_metrics(place.folder)
     ]
     if not places:
         raise UserError(
@@ -84,8 +87,8 @@ def _read_file(file: Path) -> list[Curve]:
 
 def read_run_folder(folder: Path) -> Curve:
     """Return the curve of an RL run from the eval lines of its metrics.jsonl. The line at eflops_rl = 0 gives P_sft."""
-    file = folder / "metrics.jsonl"
-    lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
+    file = folder / METRICS
+    lines = [(where, row) for row, where in read_metrics(folder) if row["kind"] == "eval"]
     points = [
         (
             checks.number(line, "eflops_rl", where),
@@ -102,7 +105,7 @@ def read_run_folder(folder: Path) -> Curve:
             f"{file}: no `kind` = eval line {what}. "
             "Give the folder of an RL run that has been scored at its start and later."
         )
-    start = _start(folder)
+    start = read_start(folder)
     _, p_sft, p_sft_se = first
     errors = [score_se for _, _, score_se in after if score_se is not None]
     name = folder.resolve().name
@@ -116,18 +119,6 @@ def read_run_folder(folder: Path) -> Curve:
         p_sft_se=p_sft_se,
         score_se=float(np.median(errors)) if errors else None,
     )
-
-
-def _start(folder: Path) -> dict[str, Any]:
-    file = folder / "start.json"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)"
-        )
-    start = checks.mapping(checks.json_of(file), str(file))
-    if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
-        raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
-    return start
 
 
 # ---- the exchange format

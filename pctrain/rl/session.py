@@ -11,6 +11,7 @@ from typing import Any
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
+from pctrain.core.session import due, export, finished, leave, open_run, resume, save
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
@@ -21,9 +22,11 @@ from pctrain.rl.journal import Journal
 from pctrain.rl.mismatch import correction
 from pctrain.rl.prompts import PromptStream
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.checkpoints import checkpoint_step, read_state
-from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
-from pctrain.run.resume import due, export, finished, leave, open_run, resume, save
+from pctrain.run.checkpoint_state import read_state
+from pctrain.run.checkpoints import checkpoint_step
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import best_step, read_values
 from pctrain.run.stragglers import RankTimes
 
 

@@ -12,6 +12,7 @@ from pctrain.common.progress import progress
 from pctrain.config.check import schedule_problems
 from pctrain.config.tree import Config, ResolvedConfig, SFTConfig
 from pctrain.core import Learner
+from pctrain.core.session import begin, due, export, finished, leave, open_run, resume, save
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
@@ -19,8 +20,9 @@ from pctrain.data.trajectories import Trajectories
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.folder import HF_FOLDER, RunFolder, read_values
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import read_values
 from pctrain.run.stragglers import RankTimes
 from pctrain.sft.journal import Journal, TrainedStep
 from pctrain.sft.loss import cross_entropy_by_source

@@ -24,6 +24,7 @@ from rich.text import Text
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import ResolvedConfig, SourceConfig
+from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
 from pctrain.data.sets.outputs import MANIFEST, described, versions
@@ -32,7 +33,6 @@ from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
 from pctrain.report.looks import flops_text
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import begin
 from pctrain.sft import loop as sft
 from pctrain.study.rank_figure import draw
 from pctrain.study.ranking import CRITERION, Candidate, as_json, rank, read_probe

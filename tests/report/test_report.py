@@ -307,8 +307,8 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
 @pytest.mark.parametrize(
     "file, text, expected",
     [
-        ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not JSON"),
-        ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: must be a JSON object"),
+        ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not valid JSON"),
+        ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: expected a JSON object"),
         (
             "sft/metrics.jsonl",
             '{"step": 1, "kind": "test", "eflops_sft": 0, "eflops_rl": 0}',
@@ -325,7 +325,7 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
             "metrics.jsonl:2: `score_se`",
         ),
         ("rl-step-60/ledger.jsonl", '{"step": 1, "phase": "dreaming"}', "ledger.jsonl:2: `phase` must be one of"),
-        ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not JSON"),
+        ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not valid JSON"),
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_is_written(

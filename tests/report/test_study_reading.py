@@ -74,13 +74,13 @@ SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
 @pytest.mark.parametrize(
     "file, content, words",
     [
-        ("summary.json", b"{", "not JSON"),
-        ("summary.json", b'{"summary": {"trajectories": "x"}}', "`trajectories` must be a whole number"),
+        ("summary.json", b"{", "not valid JSON"),
+        ("summary.json", b'{"summary": {"trajectories": "x"}, "next_command": ""}', "`trajectories` must be a whole number"),
         ("config.yaml", b"\xff", "cannot be read as text"),
         ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
         ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),
         ("config.yaml", SFT + b"data: {train: [3]}\n", "`data.train` must be a list of sources"),
-        ("metrics.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "not valid JSON"),
         ("metrics.jsonl", b'{"kind": "val", "step": 1, "eflops_sft": 1' + b"0" * 400 + b"}\n", "one too large"),
         ("metrics.jsonl", b'{"kind": "\\ud800"}\n', "half of a surrogate pair"),
     ],

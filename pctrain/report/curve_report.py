@@ -20,7 +20,9 @@ from pctrain.ceiling.stats import Measured
 from pctrain.common.errors import UserError
 from pctrain.common.progress import track
 from pctrain.compute import flops
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 from pctrain.config.tree import CeilingConfig
+from pctrain.hf.config import model_shape
 from pctrain.report import curves
 from pctrain.report.study_data import FittedRun, RLPoint, RLRun, SFTLoss, SFTRun, SFTScore, Study
 
@@ -36,7 +38,7 @@ def read(file: Path) -> Study:
         return Study(file.stem, file.parent, [], [_plain_run(file, curve) for curve in progress])
     problems = document["meta"]["benchmarks"]
     model = document["meta"].get("model")
-    shape = flops.QWEN2_5_7B if model is None else flops.ModelShape.from_hf_config(model, f"{file}: meta.model")
+    shape = QWEN2_5_7B if model is None else model_shape(model, f"{file}: meta.model")
     sft = {name: _sft_run(file, name, data, shape, problems) for name, data in document["datasets"].items()}
     rl: list[RLRun] = []
     without_sft: set[bytes] = set()
@@ -74,7 +76,7 @@ def _plain_run(file: Path, curve: Curve) -> RLRun:
 
 
 def _sft_run(
-    file: Path, name: str, data: Mapping[str, Any], shape: flops.ModelShape, problems: Mapping[str, float]
+    file: Path, name: str, data: Mapping[str, Any], shape: ModelShape, problems: Mapping[str, float]
 ) -> SFTRun:
     config = CeilingConfig()
     steps = _steps(data, shape)
@@ -112,7 +114,7 @@ def _losses(
     return [SFTLoss(step, x, y, 0.0, label) for (step, x, y), label in zip(validations, labels, strict=True)]
 
 
-def _steps(data: Mapping[str, Any], shape: flops.ModelShape) -> list[int]:
+def _steps(data: Mapping[str, Any], shape: ModelShape) -> list[int]:
     """Return the steps of the `sft` entries.
 
     They are listed, or follow from the entries' compute: a listed checkpoint within NEAR_CHECKPOINT is that checkpoint.
@@ -137,7 +139,8 @@ def _rl_run(
 ) -> RLRun:
     if curve.start_step is None or curve.eflops_sft is None:
         raise ValueError("a curve of the exchange format has a start step and the EFLOPs of SFT")
-    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - curve.eflops_sft))
+    eflops_sft = curve.eflops_sft
+    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - eflops_sft))
     points = [RLPoint(0, 0.0, curve.p_sft, start.score_se, start.benchmarks)]
     for i, entry in enumerate(entries, 1):
         score, score_se = _score(entry["scores"], problems)
@@ -153,12 +156,12 @@ def _rl_run(
         varies=frozenset({"set"}),
         start_step=curve.start_step,
         algorithm="RL",
-        eflops_sft=curve.eflops_sft,
+        eflops_sft=eflops_sft,
         points=points,
         start_regime=regime_at.get(start.eflops_sft) if curve.start_step else None,
         p_sft=Measured(curve.p_sft, start.score_se),
         fit=fit_curve(curve),
-        sft_equal=sft.score_at(curve.eflops_sft + points[-1].eflops_rl),
+        sft_equal=sft.score_at(eflops_sft + points[-1].eflops_rl),
     )
 
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pctrain.ceiling import checks
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.compute.ledger import PHASES
 from pctrain.report.looks import PHASE_NAMES, flops_text
 from pctrain.report.reading import read_study
 from pctrain.report.study_data import LEDGER_KEYS, Study, sum_ledgers
-from pctrain.run.layout import RANKS_FILE
+from pctrain.run.documents import has_ranks, read_slowest_ranks
 
 LEGEND = (
     "paper: FLOPs by the formulas of arXiv 2512.11470, appendix E, the x of all curves. exact: FLOPs with causal "
@@ -55,7 +53,7 @@ def main(source: Path, console: Console | None = None) -> None:
     console = console or make_console()
     console.print(table)
     console.print(LEGEND, style="dim", highlight=False)
-    if any((run.folder / RANKS_FILE).exists() for run in study.runs):
+    if any(has_ranks(run.folder) for run in study.runs):
         console.print()
         console.print(_ranks(study))
         console.print(RANKS_LEGEND, style="dim", highlight=False)
@@ -80,8 +78,7 @@ def _ranks(study: Study) -> Table:
     for name in ("s per step", "others", "ratio"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in study.runs:
-        file = run.folder / RANKS_FILE
-        for i, row in enumerate(_slowest(file) if file.exists() else []):
+        for i, row in enumerate(read_slowest_ranks(run.folder) if has_ranks(run.folder) else []):
             ratio = f"{row['seconds'] / row['others']:.2f}" if row["others"] else "-"
             table.add_row(
                 Text(run.name if i == 0 else ""),
@@ -92,20 +89,6 @@ def _ranks(study: Study) -> Table:
                 ratio,
             )
     return table
-
-
-def _slowest(file: Path) -> list[dict[str, Any]]:
-    """Read the checked rows of a run's ranks file."""
-    where = f"{file}: slowest"
-    rows = checks.need(checks.mapping(checks.json_of(file), str(file)), "slowest", str(file))
-    if not isinstance(rows, list):
-        raise UserError(f"{where} must be a list, found {type(rows).__name__}")
-    slowest = []
-    for row in rows:
-        checked = checks.mapping(row, where)
-        names = {key: str(checks.need(checked, key, where)) for key in ("phase", "rank", "place")}
-        slowest.append(names | {key: checks.number(checked, key, where) for key in ("seconds", "others")})
-    return slowest
 
 
 def _add_rows(table: Table, name: str, ledger: dict[str, dict[str, float]], totals: dict[str, float]) -> None:

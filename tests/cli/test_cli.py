@@ -15,7 +15,7 @@ from pctrain.config import help as config_help
 from pctrain.config.tree import Config
 from pctrain.report.fit_options import FitOptions
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def pctrain(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -110,15 +110,26 @@ def test_defaults_in_help_are_those_of_their_place():
     [
         (["trian"], "unknown command 'trian'; did you mean `pctrain "),
         (["rpeort", "x"], "did you mean `pctrain report`?"),
-        (["xyzzy"], "commands are: sft, rl, show, run, fit, report, eval, data generate"),
+        (["xyzzy"], "commands are: sft, rl, run, show, fit, report, eval, data generate"),
         (["data"], "pctrain data needs one more word"),
         (["data", "genrate"], "did you mean `pctrain data generate`?"),
-        (["data", "generate"], "needs --out DIR"),
+        (["data", "generate"], "needs --out PATH (folder for train.jsonl,"),
         (["sft", "--sft.stesp=3"], "unknown key sft.stesp (command line); did you mean sft.steps?"),
         (["sft", "--config"], "--config needs a value"),
         (["sft", "--config=a.yaml", "--config", "b.yaml"], "--config is given more than once"),
         (["sft", "--config", "nope.yaml"], "nope.yaml does not exist"),
+        (["sft", "--sft.steps"], "--sft.steps needs a value: --sft.steps=VALUE"),
+        (["sft", "--sft.steps", "--run.seed=1"], "--sft.steps needs a value"),
+        (["sft", "sft.steps=3"], "unexpected argument 'sft.steps=3': options have the form --section.key=value"),
+        (["sft", "--sft.step=3"], "did you mean sft.steps?"),  # a prefix of a key is not the key
+        (["sft", "-x"], "unexpected argument '-x'"),
+        (["rl", "--temperature=1"], "unknown option --temperature; its options are: --debug_rollout_only"),
         (["fit"], "usage: pctrain fit CURVES"),
+        (["fit", "a", "--out"], "--out needs a value: --out=VALUE"),
+        (["fit", "a", "--out=b", "--out", "c"], "--out is given more than once: b, c"),
+        (["show", "run", "--step=many"], "--step: expected a valid integer, got 'many'"),
+        (["convert", "hf-to-mcore", "A", "--parallel.tensor=1"], "expected 2 folders, got A; usage: pctrain convert"),
+        (["completion", "fish"], "expected bash or zsh, got 'fish'"),
         (["fit", "a", "--oot", "b"], "unknown option --oot; did you mean --out?"),
         (["report", "a", "b"], "usage: pctrain report SOURCE"),
     ],
@@ -211,3 +222,41 @@ def test_help_of_a_group_lists_its_commands(capsys, word):
     assert cli.main(["data", word]) == 0
     text = capsys.readouterr().out
     assert "pctrain data check" in text and "pctrain data rank" in text and "pctrain sft" not in text
+
+
+def test_options_may_come_before_between_and_after_operands(monkeypatch):
+    from pctrain.cli.commands import COMMANDS
+    from pctrain.cli.parser import parse
+
+    convert = next(command for command in COMMANDS if command.name == "convert hf-to-mcore")
+    for arguments in (
+        ["--parallel.tensor=1", "A", "B", "--verify"],
+        ["--verify", "A", "--parallel.tensor", "1", "B"],
+        ["A", "B", "--parallel.tensor=1", "--verify=true"],
+    ):
+        call = parse(convert, arguments)
+        assert (call.operands, call.settings, call.options.verify) == (["A", "B"], ["--parallel.tensor=1"], True)
+
+
+def test_of_a_repeated_key_the_last_value_counts(stub):
+    calls = stub("pctrain.sft.loop")
+    assert (
+        cli.main(["sft", "--sft.optimizer={warmup: 3}", "--run.seed=1", "--sft.optimizer.warmup=5", "--run.seed=2"])
+        == 0
+    )
+    ((config,),) = calls
+    assert (config.sft.optimizer.warmup, config.run.seed) == (5, 2)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion_knows_every_command_and_key(capsys, shell):
+    pytest.importorskip("shtab")
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("hf-to-mcore", "decontaminate", "--rl.optimizer.lr", "--debug-train-only"))
+
+
+def test_completion_without_shtab_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert cli.main(["completion", "bash"]) == 2
+    assert "pip install shtab" in capsys.readouterr().err

@@ -7,7 +7,8 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 from pctrain.compute import flops
-from pctrain.compute.flops import ModelShape
+from pctrain.compute.model_shape import ModelShape
+from pctrain.hf.config import model_shape
 
 SIZES = {
     "hidden_size": 32,
@@ -68,14 +69,14 @@ def masked(shape: ModelShape) -> float:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_exact_counts_are_torchs(name):
     config = CONFIGS[name]()
-    shape = ModelShape.from_hf_config(config.to_dict())
+    shape = model_shape(config.to_dict())
     assert flops.exact_forward(shape, LENGTHS) + masked(shape) == counted(config, backward=False)
     assert flops.exact_training(shape, LENGTHS) + 3 * masked(shape) == counted(config, backward=True)
 
 
 def test_making_all_layers_again_costs_what_torch_counts():
     config = CONFIGS["Qwen3"]()
-    shape = ModelShape.from_hf_config(config.to_dict())
+    shape = model_shape(config.to_dict())
     assert flops.exact_training(shape, LENGTHS, "full") + 4 * masked(shape) == counted(
         config, backward=True, again=True
     )

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pctrain.compute import flops
-from pctrain.compute.flops import EFLOP, QWEN2_5_7B, ModelShape
+from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import PHASES, Ledger
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 
 SHAPE = ModelShape(layers=3, hidden=128, ffn=384, heads=4, kv_heads=4, head_dim=32, vocab=320, tied=True)
 

@@ -8,15 +8,22 @@ from pctrain.common.errors import UserError
 from pctrain.config.load import load
 
 CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
+    "architectures": ["Qwen3ForCausalLM"],
     "num_hidden_layers": 4,
     "hidden_size": 32,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "intermediate_size": 80,
     "max_position_embeddings": 256,
+    "vocab_size": 64,
+    "rms_norm_eps": 1e-6,
 }
-EXPERTS = {"num_experts": 6, "moe_intermediate_size": 24}
+EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+}
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 
-import chat_models
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -16,6 +15,7 @@ from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.problems import read_problems
 from pctrain.data.records import Message, Record
+from tests.helpers import chat_models
 
 PAIR = Record("pair", "What is 12 + 30?", "12 + 30 = 42, so \\boxed{42}.")
 THOUGHT = Record("thought", "What is 12 + 30?", "<think>\n12 + 30 = 42\n</think>\n\n\\boxed{42}.")

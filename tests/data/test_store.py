@@ -11,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import chat_models
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -25,6 +24,7 @@ from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
 from pctrain.data.sources import read_records
 from pctrain.data.store import TokenStore
+from tests.helpers import chat_models
 
 BUILDER = Path(__file__).with_name("token_builder.py")
 

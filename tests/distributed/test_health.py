@@ -16,7 +16,7 @@ from pctrain.common.errors import RunFault, ToBeContinued, UserError
 from pctrain.distributed.health import watchdog
 from pctrain.distributed.health.watchdog import Report, conclude
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEADLINE, GRACE = 2.0, 3.0
 # A rank without torch. `collective` stands where a collective of torch would: in a file of its package.
 RANK = f"""

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from e2e import reader
-from e2e.doc_pages import GUIDES, ROOT, Shown, commands
 from pctrain.cli.main import COMMANDS
 from pctrain.config import load as config_load
+from tests.helpers import reader
+from tests.helpers.doc_pages import GUIDES, ROOT, Shown, commands
 
 SMALL = {
     "sft": (
@@ -136,9 +136,9 @@ ELSEWHERE = {
     "pctrain run --config configs/quickstart.yaml": "tests/e2e/test_quickstart.py::test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes",
     "python launch/dependencies.py '>' docs/dependencies.md": "tests/launch/test_dependencies.py::test_the_page_was_made_by_it",
     "python -m benchmarks.ceilings": "tests/ceiling/test_ceiling_benchmark.py::test_",
-    "python -m pctrain.config.help '>' docs/config.md": "tests/test_config.py::test_",
+    "python -m pctrain.config.help '>' docs/config.md": "tests/config/test_config.py::test_",
     "PCTRAIN_DEVICE=gpu bash launch/setup.sh": "tests/launch/test_setup.py::test_gpu_packages",
-    "pip install ./kernels": "tests/e2e/test_doc_commands.py::test_the_kernels_install_alone",
+    "pip install ./kernels": "tests/docs/test_doc_commands.py::test_the_kernels_install_alone",
     "python -m pytest tests/kernels": "tests/kernels/test_compile_gate.py::test_",
     "python kernels/benchmarks/run_all.py": "tests/kernels/test_benchmarks.py::test_",
     "python kernels/benchmarks/compile_report.py": "tests/kernels/test_compile_gate.py::test_",
@@ -309,7 +309,7 @@ def test_what_is_started_on_nodes_resolves(shown, published, monkeypatch):
     arguments, nodes = _after_launcher(shown)
     assert arguments[0] in {command.name for command in COMMANDS}
     if arguments[0] == "doctor":
-        return  # it takes no config; tests/test_doctor.py has its options
+        return  # it takes no config; tests/tools/test_doctor.py has its options
     monkeypatch.chdir(published)
     monkeypatch.setenv("WORLD_SIZE", str(nodes * GPUS))
     sections = next(command for command in COMMANDS if command.name == arguments[0]).options

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from e2e.doc_pages import GUIDES, PAGES, ROOT
+from tests.helpers.doc_pages import GUIDES, PAGES, ROOT
 
 LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import pytest
 
 from pctrain.config.help import reference
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 # Strings that a line break of the source cuts in two are joined again.
 CODE = "\n".join(re.sub(r'"\s*\n\s*f?"', "", path.read_text()) for path in (ROOT / "pctrain").rglob("*.py"))

@@ -148,7 +148,7 @@ def _serve() -> None:
                 sys.argv[1:] = question["start"]
                 os.environ.update(question["environment"])
                 if question["hook"]:
-                    import hooks
+                    from tests.helpers import hooks
 
                     getattr(hooks, question["hook"])()
                 sys.exit(main(question["start"]))

@@ -68,7 +68,6 @@ def status(key: str) -> int:
 
 def main() -> int:
     from pctrain.cli import main as cli  # noqa: F401  torch and megatron-core belong to the base
-    from pctrain.tools import convert
 
     base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

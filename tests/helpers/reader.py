@@ -10,7 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from e2e.doc_pages import GUIDES, ROOT, fenced
+from tests.helpers.doc_pages import GUIDES, ROOT, fenced
 
 
 def lines(path: Path, records: list[dict]) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ranks import RanksFailed
+from tests.helpers.ranks import RanksFailed
 
 
 def add_up(value):
@@ -71,7 +71,7 @@ def test_the_processes_stay_alive_between_calls(ranks):
 
 
 def test_a_failing_rank_is_named_with_its_traceback(ranks, monkeypatch):
-    monkeypatch.setattr("ranks.GRACE_SECONDS", 2.0)  # rank 0 will not answer, however long it is given
+    monkeypatch.setattr("tests.helpers.ranks.GRACE_SECONDS", 2.0)  # rank 0 will not answer, however long it is given
     said = r"(?s)rank 1 failed:.*fail_on.*ValueError: broken on purpose on 1.*no answer .* rank\(s\) 0"
     with pytest.raises(RanksFailed, match=said) as failure:
         ranks.run(fail_on, 1)

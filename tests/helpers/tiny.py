@@ -46,3 +46,28 @@ def cli(*arguments: str) -> tuple[int, str]:
     with contextlib.redirect_stderr(errors):
         status = main(list(arguments))
     return status, errors.getvalue()
+
+
+def command(*arguments):
+    """(exit status, output) of one command on this rank."""
+    from pctrain.cli.main import main
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(argument) for argument in arguments])
+    return status, out.getvalue() + err.getvalue()
+
+
+def rl_options(sft_run, folder, *more):
+    data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("train", "validation", "test", "rl")]
+    start = [
+        f"--model.path={sft_run}/model",
+        f"--model.checkpoint={sft_run}/checkpoints/step-120",
+        f"--run.dir={folder}",
+    ]
+    return [*OPTIONS, *data, *start, *more]
+
+
+def sft(folder):
+    """(exit status, what went to stderr) of an SFT run without benchmarks."""
+    return cli("sft", *OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0")

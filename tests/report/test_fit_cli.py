@@ -15,7 +15,7 @@ from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.report.curves import read_curves
 
-PUBLISHED_FILE = Path(__file__).with_name("published_curves.json")
+PUBLISHED_FILE = Path(__file__).parents[1] / "helpers" / "published_curves.json"
 X = np.arange(1, 31) * 4.0
 Y = np.round(60 + 12 * rise(X, 1.5, 12.0) + 0.4 * np.random.default_rng(0).normal(size=30), 2)
 
@@ -70,7 +70,7 @@ def test_a_csv_may_hold_several_curves_with_standard_errors_and_a_bom(fit):
     lines = ["curve, eflops, score, score_se"]
     for name, gain in (("a", 0.0), ("b", 1.0)):
         lines += [f"{name}, 0, 60, 2.0", *(f"{name}, {a}, {b + gain}, 2.0" for a, b in zip(X, Y, strict=True)), ""]
-    status, out, _, rows = fit(b"\xef\xbb\xbf" + "\r\n".join(lines).encode(), name="both.csv")
+    status, _, _, rows = fit(b"\xef\xbb\xbf" + "\r\n".join(lines).encode(), name="both.csv")
     assert status == 0 and [row["dataset"] for row in rows] == ["a", "b"]
     (curve, _) = read_curves("both.csv")
     assert (curve.p_sft, curve.p_sft_se, curve.score_se, len(curve.eflops)) == (60.0, 2.0, 2.0, 30)
@@ -181,7 +181,7 @@ BAD = {
     ),
     "score above its own maximum": (minimal(max_score=65.0), r"at most 65"),
     "NaN score": (minimal(scores=[*Y.tolist()[:-1], float("nan")]), r"`scores`\[29\] must be a finite number"),
-    "maximum above 100": (minimal(max_score=101), "max_score` must be the highest score"),
+    "maximum above 100": (minimal(max_score=101), "max_score` must be the highest possible score"),
     "no P_sft": (minimal(p_sft=...), "the key `p_sft` is missing"),
     "unknown key": (minimal(flops=[1]), "unknown key `flops`"),
     "joint among the points": (minimal(eflops=[0.0, *X.tolist()[1:]]), "must begin above 0"),
@@ -199,8 +199,8 @@ BAD = {
     ),
     "csv: no header": (csv_text().removeprefix("eflops,score\n"), "the header must name"),
     "csv: no joint": (csv_text().replace("0,60.0\n", "", 1), "no row at 0 EFLOPs"),
-    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, the header 2"),
-    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the joint"),
+    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, but the header has 2"),
+    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the switch point"),
     "csv: only a header": ("eflops,score\n", "a header and no rows"),
 }
 
@@ -228,13 +228,13 @@ def test_bad_curves_have_a_clear_answer_and_write_nothing(fit, case):
         (["--method=paper", "--alpha=0.3"], "--alpha"),
         (["--method=paper", "--eps=50"], "P_sft"),
         (["--points=0.01"], "larger share"),
-        (["--run.seed=1"], "expected one file or folder"),
+        (["--run.seed=1"], "unknown option --run.seed"),
         (["other.csv"], "expected one file or folder"),
         (["--out=no/where.json"], "--out FILE"),
     ],
 )
 def test_bad_options_have_a_clear_answer_and_write_nothing(fit, options, says):
-    status, out, err, rows = fit(csv_text(), *options, name="mine.csv")
+    status, _, err, rows = fit(csv_text(), *options, name="mine.csv")
     assert status == 2 and says in err and rows is None and "Traceback" not in err
 
 
@@ -310,12 +310,14 @@ def read(file, content):
     try:
         curves = read_curves(file)
     except UserError as error:
-        assert str(error)
+        message = str(error)
+        if not message:
+            pytest.fail("a UserError without a message")
         return None
     for curve in curves:
         assert isinstance(curve, Curve) and len(curve.eflops) == len(curve.scores) > 0
         assert np.isfinite([*curve.eflops, *curve.scores, curve.p_sft]).all() and (np.diff(curve.eflops) > 0).all()
-        assert 0 <= min(curve.scores) and max(*curve.scores, curve.p_sft) <= curve.max_score <= 100
+        assert min(curve.scores) >= 0 and max(*curve.scores, curve.p_sft) <= curve.max_score <= 100
     return curves
 
 

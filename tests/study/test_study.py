@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ceiling.study_folders import make_rl, make_sft, rising
 from pctrain.config.load import load
+from tests.helpers.study_folders import make_rl, make_sft, rising
 
 SETS = ("easy", "hard")
 
@@ -143,7 +143,7 @@ def test_a_plan_grows(pretended):
 
 def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monkeypatch):
     """Every validation before the minimum is within the band: there is no early start."""
-    from ceiling import study_folders
+    from tests.helpers import study_folders
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
     pretended.run("--study.starts=[early, stable]")
@@ -152,8 +152,8 @@ def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monk
 
 
 def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):
-    from ceiling import study_folders
     from pctrain.common.errors import UserError
+    from tests.helpers import study_folders
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
     with pytest.raises(UserError, match="no RL was run; raise sft.steps"):

@@ -301,8 +301,8 @@ def test_what_ends_between_two_looks_is_not_missed(tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}]
-from test_study_plan import Folder, STAGES
+sys.path[:0] = [{repository!r}]
+from tests.study.test_study_plan import Folder, STAGES
 folder = Folder(Path({root!r}))
 crew = folder.crew()
 for stage in range({whole}):
@@ -316,7 +316,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_killed_job_leaves_its_stage_free(tmp_path, whole):
     """It dies within a stage, after `whole` others."""
-    script = KILLED.format(tests=str(Path(__file__).parent), root=str(tmp_path), whole=whole)
+    script = KILLED.format(repository=str(Path(__file__).parents[2]), root=str(tmp_path), whole=whole)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ}
     )

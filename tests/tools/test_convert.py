@@ -1,7 +1,5 @@
 """`pctrain convert` as a user meets it: there and back at other layouts, verified; and what it refuses."""
 
-import contextlib
-import io
 import json
 import shutil
 
@@ -10,20 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from core import families
 from pctrain.common.errors import UserError
 from pctrain.hf import weight_files
 from pctrain.hf.config import FAMILIES, HFConfig
-
-
-def command(*arguments):
-    """(exit status, output) of one command on this rank."""
-    from pctrain.cli import main as cli
-
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main([str(argument) for argument in arguments])
-    return status, out.getvalue() + err.getvalue()
+from tests.helpers import families
+from tests.helpers.tiny import command
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +75,7 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["hf-to-mcore", "HF"], "expected 2 folders, got 1"),
+        (["hf-to-mcore", "HF"], "expected 2 folders, got /"),
         (["hf-to-mcore", "HF", "out"], "expected a checkpoint folder named step-N"),
         (["mcore-to-hf", "HF", "out"], "needs --model.path"),
         (["mcore-to-hf", "HF", "out", "--model.path=HF"], "manifest.json is missing"),
@@ -201,6 +190,6 @@ def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
 
 
 def _frequencies(folder):
-    from core import small
+    from tests.helpers import small
 
     return small.learner(folder, {}, train=False).modules[0].rotary_pos_emb.inv_freq.numpy().copy()

@@ -20,7 +20,9 @@ from pctrain.ceiling.stats import Measured
 from pctrain.common.errors import UserError
 from pctrain.common.progress import track
 from pctrain.compute import flops
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
 from pctrain.config.tree import CeilingConfig
+from pctrain.hf.config import model_shape
 from pctrain.report import curves
 from pctrain.report.study_data import FittedRun, RLPoint, RLRun, SFTLoss, SFTRun, SFTScore, Study
 
@@ -36,7 +38,7 @@ def read(file: Path) -> Study:
         return Study(file.stem, file.parent, [], [_plain_run(file, curve) for curve in progress])
     problems = document["meta"]["benchmarks"]
     model = document["meta"].get("model")
-    shape = flops.QWEN2_5_7B if model is None else flops.ModelShape.from_hf_config(model, f"{file}: meta.model")
+    shape = QWEN2_5_7B if model is None else model_shape(model, f"{file}: meta.model")
     sft = {name: _sft_run(file, name, data, shape, problems) for name, data in document["datasets"].items()}
     rl: list[RLRun] = []
     without_sft: set[bytes] = set()
@@ -74,7 +76,7 @@ def _plain_run(file: Path, curve: Curve) -> RLRun:
 
 
 def _sft_run(
-    file: Path, name: str, data: Mapping[str, Any], shape: flops.ModelShape, problems: Mapping[str, float]
+    file: Path, name: str, data: Mapping[str, Any], shape: ModelShape, problems: Mapping[str, float]
 ) -> SFTRun:
     config = CeilingConfig()
     steps = _steps(data, shape)
@@ -112,7 +114,7 @@ def _losses(
     return [SFTLoss(step, x, y, 0.0, label) for (step, x, y), label in zip(validations, labels, strict=True)]
 
 
-def _steps(data: Mapping[str, Any], shape: flops.ModelShape) -> list[int]:
+def _steps(data: Mapping[str, Any], shape: ModelShape) -> list[int]:
     """Return the steps of the `sft` entries.
 
     They are listed, or follow from the entries' compute: a listed checkpoint within NEAR_CHECKPOINT is that checkpoint.

@@ -30,8 +30,13 @@ from pctrain.ceiling import checks
 from pctrain.ceiling.curve import Curve
 from pctrain.common.errors import UserError
 from pctrain.compute import flops
+from pctrain.compute.model_shape import QWEN2_5_7B, ModelShape
+from pctrain.hf.config import model_shape
 from pctrain.report import plain_curves
 from pctrain.run import layout
+from pctrain.run.documents import read_start
+from pctrain.run.names import METRICS
+from pctrain.run.records import has_metrics, read_metrics
 
 # An `sft` entry this near, as a share of the EFLOPs and in EFLOPs, gives P_sft. Files round EFLOPs to two decimals.
 NEAREST_SHARE, NEAREST_EFLOPS = 0.10, 0.005
@@ -46,11 +51,9 @@ def read_curves(path: Path | str) -> list[Curve]:
         return _read_file(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder. Give a curves file (JSON or CSV) or a run folder.")
-    if (path / "metrics.jsonl").is_file():
+    if has_metrics(path):
         return [read_run_folder(path)]
-    places = [
-        place for place in layout.find_runs(path) if place.kind == "rl" and (place.folder / "metrics.jsonl").is_file()
-    ]
+    places = [place for place in layout.find_runs(path) if place.kind == "rl" and has_metrics(place.folder)]
     if not places:
         raise UserError(
             f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl). "
@@ -90,10 +93,10 @@ class _Eval(NamedTuple):
 
 def read_run_folder(folder: Path) -> Curve:
     """Return the curve of an RL run from the eval lines of its metrics.jsonl. The line at eflops_rl = 0 gives P_sft."""
-    file = folder / "metrics.jsonl"
-    lines = [line for line in checks.json_lines(file) if line[1].get("kind") == "eval"]
+    file = folder / METRICS
+    lines = [(where, row) for row, where in read_metrics(folder) if row["kind"] == "eval"]
     first, after = _split_at_switch_point([_eval(where, line) for where, line in lines], file)
-    start = _start(folder)
+    start = read_start(folder)
     errors = [point.score_se for point in after if point.score_se is not None]
     name = folder.resolve().name
     return Curve(
@@ -129,18 +132,6 @@ def _split_at_switch_point(points: Sequence[_Eval], file: Path) -> tuple[_Eval, 
     return first, after
 
 
-def _start(folder: Path) -> dict[str, Any]:
-    file = folder / "start.json"
-    if not file.is_file():
-        raise UserError(
-            f"{file}: missing; give the folder of an RL run (start.json says which SFT checkpoint it began from)"
-        )
-    start = checks.mapping(checks.json_of(file), str(file))
-    if isinstance(start.get("start_step"), bool) or not isinstance(start.get("start_step"), int):
-        raise UserError(f"{file}: `start_step` must be a whole number, found {start.get('start_step')!r}")
-    return start
-
-
 # ---- the exchange format
 
 
@@ -154,10 +145,10 @@ def _exchange_curves(document: Mapping[str, Any], file: Path) -> list[Curve]:
             "of one or more benchmarks"
         )
     top = checks.maximum(meta.get("max_score", checks.MAX_SCORE), f"{file}: meta.max_score")
-    shape = flops.QWEN2_5_7B
+    shape = QWEN2_5_7B
     if meta.get("model") is not None:
         where = f"{file}: meta.model"
-        shape = flops.ModelShape.from_hf_config(checks.mapping(meta["model"], where), where)
+        shape = model_shape(checks.mapping(meta["model"], where), where)
     datasets = checks.mapping(checks.need(document, "datasets", str(file)), f"{file}: datasets")
     curves = []
     for name, data in datasets.items():
@@ -168,7 +159,7 @@ def _exchange_curves(document: Mapping[str, Any], file: Path) -> list[Curve]:
 
 
 def _dataset_curves(
-    name: str, data: object, counts: dict[str, float], top: float, shape: flops.ModelShape, where: str
+    name: str, data: object, counts: dict[str, float], top: float, shape: ModelShape, where: str
 ) -> list[Curve]:
     data = checks.mapping(data, where)
     sft_x, sft_scores = _points(checks.need(data, "sft", where), counts, top, f"{where}.sft")
@@ -184,7 +175,7 @@ def _dataset_curves(
     return [curve for _, curve in sorted(curves, key=lambda entry: entry[0])]
 
 
-def _sft_entry(step: int, data: Mapping[str, Any], sft_x: np.ndarray, shape: flops.ModelShape, where: str) -> int:
+def _sft_entry(step: int, data: Mapping[str, Any], sft_x: np.ndarray, shape: ModelShape, where: str) -> int:
     """Return the index of the `sft` entry that has the score of the checkpoint at `step`."""
     steps = data.get("checkpoint_steps")
     if isinstance(steps, list) and len(steps) == len(sft_x) and step in steps:

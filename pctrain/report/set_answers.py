@@ -193,9 +193,8 @@ def which_set_first(study: Study) -> Answer:
     pearson, spearman = correlate(x, y, "pearson"), correlate(x, y, "spearman")
     evidence |= {"against": what, "pearson": vars(pearson), "spearman": vars(spearman), "sets": len(pairs)}
     text += (
-        f" Over {len(pairs)} sets, the correlation of the loss with the {what} is Pearson {pearson}, Spearman "
-        f"{spearman}. "
-        f"{_correlation_verdict(pearson, len(pairs))}"
+        f" Over {len(pairs)} sets, the correlation of the loss with the {what} is Pearson {pearson}, "
+        f"Spearman {spearman}. {_correlation_verdict(pearson, len(pairs))}"
     )
     return Answer(question, text, evidence, pearson.high is not None and pearson.high < 0)
 

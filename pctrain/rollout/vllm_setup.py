@@ -8,7 +8,6 @@ vLLM behaves as the owner of its process: it reseeds the generators, replaces `t
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
 from pctrain.config.tree import RolloutConfig
 from pctrain.distributed.health import watchdog
+from pctrain.hf.config import HFConfig
 from pctrain.rollout.sharing import EngineGroups
 
 if TYPE_CHECKING:
@@ -197,8 +197,7 @@ def _check_head_size(hf_dir: Path) -> None:
     """vLLM's CPU attention takes some head sizes only, and says so in the first forward pass, half-way through a batch."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = json.loads((hf_dir / "config.json").read_text())
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = HFConfig.read(hf_dir).head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise UserError(

@@ -23,16 +23,16 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
-from pctrain.config.tree import Config, SourceConfig
+from pctrain.config.tree import ResolvedConfig, SourceConfig
+from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
 from pctrain.data.sets.options import RankOptions, Request
 from pctrain.data.sets.outputs import MANIFEST, described, versions
-from pctrain.data.sources import files_of
+from pctrain.data.sources import list_files
 from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
 from pctrain.report.looks import flops_text
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import begin
 from pctrain.sft import loop as sft
 from pctrain.study.rank_figure import draw
 from pctrain.study.ranking import CRITERION, Candidate, as_json, rank, read_probe
@@ -68,23 +68,23 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _write_manifest(request: Request[RankOptions], config: Config, candidates: dict[str, Path]) -> None:
+def _write_manifest(request: Request[RankOptions], config: ResolvedConfig, candidates: dict[str, Path]) -> None:
     """Write the manifest before the first probe. A folder that has it can be resumed."""
 
     def inputs(path: Path) -> list[dict[str, Any]]:
-        return [described(file, file) for file in files_of(path)]
+        return [described(file, file) for file in list_files(path)]
 
     manifest = {
         "command": request.command,
         "arguments": request.arguments,
         "versions": versions(),
         "candidates": {name: inputs(path) for name, path in candidates.items()},
-        "validation": [entry for source in config.data.validation or [] for entry in inputs(source.path)],
+        "validation": [entry for source in config.data.validation_sources() for entry in inputs(source.path)],
     }
     write_beside(request.options.out / MANIFEST, _pretty(plain(manifest)))
 
 
-def probe_config(config: Config, root: Path, name: str, path: Path, seed: int) -> Config:
+def probe_config(config: ResolvedConfig, root: Path, name: str, path: Path, seed: int) -> ResolvedConfig:
     """Return the config of a probe. Its seed decides only the order of the data; model.path has the initial weights."""
     probe = config.model_copy(deep=True)
     probe.run.dir = root / name / f"seed-{seed}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pctrain.ceiling.stats import Measured, difference, mean_over_seeds
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_ledger, read_values
 
 CRITERION = (
     "two candidates differ if the 95% interval of the difference of their mean minima over seeds excludes zero "
@@ -96,7 +95,7 @@ class Comparison:
 def read_probe(folder: Path, seed: int) -> Probe:
     """Read the run folder of a probe."""
     losses = read_values(folder, "val", "val_loss")
-    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    ledger = [entry for entry, _ in read_ledger(folder)]
     step = min(losses, key=lambda step: losses[step])
     eflops = read_values(folder, "val", "eflops_sft")
     return Probe(

@@ -1,4 +1,4 @@
-"""What a reader might expect from a study and this one did not show, or cannot show."""
+"""The sentences of "What this does not show": results a reader might expect and this study does not or cannot give."""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ class Target:
     """One model.
 
     `hf_dir` has the config, the tokenizer and, unless it is a checkpoint, the weights. `name` is its folder in --out. A
-    checkpoint and a run's final weights also have `run`, `step`, `kind` ("" if it belongs to no run) and the EFLOPs so far.
+    checkpoint and a run's final weights also have `run`, `step`, `kind` ("" if it belongs to no run) and the EFLOPs so
+    far.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""YAML as people write it into configs: bounded in size, and with one kind of error for everything that can be wrong."""
+"""YAML as people write it into configs: bounded in size, and with one kind of error for everything else."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def construct(loader: Loader, node: yaml.Node) -> Any:
         # PyYAML raises these at `!!int x`, `!!bool maybe`, `!!timestamp x`, or 5,000 digits.
         kind = node.tag.rpartition(":")[2]
         raise yaml.constructor.ConstructorError(
-            None, None, f"{str(node.value):.60} cannot be read as {kind}", node.start_mark
+            None, None, f"{node.value!s:.60} cannot be read as {kind}", node.start_mark
         ) from None

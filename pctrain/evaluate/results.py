@@ -1,4 +1,4 @@
-"""Output of `pctrain eval`: results.json (all of it), results.csv (a row per score), scores.png, curves.json, tables."""
+"""Output of `pctrain eval`: results.json (complete), results.csv (a row per score), scores.png, curves.json, tables."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """Scores of benchmarks with 95% intervals. The sampled unit is the problem; its own samples only say how hard it is.
 
 A problem counts with one value: its mean over samples, or its pass@k. Values of n problems are n independent draws,
-whatever the number of samples behind each (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section 2.2: clustered
-errors).
+whatever the number of samples behind each (Miller, "Adding Error Bars to Evals", arXiv 2411.00640, section 2.2,
+clustered errors).
 
 * One benchmark: Agresti and Coull's interval (The American Statistician 52, 1998). z^2 = 3.84 pseudo-problems join the
   n, half of them right and half wrong, and the mean of all n + z^2 gets a normal interval. With one sample per problem
-  this is exactly their interval; with more, the variance is that between problems. None right of n gives 0 with an upper
-  bound of about 4.6 / n, never 0 +- 0.
+  this is exactly their interval; with more, the variance is that between problems. None right of n gives 0 with an
+  upper bound of about 4.6 / n, never 0 +- 0.
 * A difference of two models on the same problems: Agresti and Min's interval (Statistics in Medicine 24, 2005), which
   adds two pseudo-problems to the paired differences: half of one at -1, half at +1, one at 0.
 * Means over benchmarks: MOVER (Zou and Donner, Statistics in Medicine 27, 2008), which combines the distances to the

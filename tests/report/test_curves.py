@@ -210,7 +210,7 @@ def test_errors_of_run_folders(tmp_path):
         file.write("\n")
     with pytest.raises(UserError, match="metrics.jsonl:6: not valid JSON"):
         read_curves(broken)
-    with pytest.raises(UserError, match="eflops_rl = 0, the joint"):
+    with pytest.raises(UserError, match="eflops_rl = 0, the switch point"):
         read_curves(run_folder(tmp_path / "no-joint", EVALS[1:]))
     with pytest.raises(UserError, match="with eflops_rl > 0"):
         read_curves(run_folder(tmp_path / "only-joint", EVALS[:1]))

@@ -1,4 +1,4 @@
-"""A study of several sets, algorithms and seeds as it is read from its folders."""
+"""Reading a study of several sets, algorithms and seeds from its folders."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def test_every_run_knows_its_set_algorithm_and_seed(wide: Study) -> None:
     assert found == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
 
 
-def test_an_rl_run_is_set_against_the_sft_run_that_it_came_from(wide: Study) -> None:
+def test_an_rl_run_is_compared_with_the_sft_run_it_started_from(wide: Study) -> None:
     easy, hard = (run for run in wide.rl if (run.algorithm, run.seed) == ("luffy", 10))
     assert [wide.sft_of(run).name for run in (easy, hard)] == ["seed-10/sets/easy-1.0/sft", "seed-10/sets/hard/sft"]
     assert easy.sft_equal.value == pytest.approx(45 + 5 * (300 + 6 * 4 - 300) / 240)
@@ -86,7 +86,7 @@ SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
     ],
 )
 def test_files_that_no_run_wrote(tmp_path: Path, file: str, content: bytes, words: str) -> None:
-    """Found by fuzzing: each ended in a traceback."""
+    """Fuzzing found these files; each once ended in a traceback."""
     root = make_study(tmp_path / "study")
     (root / "sft" / file).write_bytes(content)
     with pytest.raises(UserError, match=words):

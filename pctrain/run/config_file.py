@@ -145,7 +145,7 @@ def compare(folder: Path, config: Config, kind: Kind, fingerprints: Mapping[str,
 
 
 def config_hash(config: Config) -> str:
-    """Return the sha256 of a config without the keys that may change on resume; a run has one for all its checkpoints."""
+    """Return the sha256 of a config without the keys that may change on resume: one for all checkpoints of a run."""
     bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _is_free(key)}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 

@@ -60,7 +60,7 @@ def find(paths: Sequence[str | Path], model_path: Path | None) -> list[Target]:
 
 
 def _distinct_names(targets: Sequence[Target], longest: int) -> list[str]:
-    """Return a name for each target, of as many path parts as it takes to tell them apart, up to `longest`."""
+    """Return a name for each target, of as many path parts as distinct names take, up to `longest`."""
     depth = 1
     while len({_name(target, depth) for target in targets}) < len(targets) and depth < longest:
         depth += 1

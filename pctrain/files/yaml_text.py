@@ -73,7 +73,7 @@ def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]]) -> 
     if depth + levels > MOST_DEPTH:
         raise yaml.YAMLError(f"nested deeper than {MOST_DEPTH} levels, or an alias names what contains it")
     if values > MOST_VALUES:
-        raise yaml.YAMLError(f"more than {MOST_VALUES} values; aliases count as what they stand for")
+        raise yaml.YAMLError(f"more than {MOST_VALUES} values; aliases count as the values they expand to")
     return values, levels
 
 

@@ -50,7 +50,7 @@ class ChatTemplate:
                 f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
                 "fix it, or give another one by data.template"
             ) from None
-        except (RecursionError, SyntaxError) as error:  # Jinja compiles to Python, which has limits of its own
+        except (RecursionError, SyntaxError) as error:  # Jinja compiles to Python, which has its own limits
             raise UserError(
                 f"{where}: the chat template cannot be compiled, most likely because it nests too deeply ({error}); "
                 "simplify it, or give another one by data.template"

@@ -84,7 +84,7 @@ class RankTimes:
             for laggard in self._laggards():
                 self.run.say(
                     f"step {step} rank {laggard.rank} ({_place(self.places[laggard.rank])}) holds up the others in "
-                    f"phase {PHASES[laggard.phase]}: {laggard.seconds:.3g} s of its own work per step, the others "
+                    f"phase {PHASES[laggard.phase]}: {laggard.seconds:.3g} s of work per step, the others "
                     f"{laggard.others:.3g} s (medians of the last {steps} steps)"
                 )
             self._window, self._step_seconds = [], []

@@ -18,7 +18,7 @@ import numpy as np
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import Bar, progress
-from pctrain.config import check as config_check
+from pctrain.config import check_layout as config_check
 from pctrain.config.tree import Config
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Fault, Record
@@ -212,7 +212,7 @@ def check(paths: Sequence[Path], config: Config) -> Check:
     files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
     encoder = limit = None
     if config.model.path is not None:
-        limit = config_check.model_shape(config).context
+        limit = config_check.model_shape(config.model).context
         encoder = Encoder(config.model.path, config.data, NO_LIMIT)
     found = Check(files, limit)
     sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]

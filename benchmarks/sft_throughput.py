@@ -83,13 +83,15 @@ def pctrain(turns: Turns, config: Config) -> None:
 
     record = journal.Journal.record
 
-    def counted(self, step, data, chosen, batch, *rest):
-        record(self, step, data, chosen, batch, *rest)
-        turns.done(batch.tokens)
+    def counted(self, trained):
+        record(self, trained)
+        turns.done(trained.batch.tokens)
 
     journal.Journal.record = counted
-    measure = journal.Journal.measure
-    journal.Journal.measure = lambda self, step: turns.start() if step == 0 else measure(self, step)
+    measure = journal.Journal.validate_and_evaluate_if_due
+    journal.Journal.validate_and_evaluate_if_due = lambda self, step: (
+        turns.start() if step == 0 else measure(self, step)
+    )
     loop.main(config)
 
 

@@ -102,7 +102,7 @@ class Pctrain:
     def step(self, rows: list[Row]) -> tuple[float, float]:
         from pctrain.sft.loss import cross_entropy
 
-        update = self.learner.step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
+        update = self.learner.train_step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
         return update.loss, update.grad_norm
 
     def positions(self, rows: list[Row]) -> int:

@@ -35,13 +35,12 @@ def _mcore_to_hf(call: Call[ConvertOptions]) -> None:
     if config.model.path is None:
         raise UserError(
             f"pctrain {call.command.name} needs --model.path=HF, the Hugging Face directory that gives the config and "
-            f"the "
-            "tokenizer"
+            "the tokenizer"
         )
     _check_dtype(config, call.options)
     from pctrain.tools.convert import mcore_to_hf
 
-    mcore_to_hf(config, source, out, call.options.verify)
+    mcore_to_hf(config.with_model(config.model.path), source, out, call.options.verify)
 
 
 def _check_dtype(config: Config, options: ConvertOptions) -> None:

@@ -50,12 +50,14 @@ def _run_rl(call: Call[DebugOptions]) -> None:
     if options.debug_rollout_only and options.debug_train_only is not None:
         raise UserError("--debug_rollout_only samples and --debug_train_only trains: give one of them")
     config = call.load_config()
-    from pctrain.rl import loop
+    from pctrain.rl import debug, loop
 
     if options.debug_train_only is not None:
-        loop.debug_train(config, options.debug_train_only)
+        debug.train_only(config, options.debug_train_only)
+    elif options.debug_rollout_only:
+        debug.sample_only(config)
     else:
-        loop.main(config, options.debug_rollout_only)
+        loop.main(config)
 
 
 def _run_study(call: Call[StudyOptions]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ArchitectureConfig, Config
+from pctrain.config.tree import ArchitectureConfig, ResolvedConfig
 from pctrain.data.sources import read_records
 from pctrain.hf.directory import TOKENIZER_CONFIG
 from pctrain.hf.tokenizer import BOS_ID, EOS_ID, Tokenizer, read_tokenizer_config, train_sentencepiece
@@ -28,18 +28,14 @@ from pctrain.hf.weight_names import EMBEDDING, LM_HEAD
 INITIAL_STD = 0.02
 
 
-def make(config: Config, folder: Path) -> Path:
-    """Make the directory for a config without `model.path`, with a tokenizer trained from `data.train`."""
-    if config.data.train is None:
-        raise UserError(
-            "data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path"
-        )
+def make(config: ResolvedConfig) -> Path:
+    """Make the directory `model.path`: a model of `model.architecture`, and a tokenizer trained on `data.train`."""
     texts: list[str] = []
-    for source in config.data.train:
+    for source in config.data.train_sources():
         for record in read_records(source.path, config.data.fields, need=("response",)):
             texts += [record.question, record.trajectory or ""]
     return make_hf_dir(
-        folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed
+        config.model.path, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed
     )
 
 

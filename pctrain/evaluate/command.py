@@ -15,6 +15,7 @@ from typing import Any
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import Config
+from pctrain.core import session
 from pctrain.data.encode import Encoder
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
@@ -29,7 +30,7 @@ from pctrain.files.durable import fingerprint
 from pctrain.files.lock import holder, try_lock
 from pctrain.hf.config import HFConfig
 from pctrain.hf.directory import content_digests, model_files
-from pctrain.run import checkpoints, resume
+from pctrain.run import checkpoints
 
 MAX_RESPONSE = 8192  # the paper's; where eval.max_response says nothing
 LOCK = ".eval.lock"  # its presence says whose folder it is
@@ -50,7 +51,7 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
     longest = max(len(ids) for model in models for prompts in model.prompts for ids in prompts.ids)
     with (
         _held(out),
-        watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
+        watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), session.this_start()),
         Verifiers(config.reward) as verifiers,
         Engine(config, hf, min(hf.context, longest + wanted), eos_id) as engine,
     ):

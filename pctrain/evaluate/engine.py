@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from pctrain.common.device import DTYPES
-from pctrain.common.errors import ToBeContinued, UserError
+from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
-from pctrain.distributed import parallel
+from pctrain.core import session
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate.targets import Target
 from pctrain.hf.config import HFConfig
 from pctrain.hf.weight_files import HFReader
 from pctrain.hf.weight_names import EMBEDDING, LM_HEAD, is_constant
 from pctrain.rollout import RolloutEngine
-from pctrain.run import checkpoints, resume
+from pctrain.run import checkpoints
 
 if TYPE_CHECKING:
     from pctrain.core import Learner
@@ -82,9 +82,9 @@ class Engine:
             return hf_weights(target.hf_dir, DTYPES[self._config.model.dtype], self._hf.tied)
         from pctrain.core import Learner, checkpoint  # takes seconds, and Hugging Face directories do not need it
 
-        resume.verify(target.checkpoint, checkpoints.damaged_start)
+        session.verify(target.checkpoint, checkpoints.damaged_start)
         if self._learner is None:
-            model = self._config.model.model_copy(update={"path": target.hf_dir, "checkpoint": target.checkpoint})
+            model = self._config.model.resolved(target.hf_dir, target.checkpoint)
             self._learner = Learner(
                 model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
             )
@@ -96,14 +96,8 @@ class Engine:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if self._engine is not None and may_close(error):
-            self._engine.close()
-
-
-def may_close(error: BaseException | None) -> bool:
-    """Return whether an engine may be closed, which is collective: after a fault of one rank the others are elsewhere."""
-    one_rank_failed = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
-    return not one_rank_failed or parallel.world_size() == 1
+        if self._engine is not None:
+            self._engine.close_after(error)
 
 
 def hf_weights(hf_dir: Path, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:

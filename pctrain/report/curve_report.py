@@ -139,7 +139,8 @@ def _rl_run(
 ) -> RLRun:
     if curve.start_step is None or curve.eflops_sft is None:
         raise ValueError("a curve of the exchange format has a start step and the EFLOPs of SFT")
-    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - curve.eflops_sft))
+    eflops_sft = curve.eflops_sft
+    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - eflops_sft))
     points = [RLPoint(0, 0.0, curve.p_sft, start.score_se, start.benchmarks)]
     for i, entry in enumerate(entries, 1):
         score, score_se = _score(entry["scores"], problems)
@@ -155,12 +156,12 @@ def _rl_run(
         varies=frozenset({"set"}),
         start_step=curve.start_step,
         algorithm="RL",
-        eflops_sft=curve.eflops_sft,
+        eflops_sft=eflops_sft,
         points=points,
         start_regime=regime_at.get(start.eflops_sft) if curve.start_step else None,
         p_sft=Measured(curve.p_sft, start.score_se),
         fit=fit_curve(curve),
-        sft_equal=sft.score_at(curve.eflops_sft + points[-1].eflops_rl),
+        sft_equal=sft.score_at(eflops_sft + points[-1].eflops_rl),
     )
 
 

@@ -18,7 +18,7 @@ Correction = Literal["none", "token", "sequence"]
 Streams = dict[str, torch.Tensor]
 
 MEAN, MAX, KL, BEYOND_2X = "mismatch/mean", "max/mismatch", "mismatch/kl", "mismatch/beyond_2x"
-OF_SAMPLED = (MEAN, KL, BEYOND_2X)  # 0 on an expert's tokens: means over the others are quotients of sums
+METRICS_OF_SAMPLED = (MEAN, KL, BEYOND_2X)  # 0 on an expert's tokens: means over the others are quotients of sums
 
 
 def correction(setting: Correction | None, dtype: str) -> Correction:

@@ -24,7 +24,7 @@ def _metrics(directory, layout):
 
     batch = model.pack(rows, small.BUDGET)
     _, forward = model.forward(batch, loss, want_entropy=False)
-    update = model.step(batch, loss, want_entropy=False)
+    update = model.train_step(batch, loss, want_entropy=False)
     return forward, update.metrics
 
 

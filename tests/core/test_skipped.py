@@ -45,7 +45,7 @@ def _spoiled(directory, layout, kind):
         ]
         batch = model.pack(rows, small.BUDGET)
         before = state()
-        update = model.step(
+        update = model.train_step(
             batch, token_loss if spoiled else lambda logprob, entropy, streams: (-logprob, {}), want_entropy=False
         )
         after = state()

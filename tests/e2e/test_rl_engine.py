@@ -13,20 +13,24 @@ def _rl(arguments, crash_at=None, refuse_sampling_of=()):
     """The command in this process; it dies before the update of step `crash_at`, and may not sample some steps."""
     from unittest import mock
 
+    from pctrain.distributed.health import watchdog
     from pctrain.rl import loop
 
-    update, sample = loop.update, loop.GroupSampler.sample
+    make_batch, sample = loop.make_batch, loop.GroupSampler.sample_groups
 
-    def dying(config, learner, algorithm, sampled, ledger, step):
-        if step == crash_at:
+    def dying(*arguments):
+        if watchdog._step == crash_at:
             raise KeyboardInterrupt
-        return update(config, learner, algorithm, sampled, ledger, step)
+        return make_batch(*arguments)
 
     def counted(self, prompts, step):
         assert step not in refuse_sampling_of, f"step {step} was sampled again"
         return sample(self, prompts, step)
 
-    with mock.patch.object(loop, "update", dying), mock.patch.object(loop.GroupSampler, "sample", counted):
+    with (
+        mock.patch.object(loop, "make_batch", dying),
+        mock.patch.object(loop.GroupSampler, "sample_groups", counted),
+    ):
         return tiny.cli("rl", *map(str, arguments))
 
 
@@ -132,9 +136,9 @@ ALGORITHMS = {
 def _train_with_each(commands):
     """Two steps of every algorithm, with one engine for all of them."""
     from pctrain.config.load import load
+    from pctrain.core.session import begin
     from pctrain.rl import loop
     from pctrain.rollout.worker import RolloutWorker
-    from pctrain.run.resume import begin
 
     with begin(load(None, list(map(str, commands[0])))) as first, RolloutWorker(first) as worker:
         for command in commands:

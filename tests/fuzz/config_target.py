@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from pctrain.cli import main as cli
 from pctrain.cli.commands import COMMANDS
-from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config
 from tests.fuzz.case import Case

@@ -14,7 +14,7 @@ from pctrain.reward import Verdict
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.algorithms.normaliser import normalise
-from pctrain.rl.sampling import Group
+from pctrain.rl.groups import Group
 from pctrain.rollout import Completion
 
 MAX_RESPONSE = 12
@@ -93,7 +93,7 @@ def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
 
 def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch.Tensor, dict[str, float]]:
     """(loss, metrics) of the rows as one update: all tokens in one tensor, weights and denominator as `core.step` has them."""
-    rows, denominator = normalise(rows, algo.rl.normaliser, algo.max_response)
+    rows, denominator = normalise(rows, algo.options.normaliser, algo.max_response)
     own = [row.weights > 0 for row in rows]
     weights = torch.from_numpy(np.concatenate([row.weights[k] for row, k in zip(rows, own)])).double()
     streams = {
@@ -118,7 +118,7 @@ def compare(algo: Algorithm, groups: list[Group], naive, seed: int, moved: bool 
     rows = algo.rows(groups)
     tokens = random_tokens(response_lengths(rows), seed, old=moved)
     needed = set(algo.streams_from_pass) | ({"old_logprob"} if moved else set())
-    loss, metrics = total(algo, algo.finish(with_pass(rows, tokens, needed), groups), tokens)
+    loss, metrics = total(algo, algo.finish(with_pass(rows, tokens, needed)), tokens)
     want = naive(groups, tokens)
     assert abs(float(want.detach())) > 1e-4  # there is something to compare
     np.testing.assert_allclose(loss.item(), want.item(), rtol=2e-6, atol=1e-7)

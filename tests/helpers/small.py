@@ -55,7 +55,7 @@ def step(model, step: int):
     from pctrain.sft.loss import cross_entropy
 
     of_experts = model.modules[0].config.moe_aux_loss_coeff > 0
-    return model.step(
+    return model.train_step(
         model.pack(rows_of_a_pack(step) if of_experts else rows(seed=step), BUDGET), cross_entropy, want_entropy=False
     )
 

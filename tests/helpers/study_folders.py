@@ -1,4 +1,4 @@
-"""Run folders of a study as files alone, made by hand: for what reads them."""
+"""Write run folders of a study by hand, without training, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step: the size of the quick start
+STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step, about those of the quick start
 # (step, validation loss): adaptive, stable with one transient point, mild, severe.
 LOSSES = [
     (0, 4.0),
@@ -58,7 +58,7 @@ def ledger_row(step: int, phase: str, paper: float, exact: float) -> dict:
 
 
 def make_sft(folder: Path, scores: dict[int, float], seed: int = 3, shift: float = 0.0) -> None:
-    """`shift`: added to every validation loss."""
+    """Write an SFT run folder; `shift` is added to every validation loss."""
     rows = [{"step": s, "kind": "train", "eflops_sft": s * STEP_SFT, "eflops_rl": 0.0, "loss": 1.0} for s in (10, 20)]
     rows += [
         {
@@ -181,7 +181,7 @@ def make_rl(
 
 
 def rising(first: float, top: float, n: int = 26) -> list[float]:
-    """A sigmoid in compute with a fixed wobble below the binomial noise."""
+    """Return scores along a sigmoid in compute, with a fixed wobble smaller than the binomial noise."""
     return [
         round(first + (top - first) / (1 + (5 / i) ** 2) + 0.6 * math.sin(3 * i), 2) if i else first for i in range(n)
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -56,7 +56,7 @@ def main() -> int:
             requests = [Request(row.tokens[:8].tolist(), seed) for seed, row in enumerate(rows)]
             engine.generate(requests, temperature=1.0, max_response=16, logprobs=True)
             engine.sleep()
-        learner.step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
+        learner.train_step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
     peak = status("VmHWM")
     print(json.dumps({"base": base, "peak": peak}), flush=True)
     return 0

@@ -109,7 +109,7 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        ('{\n"meta": ,\n}', r"curves.json, line 2, column 9: not JSON"),
+        ('{\n"meta": ,\n}', r"curves.json: not JSON \(line 2, column 9: "),
         ([1], r"curves.json: must be a JSON object"),
         (changed(["meta"], ...), "`meta` is missing"),
         (changed(["meta", "benchmarks"], {}), "meta.benchmarks"),
@@ -133,7 +133,7 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
         ),
         (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], 101), r"at most 100"),
         (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], float("nan")), r"finite"),
-        (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: `num_attention_heads`"),
+        (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: key 'num_attention_heads'"),
     ],
 )
 def test_a_malformed_file_names_the_place_and_writes_nothing(tmp_path, document, says):
@@ -204,14 +204,17 @@ def test_errors_of_run_folders(tmp_path):
         read_curves(tmp_path)
     broken = run_folder(tmp_path / "broken", EVALS)
     with (broken / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "kind": "ev')
-    with pytest.raises(UserError, match="metrics.jsonl, line 6: not JSON"):
+        file.write('{"step": 9, "kind": "ev')  # being written: left out
+    assert len(read_curves(broken)) == 1
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match="metrics.jsonl:6: not valid JSON"):
         read_curves(broken)
-    with pytest.raises(UserError, match="eflops_rl = 0, the joint"):
+    with pytest.raises(UserError, match="eflops_rl = 0, the switch point"):
         read_curves(run_folder(tmp_path / "no-joint", EVALS[1:]))
     with pytest.raises(UserError, match="with eflops_rl > 0"):
         read_curves(run_folder(tmp_path / "only-joint", EVALS[:1]))
-    with pytest.raises(UserError, match=r"line 4: `score` must be a finite number"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:4: `score` must be a finite number"):
         read_curves(run_folder(tmp_path / "no-score", [*EVALS[:2], (0.02, None, 2.0)]))
     sft = run_folder(tmp_path / "sft", EVALS)
     (sft / "start.json").unlink()

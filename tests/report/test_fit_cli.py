@@ -199,8 +199,8 @@ BAD = {
     ),
     "csv: no header": (csv_text().removeprefix("eflops,score\n"), "the header must name"),
     "csv: no joint": (csv_text().replace("0,60.0\n", "", 1), "no row at 0 EFLOPs"),
-    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, the header 2"),
-    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the joint"),
+    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, but the header has 2"),
+    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the switch point"),
     "csv: only a header": ("eflops,score\n", "a header and no rows"),
 }
 

@@ -144,7 +144,7 @@ def test_hover_tells_the_value(opened: Opened) -> None:
     opened.page.wait_for_selector("#chart-score_vs_compute .hoverlayer .hovertext")
     told = opened.page.locator("#chart-score_vs_compute .hoverlayer").text_content()
     assert "RL from step 270 (overfit)" in told and "RL step 30" in told
-    assert f"63.0 % ± {binomial_se(63.0):.1f}" in told
+    assert f"63.0% ± {binomial_se(63.0):.1f}" in told
 
 
 def test_a_button_of_the_legend_hides_its_run_and_shows_it_again(opened: Opened) -> None:
@@ -373,7 +373,7 @@ def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(
             t["visible"] for t in live.data("score_vs_compute") if t["legendgroup"] == "RL from step 60 (early)"
         } == {False}
         assert (
-            "88.8 %" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
+            "88.8%" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
         )
         assert page.locator("#rollouts-3").get_attribute("open") is not None
         assert live.said == [] and {url.split("/")[2] for url in live.asked} == {f"127.0.0.1:{serving.port}"}

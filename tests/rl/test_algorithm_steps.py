@@ -25,24 +25,20 @@ def _step(directory, layout, name, normaliser):
     model.keep_reference()
     algorithm = rl_cases.algorithm(name, updates=2, upt_gamma=1, upt_sft_coef=0.3, normaliser=normaliser)
     groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
-    counted = []
-
-    def count(phase, rows, seconds):
-        counted.append((phase, len(rows), sum(map(len, rows))))
-
     rows = algorithm.rows(groups)
     needed = algorithm.streams_from_pass | {
         "ref_logprob"
     }  # not read by the loss without a coefficient, but it is a metric
     needed -= {"ref_logprob"} if name == "srft" else set()
-    rows = batch.no_grad_streams(rows, model, needed, BUDGET, 0.9, count)
+    rows, passes = batch.add_streams_from_pass(rows, model, needed, BUDGET, 0.9)
+    counted = [(of.phase, len(of.rows), sum(map(len, of.rows))) for of in passes]
     first_kl = max(
         abs(row.streams.get("ref_logprob", row.streams["old_logprob"]) - row.streams["old_logprob"]).max()
         for row in rows
     )
-    finished = algorithm.finish(rows, groups)
-    model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
-    logprobs, entropies = model.logprobs(finished, BUDGET, temperature=0.9, trained_only=True, want_entropy=True)
+    finished = algorithm.finish(rows)
+    model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    logprobs, entropies = model.logprobs_and_entropies(finished, BUDGET, temperature=0.9, trained_only=True)
 
     def of(values):
         return torch.from_numpy(values[3:]).double()
@@ -52,7 +48,7 @@ def _step(directory, layout, name, normaliser):
         rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
         for row, lp, h in zip(finished, logprobs, entropies, strict=True)
     ]
-    update = model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    update = model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
     return update, NAIVE[name](groups, tokens).item(), algorithm.entropy_coef, tokens, entropies, counted, first_kl
 
 
@@ -111,10 +107,9 @@ def _kl(directory):
     algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)
     updates = []
     for _ in range(3):
-        rows = batch.no_grad_streams(
-            algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0, lambda *_: None
-        )
-        updates.append(model.step(batch.pack(algorithm.finish(rows, groups), model, algorithm, BUDGET), algorithm.loss))
+        rows, _ = batch.add_streams_from_pass(algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0)
+        packed = batch.pack(algorithm.finish(rows), model, algorithm, BUDGET)
+        updates.append(model.train_step(packed, algorithm.loss))
     return [update.metrics["kl"] for update in updates]
 
 

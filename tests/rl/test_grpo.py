@@ -95,11 +95,11 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
     advantages = rewards - rewards.mean(1, keepdim=True)
     if algorithm.paper_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    high = algorithm.rl.clip_high if algorithm.rl.algorithm == "dapo_dc" else algorithm.rl.clip_low
+    high = algorithm.options.clip_high if algorithm.options.algorithm == "dapo_dc" else algorithm.options.clip_low
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None), aux_loss_enabled=False,
         top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=beta,
-        epsilon_low=algorithm.rl.clip_low, epsilon_high=high, loss_type=loss_type, use_vllm=False,
+        epsilon_low=algorithm.options.clip_low, epsilon_high=high, loss_type=loss_type, use_vllm=False,
         max_completion_length=rl_cases.MAX_RESPONSE, vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled=False, model=SimpleNamespace(training=True),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),

@@ -88,7 +88,7 @@ def _first_step(directory, layout, tensor):
     def loss(logprob, entropy, streams):
         return -logprob * streams["advantage"], {"entropy": entropy}
 
-    update = model.step(model.pack(rows, 512), mismatch.measured(loss), temperature=TEMPERATURE)
+    update = model.train_step(model.pack(rows, 512), mismatch.measured(loss), temperature=TEMPERATURE)
     return update, rows, logprobs, weights
 
 

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 
 from pctrain.cli.main import main
@@ -13,11 +14,11 @@ from pctrain.study.stages import stages_of
 from tests.helpers import rl_cases
 
 MODULE = """
-from pctrain.rl.algorithms.base import Algorithm
-class Halved(Algorithm):
+from pctrain.rl.algorithms.grpo import GRPO
+class Halved(GRPO):
     needs_expert = True
-    def advantages(self, groups, penalties):
-        return [advantage / 2 for advantage in super().advantages(groups, penalties)]
+    def advantages(self, rewards):
+        return super().advantages(rewards) / 2
 number = 5
 """
 
@@ -34,19 +35,21 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_it_overrides_what_is_its_own():
-    groups = [rl_cases.group(0, [1, 0], [[10, 20], [11]])]
+    rewards = np.array([1.0, 0.0])
     plain, own = (
-        rl_cases.algorithm(name, std_normalise=False).advantages(groups, [0.0])
-        for name in ("grpo", "own_algorithms:Halved")
+        rl_cases.algorithm(name, std_normalise=False).advantages(rewards) for name in ("grpo", "own_algorithms:Halved")
     )
-    assert plain[0].tolist() == [0.5, -0.5] and own[0].tolist() == [0.25, -0.25]
+    assert plain.tolist() == [0.5, -0.5] and own.tolist() == [0.25, -0.25]
 
 
 @pytest.mark.parametrize(
     ("name", "told"),
     [
         ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
-        ("own_algorithms:number", ["expected a subclass of pctrain.rl.algorithms.base.Algorithm, found 5"]),
+        (
+            "own_algorithms:number",
+            ["expected a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm), found 5"],
+        ),
         ("broken_algorithms:Any", ["No module named 'no_such_package'", "broken_algorithms.py, line 1"]),
         ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
     ],

@@ -24,7 +24,7 @@ def test_by_hand():
     assert rows[1].weights.tolist() == [0, 0, 0, 1, 1, 1] and rows[1].streams["expert"].tolist() == [0, 0, 0, 1, 1, 0]
     tokens = rl_cases.random_tokens([1, 3, 1, 1], seed=0, old=False)
     tokens[1].entropy = torch.tensor([0.4, 0.9, 1.5], dtype=torch.float64, requires_grad=True)
-    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}), groups)
+    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}))
     assert rows[1].streams["advantage"].tolist()[3:] == [0, 0.5, 0.5]
     loss, metrics = rl_cases.total(algorithm, rows, tokens)
     assert loss.item() == pytest.approx(-1 / 12)

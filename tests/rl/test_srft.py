@@ -24,7 +24,7 @@ def test_by_hand():
         tokens[row].logprob = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
         tokens[row].entropy = torch.tensor([entropy], dtype=torch.float64, requires_grad=True)
     assert algorithm.streams_from_pass == {"entropy"}
-    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}), groups)
+    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}))
     loss, _ = rl_cases.total(algorithm, rows, tokens)
     assert [row.streams["advantage"][-1] for row in rows] == [-0.5, 0.5, 0, 0]
     assert loss.item() == pytest.approx(0.055524, abs=1e-6)

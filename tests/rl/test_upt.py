@@ -48,9 +48,9 @@ def test_the_published_normaliser_weighs_sft_by_its_own_tokens():
     algorithm = rl_cases.algorithm("upt", normaliser="published", entropy_coef=0.0, updates=2)
 
     def published(groups, tokens):
-        members = algorithm.members(groups)
-        of_expert = [t for m, t in zip(members, tokens, strict=True) if m.index is None]
-        by_rl = [t for m, t in zip(members, tokens, strict=True) if m.index is not None]
+        members = [member for group in groups for member in algorithm.members(group)]
+        of_expert = [t for m, t in zip(members, tokens, strict=True) if m.is_expert]
+        by_rl = [t for m, t in zip(members, tokens, strict=True) if not m.is_expert]
         sft = -sum(t.logprob.sum() for t in of_expert) / sum(len(t.logprob) for t in of_expert)
         kept = [group for group in groups if any(group.rewards)]
         rl = naive_losses.grpo(kept, by_rl, entropy_coef=0) * sum(len(t.logprob) for t in by_rl) / rl_cases.MAX_RESPONSE
@@ -64,16 +64,14 @@ def test_advantages_with_k1_leave_the_experts_rows_alone():
     algorithm = rl_cases.algorithm("upt", kl_coef=0.5, kl_kind="k1")
     rows = algorithm.rows(groups)
     tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 0)
-    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
-    assert [row.streams["advantage"][-1] for row, m in zip(finished, algorithm.members(groups)) if m.index is None] == [
-        0
-    ]
+    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
+    assert [row.streams["advantage"][-1] for row in finished if row.member.is_expert] == [0]
 
 
 def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
     """From a base model no rollout is right: every update is SFT, and a mean over what was sampled does not exist."""
     from pctrain.core import Update
-    from pctrain.rl.update import means
+    from pctrain.rl.update import mean_metrics
 
     algorithm = rl_cases.algorithm("upt")
     of_experts = algorithm.report(
@@ -82,7 +80,7 @@ def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
     assert of_experts == {"expert": 1.0, "entropy": 2.0}
     of_both = algorithm.report({"expert": 0.5, "entropy": 1.0, "ratio": 0.5, "clip_share": 0.0, "mismatch/mean": 0.1})
     updates = [Update(1.0, metrics, 0.3, 1e-3, False) for metrics in (of_experts, of_both)]
-    assert means(updates) == pytest.approx(
+    assert mean_metrics(updates) == pytest.approx(
         {
             "loss": 1.0,
             "grad_norm": 0.3,
@@ -95,6 +93,6 @@ def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
             "skipped_updates": 0,
         }
     )
-    assert set(means(updates[:1])) == {"loss", "grad_norm", "lr", "expert", "entropy", "skipped_updates"}
+    assert set(mean_metrics(updates[:1])) == {"loss", "grad_norm", "lr", "expert", "entropy", "skipped_updates"}
     skipped = Update(float("nan"), of_both, float("nan"), 1e-3, True)
-    assert means([skipped]) == {"lr": 1e-3, "skipped_updates": 1}
+    assert mean_metrics([skipped]) == {"lr": 1e-3, "skipped_updates": 1}

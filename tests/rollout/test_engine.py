@@ -256,7 +256,7 @@ def test_top_p_is_for_evaluation_alone(tied):
     greedy = tokens(tied.engine.generate(requests(8), temperature=0.0, max_response=8))
     assert tokens(tied.engine.generate(requests(8), temperature=1.0, top_p=1e-6, max_response=8)) == greedy
     assert tokens(tied.engine.generate(requests(8), temperature=1.0, max_response=8)) != greedy
-    with pytest.raises(ValueError, match="whole policy"):
+    with pytest.raises(ValueError, match="full distribution"):
         tied.engine.generate(requests(1), temperature=1.0, top_p=0.9, max_response=8, logprobs=True)
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
-from pctrain.run import folder as runfolder
-from pctrain.run.folder import RunFolder, read_config
+from pctrain.run.config_file import read_config
+from pctrain.run.folder import RunFolder
+from pctrain.run.records import best_step
 
 
 @pytest.fixture
@@ -142,6 +144,29 @@ def test_a_damaged_config_is_refused(config, data):
     (config.run.dir / "config.yaml").write_text("kind: [sft")
     with pytest.raises(UserError, match="config.yaml is not valid YAML"):
         RunFolder.open(config, "sft", [data])
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda text: text.replace("sft:", "sft:\n  clip_of_an_older_version: 3"), "sft.clip_of_an_older_version"),
+        (lambda text: re.sub(r"\n  steps: \d+", "", text, count=1), ".steps"),
+    ],
+    ids=["a key that no longer exists", "a key that did not exist yet"],
+)
+def test_the_run_of_another_version_is_refused_with_a_way_out(config, data, change, named):
+    RunFolder.open(config, "sft", [data]).close()
+    file = config.run.dir / "config.yaml"
+    file.write_text(change(file.read_text()))
+    before = tree(config.run.dir)
+    for use in (lambda: RunFolder.open(config, "sft", [data]), lambda: read_config(config.run.dir)):
+        with pytest.raises(UserError) as error:
+            use()
+        message = str(error.value)
+        assert message.startswith(f"{config.run.dir} is the run of another version of pctrain: its config.yaml ")
+        assert f"{named}. This version does not resume it." in message
+        assert "Finish the run with the version that began it, or set another run.dir to start over" in message
+    assert tree(config.run.dir) == before
 
 
 def test_other_ranks_write_nothing(config, data):
@@ -310,7 +335,7 @@ def test_a_damaged_line_is_named(config):
         file = run.path / "metrics.jsonl"
         text = file.read_text().splitlines()
         file.write_text("\n".join([text[0], "{oops", text[2], ""]))
-        with pytest.raises(UserError, match="metrics.jsonl, line 2"):
+        with pytest.raises(UserError, match="metrics.jsonl:2"):
             run.rewind(1)
 
 
@@ -356,18 +381,18 @@ def test_hostile_files_of_a_run_are_named(config, data):
         ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
         ("kind: !!int x\n", "not valid YAML"),
         ('kind: "\\ud800"\n', "half of a surrogate pair"),
-        ("kind: &a [*a]\n", "an alias names what it stands in"),
+        ("kind: &a [*a]\n", "an alias names what contains it"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             RunFolder.open(config, "sft", [data])
     file.write_text(whole.replace("seed: 0", "seed: x"))
     with pytest.raises(UserError, match="config.yaml: run.seed: "):
-        runfolder.read_config(config.run.dir)
+        read_config(config.run.dir)
     file.write_text(whole)
     with RunFolder.open(config, "sft", [data]) as run:
         (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 1e999}\n')
-        with pytest.raises(UserError, match="metrics.jsonl, line 2: expected a JSON object with `step`"):
+        with pytest.raises(UserError, match="metrics.jsonl:2: expected a JSON object with `step`"):
             run.rewind(1)
         (run.path / "metrics.jsonl").write_text("")
         (run.path / "rollouts").mkdir()
@@ -379,8 +404,8 @@ def test_hostile_files_of_a_run_are_named(config, data):
         with pytest.raises(UserError, match="metrics.jsonl: not UTF-8 at byte 1"):
             run.rewind(1)
         (run.path / "metrics.jsonl").write_text('{"step": 1, "kind": "val", "val_loss": "low"}\n')
-        with pytest.raises(UserError, match="`val_loss` must be numbers, found 'low'"):
-            runfolder.best_step(run.path, "sft")
+        with pytest.raises(UserError, match="metrics.jsonl:1: `val_loss` must be a number, found 'low'"):
+            best_step(run.path, "sft")
         (run.path / "summary.json").write_text('{"summary": []}')
         with pytest.raises(UserError, match="summary.json is not the summary of a run"):
             run.say_finished()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pctrain.data.trajectories import SOURCE
-from pctrain.sft.loss import cross_entropy, cross_entropy_by_source, of_sources
+from pctrain.sft.loss import cross_entropy, cross_entropy_by_source, source_means
 from pctrain.sft.spikes import FEWEST, Spikes
 
 
@@ -18,7 +18,7 @@ def test_each_source_gets_the_mean_over_its_own_tokens():
     means = {
         key: float(value.mean()) for key, value in metrics.items()
     }  # what the core reports of a metric, all weights 1
-    found = of_sources({**means, "other": 5.0}, ["a", "b", "c"], [int((source == i).sum()) for i in range(3)])
+    found = source_means({**means, "other": 5.0}, ["a", "b", "c"], [int((source == i).sum()) for i in range(3)])
     assert found == {
         "other": 5.0,
         "loss/a": pytest.approx(-float(logprob[source == 0].mean())),
@@ -28,7 +28,7 @@ def test_each_source_gets_the_mean_over_its_own_tokens():
 
 def test_one_source_has_no_loss_of_its_own():
     assert cross_entropy_by_source(["a"]) is cross_entropy
-    assert of_sources({"x": 1.0}, ["a"], [10]) == {"x": 1.0}
+    assert source_means({"x": 1.0}, ["a"], [10]) == {"x": 1.0}
 
 
 def run(losses):

@@ -1,4 +1,4 @@
-"""`pctrain data rank`: a plainly better set comes first, what cannot be told apart is called so, a second start trains nothing again."""
+"""`pctrain data rank`: a better set comes first, equal sets are indistinguishable, a second start trains nothing."""
 
 import json
 import random
@@ -6,7 +6,7 @@ import random
 import pytest
 from scipy import stats
 
-from pctrain.study.rank import Candidate, Probe, compare, rank
+from pctrain.study.ranking import Candidate, Probe, compare, rank
 from tests.helpers import sets_cli as cli
 from tests.helpers import tiny
 
@@ -44,11 +44,12 @@ def candidate(name: str, *minima: float) -> Candidate:
     ],
 )
 def test_candidates_differ_where_welchs_interval_excludes_zero(one, other, apart):
-    found = compare(candidate("a", *one), candidate("b", *other))
-    assert found.told_apart is apart
+    comparison = compare(candidate("a", *one), candidate("b", *other))
+    assert comparison.interval.excludes_zero is comparison.as_json()["told_apart"] is apart
+    assert ("statistically indistinguishable" in str(comparison)) is not apart
     if len(set(one)) > 1:
         interval = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx(tuple(interval))
+        assert (comparison.interval.low, comparison.interval.high) == pytest.approx(tuple(interval))
 
 
 def test_the_lowest_mean_minimum_comes_first_and_every_pair_is_compared():
@@ -56,12 +57,14 @@ def test_the_lowest_mean_minimum_comes_first_and_every_pair_is_compared():
     assert [c.name for c in ranked] == ["b", "a", "c"]
     assert [(d.better, d.worse) for d in differences] == [("b", "a"), ("b", "c"), ("a", "c")]
     [alone] = rank([candidate("a", 0.5), candidate("b", 0.6)])[1]
-    assert alone.told_apart is None and alone.difference == pytest.approx(0.1)  # one seed proves nothing
+    assert (
+        alone.interval is None and alone.as_json()["told_apart"] is None and alone.difference == pytest.approx(0.1)
+    )  # one seed proves nothing
 
 
 @pytest.fixture
 def sets(tmp_path):
-    """The answer is always 1: one set says so, one gives a random digit."""
+    """Two sets of problems whose answer is always 1: one has that answer, the other a random digit."""
     draw = random.Random(0)
     good = [{"prompt": f"{i % 10}=", "response": r"\boxed{1}"} for i in range(80)]
     bad = [{**record, "response": rf"\boxed{{{draw.randrange(10)}}}"} for record in good]

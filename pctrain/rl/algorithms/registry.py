@@ -17,7 +17,7 @@ from pctrain.rl.algorithms.prefix_rft import PrefixRFT
 from pctrain.rl.algorithms.srft import SRFT
 from pctrain.rl.algorithms.upt import UPT
 
-ALGORITHMS = {
+ALGORITHMS: dict[str, type[Algorithm]] = {
     "grpo": GRPO,
     "dapo_d": DAPOd,
     "dapo_dc": DAPOdc,
@@ -29,29 +29,30 @@ ALGORITHMS = {
 
 
 def find(name: str) -> type[Algorithm]:
-    """The class that `rl.algorithm` names. UserError where a user's own cannot be imported, or is none."""
+    """Return the class that `rl.algorithm` names. UserError if a user's own cannot be imported or is no algorithm."""
     if not plugins.is_own(name):
         return ALGORITHMS[name]
     try:
-        found = plugins.load(name, "algorithms", _is_algorithm)
+        algorithm = plugins.load(name, "algorithms", _is_algorithm)
     except plugins.LoadError as error:
         raise UserError(f"rl.algorithm = {name!r}: {error}") from None
-    if not _is_algorithm(found):
+    if not _is_algorithm(algorithm):
         raise UserError(
-            f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.base.Algorithm, found {found!r:.80}"
+            f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm), "
+            f"found {algorithm!r:.80}"
         )
-    return found
+    return algorithm
 
 
 def source_files(name: str) -> list[Path]:
-    """The file of a user's own algorithm: a run goes on only with the one that it began with. [] for those of this package."""
+    """Return the file of a user's own algorithm, to which its runs are bound; [] for an algorithm of this package."""
     return [Path(inspect.getfile(find(name)))] if plugins.is_own(name) else []
 
 
 def build(rl: RLConfig, max_response: int) -> Algorithm:
-    """`max_response`: `rollout.max_response`, tokens."""
+    """Return the algorithm of a run; `max_response` is `rollout.max_response`, in tokens."""
     return find(rl.algorithm)(rl, max_response)
 
 
-def _is_algorithm(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Algorithm)
+def _is_algorithm(candidate: object) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, Algorithm) and not inspect.isabstract(candidate)

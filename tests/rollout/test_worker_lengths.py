@@ -50,34 +50,34 @@ def test_the_engine_holds_the_longest_prompt_with_the_longest_response(make):
 
 
 def test_longer_problems_of_training_stop_it_or_are_left_out(make):
-    assert lengths(make(max_prompt=9).training_problems(expert=False)[0]) == [3, 5, 9]
+    assert lengths(make(max_prompt=9).training_problems(with_expert=False)[0]) == [3, 5, 9]
     with pytest.raises(
         UserError, match=r"rl.jsonl:3: the prompt has 9 tokens, more than rollout.max_prompt of 8; shorten"
     ):
-        make(max_prompt=8).training_problems(expert=False)
-    problems, left_out = make(max_prompt=8, overlong="drop").training_problems(expert=False)
+        make(max_prompt=8).training_problems(with_expert=False)
+    problems, left_out = make(max_prompt=8, overlong="drop").training_problems(with_expert=False)
     assert lengths(problems) == [3, 5] and [problem.index for problem in problems] == [0, 1]
     assert len(left_out) == 1 and "rl.jsonl:3: the prompt has 9 tokens" in left_out[0]
 
 
 def test_so_are_experts_whose_trajectory_is_longer_than_a_response(make):
     worker = make(overlong="drop", max_response=8)
-    problems, left_out = worker.training_problems(expert=True)
+    problems, left_out = worker.training_problems(with_expert=True)
     assert lengths(problems) == [3, 9] and [problem.index for problem in problems] == [0, 1]
     assert "rl.jsonl:2: the expert's response has 13 tokens with EOS" in left_out[0]
-    assert lengths(worker.training_problems(expert=False)[0]) == [3, 5, 9]
+    assert lengths(worker.training_problems(with_expert=False)[0]) == [3, 5, 9]
     with pytest.raises(
         UserError, match="rl.jsonl:2: the expert's response has 13 tokens with EOS; .* rollout.max_response = 8"
     ):
-        make(max_response=8).training_problems(expert=True)
+        make(max_response=8).training_problems(with_expert=True)
 
 
 def test_whatever_is_sampled_fits_into_a_pack(make):
     with pytest.raises(
         UserError, match="the prompt has 9 tokens, more than rl.token_budget less rollout.max_response of 8"
     ):
-        make(token_budget=24).training_problems(expert=False)
-    assert lengths(make(token_budget=25).training_problems(expert=False)[0]) == [3, 5, 9]
+        make(token_budget=24).training_problems(with_expert=False)
+    assert lengths(make(token_budget=25).training_problems(with_expert=False)[0]) == [3, 5, 9]
 
 
 def test_a_test_problem_is_never_left_out(make):
@@ -87,4 +87,4 @@ def test_a_test_problem_is_never_left_out(make):
     with pytest.raises(
         UserError, match="every problem is too long, for example .*rl.jsonl:3: the prompt has 9 tokens"
     ):
-        make(max_prompt=2, overlong="drop").training_problems(expert=False)
+        make(max_prompt=2, overlong="drop").training_problems(with_expert=False)

@@ -150,8 +150,8 @@ class RolloutWorker:
             tolerance = VERIFY_TOLERANCE[self.config.model.dtype]
         if difference > tolerance:
             raise RuntimeError(
-                f"after the weight update the engine's log-probs differ from the learner's by {difference:.2e} nats per "
-                f"token, more than rollout.verify_tolerance = {tolerance:.0e}: "
+                f"after the weight update the engine's log-probs differ from the learner's by {difference:.2e} nats "
+                f"per token, more than rollout.verify_tolerance = {tolerance:.0e}: "
                 "the engine does not hold the learner's weights"
             )
 

@@ -1,4 +1,4 @@
-"""What a step of each algorithm puts into the ledger: the paper's formula of that algorithm, from the numbers of tokens of the step."""
+"""The ledger's entries of a step of each algorithm, against the paper's formula for the tokens of that step."""
 
 import contextlib
 
@@ -11,8 +11,8 @@ from pctrain.compute.flops import EFLOP, QWEN2_5_7B
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Update
-from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl import costs
+from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.batch import make_batch
 from pctrain.rl.groups import Sampled
 from pctrain.rl.update import train_on
@@ -43,7 +43,7 @@ class PretendLearner:
 
 
 def step_of(name, rewards, dropped=0, prefix=0, **options):
-    """The ledger after one step: `rewards`, a list for each kept group; all rollouts have ON tokens, the expert's trajectory OFF."""
+    """Return the ledger after one step. `rewards` has a list per kept group; rollouts have ON tokens, experts OFF."""
 
     def group(i, of_group):
         prefixes = [[] for _ in of_group[1:]] + [list(range(10, 10 + prefix))]

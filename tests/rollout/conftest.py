@@ -29,7 +29,7 @@ def build(tied: bool, seed: int):
 
 
 def oracle(model, temperature: float):
-    """`learner_logprobs` of a transformers model: rows of ids -> per row float32 [L], entry i for token i, entry 0 is 0."""
+    """Return `learner_logprobs` of a transformers model: per row float32 [L], entry i for token i, entry 0 is 0."""
 
     @torch.no_grad()
     def logprobs(rows):
@@ -44,7 +44,7 @@ def oracle(model, temperature: float):
 
 
 def stream(model):
-    """What the learner's `hf_weights` yields: full tensors, each in its own storage, the tied head after the embedding."""
+    """Yield weights as the learner's `hf_weights` does: full tensors, each in its storage, a tied head last."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue

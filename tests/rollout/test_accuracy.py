@@ -7,9 +7,9 @@ import pytest
 
 from pctrain.config.tree import Config
 from pctrain.data.problems import Problem
-from pctrain.rollout.accuracy import evaluate
 from pctrain.reward.verdict import Verdict
 from pctrain.rollout import Completion
+from pctrain.rollout.accuracy import evaluate
 
 
 @dataclass

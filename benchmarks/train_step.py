@@ -36,6 +36,7 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from pctrain.common.device import device, on_gpu  # noqa: E402
 from pctrain.compute import flops  # noqa: E402
+from pctrain.compute.model_shape import ModelShape  # noqa: E402
 from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from pctrain.data.packing import NO_LABEL, pack_rows  # noqa: E402
 from pctrain.data.rows import Row, make_row  # noqa: E402
@@ -211,7 +212,7 @@ def matmul_rate(dtype: torch.dtype) -> Callable[[], float]:
 
 def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) -> None:
     architecture, vocab, sequences, mean = MODELS[name]
-    shape = flops.ModelShape(architecture.layers, architecture.hidden, architecture.ffn, architecture.heads, architecture.kv_heads,
+    shape = ModelShape(architecture.layers, architecture.hidden, architecture.ffn, architecture.heads, architecture.kv_heads,
                              architecture.hidden // architecture.heads, vocab, architecture.tied)  # fmt: skip
     batches = make_batches(vocab, sequences, mean, lengths, min(8 * mean, architecture.context))
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from pctrain.ceiling.posterior import rise
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import PAPER_SHARE
 
-FILE = Path(__file__).parents[2] / "tests" / "ceiling" / "published_curves.json"
+FILE = Path(__file__).parents[2] / "tests" / "helpers" / "published_curves.json"
 # Table of fitted ceilings, arXiv 2512.11470v2 (Qwen2.5-7B).
 PUBLISHED = {
     ("S1K", 62): 77.0,

@@ -5,7 +5,6 @@ Each check names the keys, their values, the rule and what to change. Several br
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -14,16 +13,9 @@ from pathlib import Path
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import SYNCHRONISED, Config, OptimizerConfig, RLConfig
+from pctrain.hf.config import HFConfig
+from pctrain.hf.directory import CONFIG
 from pctrain.reward.verifiers import check_name
-
-# The keys of core.hf_config.FAMILIES, which cannot be imported here: the core stands above this module (docs/architecture.md).
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
 
 
 @dataclass(frozen=True)
@@ -77,46 +69,14 @@ def check_combinations(config: Config, world_size: int, sections: Collection[str
 
 
 def model_shape(config: Config) -> Shape:
-    """From `model.path`/config.json where a path is given, else from `model.architecture`."""
+    """Return the sizes in config.json of `model.path`, or else those of `model.architecture`."""
     if config.model.path is None:
         a = config.model.architecture
         return Shape(a.layers, a.hidden, a.heads, a.kv_heads, a.ffn, a.context, 0, "model.architecture")
-    path = Path(config.model.path) / "config.json"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"model.path: {path} does not exist; expected a Hugging Face directory with a config.json"
-        ) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"model.path: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise UserError(f"model.path: {path}: expected a JSON object")
-
-    named = data.get("architectures")
-    architecture = named[0] if isinstance(named, list) and named else "?"
-    if architecture not in ARCHITECTURES:
-        raise UserError(
-            f"model.path: {path}: architecture {str(architecture):.60} is not supported; supported: {', '.join(ARCHITECTURES)}"
-        )
-
-    def number(name: str, default: str | None = None) -> int:
-        value = data.get(name, data.get(default) if default else None)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**63:
-            raise UserError(f"model.path: {path}: expected a whole number under {name!r}, got {value!r:.80}")
-        return value
-
-    experts = number("num_experts", "num_local_experts") if "moe_intermediate_size" in data else 0
-    return Shape(
-        number("num_hidden_layers"),
-        number("hidden_size"),
-        number("num_attention_heads"),
-        number("num_key_value_heads", "num_attention_heads"),
-        number("moe_intermediate_size" if experts else "intermediate_size"),
-        number("max_position_embeddings"),
-        experts,
-        str(path),
-    )
+    hf = HFConfig.read(config.model.path)
+    ffn, experts = (hf.experts.ffn, hf.experts.count) if hf.experts else (hf.ffn, 0)
+    source = str(Path(config.model.path) / CONFIG)
+    return Shape(hf.layers, hf.hidden, hf.heads, hf.kv_heads, ffn, hf.context, experts, source)
 
 
 def _shape_problems(shape: Shape) -> Iterator[str]:

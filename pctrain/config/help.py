@@ -62,13 +62,17 @@ def own_option_lines(kind: type[Section]) -> list[str]:
     return lines
 
 
+def help_width() -> int:
+    """Return the columns that help texts are wrapped to: those of the terminal, within bounds."""
+    return max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
+
+
 def _lines(key: str, field: FieldInfo, ending: str) -> list[str]:
-    width = max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
     limits = _limits(field)
     text = f"{field.description}{f' ({limits})' if limits else ''}  {ending}"
     return [
         f"  --{key} {describe_type(field.annotation)}",
-        *textwrap.wrap(text, width, initial_indent=" " * 8, subsequent_indent=" " * 8),
+        *textwrap.wrap(text, help_width(), initial_indent=" " * 8, subsequent_indent=" " * 8),
     ]
 
 
@@ -78,6 +82,8 @@ def describe_type(annotation: Any) -> str:
         return "PATH or [{path, weight, name}, ...]"
     if annotation is Benchmark:
         return "PATH or {path, samples, verifier, instruction, fields}"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "{key: value, ...}"
     if get_origin(annotation) is Annotated:
         return describe_type(get_args(annotation)[0])
     if get_origin(annotation) is dict:
@@ -91,6 +97,20 @@ def describe_type(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(describe_type(a) for a in get_args(annotation) if a is not type(None))
     return {int: "INT", float: "FLOAT", bool: "true|false", str: "TEXT", Path: "PATH"}[annotation]
+
+
+def iter_keys() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield every key that the command line takes, with its field: each section below the top ones, and each option."""
+    for name, field in Config.model_fields.items():
+        yield name, field
+        yield from _iter_keys(field.annotation, name)
+
+
+def _iter_keys(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
+    if isinstance(section, type) and issubclass(section, Section):
+        for name, field in section.model_fields.items():
+            yield f"{prefix}.{name}", field
+            yield from _iter_keys(field.annotation, f"{prefix}.{name}")
 
 
 def _options(section: Section, prefix: str) -> Iterator[tuple[str, FieldInfo, Any]]:

@@ -12,7 +12,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -33,7 +33,7 @@ MOST_FILES = 100  # of one config: a few that name files twice would stand for m
 SHOWN, MOST_LINES = 200, 30  # characters of a value in a message, and lines of it
 
 
-def load(path: Path | None, overrides: list[str], *, sections: Collection[str] = SECTIONS) -> Config:
+def load(path: Path | None, overrides: Sequence[str], *, sections: Collection[str] = SECTIONS) -> Config:
     """The resolved config of a run.
 
     Args:
@@ -50,7 +50,7 @@ def load(path: Path | None, overrides: list[str], *, sections: Collection[str] =
     return config
 
 
-def read(path: Path | None, overrides: list[str]) -> Config:
+def read(path: Path | None, overrides: Sequence[str]) -> Config:
     """As `load`, without looking for impossible combinations."""
     settings = list(_file_settings(path)) if path is not None else []
     settings += _command_line_settings(overrides)
@@ -173,21 +173,15 @@ def _node_settings(loader: Loader, node: yaml.Node, key: tuple[str, ...], path: 
             yield _Setting(setting.key, setting.value, f"{path}:{line}") if setting.key == (*key, name) else setting
 
 
-def _command_line_settings(tokens: list[str]) -> list[_Setting]:
-    settings = []
-    rest = list(tokens)
-    while rest:
-        token = rest.pop(0)
-        if not token.startswith("--") or token == "--":
+def _command_line_settings(overrides: Sequence[str]) -> list[_Setting]:
+    settings: list[_Setting] = []
+    for token in overrides:
+        name, equals, text = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not equals:
             raise UserError(f"unexpected argument {token!r}: options have the form --section.key=value")
-        name, equals, text = token[2:].partition("=")
         key = tuple(name.split("."))
         if _section(key) is None and _field(key) is None:
-            raise UserError(_unknown(_Setting(key, None, "command line")))
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{name} needs a value: --{name}=VALUE")
-            text = rest.pop(0)
+            raise UserError(unknown_key(name, "command line"))
         settings += _text_settings(key, text)
     return settings
 
@@ -271,15 +265,18 @@ def _put(data: dict[str, Any], setting: _Setting) -> None:
 
 
 def _refuse_unknown(settings: list[_Setting]) -> None:
-    messages = [_unknown(s) for s in settings if s.key and _section(s.key) is None and _field(s.key) is None]
+    messages = [
+        unknown_key(s.dotted, s.origin) for s in settings if s.key and _section(s.key) is None and _field(s.key) is None
+    ]
     if messages:
         raise UserError("\n".join(messages))
 
 
-def _unknown(setting: _Setting) -> str:
-    near = nearest_keys(setting.dotted)
+def unknown_key(dotted: str, origin: str) -> str:
+    """Return the message for a key that does not exist, with the nearest ones that do."""
+    near = nearest_keys(dotted)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sections are: {', '.join(SECTIONS)}"
-    return f"unknown key {setting.dotted} ({setting.origin}); {hint}"
+    return f"unknown key {dotted} ({origin}); {hint}"
 
 
 def nearest_keys(dotted: str) -> list[str]:

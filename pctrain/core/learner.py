@@ -16,7 +16,7 @@ from megatron.core import parallel_state
 
 from pctrain.common.device import DTYPES, on_gpu
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.config.tree import OptimizerConfig, ParallelConfig, ResolvedModelConfig
 from pctrain.core import checkpoint, model, optimizer, step, weight_buckets, weights
 from pctrain.core.layers import context_parallel
 from pctrain.core.layers import spec as layers
@@ -53,7 +53,7 @@ class Learner:
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModelConfig,
         par: ParallelConfig,
         *,
         optimizer_config: OptimizerConfig | None,
@@ -301,7 +301,7 @@ class Learner:
         checkpoint.load(directory, self.chunks, self._optimizer, self._scheduler)
 
 
-def _pack_shape(config: ModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
+def _pack_shape(config: ResolvedModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
     """Return pack sizes that tensor and context parallel ranks can share, equal for all stages of a pipeline."""
     align = context_parallel.alignment(par.context)
     return PackShape(

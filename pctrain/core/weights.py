@@ -6,7 +6,6 @@ Loading and exporting read the same table, so they cannot disagree.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,9 @@ from megatron.core import parallel_state
 
 from pctrain.common.device import on_gpu
 from pctrain.distributed.health import watchdog
-from pctrain.hf import weight_files
-from pctrain.hf.config import HFConfig
+from pctrain.hf import weight_files, weight_names
+from pctrain.hf.config import HFConfig, set_dtype
 
-LM_HEAD = "lm_head.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -44,7 +42,7 @@ class Unit:
 def units(hf: HFConfig, te: bool) -> list[Unit]:
     """Every parameter of the whole model, in the order of the layers. `te`: Transformer Engine fuses norms into the linears after them."""
     H, attention = hf.hidden, hf.heads * hf.head_dim
-    table = [_vocab(EMBEDDING, "model.embed_tokens.weight", hf)]
+    table = [_vocab(EMBEDDING, weight_names.EMBEDDING, hf)]
     for i in range(hf.layers):
         ours, theirs = f"decoder.layers.{i}", f"model.layers.{i}"
         input_norm = "self_attention.linear_qkv.layer_norm_weight" if te else "input_layernorm.weight"
@@ -78,7 +76,7 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
                 )
     table.append(_replicated("decoder.final_layernorm.weight", "model.norm.weight", (H,)))
     if not hf.tied:
-        table.append(_vocab("output_layer.weight", LM_HEAD, hf))
+        table.append(_vocab("output_layer.weight", weight_names.LM_HEAD, hf))
     return table
 
 
@@ -160,7 +158,7 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
         source.check(
             {name: shape for unit in table for name, shape in unit.hf.items()},
             hf.architecture,
-            ignored=frozenset({LM_HEAD} if hf.tied else ()),
+            ignored=frozenset({weight_names.LM_HEAD} if hf.tied else ()),
         )
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
@@ -204,8 +202,8 @@ def export_hf(
                     dist.broadcast(full, src=source[unit.name], group=group)
             watchdog.beat()
             yield name, full
-            if tied_head and hf.tied and name == "model.embed_tokens.weight":
-                yield LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
+            if tied_head and hf.tied and name == weight_names.EMBEDDING:
+                yield weight_names.LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
             del full
 
 
@@ -272,7 +270,9 @@ def save_hf(
     shutil.copytree(
         source, temporary, ignore=shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
     )
-    _set_dtype(temporary / "config.json", {entry.dtype for entry in entries})
+    names = {str(entry.dtype).removeprefix("torch.") for entry in entries}
+    if len(names) == 1:  # where they are mixed, as in the source, config.json stays
+        set_dtype(temporary, names.pop())
     weight_files.write(temporary, entries, tensors, shard_bytes=shard_bytes)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -287,15 +287,6 @@ def round_to(modules: list[torch.nn.Module], hf: HFConfig, te: bool, dtypes: Map
         for parameter in (mine[name] for name in copies if name in mine):
             for dtype in wanted:
                 parameter.data.copy_(parameter.data.to(dtype))
-
-
-def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
-    """config.json tells loaders the dtype of the weights; it has to follow them. (Where they are mixed, as in the source, it stays.)"""
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    name = str(next(iter(dtypes))).removeprefix("torch.")
-    if len(dtypes) == 1 and raw.get(key) != name:
-        config.write_text(json.dumps({**raw, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
 def local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

@@ -26,7 +26,7 @@ from typing import Any
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import BenchmarkConfig, Config, FieldsConfig
-from pctrain.data.columns import choose, form_of
+from pctrain.data.columns import choose_columns, detect_form
 from pctrain.data.records import Record, Unreadable, make_record
 from pctrain.data.sources import content_hash, iter_raw
 from pctrain.reward.boxed import last_boxed
@@ -148,7 +148,7 @@ def _instructed(record: Record, instruction: str | None, where: str) -> Record:
 
 
 def _by_fields(value: dict[str, Any], identity: str, fields: FieldsConfig) -> Record:
-    return make_record(value, identity, choose(fields, form_of(value)), ("answer",))
+    return make_record(value, identity, choose_columns(fields, detect_form(value)), ("answer",))
 
 
 def _by_layout(value: dict[str, Any], identity: str) -> tuple[Record, bool]:
@@ -161,14 +161,14 @@ def _by_layout(value: dict[str, Any], identity: str) -> tuple[Record, bool]:
                 if not text.strip():
                     raise Unknown(f"its {name} is empty (columns {', '.join(names)})")
             return Record(identity, prompt=problem.prompt, answer=problem.answer), problem.choice
-    form = form_of(value)
+    form = detect_form(value)
     if form == "plain" and not {"prompt", "answer"} <= value.keys():
         raise Unknown(
             f"no layout is known that has the columns {', '.join(sorted(value)) or 'of nothing'}; known are "
             f"{'; '.join(' + '.join(names) for names, _ in LAYOUTS)}; prompt + answer. Name its columns by "
             "fields: {prompt: ..., answer: ...} of the benchmark"
         )
-    return make_record(value, identity, choose(FieldsConfig(), form), ("answer",)), False
+    return make_record(value, identity, choose_columns(FieldsConfig(), form), ("answer",)), False
 
 
 def _gpqa(columns: Mapping[str, Any]) -> _Read:

@@ -15,21 +15,22 @@ from typing import Any
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import Config
+from pctrain.core import session
 from pctrain.data.encode import Encoder
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate import results
 from pctrain.evaluate.benchmarks import Benchmark, read_benchmarks
 from pctrain.evaluate.disagreements import write_disagreements
-from pctrain.evaluate.engine import Engine, one_architecture
-from pctrain.evaluate.resumable import weights_of
+from pctrain.evaluate.engine import Engine, common_architecture
 from pctrain.evaluate.samples import Prompts, SampleFile, Verifiers, draw, encode
 from pctrain.evaluate.summary import Scores, read_scores
 from pctrain.evaluate.targets import Target
 from pctrain.files.durable import fingerprint
 from pctrain.files.lock import holder, try_lock
 from pctrain.hf.config import HFConfig
-from pctrain.run import checkpoints, resume
+from pctrain.hf.directory import content_digests, model_files
+from pctrain.run import checkpoints
 
 MAX_RESPONSE = 8192  # the paper's; where eval.max_response says nothing
 LOCK = ".eval.lock"  # its presence says whose folder it is
@@ -42,16 +43,17 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
         parallel.initialize(config.parallel, config.run.seed)
     else:  # megatron-core takes seconds, and Hugging Face directories do not need it
         parallel.join(config.parallel.timeout)
-    hf = parallel.agree(lambda: one_architecture(targets))
+    hf = parallel.agree(lambda: common_architecture(targets))
     benchmarks = parallel.agree(lambda: read_benchmarks(config))
     models = parallel.agree(lambda: _readers(targets, benchmarks, config, hf))
+    eos_id = models[0].encoder.tokenizer.eos_id
     wanted = config.eval.max_response or MAX_RESPONSE
     longest = max(len(ids) for model in models for prompts in model.prompts for ids in prompts.ids)
     with (
         _held(out),
-        watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), resume.this_start()),
+        watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), session.this_start()),
         Verifiers(config.reward) as verifiers,
-        Engine(config, hf, min(hf.context, longest + wanted)) as engine,
+        Engine(config, hf, min(hf.context, longest + wanted), eos_id) as engine,
     ):
         if longest + wanted > hf.context:
             _say(
@@ -75,10 +77,11 @@ class _Reader:
     def __init__(self, target: Target, benchmarks: Sequence[Benchmark], config: Config, hf: HFConfig):
         self.target = target
         self.encoder = Encoder(target.hf_dir, config.data, hf.context)
-        if self.encoder.tokenizer.eos_id != hf.eos_id:
+        tokenizer = self.encoder.tokenizer
+        if tokenizer.model_eos_ids and tokenizer.eos_id not in tokenizer.model_eos_ids:
             raise UserError(
-                f"{target.hf_dir}: its tokenizer ends a text with token {self.encoder.tokenizer.eos_id}, its config.json with "
-                f"{hf.eos_id} (eos_token_id): an answer would not end; mend one of them"
+                f"{target.hf_dir}: its tokenizer ends a text with token {tokenizer.eos_id}, its config.json with "
+                f"{', '.join(map(str, tokenizer.model_eos_ids))} (eos_token_id): an answer would not end; fix one of them"
             )
         self.prompts = [encode(benchmark, self.encoder, hf.context) for benchmark in benchmarks]
 
@@ -103,7 +106,16 @@ class _Reader:
 
 
 def _readers(targets: Sequence[Target], benchmarks: Sequence[Benchmark], config: Config, hf: HFConfig) -> list[_Reader]:
-    return [_Reader(target, benchmarks, config, hf) for target in targets]
+    readers = [_Reader(target, benchmarks, config, hf) for target in targets]
+    first, *others = readers
+    for other in others:
+        if other.encoder.tokenizer.eos_id != first.encoder.tokenizer.eos_id:
+            raise UserError(
+                f"{first.target.path} and {other.target.path} end a text with different tokens "
+                f"({first.encoder.tokenizer.eos_id} and {other.encoder.tokenizer.eos_id}): one engine cannot serve both; "
+                "evaluate them in two calls"
+            )
+    return readers
 
 
 @contextmanager
@@ -166,7 +178,7 @@ def _sample(
             for prompts, file in zip(model.prompts, of_model, strict=True):
                 bar.advance(0, model=model.target.name, benchmark=prompts.benchmark.name)
                 if not file.complete:
-                    held = engine.holding(model.target) if file.done < prompts.samples else None
+                    held = engine.load(model.target) if file.done < prompts.samples else None
                     file.fill(
                         draw(prompts, file.done, held, verifiers, model.encoder.tokenizer.decode, config, max_response),
                         bar,
@@ -177,12 +189,12 @@ def _settings(model: _Reader, config: Config, max_response: int) -> list[dict[st
     """On rank 0: of each benchmark. Reads the model's weights for their checksums; a checkpoint's stand in its manifest."""
     target = model.target
     if target.checkpoint is None:
-        weights = weights_of(target.hf_dir)
+        weights = content_digests(target.hf_dir)
     else:
         files = checkpoints.read_manifest(target.checkpoint)["files"]
         weights = {
             **{name: entry["sha256"] for name, entry in files.items()},
-            **{name: fingerprint(target.hf_dir / name) for name in ("config.json", "tokenizer.json")},
+            **{file.name: fingerprint(file) for file in model_files(target.hf_dir)},
         }
     return [model.settings(prompts, weights, config, max_response) for prompts in model.prompts]
 

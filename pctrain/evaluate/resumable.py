@@ -14,7 +14,7 @@ from typing import IO, Any, TypeVar
 from pctrain.common.errors import UserError
 from pctrain.config.tree import RolloutConfig
 from pctrain.distributed import parallel
-from pctrain.files.durable import fingerprint, json_line
+from pctrain.files.durable import json_line
 
 WAVES = (
     4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
@@ -43,12 +43,6 @@ def append(stream: IO[str], values: Iterable[Any]) -> None:
     stream.write("".join(map(json_line, values)))
     stream.flush()
     os.fsync(stream.fileno())
-
-
-def weights_of(hf_dir: Path) -> dict[str, str]:
-    """{file: sha256} of all that decides what a Hugging Face directory answers, its chat template apart."""
-    files = [hf_dir / "config.json", hf_dir / "tokenizer.json", *sorted(hf_dir.glob("*.safetensors"))]
-    return {file.name: fingerprint(file) for file in files}
 
 
 def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, what: str) -> None:

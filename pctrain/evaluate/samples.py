@@ -17,6 +17,7 @@ from typing import Any
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import Bar
 from pctrain.config.tree import Config, RewardConfig
+from pctrain.core import session
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
@@ -25,7 +26,6 @@ from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a
 from pctrain.files.durable import cut_torn_line, json_line, write_beside
 from pctrain.reward import Verdict, VerifierPool
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
-from pctrain.run import resume
 
 SAMPLES, SETTINGS = "samples.jsonl", "settings.json"
 
@@ -135,7 +135,7 @@ class SampleFile:
                     append(stream, batch)
                 self.done += len(batch)
                 bar.advance(len(batch))
-                if resume.asked_to_stop():
+                if session.asked_to_stop():
                     raise ToBeContinued(
                         f"to be continued: {self.folder} was asked to stop and has {self.done} samples; the same command "
                         "goes on from there"

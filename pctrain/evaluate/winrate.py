@@ -20,16 +20,17 @@ import numpy as np
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
 from pctrain.data.sets.options import Request, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
-from pctrain.data.sources import parts_of
+from pctrain.data.sources import list_disk_files
 from pctrain.distributed import parallel
-from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch, weights_of
+from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
+from pctrain.hf.directory import content_digests
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Completion, sampling_seed
 from pctrain.rollout import Request as Sample
@@ -39,19 +40,18 @@ COLUMNS = ("win_rate", "attempts", "win_rate_model")
 
 
 def main(request: Request[WinrateOptions]) -> None:
-    config = request.config
-    _check(config)
+    config = _resolve(request.config)
     parallel.initialize(config.parallel, config.run.seed)
     data = parallel.agree(lambda: Data(request.paths, config.data.fields))
     outputs = parallel.agree(lambda: Outputs(request, data.files, resumable=True) if parallel.rank() == 0 else None)
     with outputs or nullcontext(), RolloutWorker(config) as worker:
         survey = parallel.from_rank_zero(lambda: _survey(data))
-        done = parallel.from_rank_zero(lambda: _begin(outputs.folder / PROGRESS, request, data))
+        done = parallel.from_rank_zero(lambda: _begin(outputs.folder / PROGRESS, request.options, config, data))
         _rate(data, request, worker, survey, done, outputs)
         parallel.from_rank_zero(lambda: _write(data, request, survey, outputs))
 
 
-def _check(config: Config) -> None:
+def _resolve(config: Config) -> ResolvedConfig:
     if config.model.path is None:
         raise UserError(
             "pctrain data winrate needs --model.path=HF, the Hugging Face directory of the model that answers"
@@ -61,6 +61,7 @@ def _check(config: Config) -> None:
             f"model.checkpoint = {config.model.checkpoint}: the attempts are sampled from a Hugging Face directory; "
             "make one by `pctrain convert mcore-to-hf` and give it as model.path"
         )
+    return config.with_model(config.model.path)
 
 
 # ---- what there is to do ---------------------------------------------------------------------------------------------------
@@ -114,14 +115,13 @@ def answer_of(record: Record) -> str | None:
 # ---- progress --------------------------------------------------------------------------------------------------------------
 
 
-def _begin(file: Path, request: Request[WinrateOptions], data: Data) -> np.ndarray:
+def _begin(file: Path, options: WinrateOptions, config: ResolvedConfig, data: Data) -> np.ndarray:
     """int64, the places that an earlier start rated. UserError where that start sampled something else."""
-    config, options = request.config, request.options
     about = json.loads(
         json_line(
             {
-                "inputs": [fingerprint(part) for file in data.files for part in parts_of(file)],
-                "model": weights_of(config.model.path),
+                "inputs": [fingerprint(part) for file in data.files for part in list_disk_files(file)],
+                "model": content_digests(config.model.path),
                 "attempts": options.attempts,
                 "seed": config.run.seed,
                 "temperature": config.eval.temperature,

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from pctrain.config.tree import Config
+from pctrain.core.session import begin
 from pctrain.distributed import parallel
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
@@ -16,7 +17,6 @@ from pctrain.rl.session import build_algorithm, make_learner, open_session
 from pctrain.rl.update import Updates, train_on
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import begin
 
 
 def sample_only(config: Config) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config
 from pctrain.core import Learner
+from pctrain.core.session import record_ledger
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.distributed import parallel
 from pctrain.report.reading import fit_run
@@ -18,7 +19,6 @@ from pctrain.rl.update import Updates, mean_metrics
 from pctrain.rollout import WeightUpdate
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import record_ledger
 
 
 class RLJournal:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pctrain.common.progress import progress
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
+from pctrain.core.session import begin
 from pctrain.distributed import parallel
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
@@ -12,7 +13,6 @@ from pctrain.rl.sampling import GroupSampler
 from pctrain.rl.session import open_session
 from pctrain.rl.update import train_on
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import begin
 
 
 def main(config: Config) -> None:
@@ -22,7 +22,7 @@ def main(config: Config) -> None:
         train(prepared, worker)
 
 
-def train(config: Config, worker: RolloutWorker, role: str = "none") -> None:
+def train(config: ResolvedConfig, worker: RolloutWorker, role: str = "none") -> None:
     """Run or resume the RL run in `config.run.dir`, from `model.checkpoint` or else from the weights of `model.path`.
 
     `role` says what the start is to a study (early, stable, overfit), for its report.

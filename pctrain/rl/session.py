@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
+from pctrain.core.session import due, export, finished, leave, open_run, resume, save
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
@@ -21,9 +22,11 @@ from pctrain.rl.journal import RLJournal
 from pctrain.rl.mismatch import correction
 from pctrain.rl.prompts import PromptStream
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.checkpoints import checkpoint_step, read_state
-from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
-from pctrain.run.resume import due, export, finished, leave, open_run, resume, save
+from pctrain.run.checkpoint_state import read_state
+from pctrain.run.checkpoints import checkpoint_step
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import best_step, read_values
 from pctrain.run.stragglers import RankTimes
 
 
@@ -31,7 +34,7 @@ from pctrain.run.stragglers import RankTimes
 class Session:
     """An open RL run. `last_step` is the last one that has ended."""
 
-    config: Config
+    config: ResolvedConfig
     run: RunFolder
     worker: RolloutWorker
     learner: Learner
@@ -95,7 +98,7 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, worker: RolloutWorker, role: str) -> Iterator[Session | None]:
+def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> Iterator[Session | None]:
     """Open the RL run of `config.run.dir`, new or resumed; None if it had already finished. Collective.
 
     `role` says what the start is to a study (early, stable, overfit), for its report.
@@ -106,7 +109,7 @@ def open_session(config: Config, worker: RolloutWorker, role: str) -> Iterator[S
     algorithm = build_algorithm(config)
     problems, dropped = worker.training_problems(algorithm.needs_expert)
     test_problems = len(worker.problems)
-    inputs = [config.data.rl, config.data.test, *algorithms.source_files(rl.algorithm)]
+    inputs = [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm)]
     with open_run(config, "rl", inputs) as run:
         if finished(run):
             yield None
@@ -140,14 +143,14 @@ def open_session(config: Config, worker: RolloutWorker, role: str) -> Iterator[S
         )
 
 
-def build_algorithm(config: Config) -> Algorithm:
+def build_algorithm(config: ResolvedConfig) -> Algorithm:
     """Return the run's algorithm, with `rl.is_correction` resolved for the model's dtype."""
     resolved = correction(config.rl.is_correction, config.model.dtype)
     rl = config.rl.model_copy(update={"is_correction": resolved})
     return algorithms.build(rl, config.rollout.max_response)
 
 
-def make_learner(config: Config, algorithm: Algorithm) -> Learner:
+def make_learner(config: ResolvedConfig, algorithm: Algorithm) -> Learner:
     """Return the learner with the weights that RL starts from, and the reference if there is a KL. Collective."""
     rl = config.rl
     learner = Learner(
@@ -162,7 +165,7 @@ def make_learner(config: Config, algorithm: Algorithm) -> Learner:
     return learner
 
 
-def _switch_point(config: Config, role: str) -> dict[str, Any]:
+def _switch_point(config: ResolvedConfig, role: str) -> dict[str, Any]:
     """Return start.json: where this run leaves SFT, and what SFT had cost by then."""
     checkpoint = config.model.checkpoint
     if checkpoint is None:

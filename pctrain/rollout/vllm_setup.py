@@ -8,7 +8,6 @@ Every call into it goes through `guest()`, which restores all of that.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import random
@@ -27,6 +26,7 @@ from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
 from pctrain.config.tree import RolloutConfig
 from pctrain.distributed.health import watchdog
+from pctrain.hf.config import HFConfig
 from pctrain.rollout.sharing import EngineGroups
 
 if TYPE_CHECKING:  # importing vLLM takes seconds
@@ -200,8 +200,7 @@ def _check_head_size(hf_dir: Path) -> None:
     """Refuse a head size that vLLM's CPU attention cannot take; vLLM would fail midway through the first batch."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-    config = json.loads((hf_dir / "config.json").read_text())
-    size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    size = HFConfig.read(hf_dir).head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise UserError(

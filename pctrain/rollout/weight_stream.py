@@ -5,17 +5,17 @@ vLLM itself only warns about an incomplete update, and then samples from half-ol
 
 from __future__ import annotations
 
-import json
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from pctrain.common.errors import UserError
-
-LM_HEAD = "lm_head.weight"
+from pctrain.hf.config import HFConfig
+from pctrain.hf.directory import is_hf_directory
+from pctrain.hf.weight_files import HFReader
+from pctrain.hf.weight_names import EMBEDDING, LM_HEAD
 
 
 def expected_weights(hf_dir: Path) -> dict[str, tuple[int, ...]]:
@@ -24,23 +24,15 @@ def expected_weights(hf_dir: Path) -> dict[str, tuple[int, ...]]:
     With tied embeddings `lm_head.weight` is one of them, though the files leave it out, because without it vLLM's head
     would keep its old weights.
     """
-    config_file = hf_dir / "config.json"
-    files = sorted(hf_dir.glob("*.safetensors"))
-    if not config_file.is_file() or not files:
+    if not is_hf_directory(hf_dir) or not any(hf_dir.glob("*.safetensors")):
         raise UserError(
             f"{hf_dir}: expected a Hugging Face directory with config.json and *.safetensors; "
             "save the model with save_pretrained(..., safe_serialization=True)"
         )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not iterable)
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    # Old checkpoints store this constant table; no learner trains it.
-    shapes = {name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}
-    config = json.loads(config_file.read_text())
-    if config.get("tie_word_embeddings", False):
-        shapes[LM_HEAD] = shapes["model.embed_tokens.weight"]
+    with HFReader(hf_dir) as reader:
+        shapes = reader.shapes()
+    if HFConfig.read(hf_dir).tied:
+        shapes[LM_HEAD] = shapes[EMBEDDING]
     return shapes
 
 

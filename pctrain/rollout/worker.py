@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pctrain.config.tree import Config
+from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
 from pctrain.data.encode import Encoder
 from pctrain.data.problems import Problem, read_problems
@@ -35,7 +35,7 @@ class RolloutWorker:
     Every method is collective.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: ResolvedConfig):
         self.config = config
         self.hf = HFConfig.read(config.model.path)
         self.encoder = Encoder(config.model.path, config.data, self.hf.context)
@@ -47,9 +47,9 @@ class RolloutWorker:
     @cached_property
     def engine(self) -> RolloutEngine:
         """The rollout engine, started with the weights of `model.path`."""
-        config = self.config
+        model = self.config.model
         return RolloutEngine(
-            config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.hf.eos_id
+            model.path, self.config.rollout, dtype=model.dtype, context=self.context, eos_id=self.tokenizer.eos_id
         )
 
     @property
@@ -62,7 +62,7 @@ class RolloutWorker:
     @cached_property
     def problems(self) -> list[Problem]:
         """The test problems, `data.test`. One that is too long is an error, because dropping it changes the score."""
-        return self._read_problems(self.config.data.test, self._prompt_limit())
+        return self._read_problems(self.config.data.test_problems(), self._prompt_limit())
 
     def training_problems(self, with_expert: bool) -> tuple[list[Problem], list[str]]:
         """Return the problems of `data.rl`, and one message for each that `data.overlong` drops.
@@ -76,7 +76,7 @@ class RolloutWorker:
         # Every prompt with its response must fit in one pack.
         room_in_pack = self.config.rl.token_budget - max_response, "rl.token_budget less rollout.max_response"
         problems = self._read_problems(
-            self.config.data.rl,
+            self.config.data.rl_problems(),
             min(self._prompt_limit(), room_in_pack),
             expert=max_response if with_expert else None,
             left_out=None if self.encoder.stops("overlong") else dropped,
@@ -144,7 +144,7 @@ class RolloutWorker:
             return learner.logprobs(rows, token_budget, temperature=rollout.temperature)
 
         prompts = [problem.prompt_ids for problem in self.problems[:VERIFY_PROMPTS]]
-        difference = self.engine.verify(learner_logprobs, prompts, self.hf.eos_id)
+        difference = self.engine.verify(learner_logprobs, prompts, self.tokenizer.eos_id)
         tolerance = rollout.verify_tolerance
         if tolerance is None:
             tolerance = VERIFY_TOLERANCE[self.config.model.dtype]

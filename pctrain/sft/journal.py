@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pctrain.ceiling.monitor import Monitor, Reading
 from pctrain.compute import flops
 from pctrain.compute.ledger import Ledger
-from pctrain.compute.peak import peak_flops
 from pctrain.config.tree import Config
 from pctrain.core import Learner, Update
+from pctrain.core.peak import peak_flops
+from pctrain.core.session import due, record_ledger
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import PackedBatch
 from pctrain.data.trajectories import Trajectories
 from pctrain.distributed import parallel
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import due, record_ledger
 from pctrain.sft.loss import source_means
 from pctrain.sft.spikes import Spikes
 from pctrain.sft.validation import validation_loss

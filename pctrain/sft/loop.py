@@ -10,8 +10,9 @@ from pctrain.ceiling.monitor import SURE, Reading
 from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
 from pctrain.config.check import schedule_problems
-from pctrain.config.tree import Config, SFTConfig
+from pctrain.config.tree import Config, ResolvedConfig, SFTConfig
 from pctrain.core import Learner
+from pctrain.core.session import begin, due, export, finished, leave, open_run, resume, save
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
@@ -19,8 +20,9 @@ from pctrain.data.trajectories import Trajectories
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.folder import HF_FOLDER, RunFolder, read_values
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import read_values
 from pctrain.run.stragglers import RankTimes
 from pctrain.sft.journal import SFTJournal, TrainedStep
 from pctrain.sft.loss import cross_entropy_by_source
@@ -33,15 +35,15 @@ def main(config: Config) -> None:
         train(prepared, worker)
 
 
-def train(config: Config, worker: RolloutWorker) -> None:
+def train(config: ResolvedConfig, worker: RolloutWorker) -> None:
     """Run or resume the SFT run in `config.run.dir`."""
     sft = config.sft
     longest = min(worker.hf.context, sft.token_budget)
     # What can be refused is refused before there is a run folder, which would be bound to this config.
-    training = prepare_sources(config, config.data.train, longest)
-    validation = prepare_sources(config, config.data.validation, longest)
+    training = prepare_sources(config, config.data.train_sources(), longest)
+    validation = prepare_sources(config, config.data.validation_sources(), longest)
     test_problems = len(worker.problems) if sft.eval_every else 0
-    inputs = [config.data.test] if sft.eval_every else []
+    inputs = [config.data.test_problems()] if sft.eval_every else []
     with open_run(config, "sft", inputs, training.digests | validation.digests) as run:
         if finished(run):
             return

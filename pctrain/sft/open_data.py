@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import progress
-from pctrain.config.tree import Config, SourceConfig
+from pctrain.config.tree import ResolvedConfig, SourceConfig
 from pctrain.data.build import Progress, TokenJob, build, folder_of
-from pctrain.data.sources import files_of
+from pctrain.data.sources import list_files
 from pctrain.data.store import TokenStore, is_finished
 from pctrain.data.trajectories import Trajectories, source_names
 from pctrain.distributed import parallel
@@ -30,7 +30,7 @@ class Prepared:
         return {str(source.path): folder.name for source, folder in zip(self.sources, self.folders, strict=True)}
 
 
-def prepare_sources(config: Config, sources: Sequence[SourceConfig], limit: int) -> Prepared:
+def prepare_sources(config: ResolvedConfig, sources: Sequence[SourceConfig], limit: int) -> Prepared:
     """Find the files of the sources and their token folders; nothing is tokenized. Collective.
 
     `limit` is the most tokens of a trajectory. The first call on a file reads it, for its digest.
@@ -38,14 +38,14 @@ def prepare_sources(config: Config, sources: Sequence[SourceConfig], limit: int)
     return parallel.from_rank_zero(lambda: _prepare(config, sources, limit))
 
 
-def _prepare(config: Config, sources: Sequence[SourceConfig], limit: int) -> Prepared:
+def _prepare(config: ResolvedConfig, sources: Sequence[SourceConfig], limit: int) -> Prepared:
     source_names(sources)  # refuses two sources with the same name
     cache = cache_folder(config)
-    jobs = [TokenJob(files_of(source.path), config.model.path, config.data, limit) for source in sources]
+    jobs = [TokenJob(list_files(source.path), config.model.path, config.data, limit) for source in sources]
     return Prepared(sources, jobs, [folder_of(cache, job) for job in jobs])
 
 
-def cache_folder(config: Config) -> Path:
+def cache_folder(config: ResolvedConfig) -> Path:
     """Return the folder of the token folders."""
     return config.data.cache or config.run.dir / "tokens"
 

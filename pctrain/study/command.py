@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import make_console
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
+from pctrain.core.session import asked_to_stop, begin
 from pctrain.data.records import Fault
-from pctrain.data.sources import files_of, iter_records
+from pctrain.data.sources import iter_records, list_files
 from pctrain.distributed import parallel
 from pctrain.files.lock import try_lock
 from pctrain.report import command as report
@@ -22,7 +23,6 @@ from pctrain.report.reading import read_study
 from pctrain.rl import loop as rl
 from pctrain.rl.algorithms.registry import find
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import asked_to_stop, begin
 from pctrain.sft import loop as sft
 from pctrain.study.cost import print_plan
 from pctrain.study.jobs import Crew, lock_file
@@ -54,7 +54,7 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
         parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 
-def _run(config: Config, root: Path, stage: Stage, worker: RolloutWorker) -> None:
+def _run(config: ResolvedConfig, root: Path, stage: Stage, worker: RolloutWorker) -> None:
     """Collective. One stage, from its beginning or from where it was stopped."""
     step = parallel.from_rank_zero(lambda: start_step(config, stage, root))
     own = stage_config(config, stage, root, step)
@@ -78,10 +78,10 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     data = config.data
     for sources in (data.train, data.validation, *config.study.sets.values()):
         for source in sources or []:
-            files_of(source.path)
+            list_files(source.path)
     for path in (data.rl, data.test):
         if path is not None:
-            files_of(path)
+            list_files(path)
     experts = sorted(
         name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert
     )

@@ -6,7 +6,6 @@ the config says, and RL whose responses are as long as the experts', in one samp
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,14 +20,17 @@ from rich.text import Text
 
 from pctrain.common.progress import make_console
 from pctrain.compute import flops
-from pctrain.compute.flops import EFLOP, ModelShape
+from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import PHASES
+from pctrain.compute.model_shape import ModelShape
 from pctrain.config.tree import Config, SourceConfig
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
 from pctrain.data.sources import iter_records
+from pctrain.hf.config import HFConfig
 from pctrain.report.looks import flops_text
+from pctrain.run.records import has_ledger, read_ledger
 from pctrain.study.stages import OnDisk, Stage
 
 if TYPE_CHECKING:
@@ -87,8 +89,7 @@ class Costs:
     def shape(self) -> ModelShape:
         model = self.config.model
         if model.path is not None:
-            file = Path(model.path) / "config.json"
-            return ModelShape.from_hf_config(json.loads(file.read_text(encoding="utf-8")), str(file))
+            return HFConfig.read(model.path).shape
         a = model.architecture
         return ModelShape(
             a.layers,
@@ -188,9 +189,6 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -
 
 def spent_in(folder: Path | None) -> float:
     """FLOPs of training in the ledger of a run folder, so far; 0 where there is none yet."""
-    if folder is None or not (folder / "ledger.jsonl").exists():
+    if folder is None or not has_ledger(folder):
         return 0.0
-    whole = [
-        line for line in (folder / "ledger.jsonl").read_text().splitlines() if line.endswith("}")
-    ]  # the last one may be on its way
-    return sum(line["paper_flops"] for line in map(json.loads, whole) if PHASES[line["phase"]].axis is not None)
+    return sum(line["paper_flops"] for line, _ in read_ledger(folder) if PHASES[line["phase"]].axis is not None)

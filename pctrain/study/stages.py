@@ -16,10 +16,11 @@ from typing import Literal, get_args
 
 from pctrain.ceiling import regimes
 from pctrain.common.errors import UserError
-from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config
+from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config, ResolvedConfig
 from pctrain.run import layout
 from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
-from pctrain.run.folder import read_values
+from pctrain.run.documents import is_finished
+from pctrain.run.records import read_values
 
 REPORT = "report"
 BASE = "base"  # the start of RL without SFT
@@ -106,7 +107,7 @@ def _rl_runs(config: Config) -> list[tuple[str, str]]:
     return [(name, start) for start in starts for name in algorithms]
 
 
-def stage_config(config: Config, stage: Stage, root: Path, step: int) -> Config:
+def stage_config(config: ResolvedConfig, stage: Stage, root: Path, step: int) -> ResolvedConfig:
     """What the stage runs with. `config`: of the study, its data and model all named; `step`: that RL starts from."""
     own = config.model_copy(deep=True)
     own.study = type(config.study)()  # the plan may grow; its runs do not know of it
@@ -154,7 +155,7 @@ class OnDisk:
         folder = self.folder(stage)
         if folder is None:
             return "left out"
-        return "done" if _finished(folder) else "to do"
+        return "done" if is_finished(folder) else "to do"
 
     def folder(self, stage: Stage) -> Path | None:
         """None as long as nobody knows which step RL starts from, and where it is left out."""
@@ -162,13 +163,9 @@ class OnDisk:
         return None if step is None else stage.folder(self.root, step)
 
     def _known(self, stage: Stage) -> bool:
-        if stage.name not in self._steps and (not stage.needs or _finished(stage.sft_folder(self.root))):
+        if stage.name not in self._steps and (not stage.needs or is_finished(stage.sft_folder(self.root))):
             self._steps[stage.name] = start_step(self.config, stage, self.root)
         return stage.name in self._steps
-
-
-def _finished(folder: Path) -> bool:
-    return (folder / "summary.json").exists()
 
 
 def chosen(stages: Sequence[Stage], patterns: Sequence[str]) -> list[Stage]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,13 @@ from megatron.core import parallel_state
 
 from pctrain.common.errors import UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.core import Learner, checkpoint, weights
 from pctrain.data.rows import make_row
 from pctrain.distributed import parallel
 from pctrain.hf import weight_files
 from pctrain.run import checkpoints
+from pctrain.run.checkpoint_state import STATE, state_text
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step
 
 # fp32 on both sides, another order of sums: 1e-6 on small models, below 1e-4 on large ones. A wrong layout is off by 0.1 and more.
@@ -44,7 +44,7 @@ def hf_to_mcore(config: Config, source: Path, out: Path, verify: bool) -> None:
         _verify(learner, source)
 
 
-def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
+def mcore_to_hf(config: ResolvedConfig, source: Path, out: Path, verify: bool) -> None:
     """Writes the weights of checkpoint `source` as Hugging Face directory `out`, in the dtypes of `model.path`, whose config and tokenizer
     go with them.
 
@@ -64,7 +64,7 @@ def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
 
 
 def _core(config: Config, hf_dir: Path, source: Path | None = None) -> Learner:
-    model = config.model.model_copy(update={"path": hf_dir, "checkpoint": source})
+    model = config.model.resolved(hf_dir, source)
     return Learner(model, config.parallel, optimizer_config=None, total_steps=1, seed=config.run.seed)
 
 
@@ -112,7 +112,7 @@ def _refuse_incomplete(source: Path) -> None:
 
 def _commit(temporary: Path, out: Path, learner: Learner, source: Path) -> None:
     """A start has cost no compute of ours yet: its ledger is empty."""
-    (temporary / "state.json").write_text(json.dumps({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
+    (temporary / STATE).write_text(state_text({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
     checkpoints.commit(temporary, out, {"kind": "weights", "source": str(source)})
 
 

@@ -75,7 +75,7 @@ BRANCHES = (
     ),
     Branch(
         "the fastest matrix product, what MFU is a share of",
-        ("compute/peak.py",),
+        ("core/peak.py",),
         "torch.cuda.synchronize",
         "docs.pytorch.org/docs/stable/notes/cuda.html",
         "on the CPU, a smaller one",

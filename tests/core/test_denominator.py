@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.common.errors import UserError
 from pctrain.core import Update
 from pctrain.core.skipped import SkippedUpdates
+from tests.helpers import small
 
 LAYOUTS = {"single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
 

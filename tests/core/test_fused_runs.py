@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 STEPS = 6
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 
 def _metrics(directory, layout):

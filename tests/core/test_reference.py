@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.distributed import parallel
+from tests.helpers import small
 
 LAYOUTS = {
     "single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {}),

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from e2e import tiny
+from tests.helpers import tiny
 
 STEPS = 12
 

@@ -3,8 +3,7 @@ themselves."""
 
 import pytest
 
-import sets_cli
-from e2e import tiny
+from tests.helpers import sets_cli, tiny
 
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]
 TRAINING = [

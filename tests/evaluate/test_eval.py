@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import yaml
 
-import sets_cli as cli
-from e2e import tiny
 from pctrain.reward.verifiers import VERIFIERS
 from pctrain.rollout import sampling_seed
+from tests.helpers import sets_cli as cli
+from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]

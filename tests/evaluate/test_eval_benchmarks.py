@@ -8,12 +8,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-import sets_cli as cli
 from pctrain.common.errors import UserError
 from pctrain.config.load import load
 from pctrain.config.tree import Config
 from pctrain.evaluate.benchmarks import CHOICE_INSTRUCTION, read_benchmarks
 from pctrain.reward.verifiers import VERIFIERS
+from tests.helpers import sets_cli as cli
 
 GPQA = {
     "Record ID": "rec1",

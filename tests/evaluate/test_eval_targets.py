@@ -66,7 +66,7 @@ def test_a_folder_that_is_none_is_told_of(run, tmp_path):
         in refused(run)
     )
     (run / "checkpoints" / "step-25" / "state.json").write_text("{")
-    assert "manifest.json or state.json is damaged" in refused(run / "checkpoints" / "step-25")
+    assert "step-25/state.json: not valid JSON (line 1, column 2: " in refused(run / "checkpoints" / "step-25")
     (run / "config.yaml").unlink()
     assert "has no config.yaml that names its model; give its Hugging Face directory by --model.path" in refused(
         run / "checkpoints" / "step-50"

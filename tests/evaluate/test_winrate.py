@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import sets_cli as cli
-from e2e import tiny
+from tests.helpers import sets_cli as cli
+from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = [f"{i}+{i + 1}=" for i in range(30)]

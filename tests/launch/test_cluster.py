@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from e2e import tiny
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
+from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN, SBATCH = ROOT / "launch" / "torchrun.sh", ROOT / "launch" / "slurm.sbatch"

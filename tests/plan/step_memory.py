@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from core.peak_memory import status
+from tests.helpers.peak_memory import status
 
 
 def main() -> int:

@@ -27,7 +27,7 @@ from pctrain.plan.rollouts import engine
 from pctrain.plan.shapes import Layout, all_parameters
 from pctrain.plan.speed import bubble_share
 from pctrain.plan.work import passes
-from plan.plan_models import LLAMA_3B, MODELS, QWEN_7B, write_config
+from tests.helpers.plan_models import LLAMA_3B, MODELS, QWEN_7B, write_config
 
 LARGE = ["--model.dtype=bfloat16", "--sft.batch_size=512", "--sft.token_budget=8192"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from core.peak_memory import on_ranks
 from pctrain.config.load import read
 from pctrain.plan import planner
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.options import PlanOptions
-from plan.plan_models import write_model
+from tests.helpers.peak_memory import on_ranks
+from tests.helpers.plan_models import write_model
 
 PROGRAM = str(Path(__file__).with_name("step_memory.py"))
 SMALL = dict(

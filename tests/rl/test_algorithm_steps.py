@@ -2,25 +2,19 @@
 
 import numpy as np
 import pytest
-import rl_cases
-import test_grpo
-import test_luffy
-import test_prefix_rft
-import test_srft
-import test_upt
 import torch
 
-from core import small
 from pctrain.rl import batch
+from tests.helpers import naive_losses, rl_cases, small
 
 NAIVE = {
-    "grpo": test_grpo.naive,
-    "dapo_d": test_grpo.naive,
-    "dapo_dc": lambda g, t: test_grpo.naive(g, t, high=0.28, std=True, entropy_coef=0),
-    "luffy": test_luffy.naive,
-    "srft": test_srft.naive,
-    "upt": lambda g, t: test_upt.naive(g, t, gamma=1, coefficient=0.3),
-    "prefix_rft": test_prefix_rft.naive,
+    "grpo": naive_losses.grpo,
+    "dapo_d": naive_losses.grpo,
+    "dapo_dc": lambda g, t: naive_losses.grpo(g, t, high=0.28, std=True, entropy_coef=0),
+    "luffy": naive_losses.luffy,
+    "srft": naive_losses.srft,
+    "upt": lambda g, t: naive_losses.upt(g, t, gamma=1, coefficient=0.3),
+    "prefix_rft": naive_losses.prefix_rft,
 }
 BUDGET = 48
 

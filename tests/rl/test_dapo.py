@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
-from test_grpo import naive
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -34,14 +34,14 @@ def test_clip_higher_is_the_naive_version(seed):
     rl_cases.compare(
         rl_cases.algorithm("dapo_dc", updates=2),
         rl_cases.random_groups(seed),
-        lambda g, t: naive(g, t, low=0.2, high=0.28, std=True, entropy_coef=0.0),
+        lambda g, t: naive_losses.grpo(g, t, low=0.2, high=0.28, std=True, entropy_coef=0.0),
         seed,
     )
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_dapo_d_is_grpo_on_the_groups_it_keeps(seed):
-    rl_cases.compare(rl_cases.algorithm("dapo_d", updates=2), rl_cases.random_groups(seed), naive, seed)
+    rl_cases.compare(rl_cases.algorithm("dapo_d", updates=2), rl_cases.random_groups(seed), naive_losses.grpo, seed)
 
 
 def test_what_each_has_of_dapo():

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 CLIP = 0.2
 
@@ -36,39 +37,20 @@ def test_by_hand():
     )
 
 
-def naive(groups, tokens, *, low=CLIP, high=CLIP, std=False, entropy_coef=0.001, kl=None):
-    """-mean over tokens of min(r A, clip(r) A), sample by sample, token by token."""
-    values, count, row = torch.zeros((), dtype=torch.float64), 0, 0
-    for group in groups:
-        mean = sum(group.rewards) / len(group.rewards)
-        spread = math.sqrt(sum((r - mean) ** 2 for r in group.rewards) / (len(group.rewards) - 1))
-        for reward in group.rewards:
-            advantage = (reward - mean) / (spread + 1e-6) if std else reward - mean
-            of_row = tokens[row]
-            for t in range(len(of_row.logprob)):
-                ratio = torch.exp(of_row.logprob[t] - of_row.old[t])
-                clipped = min(max(ratio.item(), 1 - low), 1 + high)
-                plain = ratio * advantage
-                values = values - (
-                    plain if plain.item() <= clipped * advantage else torch.tensor(clipped * advantage).double()
-                )
-                values = values - entropy_coef * of_row.entropy[t]
-                if kl is not None:
-                    values = values + kl(of_row.ref[t] - of_row.logprob[t])
-                count += 1
-            row += 1
-    return values / count
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("moved", [True, False])
 def test_is_the_naive_version(seed, moved):
-    rl_cases.compare(rl_cases.algorithm("grpo", updates=2), rl_cases.random_groups(seed), naive, seed, moved)
+    rl_cases.compare(
+        rl_cases.algorithm("grpo", updates=2), rl_cases.random_groups(seed), naive_losses.grpo, seed, moved
+    )
 
 
 def test_the_paper_divides_by_no_standard_deviation_unless_asked():
     rl_cases.compare(
-        rl_cases.algorithm("grpo", std_normalise=True), rl_cases.random_groups(1), lambda g, t: naive(g, t, std=True), 1
+        rl_cases.algorithm("grpo", std_normalise=True),
+        rl_cases.random_groups(1),
+        lambda g, t: naive_losses.grpo(g, t, std=True),
+        1,
     )
 
 
@@ -77,7 +59,10 @@ def test_kl_losses(kind, kl):
     algorithm = rl_cases.algorithm("grpo", kl_coef=0.3, kl_kind=kind, entropy_coef=0.0)
     assert algorithm.streams_from_pass == {"ref_logprob"}
     metrics = rl_cases.compare(
-        algorithm, rl_cases.random_groups(2), lambda g, t: naive(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)), 2
+        algorithm,
+        rl_cases.random_groups(2),
+        lambda g, t: naive_losses.grpo(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)),
+        2,
     )
     assert metrics["kl"] > 0
 

@@ -6,10 +6,10 @@ the same order, and nothing is rounded in between: equality is exact, for values
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
 
 from pctrain_kernels import linear_policy_loss, linear_token_loss, policy_loss
+from tests.helpers import rl_cases
 
 N = 400
 CASES = {

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -36,25 +37,12 @@ def test_by_hand():
     assert algorithm.report(metrics)["ratio"] == pytest.approx(1)  # a mean over the rollouts' tokens alone
 
 
-def naive(groups, tokens, *, entropy_coef=0.001):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
-    for group in groups:
-        rewards = [*group.rewards, 1.0]  # the expert's
-        mean = sum(rewards) / len(rewards)
-        for k, reward in enumerate(rewards):
-            of_row = next(rows)
-            for t in range(len(of_row.logprob)):
-                p = torch.exp(of_row.logprob[t])
-                factor = p / (p + 0.1) if k == len(rewards) - 1 else torch.exp(of_row.logprob[t] - of_row.old[t])
-                loss = loss - factor * (reward - mean) - entropy_coef * of_row.entropy[t]
-                count += 1
-    return loss / count
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("moved", [True, False])
 def test_is_the_naive_version(seed, moved):
-    metrics = rl_cases.compare(rl_cases.algorithm("luffy", updates=2), rl_cases.random_groups(seed), naive, seed, moved)
+    metrics = rl_cases.compare(
+        rl_cases.algorithm("luffy", updates=2), rl_cases.random_groups(seed), naive_losses.luffy, seed, moved
+    )
     assert metrics["clip_share"] == 0
 
 

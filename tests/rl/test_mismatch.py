@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from core import small
 from pctrain.config.tree import ArchitectureConfig, RolloutConfig
 from pctrain.data.rows import make_row
 from pctrain.data.scratch_model import make_hf_dir
 from pctrain.rl import mismatch
 from pctrain.rollout import Request, sampling_seed
+from tests.helpers import small
 
 EOS, TEMPERATURE, PROMPTS = 2, 0.7, 6
 

@@ -4,7 +4,6 @@ import sys
 
 import numpy as np
 import pytest
-import rl_cases
 
 from pctrain.cli.main import main
 from pctrain.common.errors import UserError
@@ -12,6 +11,7 @@ from pctrain.config.load import load
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.grpo import GRPO
 from pctrain.study.stages import stages_of
+from tests.helpers import rl_cases
 
 MODULE = """
 from pctrain.rl.algorithms.grpo import GRPO

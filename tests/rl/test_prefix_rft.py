@@ -4,10 +4,10 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
 
 from pctrain.data.problems import Problem
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -35,22 +35,6 @@ def test_by_hand():
     assert metrics["expert"] == pytest.approx(2 / 6) and algorithm.report(metrics)["ratio"] == pytest.approx(1)
 
 
-def naive(groups, tokens, *, share=0.2, clip=0.2, entropy_coef=0.001):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
-    for group in groups:
-        mean = sum(group.rewards) / len(group.rewards)
-        for reward, prefix in zip(group.rewards, group.prefixes, strict=True):
-            of_row, n = next(rows), len(prefix)
-            kept = sorted(range(n), key=lambda t: -of_row.entropy[t].item())[: -(-int(100 * share) * n // 100)]
-            for t in range(len(of_row.logprob)):
-                advantage = reward - mean if t >= n or t in kept else 0.0
-                ratio = torch.exp(of_row.logprob[t] - of_row.old[t])
-                loss = loss - torch.min(ratio * advantage, torch.clamp(ratio, 1 - clip, 1 + clip) * advantage)
-                loss = loss - entropy_coef * of_row.entropy[t]
-                count += 1
-    return loss / count
-
-
 @pytest.mark.parametrize("share", [0.2, 0.5])
 @pytest.mark.parametrize("seed", range(5))
 def test_is_the_naive_version(seed, share):
@@ -58,7 +42,7 @@ def test_is_the_naive_version(seed, share):
     assert algorithm.streams_from_pass == {"entropy", "old_logprob"}
     groups = rl_cases.random_groups(seed, prefix=True)
     assert any(group.prefixes[-1] for group in groups)
-    rl_cases.compare(algorithm, groups, lambda g, t: naive(g, t, share=share), seed)
+    rl_cases.compare(algorithm, groups, lambda g, t: naive_losses.prefix_rft(g, t, share=share), seed)
 
 
 def test_the_lower_share_falls_on_a_cosine():

@@ -4,11 +4,11 @@ import contextlib
 
 import numpy as np
 import pytest
-import rl_cases
 
 from pctrain.compute import flops
-from pctrain.compute.flops import EFLOP, QWEN2_5_7B
+from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import Ledger
+from pctrain.compute.model_shape import QWEN2_5_7B
 from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Update
 from pctrain.rl import costs
@@ -16,6 +16,7 @@ from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.batch import make_batch
 from pctrain.rl.groups import Sampled
 from pctrain.rl.update import train_on
+from tests.helpers import rl_cases
 
 PROMPTS, GROUP, RESPONSE, EXPERT = 3, 4, 6, 9
 ON, OFF = len(rl_cases.PROMPT) + RESPONSE, len(rl_cases.PROMPT) + EXPERT
@@ -93,16 +94,15 @@ def test_luffy_and_srft_count_the_expert_four_times(name):
 
 def test_upt_counts_what_it_learns_from():
     """One prompt nobody solves: the expert's trajectory in place of its rollouts."""
+    rollout, expert = (length * flops.paper_forward_per_token(QWEN2_5_7B, length) for length in (ON, OFF))
     assert step_of("upt", [[0.0] * GROUP, *MIXED[1:]]).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_upt_step(
-            QWEN2_5_7B, batch=PROMPTS, group=GROUP, length=ON, trained=2 * GROUP, experts=1, expert_length=OFF
-        )
+        PROMPTS * GROUP * rollout + 3 * (2 * GROUP * rollout + expert)
     )
 
 
 def test_prefix_rft_counts_the_prefix_as_sampled():
     assert step_of("prefix_rft", MIXED, prefix=4).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_prefix_rft_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
+        flops.paper_grpo_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
     )
 
 

@@ -4,16 +4,15 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grpo import naive as naive_grpo
 
 from pctrain.data.rows import make_row
 from pctrain.rl.algorithms.base import overlong_share
 from pctrain.rl.algorithms.normaliser import normalise
 from pctrain.rl.batch import split
+from tests.helpers import naive_losses, rl_cases
 
 
 def grpo_advantages(rewards, **options):
@@ -137,7 +136,7 @@ def test_dual_clip_bounds_the_ratio_of_bad_tokens():
 
 def test_the_entropy_bonus():
     groups, algorithm = rl_cases.random_groups(0), rl_cases.algorithm("dapo_dc", entropy_coef=0.25)
-    rl_cases.compare(algorithm, groups, lambda g, t: naive_grpo(g, t, high=0.28, std=True, entropy_coef=0.25), 0)
+    rl_cases.compare(algorithm, groups, lambda g, t: naive_losses.grpo(g, t, high=0.28, std=True, entropy_coef=0.25), 0)
 
 
 def weights_by_hand(groups, tokens, *, level, cap):

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -32,31 +33,9 @@ def test_by_hand():
     )
 
 
-def naive(groups, tokens, *, entropy_coef=0.001):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
-    for group in groups:
-        rewards = [*group.rewards, 1.0]
-        mean = sum(rewards) / len(rewards)
-        for k, reward in enumerate(rewards):
-            of_row = next(rows)
-            H = of_row.entropy.detach().mean().item()  # no gradient
-            for logprob in of_row.logprob:
-                p = torch.exp(logprob)
-                if k == len(rewards) - 1:
-                    w1 = 0.5 * math.exp(-H)
-                    loss = loss + w1 * (-logprob) + w1 * (-(p / (p + 0.1)) * (reward - mean))
-                elif reward == 1:
-                    loss = loss + 0.1 * math.exp(H) * (-logprob)
-                else:
-                    loss = loss + logprob
-                count += 1
-            loss = loss - entropy_coef * of_row.entropy.sum()
-    return loss / count
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_is_the_naive_version(seed):
-    rl_cases.compare(rl_cases.algorithm("srft"), rl_cases.random_groups(seed), naive, seed)
+    rl_cases.compare(rl_cases.algorithm("srft"), rl_cases.random_groups(seed), naive_losses.srft, seed)
 
 
 def test_the_expert_takes_one_place_in_the_group():

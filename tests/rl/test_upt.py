@@ -4,9 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
-import test_grpo
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -29,26 +29,15 @@ def test_by_hand():
     assert metrics["expert"] == pytest.approx(1 / 3) and algorithm.report(metrics)["ratio"] == pytest.approx(1)
 
 
-def naive(groups, tokens, *, gamma, coefficient):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, list(tokens)
-    for group in groups:
-        if sum(group.rewards) <= gamma:
-            of_row = rows.pop(0)
-            loss, n = loss - coefficient * of_row.logprob.sum(), len(of_row.logprob)
-        else:
-            own, rows = rows[: len(group.rewards)], rows[len(group.rewards) :]
-            n = sum(len(t.logprob) for t in own)
-            loss = loss + n * test_grpo.naive([group], own)
-        count += n
-    return loss / count
-
-
 @pytest.mark.parametrize("gamma", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_is_the_naive_version(seed, gamma):
     algorithm = rl_cases.algorithm("upt", updates=2, upt_gamma=gamma, upt_sft_coef=0.3)
     metrics = rl_cases.compare(
-        algorithm, rl_cases.random_groups(seed, prompts=6), lambda g, t: naive(g, t, gamma=gamma, coefficient=0.3), seed
+        algorithm,
+        rl_cases.random_groups(seed, prompts=6),
+        lambda g, t: naive_losses.upt(g, t, gamma=gamma, coefficient=0.3),
+        seed,
     )
     assert 0 < metrics["expert"] < 1
 
@@ -64,7 +53,7 @@ def test_the_published_normaliser_weighs_sft_by_its_own_tokens():
         by_rl = [t for m, t in zip(members, tokens, strict=True) if not m.is_expert]
         sft = -sum(t.logprob.sum() for t in of_expert) / sum(len(t.logprob) for t in of_expert)
         kept = [group for group in groups if any(group.rewards)]
-        rl = test_grpo.naive(kept, by_rl, entropy_coef=0) * sum(len(t.logprob) for t in by_rl) / rl_cases.MAX_RESPONSE
+        rl = naive_losses.grpo(kept, by_rl, entropy_coef=0) * sum(len(t.logprob) for t in by_rl) / rl_cases.MAX_RESPONSE
         return sft + rl
 
     rl_cases.compare(algorithm, groups, published, 0)

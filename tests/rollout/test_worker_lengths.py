@@ -88,6 +88,6 @@ def test_a_test_problem_is_never_left_out(make):
     with pytest.raises(UserError, match=r"the prompt has 9 tokens, more than rollout.max_prompt of 8"):
         make(max_prompt=8, overlong="drop").problems  # noqa: B018
     with pytest.raises(
-        UserError, match=r"every problem is too long, the last one too: .*rl.jsonl:3: the prompt has 9 tokens"
+        UserError, match=r"every problem is too long, for example .*rl.jsonl:3: the prompt has 9 tokens"
     ):
         make(max_prompt=2, overlong="drop").training_problems(with_expert=False)

@@ -12,7 +12,7 @@ from pctrain.rollout.worker import VERIFY_TOLERANCE, RolloutWorker
 def worker():
     """A worker whose engine and learner are fakes: `differences` has one entry per verification."""
     worker = RolloutWorker.__new__(RolloutWorker)
-    worker.config, worker._weight_updates, worker.hf = Config(), 0, SimpleNamespace(eos_id=2)
+    worker.config, worker._weight_updates, worker.tokenizer = Config(), 0, SimpleNamespace(eos_id=2)
     worker.config.rollout.verify_every = 3
     worker.problems = [SimpleNamespace(prompt_ids=[5, 6])]
     worker.difference, worker.differences = 1e-6, []

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-import conftest as tiny  # torchrun puts this folder on the path
 from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
+from tests.helpers import tiny_llama as tiny
 
 DIRECTORY, OUT = sys.argv[1:]
 PROMPTS = [[5 + (7 * i + 3 * j) % 300 for j in range(12)] for i in range(9)]  # 9: the two engines get 5 and 4

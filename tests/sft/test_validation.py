@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from core import small
 from pctrain.config.tree import SourceConfig
 from pctrain.data.trajectories import Trajectories
+from tests.helpers import small
 
 
 class Stored(list):

@@ -178,9 +178,7 @@ def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
         sources = (config.get("data") or {}).get("train") or []
         manifests = [Path(f"{source['path']}.manifest.json") for source in sources]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`"
-        ) from None
+        raise UserError(f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`") from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
 

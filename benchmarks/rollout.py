@@ -49,7 +49,8 @@ def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngin
             setattr(config.data, key, path)
         else:
             setattr(config.data, key, [{"path": path}])
-    config.model.path = hf_dir.make(config, folder / "model")
+    config = config.with_model(folder / "model")
+    hf_dir.make(config)
     hf = HFConfig.read(config.model.path)
     eos_id = Tokenizer(config.model.path).eos_id
     engine = RolloutEngine(config.model.path, config.rollout, dtype="float32", context=hf.context, eos_id=eos_id)

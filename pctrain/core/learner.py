@@ -12,11 +12,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from pctrain.common.device import DTYPES, on_gpu
 from pctrain.common.errors import UserError
 from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
-from pctrain.core import checkpoint, model, optimizer, step, weight_buckets, weights
+from pctrain.core import checkpoint, model, optimizer, patches, step, weight_buckets, weights
 from pctrain.core.layers import context_parallel
 from pctrain.core.layers import spec as layers
 from pctrain.core.reference import Reference
@@ -69,7 +70,9 @@ class Learner:
         total_steps: int,
         seed: int,
     ):
+        patches.install()
         parallel.initialize(par, seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         self._source, self._start_checkpoint = config.path, config.checkpoint
         self.hf = HFConfig.read(config.path)
         self.spec = layers.choose_spec(config, par)
@@ -199,7 +202,7 @@ class Learner:
 
     def _load_start(self) -> None:
         if self._start_checkpoint is not None:
-            checkpoint.load(self._start_checkpoint, self.chunks)
+            checkpoint.load_weights(self._start_checkpoint, self.chunks)
         else:
             weights.load_hf(self.modules, self.hf, self._source, self._te)
 

@@ -86,7 +86,7 @@ class Engine:
                 model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
             )
         else:
-            checkpoint.load(target.checkpoint, self._core.chunks)
+            checkpoint.load_weights(target.checkpoint, self._core.chunks)
         return self._core.hf_weights()
 
     def __enter__(self) -> Engine:

@@ -132,9 +132,9 @@ def _attention(scale=8**-0.5):
 
 @pytest.fixture
 def fresh_options():
-    varlen_attention._takes.cache_clear()
+    varlen_attention._has_option.cache_clear()
     yield
-    varlen_attention._takes.cache_clear()
+    varlen_attention._has_option.cache_clear()
 
 
 @pytest.mark.parametrize("varlen_attn", [_of_torch_2_13, _of_torch_2_10])
@@ -142,7 +142,7 @@ def fresh_options():
 def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varlen_attn, lengths, tokens):
     torch.manual_seed(0)
     bounds = [0, *torch.tensor(lengths, dtype=torch.int32).cumsum(0).tolist()]
-    layout = VarlenLayout.of(torch.tensor(bounds, dtype=torch.int32), tokens)
+    layout = VarlenLayout.build(torch.tensor(bounds, dtype=torch.int32), tokens)
     # The angles of the bucketed layout's test, as far as the longest piece, padding included.
     layout.angles = _layout([layout.max_seqlen_q], layout.max_seqlen_q)[0].angles
     q, k, v = (torch.randn(tokens, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
@@ -165,7 +165,7 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
 def test_torch_takes_the_call(fresh_options):
     """The real function, on tensors without data: its arguments are accepted, forward and backward, and the shapes are right."""
     with mock.patch.object(varlen_attention, "device", lambda: torch.device("meta")):
-        layout = VarlenLayout.of(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
+        layout = VarlenLayout.build(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
         layout.angles = torch.empty(150, 1, 1, 64, device="meta")
         q, k, v = (
             torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)

@@ -46,7 +46,7 @@ def test_rms_norm_is_that_of_autograd(scale):
 
 def _layout(lengths, tokens, dim=8):
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    layout = PackedLayout.of(bounds, tokens, channels=128)
+    layout = PackedLayout.build(bounds, tokens, channels=128)
     positions = torch.arange(max(lengths), dtype=torch.float64)
     layout.angles = torch.outer(positions, 0.3 ** torch.arange(dim // 2)).repeat(1, 2)[:, None, None, :]
     return layout, bounds.tolist()
@@ -58,7 +58,7 @@ def test_rotation_is_that_of_megatron_core():
     torch.manual_seed(0)
     layout, _ = _layout([7, 7, 7], 21)
     x = torch.randn(3, 7, 2, 8, dtype=torch.float64, requires_grad=True)
-    ours = Rotate.apply(x.reshape(21, 2, 8), *layout.turn(2, torch.float64)).view_as(x)
+    ours = Rotate.apply(x.reshape(21, 2, 8), *layout.cos_sin(2, torch.float64)).view_as(x)
     expected = _apply_rotary_pos_emb_bshd(x.transpose(0, 1), layout.angles).transpose(0, 1)
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(x)

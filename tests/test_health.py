@@ -14,7 +14,7 @@ import pytest
 
 from pctrain.common.errors import RunFault, ToBeContinued, UserError
 from pctrain.distributed.health import watchdog
-from pctrain.distributed.health.watchdog import Report, conclude
+from pctrain.distributed.health.watchdog import RankReport, conclude
 
 ROOT = Path(__file__).resolve().parents[1]
 DEADLINE, GRACE = 2.0, 3.0
@@ -145,7 +145,7 @@ def test_who_makes_progress_is_left_alone(scenes):
 
 
 def report(rank, kind="asked", phase="update", waiting=True, still=3.0, cause=""):
-    return Report(rank, kind, phase, 7, still, waiting, "loop.py:1 in train", cause)
+    return RankReport(rank, kind, phase, 7, still, waiting, "loop.py:1 in train", cause)
 
 
 def test_conclusions():
@@ -183,8 +183,8 @@ def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
     ("error", "advice"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "keep fewer checkpoints (run.keep_last)"),
-        (PermissionError(errno.EACCES, "Permission denied"), "move it to where it can be (run.dir)"),
-        (OSError(errno.EROFS, "Read-only file system"), "move it to where it can be (run.dir)"),
+        (PermissionError(errno.EACCES, "Permission denied"), "name another one (run.dir)"),
+        (OSError(errno.EROFS, "Read-only file system"), "name another one (run.dir)"),
         (MemoryError(), "lower sft.token_budget"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "parallel.recompute"),
         (

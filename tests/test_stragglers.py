@@ -1,4 +1,4 @@
-"""Which rank is slow: its own work is told from its waiting for others, in real collectives and in a run."""
+"""The slow rank is found: own work is separated from waiting for others, in real collectives and in a run."""
 
 import io
 import json
@@ -128,7 +128,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
     phases.take()
 
 
-# ---- what is told ----------------------------------------------------------------------------------------------------------
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -159,13 +159,13 @@ def own(update, rollout=(1.0, 1.0, 1.0, 1.0)):
     return rows
 
 
-def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
+def test_a_rank_that_keeps_lagging_is_reported_once_until_it_recovers(times):
     for step in range(1, 4 * STEPS + 1):
         times.at(step, own([1.0, 1.02, 1.5, 0.98]))
         assert len(times.run.said) == (step >= 2 * STEPS)
     [text] = times.run.said
     assert text.startswith(
-        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work a step, "
+        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work per step, "
         "the others 1 s"
     )
     for step in range(STEPS):
@@ -175,23 +175,23 @@ def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
     assert len(times.run.said) == 2
 
 
-def test_one_slow_window_is_not_told(times):
+def test_one_slow_window_is_not_reported(times):
     for step in range(1, 10 * STEPS + 1):
         slow = (step - 1) // STEPS % 2  # every other minute
         times.at(step, own([1.0, 1.02, 1.0 + 0.5 * slow, 0.98]))
     assert times.run.said == []
 
 
-def test_what_nobody_would_mend_is_not_told(times):
+def test_a_lag_that_is_not_worth_fixing_is_not_reported(times):
     rng = np.random.default_rng(0)
     for step in range(1, 150):
         uneven = np.ones(4)
         uneven[step % 4] = 1.6  # another rank is slow each time, as with prompts of different lengths
         times.at(step, own(1 + 0.05 * rng.random(4), uneven))
     for step in range(100, 250):
-        times.at(step, own([0.01, 0.01, 0.05, 0.01]))  # five times the others, and 2 % of the step
+        times.at(step, own([0.01, 0.01, 0.05, 0.01]))  # five times the others, and 2% of the step
     for step in range(250, 400):
-        times.at(step, own([1.0, 1.15, 1.0, 1.0]))  # 7 % of the step, and 15 % more than the others
+        times.at(step, own([1.0, 1.15, 1.0, 1.0]))  # 7% of the step, and 15% more than the others
     assert times.run.said == []
 
 
@@ -199,16 +199,22 @@ def test_the_table_has_the_slowest_rank_of_every_phase(times):
     for step in range(1, 5):
         times.at(step, own([1.0, 1.0, 1.5, 1.0], [2.0, 1.0, 1.0, 1.0]))
     summary = times.summary()["slowest rank"]
-    assert summary == "rollout rank 0, 2 s a step (the others 1); update rank 2, 1.5 s a step (the others 1)"
+    assert summary == "rollout rank 0, 2 s per step (the others 1); update rank 2, 1.5 s per step (the others 1)"
     written = json.loads((times.run.path / "ranks.json").read_text())
     assert written["steps"] == 4 and written["own_seconds"]["update"] == [1.0, 1.0, 1.5, 1.0]
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(ledger_table._ranks(SimpleNamespace(runs=[SimpleNamespace(name="rl", folder=times.run.path)])))
     rows = [line.split() for line in console.export_text().splitlines()]
-    assert (
-        "rl rollout 0 (node0, data 0) 2 1 2.00".split() in rows
-        and "update 2 (node1, data 2) 1.5 1 1.50".split() in rows
-    )
+    assert ["rl", "rollout", "0", "(node0,", "data", "0)", "2", "1", "2.00"] in rows and [
+        "update",
+        "2",
+        "(node1,",
+        "data",
+        "2)",
+        "1.5",
+        "1",
+        "1.50",
+    ] in rows
 
 
 def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):
@@ -227,7 +233,7 @@ def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):
         assert "ranks.json" in error and "Traceback" not in error
 
 
-def test_one_rank_alone_has_nothing_to_tell(tmp_path, monkeypatch):
+def test_a_single_rank_has_nothing_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(stragglers.parallel, "coordinates", dict)
     times = RankTimes(Run(tmp_path))
     assert [times.end_step(step) for step in range(3)] == [False] * 3

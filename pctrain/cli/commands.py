@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -37,11 +36,7 @@ class DebugOptions(Section):
 
 
 class DoctorOptions(Section):
-    explain: Literal["gpu"] | None = Field(
-        None,
-        description="gpu: what differs on a GPU, by which API, with its source, and how far it was run; nothing is checked then",
-    )
-    folder: Path = Field(Path("."), description="where runs will go: is it writable, and is there room")
+    folder: Path = Field(Path("."), description="where runs will be written: checked for write access and free space")
 
 
 class ShowOptions(Section):
@@ -190,11 +185,6 @@ def _doctor(command: Command, arguments: list[str]) -> None:
     operands, options, rest = parse(command, arguments, DoctorOptions)
     if operands or rest:
         raise UserError(f"pctrain doctor: unexpected argument {[*operands, *rest][0]!r}; usage: {command.usage}")
-    if options.explain:
-        from pctrain.tools.gpu_branches import explain
-
-        print(explain())
-        return
     set_environment()
     from pctrain.tools import doctor
 
@@ -374,12 +364,11 @@ COMMANDS = (
     ),
     Command(
         "doctor",
-        "is this machine fit to train: versions, devices, memory, wires between ranks; what is wrong and how to mend it",
-        "pctrain doctor [--folder DIR] [--explain gpu]",
+        "check that this machine can train (versions, devices, memory, interconnect), and how to fix what is wrong",
+        "pctrain doctor [--folder DIR]",
         _doctor,
         (
             "pctrain doctor",
-            "pctrain doctor --explain gpu",
             "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs",
         ),
         notes=tuple(own_option_lines(DoctorOptions)),

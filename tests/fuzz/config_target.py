@@ -368,7 +368,6 @@ OWN = [
         "watch",
         "port",
         "verify",
-        "explain",
         "folder",
         "debug-rollout-only",
         "debug_train_only",

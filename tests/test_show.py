@@ -8,10 +8,21 @@ from pctrain.cli import main as cli
 
 
 def row(group, k, **more):
-    return {"id": f"p{group}", "group": group, "prompt": f"{group}+1=", "response": f"text {k} [red]\\boxed{{{k}}}",
-            "answer": str(group + 1),
-            "reward": float(k == 0), "cause": "right" if k == 0 else "wrong", "advantage": 1.5 - k, "tokens": 7, "finish": "stop",
-            "kept": True, "why": "", **more}  # fmt: skip
+    return {
+        "id": f"p{group}",
+        "group": group,
+        "prompt": f"{group}+1=",
+        "response": f"text {k} [red]\\boxed{{{k}}}",
+        "answer": str(group + 1),
+        "reward": float(k == 0),
+        "cause": "right" if k == 0 else "wrong",
+        "advantage": 1.5 - k,
+        "tokens": 7,
+        "finish": "stop",
+        "kept": True,
+        "why": "",
+        **more,
+    }
 
 
 @pytest.fixture
@@ -49,10 +60,14 @@ def test_a_step_its_dropped_prompts_and_fewer_of_them(capsys, run):
     assert "p0" in text and "p1" not in text and "2 more prompts: show them with --prompts=3" in text
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]), (["--step", "x"], ["--step", "'x'"]),
-    (["--stepp=3"], ["did you mean --step"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]),
+        (["--step", "x"], ["--step", "'x'"]),
+        (["--stepp=3"], ["did you mean --step"]),
+    ],
+)
 def test_what_is_not_there(capsys, run, arguments, words):
     status, text = show(capsys, run, *arguments)
     assert status == 2 and all(word in text for word in words), text

@@ -143,7 +143,7 @@ class Run:
 
 @pytest.fixture
 def times(tmp_path, monkeypatch):
-    """RankTimes of four ranks: `times.at(step, seconds [world, phases])` is what end_step does with what the ranks tell."""
+    """Return RankTimes of four ranks; `times.at(step, seconds [world, phases])` adds a step as end_step does."""
     monkeypatch.setattr(
         stragglers.parallel, "gather", lambda place: [{"host": f"node{rank // 2}", "data": rank} for rank in range(4)]
     )

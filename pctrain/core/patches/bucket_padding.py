@@ -31,6 +31,6 @@ PATCH = Patch(
     package="megatron-core",
     version="0.16.1",
     reason="the optimizer state of a buffer with several buckets is saved with shifted offsets",
-    test="tests/core/test_checkpoint.py::test_another_layout",
+    test="tests/core/test_patches.py::test_padded_buckets_are_saved_at_their_offsets",
     apply=_apply,
 )

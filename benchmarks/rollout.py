@@ -33,6 +33,7 @@ from sft_throughput import MODELS  # in this folder; sets the environment
 from pctrain.config.tree import ArchitectureConfig, Config
 from pctrain.core import Learner
 from pctrain.hf.config import HFConfig
+from pctrain.hf.tokenizer import Tokenizer
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 from pctrain.rollout.sharing import EngineGroups
 from pctrain.rollout.vllm_setup import guest
@@ -55,7 +56,8 @@ def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngin
             setattr(config.data, key, [{"path": path}])
     config.model.path = hf_dir.make(config, folder / "model")
     hf = HFConfig.read(config.model.path)
-    engine = RolloutEngine(config.model.path, config.rollout, dtype="float32", context=hf.context, eos_id=hf.eos_id)
+    eos_id = Tokenizer(config.model.path).eos_id
+    engine = RolloutEngine(config.model.path, config.rollout, dtype="float32", context=hf.context, eos_id=eos_id)
     return config, hf, engine
 
 
@@ -92,7 +94,7 @@ def plain_vllm(config: Config, hf: HFConfig) -> Callable[[list[Request], bool], 
                 temperature=1.0,
                 max_tokens=RESPONSE,
                 seed=request.seed,
-                stop_token_ids=[hf.eos_id],
+                stop_token_ids=[Tokenizer(config.model.path).eos_id],
                 logprobs=0 if logprobs else None,
             )
             for request in batch

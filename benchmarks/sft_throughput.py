@@ -91,15 +91,17 @@ def pctrain(turns: Turns, config: Config) -> None:
     """Run `pctrain sft`, with its journal wrapped to count steps."""
     from pctrain.sft import journal, loop
 
-    record = journal.Journal.record
+    record = journal.SFTJournal.record
 
-    def counted(self: Any, step: int, data: Any, chosen: Any, batch: Any, *rest: Any) -> None:
-        record(self, step, data, chosen, batch, *rest)
-        turns.done(batch.tokens)
+    def counted(self: journal.SFTJournal, trained: journal.TrainedStep) -> None:
+        record(self, trained)
+        turns.done(trained.batch.tokens)
 
-    journal.Journal.record = counted
-    measure = journal.Journal.measure
-    journal.Journal.measure = lambda self, step: turns.start() if step == 0 else measure(self, step)
+    journal.SFTJournal.record = counted
+    measure = journal.SFTJournal.validate_and_evaluate_if_due
+    journal.SFTJournal.validate_and_evaluate_if_due = lambda self, step: (
+        turns.start() if step == 0 else measure(self, step)
+    )
     loop.main(config)
 
 

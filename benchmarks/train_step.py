@@ -39,6 +39,7 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from pctrain.common.device import DTYPES, device, on_gpu  # noqa: E402
 from pctrain.compute import flops  # noqa: E402
+from pctrain.compute.model_shape import ModelShape  # noqa: E402
 from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig  # noqa: E402
 from pctrain.data.packing import NO_LABEL, pack_rows  # noqa: E402
 from pctrain.data.rows import Row, make_row  # noqa: E402
@@ -116,7 +117,7 @@ class Pctrain:
         """Train on a batch; return loss and gradient norm."""
         from pctrain.sft.loss import cross_entropy
 
-        update = self.learner.step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
+        update = self.learner.train_step(pack_rows(rows, self.budget), cross_entropy, want_entropy=False)
         return update.loss, update.grad_norm
 
     def positions(self, rows: list[Row]) -> int:
@@ -257,7 +258,7 @@ def bench(name: str, lengths: str, turns: int, dtype: str, fused_rival: bool) ->
         for rows in batches[1:3]:
             provider.step(rows)
     times = _take_turns(providers, batches, turns, dtype)
-    shape = flops.ModelShape(
+    shape = ModelShape(
         architecture.layers,
         architecture.hidden,
         architecture.ffn,
@@ -309,7 +310,7 @@ def _take_turns(providers: dict[str, Provider], batches: list[list[Row]], turns:
 def _print_table(
     providers: dict[str, Provider],
     times: Times,
-    shape: flops.ModelShape,
+    shape: ModelShape,
     used: list[list[Row]],
     measured: list[list[Row]],
 ) -> None:

@@ -1,26 +1,10 @@
-"""What all tests share: an environment set before torch is imported, and ranks that stay alive (`ranks`)."""
+"""Fixtures of all tests: ranks that stay alive (`ranks`), the small models (`hf_dirs`), a finished SFT run (`sft_run`)."""
 
-import os
-import signal
+import pytest
+from hypothesis import settings
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-
-# Set before anything imports torch. CUDA_VISIBLE_DEVICES="" hides GPUs: set it yourself to run the tests with one.
-for _name, _value in {
-    "OMP_NUM_THREADS": "1",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-}.items():
-    os.environ.setdefault(_name, _value)
-
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
-
-from ranks import Ranks  # noqa: E402
+from tests.helpers import environment  # noqa: F401  before anything imports torch
+from tests.helpers.ranks import Ranks
 
 # The same examples every time, and no deadline a busy machine could miss: a red test means a changed program.
 settings.register_profile("pctrain", deadline=None, derandomize=True)
@@ -37,8 +21,19 @@ def ranks():
 
 @pytest.fixture(scope="session")
 def hf_dirs(tmp_path_factory):
-    """{tied: Hugging Face directory} of the small model of core/small.py."""
-    from core import small
+    """{tied: Hugging Face directory} of the small model of tests/helpers/small.py."""
+    from tests.helpers import small
 
     folder = tmp_path_factory.mktemp("models")
     return {tied: small.hf_dir(folder / f"tied-{tied}", tied=tied) for tied in (True, False)}
+
+
+@pytest.fixture(scope="session")
+def sft_run(ranks, tmp_path_factory):
+    """A finished SFT run with its data and model."""
+    from tests.helpers import tiny
+
+    folder = tmp_path_factory.mktemp("sft") / "run"
+    [(status, errors)] = ranks.run(tiny.sft, folder, world=1, deadline=240)
+    assert status == 0, errors
+    return folder

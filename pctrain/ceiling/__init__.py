@@ -1,1 +1,1 @@
-"""The science of ceilings: FLOPs, ledger, validation-loss regimes, collapse, ceiling fits, curves. NumPy and SciPy only, no torch."""
+"""Statistics of ceilings: sigmoid fits, collapse detection, loss regimes, forecasts. NumPy and SciPy only, no torch."""

@@ -1,55 +1,62 @@
-"""Checked reading of curves: what is not a number, not in its range or not in order is refused, by name and place."""
+"""Checked reading of curves. Values that are missing, not numbers, out of range or out of order raise a UserError."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pctrain.common.errors import UserError
+from pctrain.files import json_file
 
 MAX_SCORE = 100.0  # percent
-LEAST_SE = 1e-4  # points: of more problems than there are, and below it squares lose their digits
+LEAST_SE = 1e-4  # points; squares of smaller values lose their digits, and no test set is large enough to give them
 
 
-def curve(
-    eflops: Sequence[float], scores: Sequence[float], p_sft: float, max_score: float
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """`eflops` and `scores` as float64 [n], n >= 1, and `p_sft`; UserError where they are no curve."""
+def curve(eflops: ArrayLike, scores: ArrayLike, p_sft: float, max_score: float) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return `eflops` and `scores` as float64 [n], n >= 1, and `p_sft`.
+
+    Raises:
+        UserError: they are not a curve.
+    """
     try:
         x, y, p_sft = np.asarray(eflops, dtype=np.float64), np.asarray(scores, dtype=np.float64), float(p_sft)
     except (TypeError, ValueError) as error:
         raise UserError(f"ceiling fit: eflops, scores and p_sft must be numbers ({error})") from None
     if x.ndim != 1 or x.shape != y.shape or not len(x):
-        raise UserError(f"ceiling fit: need as many scores as eflops, one or more; found {y.shape} and {x.shape}")
-    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(p_sft)):
         raise UserError(
-            "ceiling fit: eflops, scores and p_sft must be finite; leave out the points that were not measured"
+            f"ceiling fit: got scores of shape {y.shape} and eflops of shape {x.shape}. "
+            "Give as many scores as eflops, one or more."
         )
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and np.isfinite(p_sft)):
+        raise UserError("ceiling fit: eflops, scores and p_sft must be finite. Leave out points without a measurement.")
     if (x < 0).any() or (np.diff(x) <= 0).any() or x[-1] == 0:
-        raise UserError("ceiling fit: eflops must be 0 or more, increase from point to point and end above 0")
+        raise UserError("ceiling fit: eflops must be 0 or more, increase from point to point and end above 0.")
     maximum(max_score, "ceiling fit: max_score")
     if (y < 0).any() or (y > max_score).any() or not 0 <= p_sft <= max_score:
-        raise UserError(f"ceiling fit: scores and p_sft must be in percent, 0 to the maximum, {max_score:g}")
+        raise UserError(f"ceiling fit: scores and p_sft must be in percent, from 0 to the maximum of {max_score:g}.")
     return x, y, p_sft
 
 
 def maximum(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SCORE:  # NaN is neither
+    """Return `value` if it can be the highest possible score, in percent."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_SCORE:  # refuses NaN too
         raise UserError(
-            f"{where} must be the highest score there can be, in percent, above 0 and at most 100; found {value!r}"
+            f"{where} must be the highest possible score in percent, above 0 and at most 100; found {value!r}"
         )
     return float(value)
 
 
 def standard_error(value: float | None, where: str) -> None:
-    if value is not None and not LEAST_SE <= value <= MAX_SCORE:  # NaN is neither
+    """Refuse a standard error that is given but out of range."""
+    if value is not None and not LEAST_SE <= value <= MAX_SCORE:  # refuses NaN too
         raise UserError(
-            f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}, or left out where unknown; "
-            f"found {value!r}"
+            f"{where} must be a standard error in points, {LEAST_SE:g} to {MAX_SCORE:g}; found {value!r}. "
+            "Leave it out if it is unknown."
         )
 
 
@@ -57,7 +64,7 @@ def standard_error(value: float | None, where: str) -> None:
 
 
 def text(file: Path) -> str:
-    """Contents of a text file, UTF-8. A pickle is named as one: it is never loaded, as loading one runs what it says."""
+    """Return the contents of a UTF-8 text file. A pickle is refused: loading one would run the code it holds."""
     try:
         data = file.read_bytes()
     except OSError as error:
@@ -66,8 +73,8 @@ def text(file: Path) -> str:
         raise UserError(f"{file}: is empty; expected curves (JSON or CSV: pctrain fit --help)")
     if data[:1] == b"\x80" and data.rstrip()[-1:] == b".":
         raise UserError(
-            f"{file}: is a Python pickle; pickles are not read, as reading one runs code. Write the curves as JSON or CSV "
-            "(pctrain fit --help)"
+            f"{file}: is a Python pickle; pickles are not read, because loading one runs code. Write the curves as "
+            "JSON or CSV (pctrain fit --help)."
         )
     try:
         return data.decode("utf-8-sig")
@@ -76,88 +83,73 @@ def text(file: Path) -> str:
 
 
 def json_of(file: Path) -> object:
+    """Return the parsed contents of a JSON file."""
     return parsed(text(file), str(file))
 
 
 def parsed(content: str, where: str) -> object:
+    """Return the value of the JSON text `content`, which was read from `where`."""
     try:
-        return refuse_surrogates(json.loads(content), content, where)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except (
-        RecursionError,
-        ValueError,
-    ) as error:  # lists in lists without end; numbers of more digits than Python converts
-        raise UserError(f"{where}: not JSON that can be read ({error})") from None
+        return json_file.parse(content)
+    except json_file.MalformedJSON as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
 
 
-def json_lines(file: Path) -> list[tuple[str, dict]]:
-    """(place, object) of each line."""
-    records = []
-    for at, line in enumerate(text(file).splitlines(), start=1):
-        where = f"{file}, line {at}"
-        try:
-            records.append((where, mapping(refuse_surrogates(json.loads(line), line, where), where)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}); a line is one object") from None
-    return records
-
-
-def refuse_surrogates(value: object, content: str, where: str) -> object:
-    """`value`, read from `content`. Half of a surrogate pair can stand in JSON as an escape; no terminal and no file would take it."""
-    if "\\ud" in content.lower():  # halves that belong together make a character
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is no text; write it anew"
-            ) from None
-    return value
-
-
-def mapping(value: object, where: str) -> dict:
+def mapping(value: object, where: str) -> dict[str, Any]:
+    """Return `value` if it is a JSON object."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: must be a JSON object, found {type(value).__name__}")
     return value
 
 
-def need(values: Mapping, key: str, where: str) -> object:
+def need(values: Mapping[str, Any], key: str, where: str) -> Any:
+    """Return `values[key]`; a missing key is a UserError that lists the keys there are."""
     if key not in values:
         raise UserError(f"{where}: the key `{key}` is missing; keys found: {', '.join(map(str, values)) or 'none'}")
     return values[key]
 
 
-def number(values: Mapping, key: str, where: str) -> float:
+def number(values: Mapping[str, Any], key: str, where: str) -> float:
+    """Return `values[key]` if it is a finite number, 0 or more."""
     return as_number(need(values, key, where), f"{where}: `{key}`")
 
 
 def as_number(value: object, where: str) -> float:
+    """Return `value` if it is a finite number, 0 or more."""
     try:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
             raise UserError(f"{where} must be a finite number, 0 or more, found {value!r:.60}")
         return float(value)
-    except (OverflowError, ValueError):  # a whole number above 1e308; one of more digits than Python prints
+    except (OverflowError, ValueError):  # an integer above 1e308, or one with more digits than Python prints
         raise UserError(f"{where} must be a finite number, found one too large") from None
 
 
-def spread(values: Mapping, key: str, where: str) -> float | None:
-    """A standard error in points; None where it is not stated, or 0 (all or no problems solved), which says nothing."""
-    value = number(values, key, where) or None if values.get(key) is not None else None
+def spread(values: Mapping[str, Any], key: str, where: str) -> float | None:
+    """Return the standard error `values[key]` in points, or None if it is not stated or 0.
+
+    A standard error of 0 (all or none of the problems solved) says nothing about the true error.
+    """
+    if values.get(key) is None:
+        return None
+    value = number(values, key, where) or None
     standard_error(value, f"{where}: `{key}`")
     return value
 
 
-def percent(values: Mapping, key: str, where: str, max_score: float = MAX_SCORE) -> float:
+def percent(values: Mapping[str, Any], key: str, where: str, max_score: float = MAX_SCORE) -> float:
+    """Return `values[key]` if it is a score in percent."""
     return at_most(number(values, key, where), max_score, f"{where}: `{key}`")
 
 
 def at_most(value: float, max_score: float, where: str) -> float:
+    """Return the score `value` if it does not exceed `max_score`."""
     if value > max_score:
         raise UserError(f"{where} must be a score in percent, at most {max_score:g}, found {value!r}")
     return value
 
 
 def increasing(values: Sequence[float], where: str) -> np.ndarray:
+    """Return `values` as float64 [n] if they increase from point to point."""
     x = np.array(values, dtype=np.float64)
     falls = np.flatnonzero(np.diff(x) <= 0)
     if len(falls):

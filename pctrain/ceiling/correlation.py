@@ -1,4 +1,4 @@
-"""Correlations of few points, with intervals that do not pretend."""
+"""Correlations of a few points, with intervals as wide as so few points require."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import numpy as np
 from scipy import special, stats
 
 CONFIDENCE = 0.95
-LEAST = 4  # points: Fisher's interval needs n - 3 above 0
-EXACT = 7  # points, up to which all orders are tried for the p-value
+MIN_POINTS = 4  # Fisher's interval needs n - 3 > 0
+MAX_PERMUTED_POINTS = 7  # the p-value enumerates all orders up to this many points
 
 
 @dataclass(frozen=True)
 class Correlation:
-    """`value` in [-1, 1], None where one of the two is constant. `low`, `high`: 95 %, None for fewer than LEAST points.
-    `p`: share of all orders of the points whose correlation is as far from 0, None for more than EXACT points."""
+    """A correlation coefficient with its 95% interval and permutation p-value.
+
+    `value` is in [-1, 1], or None if x or y is constant. `low` and `high` are None for fewer than MIN_POINTS points.
+    `p` is the share of all orders of the points whose correlation is at least as far from 0. It is None for more than
+    MAX_PERMUTED_POINTS points.
+    """
 
     value: float | None
     low: float | None
@@ -30,13 +34,17 @@ class Correlation:
         if self.value is None:
             return "not defined (constant values)"
         interval = "no interval" if self.low is None else f"{self.low:+.2f} to {self.high:+.2f}"
-        return f"{self.value:+.2f} ({interval}{'' if self.p is None else f', p {self.p:.2g}'})"
+        p_value = "" if self.p is None else f", p {self.p:.2g}"
+        return f"{self.value:+.2f} ({interval}{p_value})"
 
 
 def correlate(x: Sequence[float], y: Sequence[float], kind: Literal["pearson", "spearman"]) -> Correlation:
-    """Of points (x [n], y [n]). The interval is Fisher's, tanh(atanh r +- z / sqrt(n - 3)); of Spearman's the variance is 1.06 / (n - 3)
-    (Fieller, Hartley & Pearson 1957). A perfect correlation of few points has the interval of one at r = 1 - 1 / (2 n^2): no interval of
-    width 0."""
+    """Correlate the points (x [n], y [n]).
+
+    The interval is Fisher's, tanh(atanh r +- z / sqrt(n - 3)). For Spearman the variance is 1.06 / (n - 3) (Fieller,
+    Hartley & Pearson 1957). A perfect correlation gets the interval of r = 1 - 1 / (2 n^2), because an interval of
+    width 0 would claim too much.
+    """
     a, b = (np.asarray(values, dtype=np.float64) for values in (x, y))
     if kind == "spearman":
         a, b = stats.rankdata(a), stats.rankdata(b)
@@ -45,13 +53,13 @@ def correlate(x: Sequence[float], y: Sequence[float], kind: Literal["pearson", "
         return Correlation(None, None, None, None)
     r = float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
     p = None
-    if n <= EXACT:
-        every = np.array(list(permutations(b - b.mean()))) @ (a - a.mean()) / (n * a.std() * b.std())
-        p = float(np.mean(np.abs(every) >= abs(r) - 1e-9))
-    if n < LEAST:
+    if n <= MAX_PERMUTED_POINTS:
+        permuted = np.array(list(permutations(b - b.mean()))) @ (a - a.mean()) / (n * a.std() * b.std())
+        p = float(np.mean(np.abs(permuted) >= abs(r) - 1e-9))
+    if n < MIN_POINTS:
         return Correlation(r, None, None, p)
-    most = 1 - 1 / (2 * n * n)
-    half = special.ndtri((1 + CONFIDENCE) / 2) * math.sqrt((1.06 if kind == "spearman" else 1.0) / (n - 3))
-    middle = math.atanh(max(-most, min(most, r)))
-    low, high = math.tanh(middle - half), math.tanh(middle + half)
+    largest = 1 - 1 / (2 * n * n)
+    half_width = special.ndtri((1 + CONFIDENCE) / 2) * math.sqrt((1.06 if kind == "spearman" else 1.0) / (n - 3))
+    center = math.atanh(max(-largest, min(largest, r)))
+    low, high = math.tanh(center - half_width), math.tanh(center + half_width)
     return Correlation(r, min(low, r), max(high, r), p)

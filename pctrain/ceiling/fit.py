@@ -1,42 +1,51 @@
 """Ceiling of an RL run: the posterior of a sigmoid in compute, with an interval and a verdict.
 
-Model (arXiv 2512.11470, section on the framework; sigmoid law of arXiv 2510.13786), scores in percent against EFLOPs x from the joint:
+The model (arXiv 2512.11470, section 3; the sigmoid law is from arXiv 2510.13786), with scores in percent and EFLOPs x
+from the switch point:
 
-    y_i = L + D s(x_i) + n_i,   s(x) = 1 / (1 + (x / C)^-B),   L = P_sft + eps,   A = L + D <= the highest score there can be,
+    y_i = L + D s(x_i) + n_i,   s(x) = 1 / (1 + (x / C)^-B),   L = P_sft + eps,   A = L + D <= highest possible score
 
-where n is AR(1) along the points with sd sigma and coefficient rho, and the given P_sft is itself a noisy reading. The posterior is summed
-exactly on a grid (posterior.py). No optimiser runs, so there are no local optima, and every call gives the same digits.
-Collapses and isolated outliers are cut before (collapse.py).
+The noise n is AR(1) along the points with sd sigma and coefficient rho, and the given P_sft is itself a noisy reading.
+The posterior is summed exactly on a grid (posterior.py). No optimizer runs, so there are no local optima, and every
+call returns the same digits. Collapses and isolated outliers are removed first (collapse.py).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pctrain.ceiling import checks, collapse
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.posterior import Draws, Priors, draw, rise
 
+# The verdict of a fit is the first of these that holds:
+# * collapsed: fitted to the points before the collapse.
+# * too_short: fewer than MIN_POINTS points used.
+# * flat: no gain seen. RL may not have begun to work, so this is not a ceiling.
+# * identified: the estimate can be used.
+# * lower_bound: only the lower end of the interval carries information.
 VERDICTS = ("identified", "lower_bound", "flat", "too_short", "collapsed")
-MIN_POINTS = 12  # fewer used points: too_short
-FLAT_GAIN, FLAT_GAIN_HIGH = (
-    1.0,
-    2.0,
-)  # points; noise sd and twice that where larger: median and 95 % quantile of the gain seen so far
-# Identified: the ceiling is this SURE to lie this NEAR to a_post (points), and at least this SHARE of the rise D is seen (5 % quantile).
+MIN_POINTS = 12
+# Flat: the median and the 95% quantile of the gain seen so far are below these (points), or below the noise sd and
+# twice the noise sd where those are larger.
+FLAT_GAIN, FLAT_GAIN_HIGH = 1.0, 2.0
+# Identified: the ceiling is within NEAR points of a_post with probability SURE, and at least SHARE of the rise D has
+# been seen (5% quantile).
 IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.89, 0.35
 LOW, MEDIAN, HIGH = QUANTILES = (0.05, 0.5, 0.95)
-# For the shift of the estimate where the priors say little: B, C and D over orders of magnitude.
+PRIORS = Priors()
+# Nearly uninformative priors (B, C and D over orders of magnitude) measure how much of an estimate the prior decides.
 WIDE = Priors(b_log_sd=1.0, c_log_sd=2.0, d_scales=(30.0,), d_weights=(1.0,))
 
 
 @dataclass(frozen=True)
 class Points:
-    """What a fit is made from, checked: the points of one RL curve, and what is known of their errors (points; None: not given)."""
+    """The checked points of one RL curve and what is known about their errors (points; None: not given)."""
 
     x: np.ndarray
     y: np.ndarray
@@ -45,7 +54,24 @@ class Points:
     p_sft_se: float | None
     max_score: float
 
+    @classmethod
+    def checked(
+        cls,
+        eflops: ArrayLike,
+        scores: ArrayLike,
+        p_sft: float,
+        score_se: float | None,
+        p_sft_se: float | None,
+        max_score: float,
+    ) -> Points:
+        """Check the arguments of `fit_ceiling`. A UserError names the one that is wrong."""
+        x, y, p_sft = checks.curve(eflops, scores, p_sft, max_score)
+        checks.standard_error(score_se, "ceiling fit: score_se")
+        checks.standard_error(p_sft_se, "ceiling fit: p_sft_se")
+        return cls(x, y, p_sft, score_se, p_sft_se, max_score)
+
     def draws(self, used: np.ndarray, priors: Priors) -> Draws:
+        """Draw from the posterior given the `used` points (a mask)."""
         return draw(
             self.x[used],
             self.y[used],
@@ -58,13 +84,16 @@ class Points:
         )
 
     def seen(self, used: np.ndarray) -> float:
-        """The largest x used; where none is, of all."""
+        """Return the largest x among the `used` points, or among all points if none is used."""
         return float(self.x[used].max(initial=0.0)) or float(self.x.max())
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Posterior of one curve. Scores in percent, compute in EFLOPs from the joint; `low` and `high` are the 5 and 95 % quantiles."""
+    """The posterior of one curve.
+
+    Scores are in percent, compute in EFLOPs from the switch point. `low` and `high` are the 5% and 95% quantiles.
+    """
 
     a_post: float
     a_post_low: float
@@ -72,13 +101,13 @@ class Fit:
     pl_rl: float
     c_mid: float
     b: float
-    eps: float  # posterior mean (the median is 0 unless a jump at the joint is likely)
+    eps: float  # posterior mean (the median is 0 unless a jump at the switch point is likely)
     p_sft: float
     verdict: str
     n_points: int
-    n_used: int
+    n_used: int  # 0 for a curve that collapses at once: its numbers are then the prior's
     collapsed_at: float | None
-    share_seen: float  # of the rise D, up to the largest x used; 5 % quantile
+    share_seen: float  # share of the rise D seen up to the largest x used; 5% quantile
     sigma: float  # noise sd of a score, points
     used: np.ndarray = field(repr=False)  # bool [n_points]: the points that the fit saw
     draws: Draws = field(repr=False)
@@ -86,35 +115,39 @@ class Fit:
 
     @functools.cached_property
     def prior_shift(self) -> float:
-        """Points that a_post moves by when the priors of B, C and D are made wide: what of the estimate is theirs, not the data's."""
+        """The points that a_post moves by under wide priors of B, C and D: how much the priors decide."""
         draws = self.points.draws(self.used, WIDE)
         return float(draws.quantiles(draws.l + draws.d, (MEDIAN,))[0]) - self.a_post
 
-    def curve(self, x: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Median, 5 % and 95 % quantiles, each [n], of the noiseless score at `x` [n] EFLOPs, 0 or more; at 0 that is L."""
+    def curve(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the median, 5% and 95% quantiles, each [n], of the noiseless score at `x` [n] EFLOPs.
+
+        `x` is 0 or more; at 0 the noiseless score is L.
+        """
         return self._quantiles(self.draws.scores(np.asarray(x, dtype=np.float64)))
 
-    def predict(self, x: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """As `curve`, of a score that is measured at `x`, once, with its noise: within 0 and the highest score.
+    def predict(self, x: ArrayLike) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the same quantiles as `curve` for one measured score at `x`, noise included.
 
-        Beyond the last point used the noise still remembers that point's: with rho to the power of the distance in (median) steps.
+        The score is cut to [0, the highest possible score]. Beyond the last used point the noise still remembers that
+        point's noise, with rho to the power of the distance in (median) steps.
         """
-        x = np.asarray(x, dtype=np.float64)
+        at = np.asarray(x, dtype=np.float64)
         seen, scores = self.points.x[self.used], self.points.y[self.used]
         noise = self.draws.sigma * self.draws.noise
         if len(seen) > 1:
-            steps = (x[:, None] - seen[-1]) / np.median(np.diff(seen))
+            steps = (at[:, None] - seen[-1]) / np.median(np.diff(seen))
             memory = np.where(steps > 0, self.draws.rho ** np.maximum(steps, 0.0), 0.0)
             last = scores[-1] - self.draws.scores(seen[-1:])[0]
             noise = memory * last + np.sqrt(1 - memory**2) * noise
-        return self._quantiles(np.clip(self.draws.scores(x) + noise, 0.0, self.points.max_score))
+        return self._quantiles(np.clip(self.draws.scores(at) + noise, 0.0, self.points.max_score))
 
     def _quantiles(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         low, median, high = np.array([self.draws.quantiles(row, QUANTILES) for row in scores]).reshape(-1, 3).T
         return median, low, high
 
-    def as_row(self, dataset: str, start_step: int | None) -> dict:
-        """The row of fits.json: plain JSON values, the keys of docs/contracts.md."""
+    def as_row(self, dataset: str, start_step: int | None) -> dict[str, Any]:
+        """Return the row of fits.json: plain JSON values, with the keys of docs/contracts.md."""
         keys = (
             "p_sft",
             "a_post",
@@ -134,36 +167,32 @@ class Fit:
 
 
 def fit_ceiling(
-    eflops: Sequence[float],
-    scores: Sequence[float],
+    eflops: ArrayLike,
+    scores: ArrayLike,
     p_sft: float,
     *,
     score_se: float | None = None,
     p_sft_se: float | None = None,
     max_score: float = checks.MAX_SCORE,
-    priors: Priors = Priors(),
 ) -> Fit:
-    """Fit one RL curve: `eflops` [n] from the joint, increasing, and `scores` [n] in percent; `p_sft` is the score at the joint.
+    """Fit one RL curve of one point or more.
 
-    `score_se`, `p_sft_se`: standard errors of one score and of P_sft in points, where known; `max_score`: the highest score there can be,
-    where wrong labels or a verifier's limits keep it below 100. Any number of points from one on is fitted;
-    what they do not tell shows in the interval and in `verdict`: `collapsed` (fitted to the points before it) > `too_short` (fewer than
-    12 points used) > `flat` (no gain seen, which may mean that RL has not begun to work: not a ceiling) > `identified` > `lower_bound`
-    (only the lower end of the interval means anything). A curve that collapses at once leaves no point to fit (`n_used` 0): its
-    numbers are the prior's.
+    Args:
+        eflops: [n], from the switch point, increasing.
+        scores: [n], percent.
+        p_sft: score at the switch point, percent.
+        score_se: standard error of one score in points, if known.
+        p_sft_se: standard error of `p_sft` in points, if known.
+        max_score: the highest possible score, if wrong labels or the verifier's limits keep it below 100.
     """
-    x, y, p_sft = checks.curve(eflops, scores, p_sft, max_score)
-    checks.standard_error(score_se, "ceiling fit: score_se")
-    checks.standard_error(p_sft_se, "ceiling fit: p_sft_se")
-    points = Points(x, y, p_sft, score_se, p_sft_se, max_score)
-    used, onset = collapse.used_points(y, p_sft, score_se)
-    draws = points.draws(used, priors)
+    points = Points.checked(eflops, scores, p_sft, score_se, p_sft_se, max_score)
+    p_sft = points.p_sft
+    used, onset = collapse.used_points(points.y, p_sft, score_se)
+    draws = points.draws(used, PRIORS)
 
-    a = draws.l + draws.d
-    a_low, a_post, a_high = draws.quantiles(a, QUANTILES)
-    sure = float(draws.weight @ (np.abs(a - a_post) <= IDENTIFIED_NEAR))
+    a_low, a_post, a_high = draws.quantiles(draws.l + draws.d, QUANTILES)
     c_mid, b, sigma = (draws.quantiles(values, (MEDIAN,))[0] for values in (draws.c, draws.b, draws.sigma))
-    share = rise(np.array(points.seen(used)), draws.b, draws.c)
+    share = rise(np.array(points.seen(used)), draws.b, draws.c)  # [DRAWS], of the rise D seen so far
     share_low = draws.quantiles(share, (LOW,))[0]
     gain, gain_high = draws.quantiles(draws.l + draws.d * share - p_sft, (MEDIAN, HIGH))
 
@@ -173,7 +202,7 @@ def fit_ceiling(
         verdict = "too_short"
     elif gain < max(FLAT_GAIN, sigma) and gain_high < max(FLAT_GAIN_HIGH, 2 * sigma):
         verdict = "flat"
-    elif sure >= IDENTIFIED_SURE and share_low >= IDENTIFIED_SHARE:
+    elif _near(draws, a_post) >= IDENTIFIED_SURE and share_low >= IDENTIFIED_SHARE:
         verdict = "identified"
     else:
         verdict = "lower_bound"
@@ -187,9 +216,9 @@ def fit_ceiling(
         eps=float(draws.weight @ draws.eps),
         p_sft=p_sft,
         verdict=verdict,
-        n_points=len(x),
+        n_points=len(points.x),
         n_used=int(used.sum()),
-        collapsed_at=None if onset is None else float(x[onset]),
+        collapsed_at=None if onset is None else float(points.x[onset]),
         share_seen=float(share_low),
         sigma=float(sigma),
         used=used,
@@ -198,8 +227,13 @@ def fit_ceiling(
     )
 
 
+def _near(draws: Draws, a_post: float) -> float:
+    """Return the probability that the ceiling is within IDENTIFIED_NEAR points of `a_post`."""
+    return float(draws.weight @ (np.abs(draws.l + draws.d - a_post) <= IDENTIFIED_NEAR))
+
+
 def fit_curve(curve: Curve, points: int | None = None) -> Fit:
-    """`fit_ceiling` of a curve with all that it states of itself; of its first `points` points, where given."""
+    """Run `fit_ceiling` on the first `points` points of a curve (None: all), with the errors that the curve states."""
     return fit_ceiling(
         curve.eflops[:points],
         curve.scores[:points],

@@ -1,19 +1,20 @@
-"""The SFT monitor: after each validation, in which regime SFT is so far, how sure it is that the minimum is passed, and what to do next.
+"""The SFT monitor: after each validation it estimates the regime, whether the minimum has passed, and what to do next.
 
-Noise. `val_loss_se` is the spread over the sequences of the validation set. Two validations share that set, so most of it is common to
-both and says nothing about their difference: what is left is the part of the change that differs from sequence to sequence, and the
-wobble of the weights from one step to the next. Neither is known beforehand. The model, on the logarithm y of the losses in the order of
-their compute x (in units of the median distance of two validations):
+Noise. `val_loss_se` is the spread over the sequences of the validation set. Two validations share that set, so most of
+it is common to both and says nothing about their difference. What remains is the part of the change that differs from
+sequence to sequence, and the fluctuation of the weights from step to step. Neither is known in advance. The model works
+on the logarithm y of the losses in the order of their compute x (in units of the median distance of two validations):
 
-    y_i = T(x_i) + e_i,   e_i ~ N(0, s^2) independent,   T an integrated Wiener process (a cubic smoothing spline), its level and slope free
+    y_i = T(x_i) + e_i,   e_i ~ N(0, s^2) independent
 
-s has a prior around SHARED x val_loss_se / loss, as weak as PRIOR_WEIGHT validations; how much T bends, relative to s, is summed over a
-grid (RATIOS) with equal weights before the data. Given that ratio everything is a Student t in closed form (Wahba, Spline Models for
-Observational Data, 1990, section 1.5; O'Hagan & Forster, Bayesian Inference, 11.3). The steep fall at the beginning is left out
-(WINDOW): it says nothing of the minimum, and would be taken for noise.
+T is an integrated Wiener process (a cubic smoothing spline) with free level and slope. The prior of s is centered on
+SHARED x val_loss_se / loss and weighs as much as PRIOR_WEIGHT validations. The ratio of T's bend to s is summed over a
+grid (RATIOS) with equal prior weights. Given that ratio, everything is a Student t in closed form (Wahba, Spline Models
+for Observational Data, 1990, section 1.5; O'Hagan & Forster, Bayesian Inference, 11.3). The steep fall at the beginning
+is left out (WINDOW): it carries no information about the minimum and would be taken for noise.
 
-Hysteresis. A regime is entered after two validations in a row that are sure of it (SURE), and left for a milder one after two in a row
-that doubt it (UNSURE), so the word does not flip on noise.
+Hysteresis. A regime is entered after two consecutive validations that are sure of it (SURE) and left for a milder one
+after two that doubt it (UNSURE), so the reported regime does not flip on noise.
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ from scipy import special
 from pctrain.ceiling.regimes import MILD, SEVERE, STABLE
 from pctrain.common.errors import UserError
 
-SHARED = 0.2  # of val_loss_se is left in a difference: losses of a sequence at two checkpoints correlate by about 0.98
+SHARED = (
+    0.2  # share of val_loss_se left in a difference: losses of a sequence at two checkpoints correlate by about 0.98
+)
 PRIOR_WEIGHT = 4.0
 RATIOS = np.logspace(-5, 3, 17)  # variance of T's bend over one distance / s^2
-WINDOW = 1.25  # validations from the first one below WINDOW x the lowest loss on
-LEAST = 4  # validations in the window before anything is said about a minimum
-MOST = 64  # are looked at; of more, the latest half of these and as many of those before
+WINDOW = 1.25  # the window starts at the first validation below WINDOW x the lowest loss
+MIN_VALIDATIONS = 4  # in the window, before the monitor says anything about a minimum
+MAX_VALIDATIONS = 64  # used; of a longer history the latest half of these, and as many of the earlier ones
 SURE, UNSURE = 0.95, 0.5
 IN_A_ROW = 2
 
@@ -43,8 +46,12 @@ Advice = Literal["continue", "keep", "stop"]
 
 @dataclass(frozen=True)
 class Reading:
-    """After a validation. `passed`: probability that the trend has been lower before; `left`, `severe`: that it lies above the stable
-    band, and in the severe one, by the trend's minimum so far; `start`: the checkpoint of the lowest loss, None before the first."""
+    """The state of SFT after a validation.
+
+    `passed` is the probability that the trend has been lower before. `left` and `severe` are the probabilities that the
+    trend is above the stable band, or in the severe band, of its minimum so far. `start` is the step of the checkpoint
+    with the lowest loss, or None before the first checkpoint.
+    """
 
     regime: str
     passed: float
@@ -54,24 +61,25 @@ class Reading:
     start: int | None
 
     def metrics(self) -> dict[str, float | str | int]:
+        """Return the fields of the metrics row."""
         start = {} if self.start is None else {"rl_start": self.start}
         return {"regime": self.regime, "minimum_passed": self.passed, "advice": self.advice, **start}
 
     def line(self) -> str:
-        """For train.log."""
+        """Return the line of train.log."""
         start = "there is no checkpoint for RL yet" if self.start is None else f"RL would start from step {self.start}"
         return f"{self.regime} so far | minimum passed {self.passed:.0%} | {self.advice}: {start}"
 
     def has_left(self, regime: str) -> bool:
-        """Whether `regime` ("stable" or "mild") lies behind."""
+        """Return whether SFT is past `regime` ("stable" or "mild")."""
         return self.regime in {STABLE: (MILD, SEVERE), MILD: (SEVERE,)}[regime]
 
 
 class Monitor:
-    """`add` every validation in order. Its state is these validations alone: a resumed run adds them again."""
+    """The monitor of one SFT run. `add` every validation in order; a resumed run adds the earlier ones again."""
 
     def __init__(self, delta: float, delta2: float):
-        """Of the regimes (regimes.classify)."""
+        """Set the bands of the regimes, as in regimes.classify."""
         self._bands = math.log1p(delta), math.log1p(delta2)
         self._start: tuple[float, int] | None = None  # (loss, step) of the best checkpoint
         self._x: list[float] = []
@@ -82,18 +90,22 @@ class Monitor:
         self._votes: dict[str, int] = {}
 
     def add(self, step: int, eflops: float, loss: float, se: float, checkpoint: bool = True) -> Reading:
-        """One validation: loss in nats and its standard error over sequences. `checkpoint`: this step has one, from which RL may start.
+        """Add one validation and return the new reading.
 
-        UserError: a loss that is not finite and above 0, or compute that does not increase.
+        `loss` is in nats, `se` its standard error over sequences. `checkpoint`: RL may start from this step.
+
+        Raises:
+            UserError: the loss is not finite and above 0, or the compute does not increase.
         """
         if not (math.isfinite(loss) and loss > 0 and math.isfinite(se) and se >= 0):
             raise UserError(
-                f"step {step}: the validation loss is {loss:g} +- {se:g}; expected finite nats above 0. The run has diverged: "
-                "lower sft.optimizer.lr or raise sft.optimizer.warmup"
+                f"step {step}: the validation loss is {loss:g} +- {se:g}; expected finite nats above 0. The run has "
+                "diverged: lower sft.optimizer.lr or raise sft.optimizer.warmup"
             )
         if self._x and eflops <= self._x[-1]:
             raise UserError(
-                f"step {step}: {eflops:g} EFLOPs after {self._x[-1]:g}: compute must increase from validation to validation"
+                f"step {step}: {eflops:g} EFLOPs after {self._x[-1]:g}. Compute must increase from validation to "
+                "validation."
             )
         if checkpoint and (self._start is None or loss < self._start[0]):
             self._start = loss, step
@@ -105,32 +117,38 @@ class Monitor:
         left, severe = (trend.above_minimum(band) for band in self._bands)
         passed = trend.above_minimum(0.0)
         self._judge(passed, left, severe)
-        advice: Advice = "stop" if self._level else "keep" if self._kept else "continue"
-        return Reading(
-            (STABLE, MILD, SEVERE)[self._level], passed, left, severe, advice, self._start and self._start[1]
-        )
+        start = None if self._start is None else self._start[1]
+        return Reading((STABLE, MILD, SEVERE)[self._level], passed, left, severe, self._advice(), start)
+
+    def _advice(self) -> Advice:
+        if self._level:
+            return "stop"
+        return "keep" if self._kept else "continue"
 
     def _window(self) -> np.ndarray:
+        """Return the indices of the validations that the trend is fitted to."""
         y = np.array(self._y)
         seen = np.arange(int(np.argmax(y <= y.min() + math.log(WINDOW))), len(y))
-        if len(seen) > MOST:
-            early, late = seen[: -MOST // 2], seen[-MOST // 2 :]
-            thinned = early[np.linspace(0, len(early) - 1, MOST // 2 - 1).round().astype(int)]
+        if len(seen) > MAX_VALIDATIONS:
+            early, late = seen[: -MAX_VALIDATIONS // 2], seen[-MAX_VALIDATIONS // 2 :]
+            thinned = early[np.linspace(0, len(early) - 1, MAX_VALIDATIONS // 2 - 1).round().astype(int)]
             seen = np.union1d([*thinned, early[np.argmin(y[early])]], late)
         return seen
 
     def _judge(self, passed: float, left: float, severe: float) -> None:
-        up, down = (left, severe)[min(self._level, 1)], (left, severe)[max(self._level - 1, 0)]
+        """Update the regime and the advice, with hysteresis."""
+        beyond = (left, severe)  # beyond[i]: probability of a regime above level i
+        up, down = beyond[min(self._level, 1)], beyond[max(self._level - 1, 0)]
         if self._twice("up", self._level < 2 and up >= SURE):
             self._level += 1
         elif self._twice("down", self._level > 0 and down < UNSURE):
             self._level -= 1
-        if self._twice("kept", not self._kept and passed >= SURE) or self._twice(
-            "released", self._kept and passed < UNSURE
-        ):
+        keep = self._twice("kept", not self._kept and passed >= SURE)
+        if keep or self._twice("released", self._kept and passed < UNSURE):
             self._kept = not self._kept
 
     def _twice(self, what: str, holds: bool) -> bool:
+        """Return whether `what` holds for the IN_A_ROW-th time in a row, and start counting anew if so."""
         self._votes[what] = self._votes.get(what, 0) + 1 if holds else 0
         if self._votes[what] < IN_A_ROW:
             return False
@@ -139,12 +157,12 @@ class Monitor:
 
 
 class Trend:
-    """The posterior of T at the validations: x [n] increasing, y [n] log losses; `scale`: where the prior of s lies."""
+    """The posterior of T at the validations: x [n] increasing, y [n] log losses, `scale` the prior guess of s."""
 
     def __init__(self, x: np.ndarray, y: np.ndarray, scale: float):
         self.n = len(x)
         self.lowest = int(np.argmin(y))
-        if self.n < LEAST:
+        if self.n < MIN_VALIDATIONS:
             return
         spacing = (x - x[0]) / np.median(np.diff(x))
         q, d = _basis(tuple(spacing.round(6)))
@@ -162,8 +180,8 @@ class Trend:
         self.lowest = int(np.argmin(self.weight @ self.mean))
 
     def above_minimum(self, band: float) -> float:
-        """Probability that T is now above its lowest (by the posterior mean) by more than `band`, in logarithms."""
-        if self.n < LEAST or self.lowest == self.n - 1:
+        """Return the probability that T is now more than `band` (log) above its minimum by the posterior mean."""
+        if self.n < MIN_VALIDATIONS or self.lowest == self.n - 1:
             return 0.0
         difference = self.mean[:, -1] - self.mean[:, self.lowest]
         of_noise = ((self._q[-1] - self._q[self.lowest]) ** 2 * self._shrunk).sum(1)
@@ -173,8 +191,10 @@ class Trend:
 
 @lru_cache(maxsize=256)
 def _basis(x: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """q [n, n - 2], orthonormal and orthogonal to 1 and x, and d [n - 2]: q^T K q = diag(d), K the covariance of an integrated Wiener
-    process that starts at 0 with slope 0."""
+    """Return q [n, n - 2], orthonormal and orthogonal to 1 and x, and d [n - 2] with q^T K q = diag(d).
+
+    K is the covariance of an integrated Wiener process that starts at 0 with slope 0.
+    """
     at = np.array(x)
     low, gap = np.minimum(at[:, None], at), np.abs(at[:, None] - at)
     covariance = low**3 / 3 + gap * low**2 / 2

@@ -1,6 +1,6 @@
-"""Regimes of the SFT validation loss (arXiv 2512.11470, section on regimes), judged with the whole curve at hand, and RL start points.
+"""Regimes of the SFT validation loss (arXiv 2512.11470) and the choice of RL start points, given the whole curve.
 
-While the curve is still being made, `monitor` judges it.
+`monitor` judges a curve while it is still being measured.
 """
 
 from __future__ import annotations
@@ -8,22 +8,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pctrain.common.errors import UserError
 
 ADAPTIVE, STABLE, MILD, SEVERE, TRANSIENT = REGIMES = ("adaptive", "stable", "mild", "severe", "transient")
 
 
-def classify(eflops: Sequence[float], losses: Sequence[float], delta: float = 0.02, delta2: float = 0.10) -> list[str]:
-    """Regime of every point of a validation loss curve. `eflops` [n] increasing (steps do as well), `losses` [n] in nats.
+def classify(eflops: ArrayLike, losses: ArrayLike, delta: float = 0.02, delta2: float = 0.10) -> list[str]:
+    """Return the regime of every point of a validation loss curve.
 
-    With L_min the minimum of all losses given and T_stable = {L <= (1 + delta) L_min}: `adaptive` before T_stable, `stable` in it;
-    after its last point `mild`, or `severe` from (1 + delta2) L_min on. `transient` is a point between the first and the last stable
-    one that leaves the band; the paper's sets do not name it.
+    `eflops` [n] must increase (steps work as well); `losses` [n] are in nats. L_min is the minimum of all the losses
+    and T_stable = {L <= (1 + delta) L_min}. A point is `adaptive` before T_stable and `stable` in it. After the last
+    stable point it is `mild`, or `severe` from (1 + delta2) L_min on. `transient` is a point that leaves the band
+    between the first and the last stable one; the paper's definition does not name it.
     """
     x, loss = _checked(eflops, losses)
     if not 0 < delta < delta2:
-        raise UserError(f"regimes: need 0 < delta < delta2, found delta {delta}, delta2 {delta2}")
+        raise UserError(f"regimes: got delta {delta} and delta2 {delta2}. They must satisfy 0 < delta < delta2.")
     stable = loss <= (1 + delta) * loss.min()
     first, last = x[stable].min(), x[stable].max()
     severe = loss >= (1 + delta2) * loss.min()
@@ -40,28 +42,33 @@ def classify(eflops: Sequence[float], losses: Sequence[float], delta: float = 0.
     return [regime(i) for i in range(len(x))]
 
 
-def minimum(losses: Sequence[float]) -> int:
-    """Index of the smallest loss; the first of equal ones."""
-    return int(np.argmin(np.asarray(losses, dtype=np.float64)))
-
-
 def starts(
-    steps: Sequence[int], losses: Sequence[float], checkpoints: Sequence[int], delta: float = 0.02, delta2: float = 0.10
+    steps: Sequence[int], losses: ArrayLike, checkpoints: Sequence[int], delta: float = 0.02, delta2: float = 0.10
 ) -> dict[str, int | None]:
-    """Checkpoint steps to start RL from: {"early", "stable", "overfit"} -> step, or None where no checkpoint has that role.
+    """Choose checkpoint steps to start RL from: {"early", "stable", "overfit"} -> step, or None if none qualifies.
 
-    `steps` [n] and `losses` [n]: the validation curve; `checkpoints`: steps that have a checkpoint. A checkpoint between two
-    validations takes the loss interpolated between them; one outside the curve, and step 0 (no training), is not used.
-    `stable`: the lowest loss among the checkpoints. `early`: in the adaptive regime, nearest to half the stable step (by then the model
-    is useful; a tie goes to the later one). `overfit`: the last checkpoint, if its regime is mild or severe.
+    * `stable`: the checkpoint with the lowest loss.
+    * `early`: the adaptive checkpoint nearest to half the stable step, where the model is useful already; the later one
+      in a tie.
+    * `overfit`: the last checkpoint, if its regime is mild or severe.
+
+    A checkpoint between two validations gets the loss interpolated between them. A checkpoint outside the curve is not
+    used, and neither is step 0 (no training).
+
+    Args:
+        steps: [n], of the validation curve.
+        losses: [n], of the validation curve, nats.
+        checkpoints: steps that have a checkpoint.
+        delta: as in `classify`.
+        delta2: as in `classify`.
     """
     x, loss = _checked(steps, losses)
-    usable = sorted({int(c) for c in checkpoints if c > 0 and x[0] <= c <= x[-1]})
+    usable = sorted({int(step) for step in checkpoints if step > 0 and x[0] <= step <= x[-1]})
     if not usable:
         return {"early": None, "stable": None, "overfit": None}
     grid = np.union1d(x, usable)
-    loss_at = dict(zip(grid, np.interp(grid, x, loss)))
-    regime_at = dict(zip(grid, classify(grid, list(loss_at.values()), delta, delta2)))
+    loss_at = dict(zip(grid, np.interp(grid, x, loss), strict=True))
+    regime_at = dict(zip(grid, classify(grid, list(loss_at.values()), delta, delta2), strict=True))
 
     stable = min(usable, key=lambda step: loss_at[step])
     adaptive = [step for step in usable if regime_at[step] == ADAPTIVE and step < stable]
@@ -74,13 +81,16 @@ def starts(
     }
 
 
-def _checked(x: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    x, loss = np.asarray(x, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+def _checked(eflops: ArrayLike, losses: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    x, loss = np.asarray(eflops, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if x.ndim != 1 or x.shape != loss.shape or not len(x):
-        raise UserError(f"regimes: need as many losses as x values, one or more; found {loss.shape} and {x.shape}")
+        raise UserError(
+            f"regimes: got losses of shape {loss.shape} and x values of shape {x.shape}. "
+            "Give as many losses as x values, one or more."
+        )
     if not (np.isfinite(x).all() and np.isfinite(loss).all()):
         raise UserError(
-            "regimes: the validation curve holds a value that is not finite; leave such points out or train again"
+            "regimes: the validation curve has a value that is not finite. Leave out such points or train again."
         )
     if (np.diff(x) <= 0).any():
         raise UserError("regimes: x (EFLOPs or steps) of the validation curve must increase from point to point")

@@ -1,33 +1,39 @@
-"""Every FLOP of a run by phase, in the paper's count and in the exact one.
+"""Every FLOP of a run by phase, in the paper's count (arXiv 2512.11470, appendix E) and in the exact one.
 
-Two totals are the x of all curves: `eflops_sft` and `eflops_rl` (the latter from the SFT/RL joint). They hold training compute by the
-paper's formulas: SFT updates; rollouts, rejected ones included, and RL updates. Validation and evaluation are in the ledger, never in x.
+Two totals are the x of all curves: `eflops_sft`, and `eflops_rl` from the SFT/RL switch point on. They hold training
+compute by the paper's formulas: SFT updates; rollouts, rejected ones included, and RL updates. Validation and
+evaluation are in the ledger, but never in x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from pctrain.common.errors import UserError
 from pctrain.compute import flops
+from pctrain.compute.model_shape import ModelShape
 
 
 @dataclass(frozen=True)
 class Phase:
-    """What a token costs in this phase. `paper_units`: in forward passes by the paper's formulas; `exact`: the passes that are made, and
-    counted exactly; `axis`: the total it belongs to (none: evaluation)."""
+    """The price of a token in one phase.
+
+    `paper_units`: forward passes that the paper's formulas count. `exact`: the passes that are made, which the exact
+    count covers. `axis`: the total that the phase belongs to, or None for evaluation.
+    """
 
     paper_units: float
     exact: Literal["forward", "training", "none"]
-    axis: str | None
+    axis: Literal["sft", "rl"] | None
 
 
-# The paper's GRPO step is 4 forward units (rollout 1, update 3) and has no log-prob pass, nor a reference model; a rejected rollout costs
-# what a kept one does. It counts 4 units for the expert's tokens of LUFFY and SRFT as well, which nobody samples: `expert` is the fourth.
+# The paper's GRPO step has 4 forward units (rollout 1, update 3) and neither a log-prob pass nor a reference model. A
+# rejected rollout costs as much as a kept one. The paper also counts 4 units for the expert's tokens of LUFFY and SRFT,
+# which nobody samples: `expert` is the fourth.
 PHASES = {
     "sft_update": Phase(3.0, "training", "sft"),
     "rollout": Phase(1.0, "forward", "rl"),
@@ -40,31 +46,45 @@ PHASES = {
     "evaluation": Phase(1.0, "forward", None),
 }
 
-_SUMS = ("sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device_seconds")
+SUMS = ("sequences", "tokens", "paper_flops", "exact_flops", "seconds", "device_seconds")
+Sums = dict[str, float]
+
+
+class LedgerState(TypedDict):
+    """A saved ledger, in plain JSON values."""
+
+    joint: float
+    totals: dict[str, Sums]
 
 
 class Ledger:
-    """Running totals of one run. An RL run starts from `eflops_sft`, the compute spent up to the joint."""
+    """Running totals of one run. An RL run starts from `eflops_sft`, the compute spent up to the switch point."""
 
     def __init__(
-        self, shape: flops.ModelShape, eflops_sft: float = 0.0, ranks: int = 1, recompute: flops.Recompute = "none"
-    ):
-        """`ranks`: how many run together; each of them holds a device for as long as a phase takes. `recompute`: parallel.recompute."""
+        self, shape: ModelShape, eflops_sft: float = 0.0, ranks: int = 1, recompute: flops.Recompute = "none"
+    ) -> None:
+        """Start with empty totals.
+
+        Args:
+            shape: the model whose FLOPs are counted.
+            eflops_sft: EFLOPs spent on SFT before this run.
+            ranks: number of ranks that run together; each holds a device for as long as a phase takes.
+            recompute: `parallel.recompute`.
+        """
         self.shape, self.ranks, self.recompute = shape, ranks, recompute
         self.joint = float(eflops_sft)
-        self.entries: list[
-            dict
-        ] = []  # for ledger.jsonl; whoever writes them there clears the list. Not part of the state
-        self._totals: dict[str, dict[str, float]] = {}
+        # Entries for ledger.jsonl. Whoever writes them there clears the list. They are not part of the state.
+        self.entries: list[dict[str, Any]] = []
+        self._totals: dict[str, Sums] = {}
 
-    def add(self, step: int, phase: str, lengths: Sequence[int] | np.ndarray, seconds: float) -> dict:
-        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks; returns the entry, one line of ledger.jsonl."""
+    def add(self, step: int, phase: str, lengths: Sequence[int] | np.ndarray, seconds: float) -> dict[str, Any]:
+        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks; return their ledger entry."""
         rule, lengths = PHASES[phase], np.asarray(lengths, dtype=np.int64)
         if (lengths <= 0).any():
             raise ValueError(f"ledger: a sequence of {lengths.min()} tokens ({phase}, step {step})")
         tokens = int(lengths.sum())
         mean_length = tokens / len(lengths) if len(lengths) else 0.0
-        entry = {
+        entry: dict[str, Any] = {
             "step": step,
             "phase": phase,
             "sequences": len(lengths),
@@ -75,36 +95,37 @@ class Ledger:
             "seconds": seconds,
             "device_seconds": seconds * self.ranks,
         }
-        total = self._totals.setdefault(phase, dict.fromkeys(_SUMS, 0))
-        for name in _SUMS:
+        total = self._totals.setdefault(phase, dict.fromkeys(SUMS, 0))
+        for name in SUMS:
             total[name] += entry[name]
         self.entries.append(entry)
         return entry
 
     @property
     def eflops_sft(self) -> float:
-        """EFLOPs of SFT so far (the joint's, in an RL run)."""
+        """EFLOPs of SFT so far; in an RL run, those up to the switch point."""
         return self.joint + self._axis("sft")
 
     @property
     def eflops_rl(self) -> float:
-        """EFLOPs of RL training since the joint."""
+        """EFLOPs of RL training since the switch point."""
         return self._axis("rl")
 
-    def totals(self) -> dict[str, dict[str, float]]:
-        """Sums by phase: sequences, tokens, paper_flops, exact_flops, seconds, device_seconds. Phases that did not occur are absent."""
+    def totals(self) -> dict[str, Sums]:
+        """Return the sums of every phase that occurred, under the names of SUMS."""
         return {phase: dict(total) for phase, total in self._totals.items()}
 
-    def state_dict(self) -> dict:
-        """Plain JSON values; floats survive `json` bit for bit (shortest round-trip text)."""
+    def state_dict(self) -> LedgerState:
+        """Return plain JSON values. Floats survive `json` bit for bit (shortest round-trip text)."""
         return {"joint": self.joint, "totals": self.totals()}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned. Raises UserError for phases that this version does not know."""
         unknown = set(state["totals"]) - set(PHASES)
         if unknown:
             raise UserError(
-                f"ledger: unknown phases {', '.join(sorted(unknown))[:200]} in the saved state; it is another version's: go on "
-                "with that, or begin anew"
+                f"ledger: the saved state has unknown phases {', '.join(sorted(unknown))[:200]}. Another version of "
+                "pctrain wrote it: resume with that version, or start a new run"
             )
         self.joint = float(state["joint"])
         self._totals = {phase: dict(total) for phase, total in state["totals"].items()}
@@ -118,8 +139,6 @@ class Ledger:
         return flops.exact_forward(self.shape, lengths)
 
     def _axis(self, axis: str) -> float:
-        # In the order of PHASES, not of arrival: the sum must not depend on which phase came first.
-        return (
-            sum(self._totals[p]["paper_flops"] for p, rule in PHASES.items() if rule.axis == axis and p in self._totals)
-            / flops.EFLOP
-        )
+        # Summed in the order of PHASES, not of arrival: the sum must not depend on which phase came first.
+        present = (phase for phase, rule in PHASES.items() if rule.axis == axis and phase in self._totals)
+        return sum(self._totals[phase]["paper_flops"] for phase in present) / flops.EFLOP

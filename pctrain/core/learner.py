@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,25 +17,25 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from pctrain.common.device import DTYPES, on_gpu
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ModelConfig, OptimizerConfig, ParallelConfig
+from pctrain.config.tree import OptimizerConfig, ParallelConfig, ResolvedModelConfig
 from pctrain.core import checkpoint, model, optimizer, patches, step, weight_buckets, weights
 from pctrain.core.layers import context_parallel
 from pctrain.core.layers import spec as layers
 from pctrain.core.reference import Reference
-from pctrain.core.step import TokenLoss
 from pctrain.data.packing import MULTIPLE, PackedBatch, PackShape, pack_rows
 from pctrain.data.rows import Row, RowSet
 from pctrain.distributed import parallel
 from pctrain.hf.config import HFConfig
+from pctrain_kernels import TokenLoss
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step did. `loss` (a weighted sum / the batch's denominator) and `metrics` (weighted means over the batch's loss
-    tokens) are from before the update.
+    """The result of one optimizer update. `loss` and `metrics` are from before the update.
 
-    `skipped`: loss or gradient norm (then NaN here) was not finite, or the norm above `optimizer.skip_above`, and no rank updated
-    anything; the schedule went on.
+    `loss` is a weighted sum over the batch's denominator; `metrics` are weighted means over the batch's loss tokens.
+    `skipped` means that no rank updated anything, because the loss or the gradient norm (then NaN here) was not finite,
+    or the norm was above `optimizer.skip_above`. The learning rate schedule advances all the same.
     """
 
     loss: float
@@ -44,47 +45,48 @@ class Update:
     skipped: bool = False
 
 
-def _pack_shape(config: ModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
-    """Sizes that can be cut over the tensor and context parallel ranks; of one pack for all stages of a pipeline."""
-    align = context_parallel.alignment(par.context)
-    return PackShape(
-        align=align,
-        multiple=math.lcm(MULTIPLE, par.tensor * align * config.fp8_block),
-        equal=par.pipeline > 1,
-        balanced_length=hf.shape.balanced_length,
-    )
-
-
 class Learner:
-    """A model from a Hugging Face directory, sharded over this job's ranks; with an optimizer, trainable.
+    """A model from a Hugging Face directory, sharded over this job's ranks; trainable if it has an optimizer.
 
-    Every method is collective: all ranks call it with the same arguments (batches excepted: each holds its own packs).
+    Every method is collective: all ranks call it with the same arguments (batches excepted: each rank holds its own
+    packs).
     """
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: ResolvedModelConfig,
         par: ParallelConfig,
         *,
         optimizer_config: OptimizerConfig | None,
         total_steps: int,
         seed: int,
     ):
+        """Build the model and load its start weights.
+
+        Args:
+            config: the model; its `checkpoint`, if there is one, has the start weights, else its `path`.
+            par: how the model is cut over the ranks.
+            optimizer_config: None for a model that is not trained.
+            total_steps: optimizer updates of the whole run, for the learning rate schedule.
+            seed: of the generators.
+        """
         patches.install()
         parallel.initialize(par, seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
-        self._source, self._start_checkpoint = config.path, config.checkpoint
+        self._source = config.path
+        self._start_checkpoint = config.checkpoint
         self.hf = HFConfig.read(config.path)
         self.spec = layers.choose_spec(config, par)
         self.chunks = model.build(self.hf, config, par, trainable=optimizer_config is not None)
         self._te = self.spec == "te"
         self._pack_shape = _pack_shape(config, par, self.hf)
-        # Weights first: the optimizer copies them where it keeps masters of its own.
+        # Weights first: an optimizer with master weights copies them.
         self._load_start()
         self._reference: Reference | None = None
-        self._head = step.Head(self.hf, par.sequence_parallel)
+        self._head = step.PackHead(self.hf, par.sequence_parallel)
         self.saver = checkpoint.Saver(background=on_gpu())
-        self._optimizer = self._scheduler = None
+        self._optimizer: Any = None
+        self._scheduler: Any = None
         if optimizer_config is not None:
             dtype = DTYPES[config.dtype]
             self._clip, self._skip_above = optimizer_config.clip, optimizer_config.skip_above
@@ -96,48 +98,59 @@ class Learner:
         return [chunk.module for chunk in self.chunks]
 
     def describe(self) -> str:
-        """One line for the start of a run: the model, the layer spec that was chosen, and the layout."""
-        tensor, pipeline = (
-            parallel_state.get_tensor_model_parallel_world_size(),
-            parallel_state.get_pipeline_model_parallel_world_size(),
-        )
-        context, data = parallel_state.get_context_parallel_world_size(), parallel.data_parallel()[1]
+        """Return one line for the start of a run: the model, the chosen layer spec, and the layout."""
+        sizes = {
+            "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+            "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+            "context": parallel_state.get_context_parallel_world_size(),
+            "data": parallel.data_parallel()[1],
+        }
+        layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
         model = f"{self.hf.architecture}, {self.hf.shape.parameters / 1e6:.4g}M parameters"
-        return (
-            f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): tensor {tensor} x pipeline {pipeline} "
-            f"x context {context} x data {data}"
-        )
+        return f"{model}; layer spec {self.spec}; {parallel.world_size()} rank(s): {layout}"
+
+    # ---- training --------------------------------------------------------------------------------------------------
 
     def pack(self, rows: Sequence[Row] | RowSet, token_budget: int, *, denominator: float | None = None) -> PackedBatch:
-        """The rows as micro-batches of at most `token_budget` positions; this rank holds its data parallel share of them.
+        """Pack rows into micro-batches of at most `token_budget` positions; this rank gets its data parallel share.
 
-        `denominator`: what loss and gradients are divided by, over all ranks; None: the sum of the weights.
+        Loss and gradients are divided by `denominator`, which counts over all ranks; None is the sum of the weights.
         """
         rank, size = parallel.data_parallel()
         return pack_rows(
             rows, token_budget, dp_rank=rank, dp_size=size, shape=self._pack_shape, denominator=denominator
         )
 
-    def step(
+    def train_step(
         self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True
     ) -> Update:
-        """Forward, backward and one optimizer update. `want_entropy` False: the loss gets None for it, and the head is cheaper.
+        """Run forward and backward over the batch, and make one optimizer update.
 
-        A loss or gradient that is not finite, or a norm above `optimizer.skip_above`, leaves weights and optimizer as they were, on every
-        rank (`Update.skipped`). The learning rate follows the number of calls either way, so that a schedule ends with its run.
+        Without `want_entropy` the loss gets None for the entropy, and the head is cheaper. A loss or gradient that is
+        not finite, or a norm above `optimizer.skip_above`, leaves weights and optimizer as they were on every rank
+        (`Update.skipped`). The learning rate follows the number of calls either way, so that a schedule ends with its
+        run.
         """
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
         self._optimizer.zero_grad()
-        options = {"temperature": temperature, "want_entropy": want_entropy}
-        loss, metrics = step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=True)
+        loss, metrics = step.run_loss(
+            self.chunks,
+            self._head,
+            self.spec,
+            batch,
+            token_loss,
+            temperature=temperature,
+            want_entropy=want_entropy,
+            backward=True,
+        )
         # Before the update, so that the first step already has a learning rate above 0.
         self._scheduler.step(1)
         lr = self._optimizer.param_groups[0]["lr"]
-        grad_norm = (
-            optimizer.global_norm(self._optimizer) if math.isfinite(loss) else None
-        )  # every rank has the same loss
+        if not math.isfinite(loss):  # every rank has the same loss
+            return Update(loss, metrics, math.nan, lr, skipped=True)
+        grad_norm = optimizer.global_norm(self._optimizer)
         if grad_norm is None:
             return Update(loss, metrics, math.nan, lr, skipped=True)
         if self._skip_above is not None and grad_norm > self._skip_above:
@@ -145,13 +158,23 @@ class Learner:
         optimizer.apply(self._optimizer, self._clip, grad_norm)
         return Update(loss, metrics, grad_norm, lr)
 
+    # ---- without gradients -----------------------------------------------------------------------------------------
+
     def forward(
         self, batch: PackedBatch, token_loss: TokenLoss, *, temperature: float = 1.0, want_entropy: bool = True
     ) -> tuple[float, dict[str, float]]:
-        """(loss, metrics) of the batch, no gradient: sums over all ranks / `batch.denominator` (loss) and `batch.loss_tokens` (metrics)."""
+        """Return (loss, metrics) of the batch: sums over all ranks / `batch.denominator` and / `batch.loss_tokens`."""
         self._eval()
-        options = {"temperature": temperature, "want_entropy": want_entropy}
-        return step.run_loss(self.chunks, self._head, self.spec, batch, token_loss, **options, backward=False)
+        return step.run_loss(
+            self.chunks,
+            self._head,
+            self.spec,
+            batch,
+            token_loss,
+            temperature=temperature,
+            want_entropy=want_entropy,
+            backward=False,
+        )
 
     def logprobs(
         self,
@@ -160,43 +183,84 @@ class Learner:
         *,
         temperature: float = 1.0,
         trained_only: bool = False,
-        want_entropy: bool = False,
-    ) -> list[np.ndarray] | tuple[list[np.ndarray], list[np.ndarray]]:
-        """Log-prob of every token given those before it, float32 [L] a row on every rank; entry 0 is 0 (nothing predicts it).
+    ) -> list[np.ndarray]:
+        """Return the log-prob of every token given those before it, float32 [L] per row, on every rank.
 
-        `trained_only`: 0 where the row's weight is 0 as well, whose logits are not made. `want_entropy`: (log-probs, entropies) of the same
-        pass, the latter of the distribution that each token was drawn from, in nats, in the same form.
+        Entry 0 is 0, because nothing predicts the first token. With `trained_only` the entries of tokens with weight 0
+        are 0 too, and their logits are not computed.
         """
+        values = self._token_values(rows, token_budget, temperature, trained_only, want_entropy=False)
+        return [of_row[0] for of_row in values]
+
+    def logprobs_and_entropies(
+        self,
+        rows: Sequence[Row] | RowSet,
+        token_budget: int,
+        *,
+        temperature: float = 1.0,
+        trained_only: bool = False,
+    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Return the log-probs of `logprobs` and, from the same pass, the entropies in the same form.
+
+        The entropy is that of the distribution that the token was drawn from, in nats.
+        """
+        values = self._token_values(rows, token_budget, temperature, trained_only, want_entropy=True)
+        return [of_row[0] for of_row in values], [of_row[1] for of_row in values]
+
+    def _token_values(
+        self,
+        rows: Sequence[Row] | RowSet,
+        token_budget: int,
+        temperature: float,
+        trained_only: bool,
+        want_entropy: bool,
+    ) -> list[np.ndarray]:
+        """Return one float32 array [1 or 2, L] per row: log-probs and, if wanted, entropies."""
         self._eval()
         rows = rows if isinstance(rows, RowSet) else RowSet.of(rows)
-        batch, dp_size = self.pack(rows, token_budget), parallel.data_parallel()[1]
-        options = {"temperature": temperature, "trained_only": trained_only, "want_entropy": want_entropy}
-        by_pack = step.run_logprob(self.chunks, self._head, self.spec, batch, **options)
-        found: dict[int, np.ndarray] = {}  # of each row [1 or 2, L]: log-probs, entropies
+        batch = self.pack(rows, token_budget)
+        by_pack = step.run_logprob(
+            self.chunks,
+            self._head,
+            self.spec,
+            batch,
+            temperature=temperature,
+            trained_only=trained_only,
+            want_entropy=want_entropy,
+        )
+        by_row: dict[int, np.ndarray] = {}
         for pack, of_pack in zip(batch.packs, by_pack, strict=True):
-            values, bounds = torch.stack(of_pack).float().cpu().numpy(), pack.cu_seqlens.tolist()
-            for row, start in zip(pack.rows, bounds[:-1], strict=True):
-                found[row] = np.pad(values[:, start : start + rows.lengths[row] - 1], ((0, 0), (1, 0)))
-        if dp_size > 1:
-            shares: list = [None] * dp_size
-            dist.all_gather_object(shares, found, group=parallel_state.get_data_parallel_group())
-            found = {row: values for share in shares for row, values in share.items()}
-        logprobs = [found[i][0] for i in range(len(rows))]
-        return (logprobs, [found[i][1] for i in range(len(rows))]) if want_entropy else logprobs
+            values = torch.stack(of_pack).float().cpu().numpy()
+            starts = pack.cu_seqlens.tolist()[:-1]
+            for row, start in zip(pack.rows, starts, strict=True):
+                by_row[row] = np.pad(values[:, start : start + rows.lengths[row] - 1], ((0, 0), (1, 0)))
+        data_parallel_size = parallel.data_parallel()[1]
+        if data_parallel_size > 1:
+            shares: list = [None] * data_parallel_size
+            dist.all_gather_object(shares, by_row, group=parallel_state.get_data_parallel_group())
+            by_row = {row: values for share in shares for row, values in share.items()}
+        return [by_row[i] for i in range(len(rows))]
+
+    def _eval(self) -> None:
+        for chunk in self.chunks:
+            chunk.eval()
+
+    # ---- the reference model ---------------------------------------------------------------------------------------
 
     def keep_reference(self, offload: bool = False) -> None:
-        """Keeps the START weights (`model.checkpoint`, or else `model.path`) beside the trained ones, sharded as they are.
+        """Keep the START weights (`model.checkpoint`, or else `model.path`) next to the trained ones, sharded alike.
 
-        Called when steps were made or a checkpoint was loaded, it reads them from there again. `offload`: in host memory, where the model
-        is on a GPU; there they take device memory inside `reference()` alone.
+        They are read from there again, so steps may have been made or a checkpoint loaded before the call. With
+        `offload` they are kept in host memory, if the model is on a GPU, and take device memory only inside
+        `reference()`.
         """
         self._reference = Reference(self.modules, load=self._load_start, offload=offload)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Inside, `logprobs` and `forward` are those of the reference; afterwards, also after an exception, the weights are as before."""
+        """Make `logprobs` and `forward` use the reference; afterwards, also after an exception, restore the weights."""
         if self._reference is None:
-            raise UserError("there is no reference model: keep_reference was not called; this is a fault of the caller")
+            raise UserError("there is no reference model: keep_reference was not called. This is a fault of the caller")
         with self._reference.in_place():
             yield
 
@@ -206,34 +270,46 @@ class Learner:
         else:
             weights.load_hf(self.modules, self.hf, self._source, self._te)
 
-    def _eval(self) -> None:
-        for chunk in self.chunks:
-            chunk.eval()
+    # ---- weights and checkpoints -----------------------------------------------------------------------------------
 
     def hf_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(Hugging Face name, full tensor) of every weight, on every rank; iterate to the end on all of them."""
+        """Yield (Hugging Face name, full tensor) of every weight on every rank; all ranks must iterate to the end."""
         return weight_buckets.stream_hf(self.modules, self.hf, self._te)
 
     def export(self, folder: Path, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-        """Writes the weights as a Hugging Face directory that transformers and vLLM load. `dtypes`: by name; None: as in the model."""
+        """Write the weights as a Hugging Face directory that transformers and vLLM load.
+
+        `dtypes` gives the dtype of weights by name; None keeps the model's.
+        """
         weights.save_hf(
             self.modules, self.hf, self._te, self._source, folder, writes=parallel.rank() == 0, dtypes=dtypes
         )
         parallel.barrier()
 
     def save(self, directory: Path, done: Callable[[], None] = lambda: None) -> None:
-        """Writes into an empty folder what `load` reads; `done` (collective) is called when all of it lies there.
+        """Write a checkpoint into an empty folder; `done` (collective) is called once it is complete.
 
-        On a GPU the writing goes on in the background, and `done` comes out of a later `poll_save`.
+        On a GPU a background process writes it, and a later `poll_save` calls `done`.
         """
         self.saver.save(directory, self.chunks, self._optimizer, self._scheduler, done)
 
     def poll_save(self, *, wait: bool = False) -> None:
-        """Completes a save whose writing has ended; `wait`: waits for the end. Does nothing where none is under way."""
+        """Complete a save whose writing has ended; `wait` waits for the end. Does nothing if no save is under way."""
         self.saver.poll(wait=wait)
 
     def load(self, directory: Path) -> None:
-        """Weights, optimizer, schedule and RNG of a checkpoint made at any layout."""
+        """Load weights, optimizer, schedule and RNG state of a checkpoint, saved at any layout."""
         if self._optimizer is None:
-            raise UserError("a model without an optimizer cannot be resumed; this is a fault of the caller")
+            raise UserError("a model without an optimizer cannot be resumed. This is a fault of the caller")
         checkpoint.load(directory, self.chunks, self._optimizer, self._scheduler)
+
+
+def _pack_shape(config: ResolvedModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:
+    """Return pack sizes that tensor and context parallel ranks can share, equal for all stages of a pipeline."""
+    align = context_parallel.alignment(par.context)
+    return PackShape(
+        align=align,
+        multiple=math.lcm(MULTIPLE, par.tensor * align * config.fp8_block),
+        equal=par.pipeline > 1,
+        balanced_length=hf.shape.balanced_length,
+    )

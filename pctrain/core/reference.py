@@ -1,7 +1,7 @@
-"""The reference model of a KL term: the weights that a run started from, in place of the trained ones for a pass.
+"""The reference model of a KL term: the weights that a run started from, used instead of the trained ones for a pass.
 
-There is no second module: the parameters are given other storage for the time of the pass, and their own again after it. The optimizer's
-and the data parallel buffers, which the parameters are views of, are not touched.
+There is no second module. For the time of the pass the parameters get other storage, and afterwards their own again.
+The buffers of the optimizer and of data parallelism, which the parameters are views of, are not touched.
 """
 
 from __future__ import annotations
@@ -15,35 +15,36 @@ from pctrain.common.device import device, on_gpu
 
 
 class Reference:
-    """This rank's shards of the start weights, of the parameters' shapes and dtypes."""
+    """This rank's shards of the start weights, with the parameters' shapes and dtypes."""
 
     def __init__(self, modules: Sequence[torch.nn.Module], *, load: Callable[[], None], offload: bool):
-        """
+        """Load the start weights.
+
         Args:
             modules: this rank's part of the model.
-            load: puts the start weights into the modules' parameters, in place. Collective where that is.
-            offload: keep them in host memory; without effect where the parameters lie there.
+            load: writes the start weights into the modules' parameters, in place. It may be collective.
+            offload: keep them in host memory; without effect if the parameters are there themselves.
         """
         self._parameters = [parameter for module in modules for parameter in module.parameters()]
         tensors = [torch.zeros_like(parameter, requires_grad=False) for parameter in self._parameters]
         with self._holding(tensors):
             load()
-        # Pinned: the way back to the GPU is then a plain copy.
+        # Pinned, so that the way back to the GPU is a plain copy.
         self._tensors = [tensor.cpu().pin_memory() for tensor in tensors] if offload and on_gpu() else tensors
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Inside, the modules compute with the start weights. They are not to be trained there."""
+        """Make the modules compute with the start weights. They must not be trained meanwhile."""
         with self._holding([tensor.to(device(), non_blocking=True) for tensor in self._tensors]):
             yield
 
     @contextmanager
     def _holding(self, tensors: list[torch.Tensor]) -> Iterator[None]:
-        own = [parameter.data for parameter in self._parameters]
+        trained = [parameter.data for parameter in self._parameters]
         try:
             for parameter, tensor in zip(self._parameters, tensors, strict=True):
                 parameter.data = tensor
             yield
         finally:
-            for parameter, tensor in zip(self._parameters, own, strict=True):
+            for parameter, tensor in zip(self._parameters, trained, strict=True):
                 parameter.data = tensor

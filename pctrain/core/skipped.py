@@ -1,4 +1,4 @@
-"""Updates that were skipped because loss or gradient was not finite, or too large: counted, and too many in a row end the run."""
+"""Skipped updates: those whose loss or gradient was not finite, or too large. Too many in a row end the run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from pctrain.core.learner import Update
 
 
 class SkippedUpdates:
-    """Skipped updates since the last one that was made. `limit`: `optimizer.max_skipped`. State: the count."""
+    """Counts the skipped updates since the last one that was made. `limit` is `optimizer.max_skipped`."""
 
     def __init__(self, limit: int, in_a_row: int = 0):
         self.limit = limit
         self.in_a_row = in_a_row
 
     def add(self, update: Update, step: int, ids: Sequence[str]) -> None:
-        """`ids`: of the samples of this update, for the message.
+        """Count an update; `ids` names its samples, for the message.
 
-        Raises:
-            UserError: the limit is reached. Every rank raises, for an update is skipped on all of them.
+        UserError if the limit is reached. Every rank raises it, because an update is skipped on all of them.
         """
         self.in_a_row = self.in_a_row + 1 if update.skipped else 0
         if self.in_a_row < self.limit:
             return
-        what = f"the loss ({update.loss}) is not finite"
-        if math.isfinite(update.loss):
-            too_large = math.isfinite(update.grad_norm)
-            what = f"the gradient norm is {f'{update.grad_norm:.3g}, above optimizer.skip_above' if too_large else 'not finite'}"
         raise UserError(
-            f"step {step}: {what}, and {self.in_a_row} updates in a row were skipped for that (optimizer.max_skipped = "
-            f"{self.limit}). Lower the learning rate, or look at the samples of the last batch: {', '.join(dict.fromkeys(ids))}"
+            f"step {step}: {_cause(update)}, and {self.in_a_row} updates in a row were skipped for that "
+            f"(optimizer.max_skipped = {self.limit}). Lower the learning rate, or look at the samples of the last "
+            f"batch: {', '.join(dict.fromkeys(ids))}"
         )
+
+
+def _cause(update: Update) -> str:
+    if not math.isfinite(update.loss):
+        return f"the loss ({update.loss}) is not finite"
+    if not math.isfinite(update.grad_norm):
+        return "the gradient norm is not finite"
+    return f"the gradient norm is {update.grad_norm:.3g}, above optimizer.skip_above"

@@ -1,13 +1,14 @@
 """The only forward and backward of the project: one batch of packs through megatron-core's schedule.
 
-The head returns sums; the division by the batch's one denominator happens once, in `finalize_model_grads` (gradients) and in
-`_reduce` (the reported loss). Nothing here is a mean of means.
+The head returns sums. The division by the batch's one denominator happens once, in `finalize_model_grads` (gradients)
+and in `_reduce` (the reported loss). Nothing here is a mean of means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,21 +23,24 @@ from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
+from pctrain_kernels import TokenLoss
 from pctrain_kernels.linear_token_loss import MAX
 
-TokenLoss = Callable[
-    [torch.Tensor, torch.Tensor, dict[str, torch.Tensor]], tuple[torch.Tensor, dict[str, torch.Tensor]]
-]
+HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (hidden states, weight) -> a sum over the pack
+# megatron-core's loss function: it gets the head's sum and returns (sum, an integer token count, a dict).
+Collect = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]
+Prepare = Callable[[Pack], tuple[HeadFunction, Collect]]
 
 
 @dataclass(frozen=True)
-class Head:
-    """What the kernels need to know of the vocabulary's sharding."""
+class PackHead:
+    """Makes the head functions of packs; knows how the vocabulary is sharded."""
 
     hf: HFConfig
     sequence_parallel: bool
 
-    def shard(self) -> dict:
+    def shard(self) -> dict[str, Any]:
+        """Return the keywords that tell the kernels about this rank's part of the vocabulary."""
         group = parallel_state.get_tensor_model_parallel_group()
         rows = self.hf.padded_vocab(group.size()) // group.size()
         return {
@@ -46,11 +50,17 @@ class Head:
             "sequence_parallel": self.sequence_parallel,
         }
 
-    def loss(self, pack: Pack, token_loss: TokenLoss, temperature: float, want_entropy: bool, found: dict) -> Callable:
-        """A head that returns the pack's weighted loss sum and leaves the metrics' weighted sums (or maxima) in `found`."""
-        here = device()
-        # What is not trained on costs nothing in the head.
-        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(here)
+    def loss(
+        self,
+        pack: Pack,
+        token_loss: TokenLoss,
+        temperature: float,
+        want_entropy: bool,
+        metric_sums: dict[str, torch.Tensor],
+    ) -> HeadFunction:
+        """Return a head that returns the pack's weighted loss sum and puts the metrics' sums in `metric_sums`."""
+        # Tokens that are not trained on cost nothing in the head.
+        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(device())
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             total, metrics = pctrain_kernels.linear_token_loss(
@@ -58,23 +68,31 @@ class Head:
                 weight,
                 labels,
                 token_loss,
-                streams={name: stream.to(here) for name, stream in pack.streams.items()},
+                streams={name: stream.to(device()) for name, stream in pack.streams.items()},
                 denom=1.0,
-                token_weight=pack.weights.to(here),
+                token_weight=pack.weights.to(device()),
                 temperature=temperature,
                 want_entropy=want_entropy,
-                # dW goes straight into the fp32 main_grad that data parallelism made, in the forward pass: no [V, H] gradient of the
-                # parameter's dtype, and no rounding to it between micro-batches. (Ignored where grad mode is off.)
+                # dW goes straight into the fp32 main_grad that data parallelism made, in the forward pass: there is no
+                # [V, H] gradient in the parameter's dtype, and no rounding to it between micro-batches. (Ignored
+                # without grad mode.)
                 grad_weight_out=weight.main_grad,
                 **self.shard(),
             )
-            found.update(metrics)
+            metric_sums.update(metrics)
             return total
 
         return head
 
-    def logprob(self, pack: Pack, temperature: float, trained_only: bool, want_entropy: bool, found: list) -> Callable:
-        """A head that leaves (log-probs [T],), or (log-probs [T], entropies [T]), of the pack in `found`."""
+    def logprob(
+        self,
+        pack: Pack,
+        temperature: float,
+        trained_only: bool,
+        want_entropy: bool,
+        results: list[tuple[torch.Tensor, ...]],
+    ) -> HeadFunction:
+        """Return a head that appends the pack's (log-probs [T],) or (log-probs [T], entropies [T]) to `results`."""
         labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL) if trained_only else pack.labels
         labels = labels.to(device())
 
@@ -82,7 +100,7 @@ class Head:
             logprob, entropy = pctrain_kernels.linear_logprob_entropy(
                 hidden, weight, labels, temperature=temperature, want_entropy=want_entropy, **self.shard()
             )
-            found.append((logprob, entropy) if want_entropy else (logprob,))
+            results.append((logprob, entropy) if want_entropy else (logprob,))
             return logprob.sum()
 
         return head
@@ -90,7 +108,7 @@ class Head:
 
 def run_loss(
     chunks: list,
-    head: Head,
+    head: PackHead,
     spec: str,
     batch: PackedBatch,
     token_loss: TokenLoss,
@@ -99,24 +117,26 @@ def run_loss(
     want_entropy: bool,
     backward: bool,
 ) -> tuple[float, dict[str, float]]:
-    """(loss, metrics) of the whole batch on every rank: weighted sums over all ranks' tokens / `batch.denominator` (the loss) and
-    / `batch.loss_tokens` (metrics), or maxima (`max/...`).
+    """Return (loss, metrics) of the whole batch, on every rank.
 
-    `chunks`: this rank's part of the model, a module for each virtual pipeline stage.
-    With `backward`, their main_grad holds the gradient of that loss when it returns; of a mixture of experts trained with its auxiliary
-    loss, the gradient has that loss in it, and the metrics tell its value.
+    The loss is the weighted sum over all ranks' tokens / `batch.denominator`. A metric is a weighted sum /
+    `batch.loss_tokens`, or a maximum if its name begins with `max/`. With `backward`, main_grad holds the gradient of
+    that loss afterwards. A mixture of experts that is trained with its auxiliary loss adds that loss's gradient, and
+    the metrics contain its value.
+
+    `chunks` is this rank's part of the model, one module per virtual pipeline stage.
     """
     sums: list[dict[str, torch.Tensor]] = []
 
-    def prepare(pack: Pack):
-        found: dict[str, torch.Tensor] = {}
+    def prepare(pack: Pack) -> tuple[HeadFunction, Collect]:
+        metric_sums: dict[str, torch.Tensor] = {}
 
-        def collect(total: torch.Tensor):
-            sums.append({"loss": total.detach().clone(), **found})
+        def collect(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
+            sums.append({"loss": total.detach().clone(), **metric_sums})
             # megatron-core wants an integer token count here; `finalize` below uses the batch's own denominator.
             return total, torch.ones((), dtype=torch.int), {}
 
-        return head.loss(pack, token_loss, temperature, want_entropy, found), collect
+        return head.loss(pack, token_loss, temperature, want_entropy, metric_sums), collect
 
     balanced = backward and _has_router_loss(chunks)
     if balanced:
@@ -130,7 +150,7 @@ def run_loss(
 
 def run_logprob(
     chunks: list,
-    head: Head,
+    head: PackHead,
     spec: str,
     batch: PackedBatch,
     *,
@@ -138,62 +158,62 @@ def run_logprob(
     trained_only: bool,
     want_entropy: bool,
 ) -> list[tuple[torch.Tensor, ...]]:
-    """(log-probs [T],), with `want_entropy` (log-probs [T], entropies [T]), of this data parallel rank's packs, on every pipeline stage."""
-    found: list[tuple[torch.Tensor, ...]] = []
+    """Return (log-probs [T],) or, with `want_entropy`, (log-probs [T], entropies [T]) of this rank's packs.
 
-    def prepare(pack: Pack):
-        one = head.logprob(pack, temperature, trained_only, want_entropy, found)
-        return one, lambda total: (total, torch.ones((), dtype=torch.int), {})
+    Every pipeline stage gets them.
+    """
+    results: list[tuple[torch.Tensor, ...]] = []
+
+    def prepare(pack: Pack) -> tuple[HeadFunction, Collect]:
+        pack_head = head.logprob(pack, temperature, trained_only, want_entropy, results)
+        return pack_head, lambda total: (total, torch.ones((), dtype=torch.int), {})
 
     _schedule(chunks, spec, batch.packs, prepare, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()
-    del found[len(batch.packs) :]  # padding packs of the schedule
-    if found:  # on the last stage
-        found = [
+    del results[len(batch.packs) :]  # padding packs of the schedule
+    if results:  # on the last stage
+        results = [
             tuple(context_parallel.gather(values, pack.cu_seqlens) for values in of_pack)
-            for of_pack, pack in zip(found, batch.packs, strict=True)
+            for of_pack, pack in zip(results, batch.packs, strict=True)
         ]
     if group.size() > 1:
-        if not found:
-            found = [
-                tuple(torch.empty(len(pack.tokens), device=device()) for _ in range(1 + want_entropy))
-                for pack in batch.packs
+        if not results:
+            count = 2 if want_entropy else 1
+            results = [
+                tuple(torch.empty(len(pack.tokens), device=device()) for _ in range(count)) for pack in batch.packs
             ]
         last = dist.get_process_group_ranks(group)[-1]
-        for values in (values for of_pack in found for values in of_pack):
-            dist.broadcast(values, src=last, group=group)
-    return found
+        for of_pack in results:
+            for values in of_pack:
+                dist.broadcast(values, src=last, group=group)
+    return results
 
 
-def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, denominator: float | None) -> None:
-    """Runs every pack through the pipeline; `prepare(pack) -> (head, loss function)`. A denominator asks for gradients."""
-    config, here = chunks[0].module.config, device()
+def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Prepare, denominator: float | None) -> None:
+    """Run every pack through the pipeline; a denominator asks for gradients."""
+    config = chunks[0].module.config
     balanced = denominator is not None and _has_router_loss(chunks)
     interleaved = len(chunks) > 1
     if interleaved:  # virtual stages take micro-batches in groups of as many as there are stages
-        packs = packs + [_padding_like(packs[0])] * (-len(packs) % config.pipeline_model_parallel_size)
+        missing = -len(packs) % config.pipeline_model_parallel_size
+        packs = [*packs, *[_padding_like(packs[0])] * missing]
 
-    def forward_step(packs, wrapped):
+    def forward_step(remaining: Iterator[Pack], wrapped: Any) -> tuple[torch.Tensor, Collect]:
         watchdog.beat()
-        whole = next(packs)
+        whole = next(remaining)
         pack = context_parallel.shard(whole)
         wrapped.module.head, collect = prepare(pack)
         output = wrapped(
-            pack.tokens[None].to(here),
-            pack.position_ids[None].to(here),
+            pack.tokens[None].to(device()),
+            pack.position_ids[None].to(device()),
             attention_mask=None,
-            padding_mask=pack.padding[None].to(here) if balanced else None,  # its reader is the auxiliary loss
+            padding_mask=pack.padding[None].to(device()) if balanced else None,  # only the auxiliary loss reads it
             packed_seq_params=attention_layout(spec, config, pack.cu_seqlens, len(whole.tokens)),
         )
         return output, collect
 
-    def finalize(chunks, num_tokens, **kwargs):
-        # megatron-core sums it over the ranks that hold other tokens: each contributes an equal part. float64 keeps the quotient exact.
-        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        share = torch.tensor(denominator / ranks, dtype=torch.float64, device=here)
-        finalize_model_grads(chunks, share, **kwargs)
-
-    config.finalize_model_grads_func = finalize
+    if denominator is not None:
+        config.finalize_model_grads_func = _finalize(denominator)
     with torch.set_grad_enabled(denominator is not None):
         get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -206,12 +226,25 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Callable, den
         )
 
 
+def _finalize(denominator: float) -> Callable[..., None]:
+    """Return megatron-core's last step of a backward pass, which divides the gradients by the denominator."""
+
+    def finalize(chunks: list, num_tokens: torch.Tensor, **kwargs: Any) -> None:
+        # megatron-core sums its argument over the ranks that hold other tokens, so each contributes an equal part.
+        # float64 keeps the quotient exact.
+        ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+        share = torch.tensor(denominator / ranks, dtype=torch.float64, device=device())
+        finalize_model_grads(chunks, share, **kwargs)
+
+    return finalize
+
+
 def _has_router_loss(chunks: list) -> bool:
     return chunks[0].module.config.moe_aux_loss_coeff > 0
 
 
 def _padding_like(pack: Pack) -> Pack:
-    """A pack of that size without a sequence."""
+    """Return a pack of the same size without a sequence."""
     return Pack(
         tokens=torch.zeros_like(pack.tokens),
         labels=torch.full_like(pack.labels, NO_LABEL),
@@ -225,9 +258,9 @@ def _padding_like(pack: Pack) -> Pack:
 
 
 def _reduce(sums: list[dict[str, torch.Tensor]], batch: PackedBatch) -> tuple[float, dict[str, float]]:
-    """Adds the sums of all packs over the data and context parallel ranks (on the last stage) and tells every stage, in float64.
+    """Add the sums of all packs over the data and context parallel ranks, in float64, for every pipeline stage.
 
-    Of metrics `max/...` the packs bring maxima, and the largest is told.
+    A metric `max/...` is reduced by its maximum.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     result: list = [None]
@@ -246,7 +279,13 @@ def _reduce(sums: list[dict[str, torch.Tensor]], batch: PackedBatch) -> tuple[fl
     return loss, result[0]
 
 
-def _over_ranks(sums: list[dict[str, torch.Tensor]], names: list[str], over_packs: Callable, over_ranks) -> list[float]:
+def _over_ranks(
+    sums: list[dict[str, torch.Tensor]],
+    names: list[str],
+    over_packs: Callable[..., torch.Tensor],
+    over_ranks: dist.ReduceOp,
+) -> list[float]:
+    """Reduce each named value over the packs of this rank and over the ranks."""
     values = torch.stack([over_packs(torch.stack([s[name].double() for s in sums])) for name in names])
     if parallel_state.get_data_parallel_world_size(with_context_parallel=True) > 1:
         dist.all_reduce(values, op=over_ranks, group=parallel_state.get_data_parallel_group(with_context_parallel=True))

@@ -20,6 +20,7 @@ from megatron.core import parallel_state
 from pctrain.core import weights
 from pctrain.core.weights import Unit
 from pctrain.distributed.health import watchdog
+from pctrain.hf import weight_names
 from pctrain.hf.config import HFConfig
 
 # Bytes of a gathered bucket. Collectives of a few hundred MB run at the bandwidth of the link, and two buckets are
@@ -147,6 +148,6 @@ def _unpack(
         for name, full in zip(placed.unit.hf, tensors, strict=True):
             watchdog.beat()
             yield name, full
-            if hf.tied and name == "model.embed_tokens.weight":
+            if hf.tied and name == weight_names.EMBEDDING:
                 # An engine that shares the matrix in name only would keep its old head.
-                yield weights.LM_HEAD, full.clone()
+                yield weight_names.LM_HEAD, full.clone()

@@ -6,7 +6,6 @@ out in it. Loading and exporting read the same table, so they cannot disagree.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +19,9 @@ from megatron.core import parallel_state
 
 from pctrain.common.device import on_gpu
 from pctrain.distributed.health import watchdog
-from pctrain.hf import weight_files
-from pctrain.hf.config import HFConfig
+from pctrain.hf import weight_files, weight_names
+from pctrain.hf.config import HFConfig, set_dtype
 
-LM_HEAD = "lm_head.weight"
 EMBEDDING = "embedding.word_embeddings.weight"
 
 # (group, {parameter: global rank that sends it to the group})
@@ -51,13 +49,13 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
 
     With `te`, Transformer Engine fuses norms into the linear layers after them.
     """
-    table = [_vocab(EMBEDDING, "model.embed_tokens.weight", hf)]
+    table = [_vocab(EMBEDDING, weight_names.EMBEDDING, hf)]
     for i in range(hf.layers):
         table += _attention(f"decoder.layers.{i}", f"model.layers.{i}", hf, te)
         table += _mlp(f"decoder.layers.{i}", f"model.layers.{i}", hf, te)
     table.append(_replicated("decoder.final_layernorm.weight", "model.norm.weight", (hf.hidden,)))
     if not hf.tied:
-        table.append(_vocab("output_layer.weight", LM_HEAD, hf))
+        table.append(_vocab("output_layer.weight", weight_names.LM_HEAD, hf))
     return table
 
 
@@ -177,7 +175,7 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
     table = units(hf, te)
     with weight_files.HFReader(directory) as source:
         shapes = {name: shape for unit in table for name, shape in unit.hf.items()}
-        tied_copy = frozenset({LM_HEAD} if hf.tied else ())  # which some writers keep
+        tied_copy = frozenset({weight_names.LM_HEAD} if hf.tied else ())  # which some writers keep
         source.check(shapes, hf.architecture, ignored=tied_copy)
         tp = parallel_state.get_tensor_model_parallel_world_size()
         r = parallel_state.get_tensor_model_parallel_rank()
@@ -220,8 +218,11 @@ def export_hf(
                     dist.broadcast(full, src=source[unit.name], group=group)
             watchdog.beat()
             yield name, full
-            if tied_head and hf.tied and name == "model.embed_tokens.weight":
-                yield LM_HEAD, full.clone()  # an engine that shares the matrix in name only would keep its old head
+            if tied_head and hf.tied and name == weight_names.EMBEDDING:
+                yield (
+                    weight_names.LM_HEAD,
+                    full.clone(),
+                )  # an engine that shares the matrix in name only would keep its old head
             del full
 
 
@@ -302,7 +303,9 @@ def save_hf(
     shutil.rmtree(temporary, ignore_errors=True)
     weights_of_source = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf")
     shutil.copytree(source, temporary, ignore=weights_of_source)
-    _set_dtype(temporary / "config.json", {entry.dtype for entry in entries})
+    names = {str(entry.dtype).removeprefix("torch.") for entry in entries}
+    if len(names) == 1:  # where dtypes are mixed, as they were in the source, config.json stays as it is
+        set_dtype(temporary, names.pop())
     weight_files.write(temporary, entries, tensors, shard_bytes=shard_bytes)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
@@ -316,18 +319,6 @@ def round_to(modules: list[torch.nn.Module], hf: HFConfig, te: bool, dtypes: Map
         for parameter in (local[name] for name in copies if name in local):
             for dtype in {dtypes[name] for name in unit.hf}:
                 parameter.data.copy_(parameter.data.to(dtype))
-
-
-def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
-    """Write the dtype of the weights into config.json, from which loaders take it.
-
-    Where dtypes are mixed, as they were in the source, the entry stays as it is.
-    """
-    raw = json.loads(config.read_text(encoding="utf-8"))
-    key = "torch_dtype" if "torch_dtype" in raw else "dtype"
-    name = str(next(iter(dtypes))).removeprefix("torch.")
-    if len(dtypes) == 1 and raw.get(key) != name:
-        config.write_text(json.dumps({**raw, key: name}, indent=2) + "\n", encoding="utf-8")
 
 
 def local_parameters(modules: list[torch.nn.Module]) -> dict[str, torch.nn.Parameter]:

@@ -1,1 +1,1 @@
-"""Records, generated problems, tokenizer, packing and the order of the samples."""
+"""Data: from records to tokens to packed batches, generated problems, and the order of the samples."""

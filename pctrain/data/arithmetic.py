@@ -4,11 +4,12 @@ r"""Generated arithmetic problems with worked solutions: chains of additions and
     response  7-1=6;6+9=15;15+5=20 so \boxed{20}
     answer    20
 
-Difficulty is the number of terms and the size of the operands. The words that join the steps are drawn at random: nobody can predict
-them, so the validation loss has a floor, and a model that learns its training set by heart is seen to overfit.
+The number of terms and the size of the operands set the difficulty. The words that join the steps are random and cannot
+be predicted. So the validation loss has a floor, and a model that memorizes its training set visibly overfits.
 
-The sets are disjoint by prompt. Each has a generator of its own, seeded by (seed, name), and they are drawn in the order test,
-validation, rl, train: asking for more training data leaves the problems one measures on as they were.
+The sets are disjoint by prompt. Each set has its own generator, seeded by (seed, name), and they are drawn in the order
+test, validation, rl, train. Asking for more training data therefore does not change the problems that are used for
+measuring.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from pctrain.data.records import Record
 from pctrain.files.durable import write_beside
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
-WITH_RESPONSE = ("validation", "train", "rl")  # of rl, the algorithms that learn from experts read it
+WITH_RESPONSE = ("validation", "train", "rl")  # in rl, only algorithms that learn from experts read the response
 BETWEEN_STEPS = (";", ", ", " then ", " and ")
 BEFORE_ANSWER = (" so ", " thus ", " hence ", " giving ")
 
 
 def generate(problems: ProblemsConfig, seed: int) -> dict[str, list[Record]]:
-    """The four sets by name (train, validation, test, rl), a function of (problems, seed) alone.
+    """Return the four sets by name (train, validation, test, rl). They depend only on (problems, seed).
 
     Raises:
-        UserError: there are fewer different problems of this difficulty than records asked for.
+        UserError: fewer different problems of this difficulty exist than the config asks for.
     """
     terms = range(problems.min_terms, problems.max_terms + 1)
     space = {n: problems.max_operand**n * 2 ** (n - 1) for n in terms}
     asked = sum(getattr(problems, name) for name in SETS)
     if asked > sum(space.values()):
         raise UserError(
-            f"data.problems: {asked} records asked for (train + validation + test + rl), but only {sum(space.values())} different problems "
-            f"have {problems.min_terms} to {problems.max_terms} terms with operands 1 to {problems.max_operand}; "
-            "ask for fewer, or raise data.problems.max_operand or data.problems.max_terms"
+            f"data.problems: {asked} records asked for (train + validation + test + rl), "
+            f"but only {sum(space.values())} different problems have {problems.min_terms} to {problems.max_terms} "
+            f"terms with operands 1 to {problems.max_operand}. "
+            "Ask for fewer records, or raise data.problems.max_operand or data.problems.max_terms."
         )
     taken: dict[int, set[int]] = {n: set() for n in terms}
     sets = {}
@@ -61,8 +63,11 @@ def generate(problems: ProblemsConfig, seed: int) -> dict[str, list[Record]]:
 
 
 def write_sets(problems: ProblemsConfig, seed: int, folder: Path) -> dict[str, Path]:
-    """Writes `folder`/{train,validation,test,rl}.jsonl and returns their paths. The same arguments give the same bytes."""
-    sets = generate(problems, seed)  # all of them before the first file: an impossible request leaves nothing behind
+    """Write `folder`/{train,validation,test,rl}.jsonl and return their paths.
+
+    The same arguments give the same bytes.
+    """
+    sets = generate(problems, seed)  # before the first file is written, so an impossible request leaves nothing behind
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,20 +77,20 @@ def write_sets(problems: ProblemsConfig, seed: int, folder: Path) -> dict[str, P
 
 
 def _shares(count: int, room: dict[int, int]) -> dict[int, int]:
-    """`count` records dealt equally over the lengths, none above its room."""
+    """Deal `count` records equally over the numbers of terms, none above its room."""
     shares = {}
-    # The narrowest length first: the wider ones take what it has no room for.
-    for left, n in zip(range(len(room), 0, -1), sorted(room, key=room.__getitem__)):
+    # The narrowest first: the wider ones take what it has no room for.
+    for left, n in zip(range(len(room), 0, -1), sorted(room, key=room.__getitem__), strict=True):
         shares[n] = min(room[n], count // left)
         count -= shares[n]
     return dict(sorted(shares.items()))
 
 
 def _draw(rng: random.Random, space: int, taken: set[int], count: int) -> list[int]:
-    """`count` different numbers below `space` that are not taken."""
+    """Draw `count` different numbers below `space` that are not taken."""
     if space < 4 * (count + len(taken)):
         return rng.sample([number for number in range(space) if number not in taken], count)
-    drawn: dict[int, None] = {}  # keeps the order; the space is wide, so at most every fourth draw is in vain
+    drawn: dict[int, None] = {}  # keeps the order; the space is large, so at most every fourth draw is rejected
     while len(drawn) < count:
         number = rng.randrange(space)
         if number not in taken:
@@ -94,7 +99,7 @@ def _draw(rng: random.Random, space: int, taken: set[int], count: int) -> list[i
 
 
 def _expression(number: int, terms: int, max_operand: int) -> tuple[list[int], str]:
-    """The number as one problem: `terms` operands from 1 to `max_operand` and a sign before each but the first."""
+    """Decode a number into a problem: `terms` operands from 1 to `max_operand`, and a sign before all but the first."""
     number, signs = divmod(number, 2 ** (terms - 1))
     operands = []
     for _ in range(terms):
@@ -105,15 +110,15 @@ def _expression(number: int, terms: int, max_operand: int) -> tuple[list[int], s
 
 def _record(name: str, expression: tuple[list[int], str], rng: random.Random, with_response: bool) -> Record:
     operands, signs = expression
-    prompt = str(operands[0]) + "".join(f"{sign}{operand}" for sign, operand in zip(signs, operands[1:])) + "="
+    signed = list(zip(signs, operands[1:], strict=True))
+    prompt = str(operands[0]) + "".join(f"{sign}{operand}" for sign, operand in signed) + "="
     total, steps = operands[0], []
-    for sign, operand in zip(signs, operands[1:]):
+    for sign, operand in signed:
         result = total + operand if sign == "+" else total - operand
         steps.append(f"{total}{sign}{operand}={result}")
         total = result
-    return Record(
-        id=name, prompt=prompt, response=_solution(steps, total, rng) if with_response else None, answer=str(total)
-    )
+    response = _solution(steps, total, rng) if with_response else None
+    return Record(id=name, prompt=prompt, response=response, answer=str(total))
 
 
 def _solution(steps: Sequence[str], answer: int, rng: random.Random) -> str:

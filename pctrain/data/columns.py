@@ -1,4 +1,4 @@
-"""Which columns of a file are the prompt, the response, the answer: `data.fields`, and what is found where it says nothing."""
+"""The columns of prompt, response and answer: from `data.fields`, or detected from the first record of a file."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 
 Form = Literal["chat", "RETU", "plain"]
-# The columns of each form. RETU publishes verl's: `prompt` there is a chat of one turn made for its rollouts, the question as such lies
-# in `extra_info` beside the expert's trajectory.
+# The columns of each form. RETU publishes verl's: `prompt` there is a chat of one turn, made for its rollouts. The
+# question itself is in `extra_info`, next to the expert's trajectory.
 FORMS: dict[Form, dict[str, str]] = {
     "chat": {"messages": "messages", "answer": "answer"},
     "RETU": {"prompt": "extra_info.question", "response": "extra_info.answer", "answer": "reward_model.ground_truth"},
@@ -19,13 +19,16 @@ FORMS: dict[Form, dict[str, str]] = {
 }
 
 
-class Missing(LookupError):
-    """A column that a record does not have; the message says what is there."""
+class MissingField(LookupError):
+    """A field that a record does not have. The message lists the fields that it has."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The dotted paths that one file is read by. A chat has `messages`; any other record has `prompt` and `response`."""
+    """The dotted paths by which one file is read.
+
+    A chat has `messages`; any other record has `prompt` and `response`.
+    """
 
     form: Form
     prompt: str | None
@@ -34,78 +37,81 @@ class Columns:
     messages: str | None
 
     def describe(self) -> str:
-        """`RETU: prompt from extra_info.question, response from extra_info.answer, ...`."""
+        """Return a text such as `RETU: prompt from extra_info.question, response from extra_info.answer, ...`."""
         chosen = {name: getattr(self, name) for name in ("messages", "prompt", "response", "answer")}
         return f"{self.form}: " + ", ".join(f"{name} from {path}" for name, path in chosen.items() if path is not None)
 
     @property
     def paths(self) -> list[str]:
-        """Every path that a record is read from, its own `id` among them."""
+        """Every path that a record is read from, including its own `id`."""
         return ["id", *(path for path in (self.prompt, self.response, self.answer, self.messages) if path is not None)]
 
 
-def form_of(value: dict[str, Any]) -> Form:
-    """The form that a record has the columns of."""
+def detect_form(value: dict[str, Any]) -> Form:
+    """Return the form whose columns a record has."""
     if isinstance(value.get("messages"), list):
         return "chat"
     extra = value.get("extra_info")
     return "RETU" if isinstance(extra, dict) and "question" in extra else "plain"
 
 
-def choose(fields: FieldsConfig, found: Form) -> Columns:
-    """The columns of a file whose first record has the form `found`. What `fields` names goes over it.
+def choose_columns(fields: FieldsConfig, detected: Form) -> Columns:
+    """Return the columns of a file whose first record has the form `detected`. Paths in `fields` take precedence.
 
     Raises:
         UserError: `fields` names a chat and also a prompt or a response.
     """
-    named = {
-        name: path
-        for name in ("prompt", "response", "answer", "messages")
-        if (path := getattr(fields, name)) is not None
-    }
+    given = {name: getattr(fields, name) for name in ("prompt", "response", "answer", "messages")}
+    named = {name: path for name, path in given.items() if path is not None}
     parts = sorted({"prompt", "response"} & named.keys())
     if "messages" in named and parts:
         raise UserError(
-            f"data.fields.messages = {fields.messages} and data.fields.{parts[0]} = {named[parts[0]]}: a record is a chat or a "
-            "prompt with its response; leave one of the two out"
+            f"data.fields.messages = {fields.messages} and data.fields.{parts[0]} = {named[parts[0]]}: "
+            "a record is a chat or a prompt with its response. Remove one of the two keys."
         )
+    form = detected
     if "messages" in named:
-        found = "chat"
-    elif parts and found == "chat":
-        found = "plain"
-    columns = {"prompt": None, "response": None, "messages": None, **FORMS[found], **named}
-    return Columns(form=found, **columns)
+        form = "chat"
+    elif parts and detected == "chat":
+        form = "plain"
+    paths = FORMS[form] | named
+    return Columns(form, paths.get("prompt"), paths.get("response"), paths["answer"], paths.get("messages"))
 
 
 def look_up(value: dict[str, Any], path: str) -> Any:
-    """What lies at a dotted path: a dot goes into an object, a number into a list. A column whose own name has the dots comes first.
+    """Return the value at a dotted path: a name selects from an object, a number from a list.
+
+    A column whose own name contains the dots takes precedence.
 
     Raises:
-        Missing: nothing lies there.
+        MissingField: there is no value at the path.
     """
     if path in value:
         return value[path]
-    here: Any = value
+    current: Any = value
     steps = path.split(".")
     for depth, step in enumerate(steps):
-        if isinstance(here, dict) and step in here:
-            here = here[step]
-        elif isinstance(here, list) and step.isdecimal() and len(step) < 10 and int(step) < len(here):
-            here = here[int(step)]
+        if isinstance(current, dict) and step in current:
+            current = current[step]
+        elif isinstance(current, list) and step.isdecimal() and len(step) < 10 and int(step) < len(current):
+            current = current[int(step)]
         else:
-            raise Missing(f"the record has no field {path!r} ({_what_is_there(here, '.'.join(steps[:depth]))})")
-    return here
+            raise MissingField(f"the record has no field {path!r} ({_describe(current, '.'.join(steps[:depth]))})")
+    return current
 
 
-def _what_is_there(here: Any, at: str) -> str:
-    owner = f"{at!r}" if at else "it"
-    if isinstance(here, dict):
-        return f"{owner} has: {', '.join(sorted(map(str, here))) or 'none'}"
-    return f"{owner} is a list of {len(here)}" if isinstance(here, list) else f"{owner} is {kind(here)}"
+def _describe(value: Any, path: str) -> str:
+    """Return what a record has at a path, for messages."""
+    owner = f"{path!r}" if path else "it"
+    if isinstance(value, dict):
+        return f"{owner} has: {', '.join(sorted(map(str, value))) or 'none'}"
+    return f"{owner} is a list of {len(value)}" if isinstance(value, list) else f"{owner} is {json_kind(value)}"
 
 
-def kind(value: Any) -> str:
-    """`a list`, `a number`, `null`, ...: what a JSON value is, for messages."""
+def json_kind(value: Any) -> str:
+    """Return the kind of a JSON value for messages: `a list`, `a number`, `null`, ..."""
+    if value is None:
+        return "null"
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN or an infinity"
     kinds = {
@@ -116,4 +122,4 @@ def kind(value: Any) -> str:
         int: "a number",
         float: "a number",
     }
-    return "null" if value is None else kinds.get(type(value), f"a value of type {type(value).__name__}")
+    return kinds.get(type(value), f"a value of type {type(value).__name__}")

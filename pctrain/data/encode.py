@@ -1,19 +1,23 @@
-"""From a record to the tokens that are trained on, and to the prompt that RL samples after: one place, so that the two agree.
+"""Encoding of records: the tokens that SFT trains on and the prompt that RL samples from.
 
-Without a chat template a sequence is prompt + response + EOS, prompt and response tokenised apart.
+One module does both, so they agree.
 
-With one it is the chat as the template writes it. What is trained on begins where the template, asked for a generation prompt, stops: the
-very place that a sample begins at. It ends with the special token that closes the turn; the newline that most templates write after it
-is context of a later turn, and of no use behind the last one. A model stops at its tokenizer's EOS: where the closing token is another
-one, or none is written, EOS follows the last turn and is trained on as well.
+Without a chat template a sequence is prompt + response + EOS. Prompt and response are tokenized separately.
 
-The mask is proved for each record, not taken from the text: the chat must begin with its prompt, and the tokens of the chat with those of
-the prompt; the answer's are the rest. (The answer is not tokenised by itself: SentencePiece would put a space before it that is not in the
-chat, and nobody samples it so.) Where a template writes earlier turns otherwise than it wrote them as answers (Qwen3 leaves their reasoning
-out), no span of them is what was sampled, and the record is `Unusable`.
+With a chat template a sequence is the chat as the template writes it. The trained span of a turn begins where the
+template's generation prompt ends, which is where sampling begins. It ends with the special token that closes the turn.
+The newline that most templates write after that token belongs to the next turn and is useless after the last one. A
+model stops at its tokenizer's EOS. If the closing token is another one, or the template writes none, EOS is appended to
+the last turn and is trained on too.
 
-Special tokens are read wherever they stand, also in a user's own text ("<|im_end|>" there ends the turn): so does transformers, and the
-ids are the same.
+The mask is verified for each record rather than derived from the text: the chat must begin with its prompt, and the
+tokens of the chat with the tokens of the prompt. The remaining tokens are the answer. (The answer is not tokenized by
+itself: SentencePiece would put a space before it that is not in the chat and that is never sampled.) Some templates
+write earlier turns differently from how they wrote them as answers (Qwen3 omits their reasoning). No span of such a
+turn is what was sampled, so the record is `Unusable`.
+
+Special tokens are recognized everywhere, also in a user's own text ("<|im_end|>" there ends the turn). transformers
+does the same and gives the same ids.
 """
 
 from __future__ import annotations
@@ -30,24 +34,30 @@ from pctrain.config.tree import DataConfig
 from pctrain.data.records import Message, Record
 from pctrain.files.durable import fingerprint
 from pctrain.hf import chat_template
+from pctrain.hf.chat_template import ChatTemplate
 from pctrain.hf.tokenizer import Tokenizer
 
-ENCODING_VERSION = 1  # raise it when the same inputs give other tokens: caches of older versions are not read again
+# Increment it when the same inputs give different tokens. Caches of older versions are then not read.
+ENCODING_VERSION = 1
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A tokenised record. Tokens of the spans [start, end) are trained on; none begins at 0, for nothing predicts the first token."""
+    """A tokenized record.
+
+    The tokens of the spans [start, end) are trained on. No span begins at 0, because nothing predicts the first token.
+    """
 
     tokens: np.ndarray  # int32 [L]
-    spans: np.ndarray  # int32 [m, 2], ascending, apart from each other, m >= 1
-    cut: bool  # it was longer than the limit, and its end (EOS among it) was cut off
+    spans: np.ndarray  # int32 [m, 2], ascending and disjoint, m >= 1
+    cut: bool  # the sample exceeded the limit, so its end (including EOS) was cut off
 
 
 class Unusable(ValueError):
     """A record that cannot be trained on.
 
-    `cause` is one of no_template, template_error, template_prefix, template_rewrites, token_boundary, no_prompt, overlong, no_labels.
+    `cause` is one of no_template, template_error, template_prefix, template_rewrites, token_boundary, no_prompt,
+    overlong and no_labels.
     """
 
     def __init__(self, cause: str, message: str):
@@ -56,17 +66,20 @@ class Unusable(ValueError):
 
 
 class Encoder:
-    """Tokenizer, template and policies of one run. Made from plain arguments, so that every worker process makes its own."""
+    """The tokenizer, the chat template and the policies of one run.
+
+    Every worker process makes its own from plain arguments.
+
+    Args:
+        hf_dir: Hugging Face directory with tokenizer.json.
+        data: the section whose `template`, `loss_on`, `overlong` and `unusable` are used.
+        limit: the maximum number of tokens of a sample.
+
+    Raises:
+        UserError: the tokenizer or the template cannot be read.
+    """
 
     def __init__(self, hf_dir: Path, data: DataConfig, limit: int):
-        """
-        Args:
-            hf_dir: Hugging Face directory with tokenizer.json.
-            data: `template`, `loss_on`, `overlong` and `unusable` are read.
-            limit: most tokens of a sample.
-        Raises:
-            UserError: the tokenizer or the template cannot be read.
-        """
         self.tokenizer = Tokenizer(hf_dir)
         self.template = chat_template.load(hf_dir, data.template)
         self._data, self._limit = data, limit
@@ -74,7 +87,7 @@ class Encoder:
 
     @property
     def digest(self) -> str:
-        """sha256, in hex, of everything but the record that its tokens depend on."""
+        """The sha256, in hex, of everything that the tokens of a record depend on besides the record itself."""
         parts = {
             "version": ENCODING_VERSION,
             "tokenizer": fingerprint(self._tokenizer_file),
@@ -86,38 +99,47 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def stops(self, cause: str) -> bool:
-        """Whether a record that is unusable for this cause (of `Unusable`, or of a `Fault`) stops the work; else it is dropped, counted."""
+        """Return whether a record that is unusable for this cause is an error. Otherwise it is dropped and counted.
+
+        `cause` is a cause of `Unusable` or of `Fault`.
+        """
         return (self._data.overlong if cause == "overlong" else self._data.unusable) == "error"
 
     def prompt_ids(self, record: Record) -> list[int]:
-        """Tokens to sample after: the prompt, or the turns before the assistant's last one with its generation prompt.
+        """Return the tokens to sample from: the prompt, or the turns before the answer and a generation prompt.
 
         Raises:
-            Unusable: a chat without a template; a template that refuses the messages; a prompt of no tokens.
+            Unusable: the record is a chat and there is no template, the template refuses the messages, or the prompt
+                has no tokens.
         """
         if self.template is None:
             ids = self.tokenizer.encode(_plain_prompt(record))
         else:
-            ids = self.tokenizer.encode(self._render(_asked(record), add_generation_prompt=True))
+            ids = self.tokenizer.encode(self._render(self.template, _asked(record), add_generation_prompt=True))
         if not ids:
-            raise Unusable("no_prompt", "the prompt has no tokens, so nothing predicts the first one of the answer")
+            raise _no_prompt()
         return ids
 
     def encode(self, record: Record) -> Sample:
-        """Tokens and spans of a record with a response (`need=("response",)`). `tokens` begins with `prompt_ids(record)`.
+        """Return the tokens and spans of a record that was read with `need=("response",)`.
+
+        The tokens begin with `prompt_ids(record)`.
 
         Raises:
-            Unusable: see there; whether that is an error is said by `stops`.
+            Unusable: the record cannot be trained on. `stops` says whether that is an error.
         """
-        tokens, spans = self._encode_plain(record) if self.template is None else self._encode_chat(record)
+        if self.template is None:
+            tokens, spans = self._encode_plain(record)
+        else:
+            tokens, spans = self._encode_chat(record, self.template)
         if not spans:
             raise Unusable(
                 "no_labels",
-                "the chat template writes nothing after the prompt, so there is nothing to train on; give another "
-                "template by data.template",
+                "the chat template writes nothing after the prompt, so there is nothing to train on. "
+                "Set data.template to another template.",
             )
         if spans[0][0] == 0:
-            raise Unusable("no_prompt", "the prompt has no tokens, so nothing predicts the first one of the answer")
+            raise _no_prompt()
         length = len(tokens)
         if length > self._limit:
             if self._data.overlong != "right":
@@ -125,138 +147,156 @@ class Encoder:
                 raise Unusable(
                     "overlong",
                     f"the sample has {length} tokens ({length - trained} prompt, {trained} response with EOS), more "
-                    f"than {self._limit}, the smaller of the model's context and sft.token_budget; shorten or "
-                    "remove it, raise the limit, or set data.overlong to drop or right",
+                    f"than {self._limit}, the smaller of the model's context and sft.token_budget. "
+                    "Shorten or remove the record, raise the limit, or set data.overlong to drop or right.",
                 )
             spans = [(start, min(end, self._limit)) for start, end in spans if start < self._limit]
             if not spans:
                 raise Unusable(
                     "no_labels",
-                    f"cut to {self._limit} tokens, nothing of its response is left; shorten the prompt, raise the "
-                    "limit, or set data.unusable to drop",
+                    f"nothing of the response is left when the sample is cut to {self._limit} tokens. "
+                    "Shorten the prompt, raise the limit, or set data.unusable to drop.",
                 )
-            tokens = tokens[: spans[-1][1]]  # what stands between the last span and the cut is of no use either
+            tokens = tokens[: spans[-1][1]]  # tokens between the last span and the cut are not needed either
         return Sample(np.asarray(tokens, np.int32), np.asarray(spans, np.int32), length > self._limit)
 
     # ---- without a template ----------------------------------------------------------------------------------------
 
     def _encode_plain(self, record: Record) -> tuple[list[int], list[tuple[int, int]]]:
-        prompt, response = self.tokenizer.encode_all([_plain_prompt(record), record.response])
+        prompt, response = self.tokenizer.encode_all([_plain_prompt(record), record.required("response")])
         tokens = [*prompt, *response, self.tokenizer.eos_id]
         return tokens, [(len(prompt), len(tokens))]
 
     # ---- with a template -------------------------------------------------------------------------------------------
 
-    def _encode_chat(self, record: Record) -> tuple[list[int], list[tuple[int, int]]]:
-        messages = [*_asked(record), Message("assistant", record.trajectory)]
-        text = self._render(messages)
+    def _encode_chat(self, record: Record, template: ChatTemplate) -> tuple[list[int], list[tuple[int, int]]]:
+        messages = [*_asked(record), Message("assistant", record.required("trajectory"))]
+        text = self._render(template, messages)
         turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
         turns = turns if self._data.loss_on == "all" else turns[-1:]
-        prompts = [self._prompt(messages, turn, text) for turn in turns]
+        prompts = [self._prompt_text(template, messages, turn, text) for turn in turns]
         whole, *prompt_ids = self.tokenizer.encode_all([text, *prompts])
         spans = []
         for turn, ids in zip(turns, prompt_ids, strict=True):
             if whole[: len(ids)] != ids:
                 raise Unusable("token_boundary", self._boundary_message(whole, ids))
-            last = turn == turns[-1]
-            spans.append(
-                (
-                    len(ids),
-                    self._end(whole, len(ids))
-                    if last
-                    else self._earlier_end(messages[: turn + 1], text, whole, len(ids)),
-                )
-            )
+            if turn == turns[-1]:
+                end = self._find_end(whole, len(ids))
+            else:
+                end = self._find_earlier_end(template, messages[: turn + 1], text, whole, len(ids))
+            spans.append((len(ids), end))
         tokens = whole[: spans[-1][1]]
         if tokens[-1:] != [self.tokenizer.eos_id]:
             tokens.append(self.tokenizer.eos_id)
             spans[-1] = (spans[-1][0], len(tokens))
         return tokens, [(start, end) for start, end in spans if start < end]  # an earlier turn may be empty
 
-    def _prompt(self, messages: Sequence[Message], turn: int, text: str) -> str:
-        """What the answer of `turn` is sampled after; `text`, the whole chat, begins with it."""
-        prompt = self._render(messages[:turn], add_generation_prompt=True)
+    def _prompt_text(self, template: ChatTemplate, messages: Sequence[Message], turn: int, text: str) -> str:
+        """Return the text from which the answer of `turn` is sampled. `text`, the whole chat, must begin with it."""
+        prompt = self._render(template, messages[:turn], add_generation_prompt=True)
         if not text.startswith(prompt):
             last = turn == len(messages) - 1
+            advice = "Set data.template to a template whose answers follow its generation prompt." if last else _ADVICE
             raise Unusable(
                 "template_prefix" if last else "template_rewrites",
-                f"the chat template does not write turn {turn + 1} after the prompt that it is sampled from: {_difference(prompt, text)}; "
-                + ("give a template whose answers follow its generation prompt by data.template" if last else _ADVICE),
+                f"the chat template does not write turn {turn + 1} after the prompt that it is sampled from: "
+                f"{_describe_difference(prompt, text)}. {advice}",
             )
         return prompt
 
-    def _end(self, ids: list[int], begin: int) -> int:
-        """Where the answer that ends `ids` ends: behind the special token that closes it, or at the end where the template writes none."""
+    def _find_end(self, ids: list[int], begin: int) -> int:
+        """Return the end of the last answer in `ids`: after its closing special token, or len(ids) if there is none."""
         closing = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.special_ids), None)
-        if (
-            closing is None or self.tokenizer.decode(ids[closing + 1 :]).strip()
-        ):  # a special token within the answer's own text
+        if closing is None:
+            return len(ids)
+        if self.tokenizer.decode(ids[closing + 1 :]).strip():  # the special token is part of the answer's own text
             return len(ids)
         return closing + 1
 
-    def _earlier_end(self, messages: Sequence[Message], text: str, whole: list[int], begin: int) -> int:
-        """The end of a turn that others follow: where it ends while it is the last one. Unusable where the template changes it later."""
-        alone = self._render(messages)
+    def _find_earlier_end(
+        self, template: ChatTemplate, messages: Sequence[Message], text: str, whole: list[int], begin: int
+    ) -> int:
+        """Return the end of a turn that others follow, which is its end while it is the last turn.
+
+        Raises:
+            Unusable: the template or the tokenizer writes the turn differently once others follow.
+        """
+        alone = self._render(template, messages)
         if not text.startswith(alone):
             raise Unusable(
                 "template_rewrites",
-                f"the chat template writes turn {len(messages)} otherwise once more turns follow: "
-                f"{_difference(alone, text)}; {_ADVICE}",
+                f"the chat template writes turn {len(messages)} differently once more turns follow: "
+                f"{_describe_difference(alone, text)}. {_ADVICE}",
             )
         ids = self.tokenizer.encode(alone)
-        end = self._end(ids, begin)
+        end = self._find_end(ids, begin)
         if whole[:end] != ids[:end]:
             raise Unusable(
                 "token_boundary",
-                f"the end of turn {len(messages)} is tokenised otherwise once more turns follow; {_ADVICE}",
+                f"the end of turn {len(messages)} is tokenized differently once more turns follow. {_ADVICE}",
             )
-        # Some templates leave the last turn open, and close it by EOS when another one follows.
+        # Some templates leave the last turn open, and close it with EOS when another turn follows.
         left_open = not self.tokenizer.special_ids.intersection(ids[begin:end][-1:])
         return end + (left_open and whole[end : end + 1] == [self.tokenizer.eos_id])
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _render(self, template: ChatTemplate, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         try:
-            return self.template.render(
-                [{"role": m.role, "content": m.content} for m in messages], add_generation_prompt
-            )
+            return template.render([{"role": m.role, "content": m.content} for m in messages], add_generation_prompt)
         except chat_template.RenderError as error:
             raise Unusable("template_error", str(error)) from None
 
     def _boundary_message(self, whole: list[int], prompt: list[int]) -> str:
-        at = next((i for i, (a, b) in enumerate(zip(whole, prompt)) if a != b), len(whole))
-        place = slice(max(0, at - 3), at + 3)
-        chat, alone = (
-            f"ids {ids[place]} ({self.tokenizer.decode(ids[place], special=True)!r})" for ids in (whole, prompt)
+        differing = _first_difference(whole, prompt)
+        at = len(whole) if differing is None else differing
+        around = slice(max(0, at - 3), at + 3)
+        in_chat, in_prompt = (
+            f"ids {ids[around]} ({self.tokenizer.decode(ids[around], special=True)!r})" for ids in (whole, prompt)
         )
         return (
-            f"the tokens of the chat do not begin with those of its prompt: token {at + 1}, {chat} in the chat, {alone} in the prompt; "
-            "a token joins the end of the prompt and the answer, so no mask fits what is sampled: change how the answer begins (such "
-            "as a newline), or the template"
+            f"the tokens of the chat do not begin with those of its prompt: "
+            f"around token {at + 1} the chat has {in_chat}, but the prompt has {in_prompt}. "
+            "One token joins the end of the prompt and the answer, so no mask matches what is sampled. "
+            "Change how the answer begins (such as with a newline), or change the template."
         )
 
 
 _ADVICE = (
-    "train on the last turn alone (data.loss_on=last), or give a template that keeps earlier turns by data.template"
+    "Train on the last turn only (data.loss_on=last), or set data.template to a template that keeps earlier turns."
 )
+
+
+def _no_prompt() -> Unusable:
+    return Unusable(
+        "no_prompt",
+        "the prompt has no tokens, so nothing predicts the first token of the answer. "
+        "Fill in the prompt, or remove the record.",
+    )
 
 
 def _plain_prompt(record: Record) -> str:
     if record.messages:
         raise Unusable(
             "no_template",
-            "a chat needs a chat template, and the model's directory has none (or data.template=none); name a "
-            "Jinja file by data.template, or give records with a prompt and a response",
+            "a chat needs a chat template, and the model's directory has none (or data.template=none). "
+            "Set data.template to a Jinja file, or give records with a prompt and a response.",
         )
-    return record.prompt
+    return record.required("prompt")
 
 
 def _asked(record: Record) -> Sequence[Message]:
-    """The turns before the answer."""
+    """Return the turns before the answer."""
     if not record.messages:
-        return (Message("user", record.prompt),)
+        return (Message("user", record.required("prompt")),)
     return record.messages[:-1] if record.messages[-1].role == "assistant" else record.messages
 
 
-def _difference(expected: str, text: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(expected, text)) if a != b), min(len(expected), len(text)))
-    return f"at character {at + 1} expected {expected[max(0, at - 20) : at + 20]!r}, found {text[max(0, at - 20) : at + 20]!r}"
+def _first_difference(first: Sequence[object], second: Sequence[object]) -> int | None:
+    pairs = enumerate(zip(first, second, strict=False))  # one may be longer
+    return next((i for i, (a, b) in pairs if a != b), None)
+
+
+def _describe_difference(expected: str, text: str) -> str:
+    differing = _first_difference(expected, text)
+    at = min(len(expected), len(text)) if differing is None else differing
+    around = slice(max(0, at - 20), at + 20)
+    return f"at character {at + 1} expected {expected[around]!r}, found {text[around]!r}"

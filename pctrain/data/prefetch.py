@@ -1,10 +1,10 @@
-"""The next batch is made while this one is trained on."""
+"""Prefetching: the next batch is made while the current one is trained on."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from pctrain.distributed.health import watchdog
@@ -13,12 +13,17 @@ Batch = TypeVar("Batch")
 
 
 def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch, float]]:
-    """(step, make(step), seconds waited for it) of each step, in order, made one ahead in a thread. What `make` raises is raised here.
+    """Yield (step, make(step), seconds waited for it) for each step, in order.
 
-    A thread does: reading and packing are NumPy's and the system's work, and torch gives up the interpreter's lock in its operations.
+    Each batch is made one step ahead in a thread.
+
+    An exception in `make` is raised here. A thread is enough: NumPy and the system do the reading and packing, and
+    torch releases the interpreter lock in its operations.
     """
+    if not steps:
+        return
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        ahead = pool.submit(make, steps[0]) if steps else None
+        ahead: Future[Batch] = pool.submit(make, steps[0])
         for i, step in enumerate(steps, start=1):
             began = time.perf_counter()
             with watchdog.phase("data"):

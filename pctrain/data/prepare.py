@@ -1,53 +1,48 @@
-"""Fills in what a config leaves out: generated problems where no data is named, a fresh model where no directory is named."""
+"""Resolve a config: make problems if no data is named, and a fresh model if no directory is named."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
-from pctrain.config.tree import Config, SourceConfig
-from pctrain.data import arithmetic
-from pctrain.data import scratch_model as hf_dir
+from pctrain.config.tree import Config, DataConfig, ResolvedConfig
+from pctrain.data import arithmetic, scratch_model
 from pctrain.distributed.health import watchdog
 from pctrain.files.lock import try_lock
 
-LOCK, WAIT = ".prepare.lock", 0.2  # seconds between two looks
+LOCK = ".prepare.lock"
+POLL = 0.2  # seconds between two looks while another job prepares
 
 
-def prepare(config: Config, root: Path) -> Config:
-    """A copy of `config` whose data and model paths are all set; makes `root`/data and `root`/model where they are needed and absent.
+def prepare(config: Config, root: Path) -> ResolvedConfig:
+    """Return the config with its data and model named; make `root`/data and `root`/model if they are needed and absent.
 
-    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. Of several jobs that begin in one
-    folder at once, one makes it and the others wait.
+    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. If several jobs start in
+    one folder at once, one makes everything and the others wait.
     """
     root = Path(root)
-    config = config.model_copy(deep=True)
-    paths = {name: root / "data" / f"{name}.jsonl" for name in arithmetic.SETS} if config.data.train is None else {}
-    needed = [*paths.values(), *([root / "model"] if config.model.path is None else [])]
+    resolved = config.with_model(config.model.path or root / "model")
+    needed = [] if config.model.path is not None else [resolved.model.path]
+    problems: dict[str, Path] = {}
+    if config.data.train is None:
+        problems = {name: root / "data" / f"{name}.jsonl" for name in arithmetic.SETS}
+        given = config.data.model_dump(include=set(problems), exclude_none=True)
+        resolved.data = DataConfig.model_validate(config.data.model_dump() | problems | given)
+    needed += problems.values()
     release = None
     while not all(path.exists() for path in needed) and release is None:
         root.mkdir(parents=True, exist_ok=True)
         release = try_lock(root / LOCK)
         if release is None:
             watchdog.beat()
-            time.sleep(WAIT)
+            time.sleep(POLL)
     try:
-        _make(config, root, paths)
+        if not all(path.exists() for path in problems.values()):
+            arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
+        if config.model.path is None and not resolved.model.path.exists():
+            scratch_model.make(resolved)
     finally:
         if release is not None:
-            (root / LOCK).unlink()  # who waits for it finds everything made
+            (root / LOCK).unlink()  # a job that waits for it finds everything made
             release()
-    return config
-
-
-def _make(config: Config, root: Path, paths: dict[str, Path]) -> None:
-    if not all(path.exists() for path in paths.values()):
-        arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
-    for name, path in paths.items():
-        if getattr(config.data, name) is None:
-            setattr(config.data, name, [SourceConfig(path=path)] if name in ("train", "validation") else path)
-    if config.model.path is None:
-        directory = root / "model"
-        if not directory.exists():
-            hf_dir.make(config, directory)
-        config.model.path = directory
+    return resolved

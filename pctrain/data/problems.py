@@ -1,4 +1,4 @@
-"""Problems to sample answers for: what RL and evaluation draw from."""
+"""Problems: the prompts with gold answers that RL and evaluation sample responses for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from pctrain.data.sources import read_records
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and its gold answer. `index` is its place among those that were read: sampling seeds derive from it.
+    """A prompt and its gold answer.
 
-    `expert_ids`: the tokens of the expert's trajectory, EOS included, where they were asked for: those SFT trains on after this prompt.
+    `index` is the problem's position among those that were read; sampling seeds derive from it. `expert_ids` are the
+    tokens of the expert's trajectory, including EOS, if they were asked for: the tokens that SFT trains on after this
+    prompt.
     """
 
     id: str
@@ -37,46 +39,56 @@ def read_problems(
     expert: int | None = None,
     left_out: list[str] | None = None,
 ) -> list[Problem]:
-    """The problems of a file, glob or folder, with the prompts that SFT trains answers after.
+    """Read the problems of a file, glob or folder. Prompts are tokenized exactly as for SFT.
 
     Args:
-        room: most tokens of a prompt; room_name: what sets them, for the message.
-        expert: most tokens of an expert's trajectory (the longest response); None: trajectories are not read.
-        left_out: gets what is wrong with the records that are too long, which are then no error.
+        path: file, glob, or folder of a Hugging Face data set.
+        fields: names the columns.
+        encoder: tokenizer and chat template.
+        room: the maximum number of prompt tokens.
+        room_name: the name of what sets `room`, for messages.
+        expert: the maximum number of tokens of an expert's trajectory (the longest response). None does not read
+            trajectories.
+        left_out: if given, records that are too long are not an error; one message for each is appended to this list.
+
     Raises:
-        UserError: a record without prompt or answer (or response, with `expert`), one whose prompt or response the template cannot write,
-            one that is too long, or nothing but those.
+        UserError: a record has no prompt or answer (or no response, with `expert`), the template cannot write it, it is
+            too long, or no record is left.
     """
-    problems = []
+    problems: list[Problem] = []
+    reasons: list[str] = []  # why records were left out
     for record in read_records(path, fields, need=("answer",) if expert is None else ("answer", "response")):
         try:
             ids = encoder.prompt_ids(record)
             if len(ids) > room:
                 raise Unusable(
                     "overlong",
-                    f"the prompt has {len(ids)} tokens, more than {room_name} of {room}; shorten or remove it",
+                    f"the prompt has {len(ids)} tokens, more than {room_name} of {room}. Shorten or remove it.",
                 )
             expert_ids = [] if expert is None else _expert_ids(record, len(ids), encoder, expert)
         except Unusable as error:
             if left_out is None or error.cause != "overlong":
                 raise UserError(f"{record.id}: {error}") from None
-            left_out.append(f"{record.id}: {error}")
+            reasons.append(f"{record.id}: {error}")
         else:
-            problems.append(Problem(record.id, len(problems), record.question, ids, record.answer, expert_ids))
+            answer = record.required("answer")
+            problems.append(Problem(record.id, len(problems), record.question, ids, answer, expert_ids))
+    if left_out is not None:
+        left_out.extend(reasons)
     if not problems:
-        raise UserError(f"{path}: every problem is too long, the last one too: {left_out[-1]}")
+        raise UserError(f"{path}: every problem is too long, for example {reasons[-1]}")
     return problems
 
 
-def _expert_ids(record: Record, prompt: int, encoder: Encoder, longest: int) -> list[int]:
-    """Of a record whose prompt has `prompt` tokens."""
+def _expert_ids(record: Record, prompt_length: int, encoder: Encoder, longest: int) -> list[int]:
+    """Return the tokens of the expert's response to a prompt of `prompt_length` tokens."""
     sample = encoder.encode(record)
-    ids = sample.tokens[prompt:].tolist()
+    ids = sample.tokens[prompt_length:].tolist()
     if sample.cut or len(ids) > longest:
         more = " or more" if sample.cut else ""
         raise Unusable(
             "overlong",
-            f"the expert's response has {len(ids)} tokens with EOS{more}; the longest one that is trained on here "
-            f"has rollout.max_response = {longest}: raise it, or shorten or remove the record",
+            f"the expert's response has {len(ids)} tokens with EOS{more}, more than rollout.max_response = {longest}. "
+            "Raise that key, or shorten or remove the record.",
         )
     return ids

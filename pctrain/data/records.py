@@ -1,4 +1,4 @@
-"""A record of a data set: a question and what answers it, or a chat; and the fault of one that cannot be used."""
+"""Records of a data set (a prompt with its response or answer, or a chat), and faults: records that cannot be used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,25 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
-from pctrain.data.columns import Columns, Missing, kind, look_up
+from pctrain.data.columns import Columns, MissingField, json_kind, look_up
 
 NEEDS = frozenset({"prompt", "response", "answer"})
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# What to do about a record that cannot be read, by cause. Causes of other stages carry the advice in their message.
+ADVICE = {
+    "not_utf8": "Convert the file to UTF-8, for example with `iconv -f LATIN1 -t UTF-8`.",
+    "malformed_json": "Write one JSON object per line, for example with `jq -c . FILE`.",
+    "not_an_object": "Write one JSON object per line; `jq -c '.[]' FILE` turns a JSON array into such lines.",
+    "missing_field": "Name the right column with data.fields, or add the field.",
+    "wrong_type": "Name the right column with data.fields, or fix the value.",
+    "surrogate": "Encode the text again as valid Unicode.",
+    "empty_prompt": "Fill in the prompt, or remove the record.",
+    "empty_response": "Fill in the response, or remove the record.",
+    "empty_answer": "Fill in the gold answer, or remove the record.",
+    "bad_chat": "Fix the messages, or remove the record.",
+}
 
 
 @dataclass(frozen=True)
@@ -24,9 +37,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Record:
-    """A prompt with its response or its answer or both, or a chat: `messages`, and prompt and response are None.
+    """A prompt with its response, its answer or both; or a chat.
 
-    `id` is "<file name>:<line or row>" unless the record has an `id` of its own.
+    A chat has `messages`, and its `prompt` and `response` are None. `id` is the record's own `id` field if it has one,
+    otherwise "<file name>:<line or row>".
     """
 
     id: str
@@ -37,26 +51,36 @@ class Record:
 
     @property
     def question(self) -> str:
-        """The text asked: the prompt, or the turns before the assistant's last word, a blank line between them."""
+        """The prompt; for a chat, the turns before the assistant's last one, joined by blank lines."""
         if not self.messages:
-            return self.prompt
+            return self.required("prompt")
         asked = self.messages[:-1] if self.messages[-1].role == "assistant" else self.messages
         return "\n\n".join(message.content for message in asked)
 
     @property
     def trajectory(self) -> str | None:
-        """The text answered: the response, or the assistant's turn that ends the chat."""
+        """The response; for a chat, the assistant's turn that ends it, or None if another role has the last turn."""
         if not self.messages:
             return self.response
         return self.messages[-1].content if self.messages[-1].role == "assistant" else None
+
+    def required(self, name: Literal["prompt", "response", "answer", "trajectory"]) -> str:
+        """Return a text that the caller asked for with `need` when the record was read.
+
+        Raises:
+            ValueError: the record has no such text, so the caller did not ask for it.
+        """
+        text: str | None = getattr(self, name)
+        if text is None:
+            raise ValueError(f"record {self.id} has no {name}; read the records with need=({name!r},)")
+        return text
 
 
 @dataclass(frozen=True)
 class Fault:
     """A record that cannot be used.
 
-    `where` is "<path>:<line or row>". `cause` is one of not_utf8, malformed_json, not_an_object, missing_field, wrong_type, surrogate,
-    empty_prompt, empty_response, empty_answer, bad_chat.
+    `where` is "<path>:<line or row>". `cause` is a key of ADVICE, or a cause of `pctrain.data.encode.Unusable`.
     """
 
     where: str
@@ -64,46 +88,49 @@ class Fault:
     message: str
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.message}"
+        advice = ADVICE.get(self.cause)
+        return f"{self.where}: {self.message}" + (f". {advice}" if advice else "")
 
 
 class Unreadable(ValueError):
-    """Why a record cannot be made; `cause` as in Fault."""
+    """The reason a record cannot be made. `cause` is a key of ADVICE."""
 
     def __init__(self, cause: str, message: str):
-        # Names of columns may hold halves of surrogate pairs, which neither a terminal nor a file takes.
+        # Names of columns may contain halves of surrogate pairs, which neither a terminal nor a file accepts.
         super().__init__(message.encode("utf-8", "backslashreplace").decode())
         self.cause = cause
 
 
 def make_record(value: dict[str, Any], identity: str, columns: Columns, need: Collection[str]) -> Record:
-    """The record of one object.
+    """Return the record that one object holds.
 
     Args:
-        value: the object as JSON or a table has it.
-        identity: the record's id where the object has none of its own.
-        columns: where its fields lie.
-        need: what it must have beside the prompt: "response", "answer" or both. A chat has a response where it ends with an assistant's
-            turn. A field that is not needed is read where it is well-formed and is None otherwise.
+        value: the object, as read from JSON or a table.
+        identity: the record's id if the object has no `id` of its own.
+        columns: the paths of the record's fields.
+        need: the fields that the record must have in addition to the prompt: "response", "answer" or both. A chat has a
+            response if its last turn is the assistant's. Other fields are read if they are well-formed, and are None
+            otherwise.
+
     Raises:
         Unreadable: a needed field is missing, empty or not text. An answer may also be a number.
     """
-    own = value.get("id")
-    if isinstance(own, (str, int)) and not isinstance(own, bool) and own != "":
-        identity = str(own)
+    own_id = value.get("id")
+    if isinstance(own_id, (str, int)) and not isinstance(own_id, bool) and own_id != "":
+        identity = str(own_id)
         _refuse_surrogates(identity, "field 'id'")
-    answer = _text(value, "answer", columns.answer, needed="answer" in need)
+    answer = _read_text(value, "answer", columns.answer, needed="answer" in need)
     if columns.messages is not None:
-        return Record(identity, answer=answer, messages=_chat(value, columns.messages, need))
+        return Record(identity, answer=answer, messages=_read_chat(value, columns.messages, need))
     return Record(
         identity,
-        _text(value, "prompt", columns.prompt, needed=True),
-        _text(value, "response", columns.response, needed="response" in need),
+        _read_text(value, "prompt", columns.prompt, needed=True),
+        _read_text(value, "response", columns.response, needed="response" in need),
         answer,
     )
 
 
-def _text(value: dict[str, Any], name: str, path: str, *, needed: bool) -> str | None:
+def _read_text(value: dict[str, Any], name: str, path: str | None, *, needed: bool) -> str | None:
     try:
         return _checked_text(value, name, path)
     except Unreadable:
@@ -112,22 +139,27 @@ def _text(value: dict[str, Any], name: str, path: str, *, needed: bool) -> str |
     return None
 
 
-def _checked_text(value: dict[str, Any], name: str, path: str) -> str:
-    try:
-        content = look_up(value, path)
-    except Missing as missing:
-        raise Unreadable("missing_field", str(missing)) from None
-    numbers = name == "answer"
-    if numbers and _is_number(content):
+def _checked_text(value: dict[str, Any], name: str, path: str | None) -> str:
+    if path is None:
+        raise Unreadable("missing_field", f"data.fields names no column for the {name}")
+    content = _look_up(value, path)
+    is_answer = name == "answer"
+    if is_answer and _is_number(content):
         content = str(content)
     if not isinstance(content, str):
-        raise Unreadable(
-            "wrong_type", f"field {path!r}: expected a string{' or a number' if numbers else ''}, got {kind(content)}"
-        )
+        expected = "a string or a number" if is_answer else "a string"
+        raise Unreadable("wrong_type", f"field {path!r}: expected {expected}, got {json_kind(content)}")
     if not content.strip():
-        raise Unreadable(f"empty_{name}", f"field {path!r} is empty")
+        raise Unreadable(f"empty_{name}", f"field {path!r} is empty; expected text")
     _refuse_surrogates(content, f"field {path!r}")
     return content
+
+
+def _look_up(value: dict[str, Any], path: str) -> Any:
+    try:
+        return look_up(value, path)
+    except MissingField as error:
+        raise Unreadable("missing_field", str(error)) from None
 
 
 def _is_number(content: Any) -> bool:
@@ -136,35 +168,34 @@ def _is_number(content: Any) -> bool:
     return math.isfinite(content)
 
 
-def _chat(value: dict[str, Any], path: str, need: Collection[str]) -> tuple[Message, ...]:
-    try:
-        turns = look_up(value, path)
-    except Missing as missing:
-        raise Unreadable("missing_field", str(missing)) from None
+def _read_chat(value: dict[str, Any], path: str, need: Collection[str]) -> tuple[Message, ...]:
+    turns = _look_up(value, path)
     if not isinstance(turns, list):
-        raise Unreadable("wrong_type", f"field {path!r}: expected a list of messages, got {kind(turns)}")
-    messages = tuple(_message(turn, f"field {path!r}, message {number}") for number, turn in enumerate(turns, start=1))
+        raise Unreadable("wrong_type", f"field {path!r}: expected a list of messages, got {json_kind(turns)}")
+    messages = tuple(
+        _read_message(turn, f"field {path!r}, message {number}") for number, turn in enumerate(turns, start=1)
+    )
     ends_with_assistant = bool(messages) and messages[-1].role == "assistant"
     asked = messages[:-1] if ends_with_assistant else messages
     if not any(message.content.strip() for message in asked):
-        raise Unreadable("empty_prompt", f"field {path!r}: nothing is asked before the assistant's last turn")
+        raise Unreadable("empty_prompt", f"field {path!r}: expected text before the assistant's last turn, got none")
     if "response" in need and not ends_with_assistant:
         raise Unreadable(
             "bad_chat", f"field {path!r}: the chat ends with a turn of role {messages[-1].role!r}; expected 'assistant'"
         )
     if "response" in need and not messages[-1].content.strip():
-        raise Unreadable("empty_response", f"field {path!r}: the assistant's last turn is empty")
+        raise Unreadable("empty_response", f"field {path!r}: the assistant's last turn is empty; expected text")
     return messages
 
 
-def _message(turn: Any, name: str) -> Message:
+def _read_message(turn: Any, name: str) -> Message:
     if not isinstance(turn, dict):
-        raise Unreadable("bad_chat", f"{name}: expected an object with role and content, got {kind(turn)}")
+        raise Unreadable("bad_chat", f"{name}: expected an object with role and content, got {json_kind(turn)}")
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise Unreadable("bad_chat", f"{name}: expected a role of {', '.join(ROLES)}, got {role!r}")
     if not isinstance(content, str):
-        raise Unreadable("bad_chat", f"{name}: expected a string as content, got {kind(content)}")
+        raise Unreadable("bad_chat", f"{name}: expected a string as content, got {json_kind(content)}")
     _refuse_surrogates(content, name)
     return Message(role, content)
 
@@ -174,5 +205,5 @@ def _refuse_surrogates(text: str, name: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError:
         raise Unreadable(
-            "surrogate", f"{name} holds half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            "surrogate", f"{name} holds half of a surrogate pair (\\ud800 to \\udfff); expected valid Unicode"
         ) from None

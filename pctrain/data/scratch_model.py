@@ -18,67 +18,69 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ArchitectureConfig, Config
+from pctrain.config.tree import ArchitectureConfig, ResolvedConfig
 from pctrain.data.sources import read_records
-from pctrain.hf.tokenizer import BOS_ID, EOS_ID, Tokenizer, train_sentencepiece
+from pctrain.hf.directory import TOKENIZER_CONFIG
+from pctrain.hf.tokenizer import BOS_ID, EOS_ID, Tokenizer, read_tokenizer_config, train_sentencepiece
+from pctrain.hf.weight_files import SINGLE
+from pctrain.hf.weight_names import EMBEDDING, LM_HEAD
 
 INITIAL_STD = 0.02
 
 
-def make(config: Config, folder: Path) -> Path:
-    """The directory for a config without `model.path`: `model.architecture`, and a tokenizer trained from `data.train`."""
-    if config.data.train is None:
-        raise UserError(
-            "data.train: a model made from scratch needs training text for its tokenizer; give data.train or model.path"
-        )
-    records = [
-        r for source in config.data.train for r in read_records(source.path, config.data.fields, need=("response",))
-    ]
-    texts = [text for r in records for text in (r.question, r.trajectory)]
+def make(config: ResolvedConfig) -> Path:
+    """Make the directory `model.path`: a model of `model.architecture`, and a tokenizer trained on `data.train`."""
+    texts: list[str] = []
+    for source in config.data.train_sources():
+        for record in read_records(source.path, config.data.fields, need=("response",)):
+            texts += [record.question, record.trajectory or ""]
     return make_hf_dir(
-        folder, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed
+        config.model.path,
+        config.model.architecture,
+        texts,
+        vocab_size=config.data.problems.vocab_size,
+        seed=config.run.seed,
     )
 
 
 def make_hf_dir(
     folder: Path, architecture: ArchitectureConfig, texts: Iterable[str], *, vocab_size: int, seed: int
 ) -> Path:
-    """Writes the directory beside `folder` and renames it: it is there whole or not at all.
+    """Write the directory next to `folder` and rename it, so that `folder` is complete or does not exist.
 
     Args:
+        folder: the new directory.
+        architecture: sizes of the model.
         texts: prompts and responses that the tokenizer is trained from.
-        vocab_size: upper bound of the vocabulary. The model gets exactly the pieces there are; padding is a matter of the trainer.
+        vocab_size: upper bound of the vocabulary. The model gets exactly the pieces that exist; the trainer pads them.
         seed: of the initial weights.
     Raises:
         UserError: the folder exists and is not empty, or the vocabulary is too small for the text.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; expected a folder that is still to be made")
+        raise UserError(f"{folder} exists already; expected a folder that does not exist yet, or an empty one")
     sentencepiece_model = train_sentencepiece(texts, vocab_size)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
     try:
-        tokenizer = _write_tokenizer(beside, sentencepiece_model, architecture.context)
-        _write_config(beside, architecture, tokenizer.vocab_size)
-        # transformers wants to be told the framework that a file was made for.
-        save_file(
-            initial_weights(architecture, tokenizer.vocab_size, seed),
-            beside / "model.safetensors",
-            metadata={"format": "pt"},
-        )
-        beside.rename(folder)
+        tokenizer = _write_tokenizer(temporary, sentencepiece_model, architecture.context)
+        _write_config(temporary, architecture, tokenizer.vocab_size)
+        weights = initial_weights(architecture, tokenizer.vocab_size, seed)
+        save_file(weights, temporary / SINGLE, metadata={"format": "pt"})  # transformers needs the framework's name
+        temporary.rename(folder)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
 
 
 def initial_weights(architecture: ArchitectureConfig, vocab_size: int, seed: int) -> dict[str, np.ndarray]:
-    """float32 tensors by their Hugging Face names, `[out, in]`.
+    """Return float32 tensors by their Hugging Face names, `[out, in]`.
 
-    Normal with standard deviation 0.02; the projections that write into the residual stream are scaled by 1 / sqrt(2 x layers), so that
-    its variance at the start does not grow with depth (Radford et al. 2019, section 2.3). Norms are 1.
+    They are normal with standard deviation 0.02. The projections that write into the residual stream are scaled by
+    1 / sqrt(2 x layers), so that its variance at the start does not grow with depth (Radford et al. 2019, section 2.3).
+    Norms are 1.
     """
     a = architecture
     rng = np.random.default_rng(seed)
@@ -88,7 +90,7 @@ def initial_weights(architecture: ArchitectureConfig, vocab_size: int, seed: int
     def normal(rows: int, columns: int, std: float = INITIAL_STD) -> np.ndarray:
         return (rng.standard_normal((rows, columns)) * std).astype(np.float32)
 
-    weights = {"model.embed_tokens.weight": normal(vocab_size, a.hidden)}
+    weights = {EMBEDDING: normal(vocab_size, a.hidden)}
     for layer in range(a.layers):
         name = f"model.layers.{layer}"
         weights |= {
@@ -104,7 +106,7 @@ def initial_weights(architecture: ArchitectureConfig, vocab_size: int, seed: int
         }
     weights["model.norm.weight"] = np.ones(a.hidden, np.float32)
     if not a.tied:
-        weights["lm_head.weight"] = normal(vocab_size, a.hidden)
+        weights[LM_HEAD] = normal(vocab_size, a.hidden)
     return weights
 
 
@@ -116,11 +118,10 @@ def _write_tokenizer(folder: Path, sentencepiece_model: bytes, context: int) -> 
         folder, legacy=False, add_prefix_space=False, add_bos_token=False, add_eos_token=False, model_max_length=context
     )
     converted.save_pretrained(folder)
-    # save_pretrained lists every added token as special, \boxed{ among them; a decoder that goes by this list would leave the box out.
-    path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    # save_pretrained lists every added token as special, \boxed{ too. A decoder that follows the list drops the box.
+    settings = read_tokenizer_config(folder)
     settings.pop("extra_special_tokens", None)
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     return Tokenizer(folder)
 
 

@@ -1,10 +1,10 @@
-"""Records from files: what a path names, the records in it, and the parts that worker processes read by themselves.
+"""Records from files: the files that a path names, their records, and the chunks that worker processes read.
 
-files_of("data/*.jsonl")            -> the files
-chunks(file)                        -> parts of a file: picklable, bounded
-read_chunk(chunk, fields, need)     -> its records, and the faults of those that cannot be used, in order
-iter_records, read_records          -> the same over all files of a path
-iter_raw(path)                      -> the objects as they are, for what copies or edits a data set (`writing.write_records`)
+list_files("data/*.jsonl")          -> the files
+split_file(file)                    -> chunks of a file: picklable and bounded
+read_chunk(chunk, fields, need)     -> the records of a chunk in order, with a fault in place of each that cannot be
+used iter_records, read_records          -> the same over all files of a path
+iter_raw(path)                      -> the objects unchanged, to copy or edit a data set (`writing.write_records`)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
-from pctrain.data.columns import Columns, Form, choose, form_of
+from pctrain.data.columns import Columns, Form, choose_columns, detect_form
 from pctrain.data.lines import ArchivePart, ByteRange, archive_pieces, plain_pieces
 from pctrain.data.records import NEEDS, Fault, Record, Unreadable, make_record
 from pctrain.data.tables import (
@@ -33,9 +33,9 @@ from pctrain.data.tables import (
 )
 from pctrain.files.durable import fingerprint
 
-CHUNK_BYTES = 8 << 20  # of text: what a worker process has in hand at once, a second's work
-# Suffix, and the compression where there is one.
-LINES = {
+CHUNK_BYTES = 8 << 20  # text that a worker process holds at once: about a second's work
+# The compression of each suffix.
+LINES: dict[str, str | None] = {
     ".jsonl": None,
     ".json": None,
     ".jsonl.gz": "gzip",
@@ -49,10 +49,11 @@ Piece = ByteRange | ArchivePart | RowGroups | GroupPart | StreamRows
 
 @dataclass(frozen=True)
 class Chunk:
-    """A part of a file: where it lies, not what is in it. A process that reads parts in their order reads archives and large row groups
-    once; one that goes back in them begins anew.
+    """The position of a part of a file, without its content.
 
-    `form` is what the file's first record has the columns of; `done` are the bytes of the file (on the disk) up to its end.
+    A process that reads chunks in order reads archives and large row groups once. Reading an earlier chunk starts over.
+    `form` is the form of the file's first record. `done` is the number of bytes of the file on disk up to the end of
+    the chunk.
     """
 
     file: Path
@@ -61,40 +62,46 @@ class Chunk:
     done: int
 
 
-def files_of(path: Path | str) -> list[Path]:
-    """The files that a path names: itself, what a glob matches (sorted), or the folder of a Hugging Face data set.
+def list_files(path: Path | str) -> list[Path]:
+    """Return the files that a path names: the path itself, a glob's matches (sorted), or the folder of a data set.
 
     Raises:
-        UserError: there is none, or one of a format that is not read.
+        UserError: there is no such file, or its format is not supported.
     """
     path = Path(path)
     try:
-        there = path.exists()
+        exists = path.exists()
     except OSError as error:
         raise UserError(f"data file {str(path)[:200]} cannot be read: {error.strerror}") from None
-    if there:  # a name with brackets that is there is a name, not a pattern
-        found = [path]
+    if exists:  # a file whose name has brackets is a file, not a pattern
+        files = [path]
     elif not glob.has_magic(str(path)):
         raise UserError(f"data file {path} does not exist")
     else:
-        found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        # A pattern matches folders by the way, and the files inside a data set, which is read as one.
-        found = [
-            file for file in found if (file.is_file() or is_data_set(file)) and not any(map(is_data_set, file.parents))
-        ]
-        if not found:
-            hint = " ([ and ] stand for one character of those between them)" if "[" in str(path) else ""
-            raise UserError(f"{path}: no file matches this pattern{hint}")
-    for file in found:
-        parts_of(file)
-    return found
+        files = _match_pattern(path)
+    for file in files:
+        list_disk_files(file)  # raises for an unsupported format
+    return files
 
 
-def parts_of(file: Path) -> list[Path]:
-    """The files on the disk that one of `files_of` consists of: itself, or the Arrow files of a data set's folder.
+def _match_pattern(pattern: Path) -> list[Path]:
+    """Return the files and data sets that a glob matches, but not other folders or the files inside a data set."""
+    files = []
+    for name in sorted(glob.glob(str(pattern), recursive=True)):
+        file = Path(name)
+        if (file.is_file() or is_data_set(file)) and not any(map(is_data_set, file.parents)):
+            files.append(file)
+    if not files:
+        hint = " ([...] matches one character of those in the brackets)" if "[" in str(pattern) else ""
+        raise UserError(f"{pattern}: no file matches this pattern{hint}")
+    return files
+
+
+def list_disk_files(file: Path) -> list[Path]:
+    """Return the files on disk behind one result of `list_files`: itself, or the Arrow files in a data set's folder.
 
     Raises:
-        UserError: its format is not read.
+        UserError: the format is not supported.
     """
     if file.is_dir():
         return data_set_files(file)
@@ -104,34 +111,36 @@ def parts_of(file: Path) -> list[Path]:
 
 
 def content_hash(path: Path | str) -> str:
-    """sha256, in hex, of what a path names: of a file its bytes; of a glob or a folder the names and the bytes of all files.
+    """Return the sha256, in hex, of a file's bytes; for a glob or a folder, of the names and the bytes of all files.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: a file cannot be read.
     """
     path = Path(path)
     if path.is_file() or not (path.is_dir() or glob.has_magic(str(path))):
         return fingerprint(path)
-    digests = [[file.name, *map(fingerprint, parts_of(file))] for file in files_of(path)]
+    digests = [[file.name, *map(fingerprint, list_disk_files(file))] for file in list_files(path)]
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
 def iter_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
-    """All records of a path, in the order of its files; in place of one that cannot be used its fault."""
-    for file in files_of(path):
-        for chunk in chunks(file):
+    """Yield all records of a path, in the order of its files, with a fault in place of each that cannot be used."""
+    for file in list_files(path):
+        for chunk in split_file(file):
             yield from read_chunk(chunk, fields, need)
 
 
 def read_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) -> list[Record]:
-    """All records of a path, in memory.
+    """Return all records of a path.
 
     Args:
-        path: file, glob or folder of a Hugging Face data set.
+        path: file, glob, or folder of a Hugging Face data set.
         fields: names the columns.
-        need: what every record must have beside the prompt: "response", "answer" or both.
+        need: the fields that every record must have in addition to the prompt: "response", "answer" or both.
+
     Raises:
-        UserError: a record that cannot be used (with file and line or row), a file that cannot be read, no record at all.
+        UserError: a record cannot be used (the message names file and line or row), a file cannot be read, or there is
+            no record.
     """
     records = []
     for record in iter_records(path, fields, need):
@@ -139,35 +148,45 @@ def read_records(path: Path | str, fields: FieldsConfig, need: Collection[str]) 
             raise UserError(str(record))
         records.append(record)
     if not records:
-        raise UserError(f"{path}: the data set is empty; expected one record a line or row")
+        raise UserError(f"{path}: the data set is empty; expected one record per line or row")
     return records
 
 
 def iter_raw(path: Path | str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("<path>:<line or row>", object with all its columns) of every record of a path.
+    """Yield ("<path>:<line or row>", object with all its columns) for every record of a path.
 
     Raises:
-        UserError: a line that is no object.
+        UserError: a line is not an object.
     """
-    for file in files_of(path):
+    for file in list_files(path):
         for piece, _ in _pieces(file, CHUNK_BYTES):
             for number, value in piece.values():
+                where = f"{file}:{number}"
                 if isinstance(value, Unreadable):
-                    raise UserError(f"{file}:{number}: {value}")
-                yield f"{file}:{number}", value
+                    raise UserError(str(Fault(where, value.cause, str(value))))
+                yield where, value
 
 
-def chunks(file: Path, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """The parts of one file of `files_of`, of about `size` bytes, in order. The same bytes give the same parts.
+def split_file(file: Path, size: int = CHUNK_BYTES) -> Iterator[Chunk]:
+    """Yield the chunks of one result of `list_files`, of about `size` bytes, in order.
+
+    The same bytes give the same chunks.
 
     Raises:
-        UserError: the file cannot be read, or not to its end.
+        UserError: the file cannot be read to its end.
     """
-    form = None
+    form: Form | None = None
     for piece, done in _pieces(file, size):
         if form is None:
-            form = next((form_of(value) for _, value in piece.values() if isinstance(value, dict)), "plain")
+            form = _detect_first_form(piece)
         yield Chunk(file, form, piece, done)
+
+
+def _detect_first_form(piece: Piece) -> Form:
+    for _, value in piece.values():
+        if isinstance(value, dict):
+            return detect_form(value)
+    return "plain"
 
 
 def _pieces(file: Path, size: int) -> Iterator[tuple[Piece, int]]:
@@ -175,7 +194,8 @@ def _pieces(file: Path, size: int) -> Iterator[tuple[Piece, int]]:
         return data_set_pieces(file, size)
     if file.suffix == ".parquet":
         return parquet_pieces(file, size)
-    compression = LINES[_lines_suffix(file)]
+    suffix = _lines_suffix(file)
+    compression = None if suffix is None else LINES[suffix]
     return plain_pieces(file, size) if compression is None else archive_pieces(file, size, compression)
 
 
@@ -183,21 +203,21 @@ def _lines_suffix(file: Path) -> str | None:
     return next((suffix for suffix in LINES if file.name.endswith(suffix)), None)
 
 
-def columns_of(chunk: Chunk, fields: FieldsConfig) -> Columns:
-    """The columns that `read_chunk` reads it by; the same for every chunk of a file."""
-    return choose(fields, chunk.form)
+def chunk_columns(chunk: Chunk, fields: FieldsConfig) -> Columns:
+    """Return the columns by which a chunk is read. They are the same for every chunk of a file."""
+    return choose_columns(fields, chunk.form)
 
 
 def read_chunk(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[Record | Fault]:
-    """The records of a chunk; in place of one that cannot be used its fault."""
+    """Yield the records of a chunk, with a fault in place of each that cannot be used."""
     return (record for _, record in read_numbered(chunk, fields, need))
 
 
 def read_numbered(chunk: Chunk, fields: FieldsConfig, need: Collection[str]) -> Iterator[tuple[int, Record | Fault]]:
-    """`read_chunk` with the line or row of each."""
+    """Yield the line or row of each record of a chunk, and the record or its fault."""
     if not NEEDS.issuperset(need):
         raise ValueError(f"need: expected some of {sorted(NEEDS)}, got {need!r}")
-    columns = columns_of(chunk, fields)
+    columns = chunk_columns(chunk, fields)
     for number, value in chunk.piece.values(columns.paths):
         try:
             yield number, make_record(_object(value), f"{chunk.file.name}:{number}", columns, need)

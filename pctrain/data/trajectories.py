@@ -1,4 +1,4 @@
-"""The tokenised trajectories of several sources as one numbered set."""
+"""The tokenized trajectories of several sources, numbered as one set."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from pctrain.config.tree import SourceConfig
 from pctrain.data.rows import Row, RowSet
 from pctrain.data.store import TokenStore
 
-SOURCE = "source"  # the stream that tells the loss which source a token is of
+SOURCE = "source"  # the stream that says which source each token is from
 
 
 class Trajectories:
-    """Samples 0 to n - 1: those of the first source, then those of the next.
+    """Samples 0 to n - 1: the samples of the first source, then those of the next.
 
     Attributes:
-        names: of the sources, for metrics.
-        weights: passes over each source in an epoch.
-        sizes: samples of each source.
-        lengths: int64 [n], tokens of each sample.
-        loss_tokens: int64 [n], tokens of each sample that are trained on.
-        source: int64 [n], the number of each sample's source.
+        names: names of the sources, for metrics.
+        weights: passes over each source per epoch.
+        sizes: number of samples of each source.
+        lengths: int64 [n], number of tokens of each sample.
+        loss_tokens: int64 [n], number of tokens of each sample that are trained on.
+        source: int64 [n], number of each sample's source.
     """
 
     def __init__(self, sources: Sequence[SourceConfig], stores: Sequence[TokenStore]):
@@ -42,25 +42,25 @@ class Trajectories:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Row:
-        """With several sources the row has the stream `source`."""
+        """Return the row of a sample. If there are several sources, the row has the stream `source`."""
         source = int(self.source[index])
         row = self.stores[source][index - int(self._firsts[source])]
         return row if len(self.names) == 1 else replace(row, streams={SOURCE: np.full(len(row), source, np.float32)})
 
     def select(self, indices: Sequence[int]) -> RowSet:
-        """The rows of these samples, read when they are asked for."""
-        indices = np.asarray(indices, dtype=np.int64)
+        """Return the rows of these samples. Each row is read when it is requested."""
+        samples = np.asarray(indices, dtype=np.int64)
         streams = (SOURCE,) if len(self.names) > 1 else ()
-        loss_tokens = float(self.loss_tokens[indices].sum())
-        return RowSet(self.lengths[indices], loss_tokens, lambda i: self[int(indices[i])], streams)
+        loss_tokens = float(self.loss_tokens[samples].sum())
+        return RowSet(self.lengths[samples], loss_tokens, lambda i: self[int(samples[i])], streams)
 
     def id(self, index: int) -> str:
-        """The record that a sample was made of, for messages."""
+        """Return the id of the record that a sample was made from, for messages."""
         source = int(self.source[index])
         return self.stores[source].id(index - int(self._firsts[source]))
 
     def describe(self) -> list[str]:
-        """A line for each source: what there is, and what was dropped or cut."""
+        """Return one line per source with its size and the number of dropped and cut records."""
         lines = []
         for name, store, weight in zip(self.names, self.stores, self.weights, strict=True):
             counts = "".join(f", {count} {cause}" for cause, count in store.counts.items())
@@ -73,15 +73,20 @@ class Trajectories:
 
 
 def source_names(sources: Sequence[SourceConfig]) -> list[str]:
-    """Raises UserError where two are the same."""
-    names = [source.name or _name_of(source.path) for source in sources]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
+    """Return the name of each source.
+
+    Raises:
+        UserError: two sources have the same name.
+    """
+    names = [source.name or _name_from_path(source.path) for source in sources]
+    duplicates = sorted({name for name in names if names.count(name) > 1})
+    if duplicates:
         raise UserError(
-            f"two sources of data.train or data.validation have the name {twice[0]!r}; give each a `name` of its own"
+            f"two sources of data.train or data.validation have the name {duplicates[0]!r}; expected different names. "
+            "Set `name` of one of them."
         )
     return names
 
 
-def _name_of(path: Path) -> str:
+def _name_from_path(path: Path) -> str:
     return path.name.split(".")[0] or path.name

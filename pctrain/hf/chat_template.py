@@ -1,11 +1,12 @@
-"""The chat template of a checkpoint: messages to the text that its model was trained to read.
+"""The chat template of a checkpoint: from messages to the text that its model was trained to read.
 
-Rendered as transformers' `apply_chat_template` does (the same Jinja sandbox, extensions, filters and variables; checked by the tests)
-without importing it, which takes seconds in every worker process.
+Templates are rendered as transformers' `apply_chat_template` does (the same Jinja sandbox, extensions, filters and
+variables; the tests compare them) without importing transformers, which takes seconds in every worker process.
 
-What differs on purpose: `strftime_now` is not given. Templates of the Llama 3.2 kind write today's date into the system turn, so a run's
-data would depend on the day it was made on, and the prompts that RL samples from would change at midnight. Such templates ask whether the
-function is there and fall back to a fixed date; one that does not ask cannot be used, and says so.
+One difference is intended: templates do not get `strftime_now`. Templates of the Llama 3.2 kind write today's date into
+the system turn, so a run's data would depend on the day it was made on, and the prompts that RL samples from would
+change at midnight. Such templates ask whether the function exists and fall back to a fixed date. A template that does
+not ask cannot be used, and the error says so.
 """
 
 from __future__ import annotations
@@ -24,33 +25,35 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pctrain.common.errors import UserError
-from pctrain.hf.tokenizer import read_json
+from pctrain.hf.directory import CHAT_TEMPLATE, TOKENIZER_CONFIG
+from pctrain.hf.tokenizer import read_tokenizer_config, special_tokens
 
 
 class RenderError(ValueError):
-    """The template cannot write these messages, or refuses them."""
+    """A template that cannot write some messages, or refuses them."""
 
 
 class ChatTemplate:
-    """A compiled template and the special tokens it may name (`bos_token`, `eos_token`, ...)."""
+    """A compiled template with the special tokens that it may name (`bos_token`, `eos_token`, ...)."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str):
-        """`where` names the file in messages. Raises UserError for a template that is no Jinja, with its line."""
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str) -> None:
+        """Compile a template. `where` names its file in messages.
+
+        Raises:
+            UserError: the source is not Jinja; the message has the line.
+        """
         self.source, self.special_tokens, self.where = source, dict(special_tokens), where
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
                 f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
-                "mend it, or give another by data.template"
+                "fix it, or give another one by data.template"
             ) from None
-        except (
-            RecursionError,
-            SyntaxError,
-        ) as error:  # a template becomes a Python program, which has bounds of its own
+        except (RecursionError, SyntaxError) as error:  # Jinja compiles to Python, which has its own limits
             raise UserError(
-                f"{where}: the chat template cannot be compiled, most likely for what is nested in it ({error}); "
-                "simplify it, or give another by data.template"
+                f"{where}: the chat template cannot be compiled, most likely because it nests too deeply ({error}); "
+                "simplify it, or give another one by data.template"
             ) from None
 
     @cached_property
@@ -59,10 +62,11 @@ class ChatTemplate:
         return hashlib.sha256(json.dumps([self.source, self.special_tokens], sort_keys=True).encode()).hexdigest()
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """The text of `messages`, [{role, content}, ...].
+        """Return the text of `messages`, [{role, content}, ...].
 
         Args:
-            add_generation_prompt: whether the head of an assistant's turn follows, from which a model goes on.
+            messages: the turns of a conversation.
+            add_generation_prompt: append the head of an assistant's turn, for a model to continue.
         Raises:
             RenderError: the template refuses the messages (`raise_exception`) or fails.
         """
@@ -74,12 +78,12 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **self.special_tokens,
             )
-            text.encode()  # half of a surrogate pair ("\ud83d" in the template) is no text for a tokenizer
+            text.encode()  # raises for half of a surrogate pair ("\ud83d" in the template), which no tokenizer takes
             return text
         except jinja2.UndefinedError as error:
+            advice = _NO_DATE if "strftime_now" in str(error.message) else ""
             raise RenderError(
-                f"{self.where}: the chat template uses what it is not given: {error.message}"
-                + (_NO_DATE if "strftime_now" in str(error.message) else "")
+                f"{self.where}: the chat template uses a variable that it does not get: {error.message}{advice}"
             ) from None
         except jinja2.TemplateError as error:
             raise RenderError(f"{self.where}: the chat template refuses the messages: {error.message}") from None
@@ -88,19 +92,20 @@ class ChatTemplate:
 
 
 _NO_DATE = (
-    "; the date of today would make the data depend on the day: replace strftime_now by a fixed date in a copy of the template, "
-    "and name that by data.template"
+    "; today's date would make the data depend on the day: replace strftime_now by a fixed date in a copy of the "
+    "template, and give that copy by data.template"
 )
 
 
 def load(hf_dir: Path, setting: str) -> ChatTemplate | None:
-    """The template that `data.template` asks for; None: tokens are put together without one.
+    """Return the template that `data.template` asks for, or None if tokens are put together without one.
 
     Args:
-        setting: "auto": `chat_template.jinja` of the directory or, where there is none, `chat_template` of its tokenizer_config.json (of
-            several the one named "default"), or no template where it has neither; "none"; or the path of a Jinja file.
+        hf_dir: the Hugging Face directory.
+        setting: "auto", "none", or the path of a Jinja file. "auto" takes `chat_template.jinja` of the directory, else
+            `chat_template` of its tokenizer_config.json (of several the one named "default"), else no template.
     Raises:
-        UserError: a file that is missing, not UTF-8 or no Jinja; several templates without a default.
+        UserError: a file is missing, not UTF-8 or not Jinja, or there are several templates without a default.
     """
     hf_dir = Path(hf_dir)
     if setting == "none":
@@ -111,24 +116,25 @@ def load(hf_dir: Path, setting: str) -> ChatTemplate | None:
             raise UserError(
                 f"data.template: the file {path} does not exist; expected auto, none, or the path of a Jinja file"
             )
-        return ChatTemplate(_read(path), _special_tokens(hf_dir), str(path))
-    beside = hf_dir / "chat_template.jinja"
-    if beside.is_file():  # it goes before the config, as in transformers
-        return ChatTemplate(_read(beside), _special_tokens(hf_dir), str(beside))
-    config = hf_dir / "tokenizer_config.json"
-    source = _of_config(read_json(config).get("chat_template"), config)
-    return None if source is None else ChatTemplate(source, _special_tokens(hf_dir), f"{config}, chat_template")
+        return ChatTemplate(_read(path), special_tokens(hf_dir), str(path))
+    file = hf_dir / CHAT_TEMPLATE
+    if file.is_file():  # the file takes precedence over the config, as in transformers
+        return ChatTemplate(_read(file), special_tokens(hf_dir), str(file))
+    config = hf_dir / TOKENIZER_CONFIG
+    source = _from_config(read_tokenizer_config(hf_dir).get("chat_template"), config)
+    return None if source is None else ChatTemplate(source, special_tokens(hf_dir), f"{config}, chat_template")
 
 
-def _of_config(entry: Any, config: Path) -> str | None:
+def _from_config(entry: Any, config: Path) -> str | None:
+    """Return the template under `chat_template`, which is text or a list of named templates."""
     if isinstance(entry, list):
-        named = {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
-        if "default" not in named:
+        templates = {str(item.get("name")): item.get("template") for item in entry if isinstance(item, dict)}
+        if "default" not in templates:
             raise UserError(
-                f"{config}: chat_template lists {', '.join(map(str, named)) or 'no templates'}, but none is named 'default'; "
-                "write the one to use into a file, and name that by data.template"
+                f"{config}: chat_template lists {', '.join(templates) or 'no templates'}, but none is named 'default'; "
+                "write the one to use into a file, and give that file by data.template"
             )
-        entry = named["default"]
+        entry = templates["default"]
     if entry is not None and not isinstance(entry, str):
         raise UserError(
             f"{config}: chat_template: expected text, or a list of {{name, template}}; give another by data.template"
@@ -143,19 +149,6 @@ def _read(path: Path) -> str:
         raise UserError(f"{path}: the chat template cannot be read: {error}") from None
 
 
-def _special_tokens(hf_dir: Path) -> dict[str, str]:
-    """{"bos_token": "<s>", ...}: what tokenizer_config.json names. special_tokens_map.json, the older form, goes before it where the
-    config does not list the added tokens: transformers' rule."""
-    config = read_json(hf_dir / "tokenizer_config.json")
-    entries = config if "added_tokens_decoder" in config else config | read_json(hf_dir / "special_tokens_map.json")
-    texts = {
-        key: value.get("content") if isinstance(value, dict) else value
-        for key, value in entries.items()
-        if key.endswith("_token")
-    }
-    return {key: text for key, text in sorted(texts.items()) if isinstance(text, str)}
-
-
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
@@ -166,14 +159,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` ... `{% endgeneration %}`, by which some templates mark what the assistant writes: passed through.
+    """A pass-through for `{% generation %}` ... `{% endgeneration %}`, which mark what an assistant writes.
 
-    The spans that are trained on come from the generation prompt, which is what RL samples after, and not from these marks.
+    The spans that are trained on come from the generation prompt, which RL samples after, and not from these marks.
     """
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it as an instance variable)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Parse a block as if its tags were not there."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return [jinja2.nodes.Scope(body, lineno=line)]
@@ -182,7 +176,7 @@ class _Generation(jinja2.ext.Extension):
 def _tojson(
     value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """Jinja's own filter would escape < and > for HTML."""
+    """Return JSON text. Jinja's own filter would escape < and > for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -77,7 +77,7 @@ def _this_machine(ranks: int) -> Gpu:
     """Ranks of one machine exchange through its memory: out of one rank's, and into the other's."""
     import os
 
-    from pctrain.compute.peak import peak_flops
+    from pctrain.core.peak import peak_flops
     from pctrain.tools.doctor_measures import copy_bandwidth, memory_left
 
     share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns

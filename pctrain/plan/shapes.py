@@ -36,7 +36,6 @@ def hf_config(config: Config) -> HFConfig:
         norm_eps=1e-6,
         tied=a.tied,
         qkv_bias=False,
-        eos_id=2,
     )
 
 

@@ -1,124 +1,111 @@
-"""A study or a single run, read from its folders: `read_study` needs nothing but the files (contracts.md, "Run folder")."""
+"""Read a study or a single run from its folders. Only the files are needed (docs/contracts.md, "Run folder")."""
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 
 from pctrain.ceiling import checks, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
 from pctrain.common.errors import UserError
-from pctrain.compute.ledger import PHASES
-from pctrain.files import yaml_text
 from pctrain.report import curves
 from pctrain.report.study_data import (
     LEDGER_KEYS,
-    Estimate,
+    Measurement,
+    NotMeasured,
     RLPoint,
     RLRun,
-    SFTPoint,
+    Run,
+    SFTLoss,
     SFTRun,
+    SFTScore,
     Study,
+    scored_run,
     sft_of,
     sum_ledgers,
     typical_se,
 )
+from pctrain.run import config_file
+from pctrain.run.config_file import has_config
+from pctrain.run.documents import is_finished, read_start, read_summary
 from pctrain.run.layout import find_runs
+from pctrain.run.names import CONFIG, METRICS, SUMMARY
+from pctrain.run.records import has_ledger, has_metrics, read_metrics, read_rollouts, rollout_files
+from pctrain.run.records import read_ledger as read_ledger_lines
 
-NO_JOINT = "the checkpoint was not scored before RL"
+NO_FIRST_SCORE = "the checkpoint was not scored before RL"
 NO_SFT_RUN = "there is no SFT run in this folder"
-ROLES = ("early", "stable", "overfit", "none")
+SAMPLES = 6  # rollouts of a run that the report shows
+
+AnyRun = TypeVar("AnyRun", bound=Run)
 
 
 def read_study(folder: Path) -> Study:
-    """A study folder (layout.py) or one run folder. UserError names what is missing or malformed."""
+    """Read a study folder (run/layout.py) or one run folder. The UserError names what is missing or malformed."""
     if not folder.is_dir():
         raise UserError(
             f"{folder}: no such folder. Give a study folder (with sft/ and rl-step-N/) or a single run folder."
         )
-    name = folder.resolve().name
-    if found := find_runs(folder):
-        places = [place for place in found if _has_recorded(place.folder)]
-        if not places:
+    places = find_runs(folder)
+    if places:
+        recorded = [place for place in places if _has_recorded(place.folder)]
+        if not recorded:
             raise UserError(
-                f"{folder}: its runs have only just begun and have recorded nothing yet; ask again in a moment"
+                f"{folder}: its runs have only just begun and have recorded nothing yet. Try again in a moment."
             )
-        begun = tuple(place.folder.relative_to(folder).as_posix() for place in found if place not in places)
-        sft = [read_sft(place.folder, place.set) for place in places if place.kind == "sft"]
-        rl = [read_rl(place.folder, sft, place.set) for place in places if place.kind == "rl"]
-        return _told_apart(Study(name, folder, sft, rl, begun))
-    if (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists():
+        just_begun = tuple(place.folder.relative_to(folder).as_posix() for place in places if place not in recorded)
+        sft = [read_sft(place.folder, place.set) for place in recorded if place.kind == "sft"]
+        rl = [read_rl(place.folder, sft, place.set) for place in recorded if place.kind == "rl"]
+        return _name_runs(folder, sft, rl, just_begun)
+    name = folder.resolve().name
+    if has_metrics(folder) or has_config(folder):
         if read_config(folder)[0]["kind"] == "rl":
             return Study(name, folder, [], [read_rl(folder, [])])
         return Study(name, folder, [read_sft(folder)], [])
     raise UserError(
-        f"{folder}: no runs here. Expected sft/ or rl-step-N/ below it (a study), or metrics.jsonl (a run). "
-        f"`pctrain run` writes a study, `pctrain sft` and `pctrain rl` write a run."
+        f"{folder}: no runs here. Expected sft/ or rl-step-N/ in it (a study), or metrics.jsonl (a run). "
+        "`pctrain run` writes a study; `pctrain sft` and `pctrain rl` write a run."
     )
 
 
 def _has_recorded(run: Path) -> bool:
-    """Whether it has made a step; of one that has, what is missing was lost."""
-    metrics = run / "metrics.jsonl"
-    return (run / "ledger.jsonl").exists() or metrics.exists() and any(row["step"] > 0 for row, _ in _metrics(run))
+    """Return True if the run has made a step. From then on a missing file has been lost, not delayed."""
+    if has_ledger(run):
+        return True
+    return has_metrics(run) and any(row["step"] > 0 for row, _ in _metrics(run))
 
 
-def _told_apart(study: Study) -> Study:
-    """With the names of the runs relative to the study, and what differs among them."""
-    values = {
-        "set": [run.set for run in study.sft],
-        "seed": [run.seed for run in study.runs],
-        "algorithm": [run.algorithm for run in study.rl],
+def _name_runs(folder: Path, sft: Sequence[SFTRun], rl: Sequence[RLRun], just_begun: tuple[str, ...]) -> Study:
+    """Return the study whose runs have names relative to its folder and know what differs among them."""
+    values: dict[str, list[object]] = {
+        "set": [run.set for run in sft],
+        "seed": [run.seed for run in (*sft, *rl)],
+        "algorithm": [run.algorithm for run in rl],
     }
-    varies = frozenset(key for key, found in values.items() if len(set(found)) > 1)
-    sft, rl = (
-        [replace(run, name=run.folder.relative_to(study.folder).as_posix(), varies=varies) for run in runs]
-        for runs in (study.sft, study.rl)
-    )
-    return replace(study, sft=sft, rl=rl)
+    varies = frozenset(key for key, of_runs in values.items() if len(set(of_runs)) > 1)
+
+    def named(run: AnyRun) -> AnyRun:
+        return replace(run, name=run.folder.relative_to(folder).as_posix(), varies=varies)
+
+    return Study(folder.resolve().name, folder, [named(run) for run in sft], [named(run) for run in rl], just_begun)
+
+
+# -- SFT ---------------------------------------------------------------------------------------------------------------
 
 
 def read_sft(folder: Path, set_name: str = "") -> SFTRun:
+    """Read an SFT run folder."""
     config, text = read_config(folder)
     delta, delta2 = (_number_setting(folder, config, "ceiling", key) for key in ("delta", "delta2"))
-    points: dict[int, dict[str, Any]] = {}
-    not_finite = 0
-    for row, where in _metrics(folder):
-        if row["kind"] == "train":
-            continue
-        point = points.setdefault(row["step"], {"step": row["step"], "eflops_sft": row["eflops_sft"]})
-        if row["kind"] == "val":
-            if row.get("val_loss", 0) is None:  # how a run folder writes nan and infinity
-                not_finite += 1
-            else:
-                point |= {
-                    "val_loss": _number(row, "val_loss", where),
-                    "val_loss_se": _number(row, "val_loss_se", where),
-                }
-        else:
-            point |= {
-                "score": _number(row, "score", where),
-                "score_se": _number(row, "score_se", where),
-                "benchmarks": _benchmarks(row, where),
-            }
-    ordered = sorted((p for p in points.values() if "val_loss" in p or "score" in p), key=lambda p: p["step"])
-    valid = [p for p in ordered if "val_loss" in p]
-    if valid:
-        try:
-            labels = regimes.classify([p["eflops_sft"] for p in valid], [p["val_loss"] for p in valid], delta, delta2)
-        except UserError as error:
-            raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
-        for point, label in zip(valid, labels, strict=True):
-            point["regime"] = str(label)
     seed = int(_number_setting(folder, config, "run", "seed"))
+    rows = [(row, where) for row, where in _metrics(folder) if row["kind"] != "train"]
+    validations = [(row, where) for row, where in rows if row["kind"] == "val"]
+    finite = [(row, where) for row, where in validations if not _is_not_finite(row)]
     return SFTRun(
         folder.name,
         folder,
@@ -127,142 +114,189 @@ def read_sft(folder: Path, set_name: str = "") -> SFTRun:
         read_ledger(folder),
         set=set_name,
         seed=seed,
-        points=[SFTPoint(**p) for p in ordered],
+        losses=_sft_losses(folder, finite, delta, delta2),
+        scores=_sft_scores([(row, where) for row, where in rows if row["kind"] == "eval"]),
         delta=delta,
         delta2=delta2,
-        not_finite=not_finite,
+        not_finite=len(validations) - len(finite),
         size=_trajectories(folder),
         difficulty=_difficulty(folder, config),
     )
 
 
+def _is_not_finite(row: dict[str, Any]) -> bool:
+    """Return True for a validation whose loss was nan or infinite: a run folder has null for it."""
+    return row.get("val_loss", 0) is None
+
+
+def _sft_losses(folder: Path, rows: Sequence[tuple[dict[str, Any], str]], delta: float, delta2: float) -> list[SFTLoss]:
+    """Return the validations by step with their regimes; the last line of a step counts."""
+    losses = {
+        row["step"]: (row["eflops_sft"], _number(row, "val_loss", where), _number(row, "val_loss_se", where))
+        for row, where in rows
+    }
+    if not losses:
+        return []
+    ordered = sorted(losses.items())
+    eflops, values = ([loss[at] for _, loss in ordered] for at in (0, 1))
+    try:
+        labels = regimes.classify(eflops, values, delta, delta2)
+    except UserError as error:
+        raise UserError(f"{folder / METRICS}: {error}") from None
+    return [SFTLoss(step, *loss, str(label)) for (step, loss), label in zip(ordered, labels, strict=True)]
+
+
+def _sft_scores(rows: Sequence[tuple[dict[str, Any], str]]) -> list[SFTScore]:
+    """Return the scores by step; the last line of a step counts."""
+    scores = {
+        row["step"]: SFTScore(
+            row["step"],
+            row["eflops_sft"],
+            _number(row, "score", where),
+            _number(row, "score_se", where),
+            _benchmarks(row, where),
+        )
+        for row, where in rows
+    }
+    return [scores[step] for step in sorted(scores)]
+
+
 def _trajectories(folder: Path) -> int | None:
-    """Of the training set, by the summary of a finished run."""
-    path = folder / "summary.json"
-    if not path.exists():
+    """Return the size of the training set from the summary of a finished run."""
+    if not is_finished(folder):
         return None
-    summary = checks.mapping(
-        checks.need(checks.mapping(checks.json_of(path), str(path)), "summary", str(path)), f"{path}: summary"
-    )
+    summary = read_summary(folder)["summary"]
     trajectories = summary.get("trajectories")
     if trajectories is not None and (isinstance(trajectories, bool) or not isinstance(trajectories, int)):
-        raise UserError(f"{path}: `trajectories` must be a whole number, found {trajectories!r:.60}")
+        raise UserError(f"{folder / SUMMARY}: `trajectories` must be a whole number, found {trajectories!r:.60}")
     return trajectories
 
 
 def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
-    """What `pctrain data select --take` wrote beside the files of the set, where all of them have the same."""
+    """Return what `pctrain data select --take` recorded for the files of the set, if it is the same for all of them."""
     try:
-        manifests = [
-            Path(f"{source['path']}.manifest.json") for source in (config.get("data") or {}).get("train") or []
-        ]
+        sources = (config.get("data") or {}).get("train") or []
+        manifests = [Path(f"{source['path']}.manifest.json") for source in sources]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`"
-        ) from None
+        raise UserError(f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`") from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
 
 
 def _taken(manifest: Path) -> str | None:
-    options = checks.mapping(
-        checks.mapping(checks.json_of(manifest), str(manifest)).get("options") or {}, f"{manifest}: options"
-    )
+    document = checks.mapping(checks.json_of(manifest), str(manifest))
+    options = checks.mapping(document.get("options") or {}, f"{manifest}: options")
     take = options.get("take")
     if take is not None and not isinstance(take, str):
         raise UserError(f"{manifest}: `take` must be a word, found {take!r:.60}")
     return take
 
 
+# -- RL ----------------------------------------------------------------------------------------------------------------
+
+
 def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLRun:
-    """`sft_runs`: of the study; the one of its set and seed is what it is compared with."""
+    """Read an RL run folder. It is compared with the run of its set and seed among `sft_runs`, those of the study."""
     config, text = read_config(folder)
     seed = int(_number_setting(folder, config, "run", "seed"))
-    sft = sft_of(sft_runs, set_name, seed)
-    start = _read_start(folder)
-    points, train, last_eval = [], [], {}
-    for row, where in _metrics(folder):
-        if row["kind"] == "eval":
-            points.append(
-                RLPoint(
-                    row["step"],
-                    row["eflops_rl"],
-                    _number(row, "score", where),
-                    _number(row, "score_se", where),
-                    _benchmarks(row, where),
-                )
-            )
-            last_eval = row
-        elif row["kind"] == "train":
-            train.append(row)
-    points.sort(key=lambda p: p.step)
-    step, role, eflops_sft = int(start["start_step"]), str(start["role"]), float(start["eflops_sft"])
-    joint = next((Estimate(p.score, p.score_se) for p in points if p.eflops_rl == 0), Estimate(None, reason=NO_JOINT))
+    start = read_start(folder)
+    start_step, eflops_sft = start["start_step"], start["eflops_sft"]
+    rows = list(_metrics(folder))
+    evals = [(row, where) for row, where in rows if row["kind"] == "eval"]
+    points = _rl_points(evals)
     try:
         fit, reason = _fit(points)
     except UserError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
+        raise UserError(f"{folder / METRICS}: {error}") from None
+    sft = sft_of(sft_runs, set_name, seed)
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
-    without = NO_SFT_RUN if not sft_runs else "RL began without SFT, of none of the sets"
-    return RLRun(
-        folder.name,
-        folder,
-        config,
-        text,
-        read_ledger(folder),
+    return scored_run(
+        fit,
+        points,
+        name=folder.name,
+        folder=folder,
+        config=config,
+        config_text=text,
+        ledger=read_ledger(folder),
         set=set_name,
         seed=seed,
-        start_step=step,
-        role=role,
-        algorithm=str(_setting(folder, config, "rl", "algorithm")),
+        start_step=start_step,
+        role=start["role"],
+        algorithm=_algorithm_name(folder, config),
         eflops_sft=eflops_sft,
-        points=points,
-        start_regime=_regime_at(sft, step),
-        p_sft=joint,
-        fit=fit,
+        start_regime=_regime_at(sft, start_step),
+        p_sft=_first_score(points),
         fit_reason=reason,
-        sft_equal=sft.score_at(total) if sft else Estimate(None, reason=without),
-        counts=_counts(train, last_eval),
+        sft_equal=sft.score_at(total) if sft else NotMeasured(_no_comparison(sft_runs, start_step)),
+        counts=_counts([row for row, _ in rows if row["kind"] == "train"], evals[-1][0] if evals else {}),
         samples=samples,
         samples_step=samples_step,
     )
+
+
+def _rl_points(rows: Sequence[tuple[dict[str, Any], str]]) -> list[RLPoint]:
+    points = [
+        RLPoint(
+            row["step"],
+            row["eflops_rl"],
+            _number(row, "score", where),
+            _number(row, "score_se", where),
+            _benchmarks(row, where),
+        )
+        for row, where in rows
+    ]
+    return sorted(points, key=lambda p: p.step)
+
+
+def _first_score(points: Sequence[RLPoint]) -> Measurement:
+    """Return the score at the switch point."""
+    return next((p.measured for p in points if p.eflops_rl == 0), NotMeasured(NO_FIRST_SCORE))
+
+
+def _no_comparison(sft_runs: Sequence[SFTRun], start_step: int) -> str:
+    """Return the reason there is no SFT run to compare an RL run with."""
+    if not sft_runs:
+        return NO_SFT_RUN
+    return "no SFT run has its set and seed" if start_step else "RL without SFT belongs to none of the sets"
 
 
 def _benchmarks(row: dict[str, Any], where: str) -> dict[str, float]:
     return {key.removeprefix("score/"): _number(row, key, where) for key in row if key.startswith("score/")}
 
 
-def _fit(points: list[RLPoint]) -> tuple[Fit | None, str | None]:
-    """The fit that `pctrain fit` makes of the same folder, or the reason why there is none."""
-    joint = next((p for p in points if p.eflops_rl == 0), None)
+def _fit(points: Sequence[RLPoint]) -> tuple[Fit | None, str]:
+    """Return the fit that `pctrain fit` makes of the same folder, or None and the reason there is none."""
+    first = next((p for p in points if p.eflops_rl == 0), None)
     after = [p for p in points if p.eflops_rl > 0]
-    if joint is None:
-        return None, NO_JOINT
+    if first is None:
+        return None, NO_FIRST_SCORE
     if not after:
         return None, "the run was not scored after its start"
-    return fit_ceiling(
+    fit = fit_ceiling(
         [p.eflops_rl for p in after],
         [p.score for p in after],
-        joint.score,
+        first.score,
         score_se=typical_se(points),
-        p_sft_se=joint.score_se or None,
-    ), None
+        p_sft_se=first.score_se or None,
+    )
+    return fit, ""
 
 
 def fit_run(folder: Path) -> Fit:
-    """Of an RL run that was scored at its start and later, so far."""
+    """Fit the scores so far of an RL run that was scored at its start and later."""
     return fit_curve(curves.read_run_folder(folder))
 
 
 def _regime_at(sft: SFTRun | None, step: int) -> str | None:
-    """Regime of the validation nearest to the start (the same step where SFT was validated there)."""
-    near = min(sft.losses, key=lambda p: (abs(p.step - step), p.step), default=None) if sft else None
-    return near.regime if near else None
+    """Return the regime of the validation nearest to `step`; of two equally near ones, the earlier."""
+    if sft is None or not sft.losses:
+        return None
+    return min(sft.losses, key=lambda p: (abs(p.step - step), p.step)).regime
 
 
-def _counts(train: list[dict], last_eval: dict) -> dict[str, float]:
-    """What was dropped, carried over and cut short, over the whole run; only what the run recorded."""
+def _counts(train: Sequence[dict[str, Any]], last_eval: dict[str, Any]) -> dict[str, float]:
+    """Return how much was dropped, carried over and truncated in the whole run; only what the run recorded."""
     counts = {
         key: float(sum(row[key] for row in train))
         for key in ("kept_prompts", "dropped_prompts", "carried_prompts", "rounds")
@@ -270,84 +304,42 @@ def _counts(train: list[dict], last_eval: dict) -> dict[str, float]:
     }
     if train and all("truncated_share" in row for row in train):
         counts["train_truncated_share"] = float(np.mean([row["truncated_share"] for row in train]))
-    return counts | {
-        f"eval_{key}": float(last_eval[key])
-        for key in ("truncated_share", "no_box_share", "problems")
-        if key in last_eval
-    }
+    for key in ("truncated_share", "no_box_share", "problems"):
+        if key in last_eval:
+            counts[f"eval_{key}"] = float(last_eval[key])
+    return counts
 
 
-def _last_rollouts(folder: Path, limit: int = 6) -> tuple[int | None, list[dict[str, Any]]]:
-    """Up to `limit` rollouts of the last step: first one of each cause, then in the file's order."""
-    files = {
-        int(m[1]): path
-        for path in (folder / "rollouts").glob("step-*.jsonl")
-        if (m := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
-    }
+def _last_rollouts(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
+    """Return the last step with rollouts and up to SAMPLES of them: one of each cause first, in the file's order."""
+    files = rollout_files(folder)
     if not files:
         return None, []
-    rows = [row for row, _ in read_lines(files[max(files)])]
-    first_of_cause = {row.get("cause"): i for i, row in reversed(list(enumerate(rows)))}
-    chosen = sorted(first_of_cause.values())[:limit]
-    chosen += [i for i in range(len(rows)) if i not in chosen][: limit - len(chosen)]
-    return max(files), [rows[i] for i in sorted(chosen)]
+    step = max(files)
+    rows = [row for row, _ in read_rollouts(files[step])]
+    first_of_cause: dict[Any, int] = {}
+    for i, row in enumerate(rows):
+        first_of_cause.setdefault(row.get("cause"), i)
+    chosen = sorted(first_of_cause.values())[:SAMPLES]
+    others = [i for i in range(len(rows)) if i not in chosen]
+    chosen += others[: SAMPLES - len(chosen)]
+    return step, [rows[i] for i in sorted(chosen)]
 
 
-# -- files -------------------------------------------------------------------------------------------------------------------------
-
-
-def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """`(object, "file:line")` of a JSON-lines file. A last line without its end is being written: it is left out."""
-    try:
-        with path.open(encoding="utf-8", errors="strict") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                try:
-                    row = checks.refuse_surrogates(json.loads(line), line, where)
-                except (ValueError, RecursionError) as error:
-                    if not line.endswith("\n"):
-                        return
-                    raise UserError(
-                        f"{where}: not JSON ({error}). Expected one object a line; a run that was killed here mends its "
-                        f"files when the same command is started again."
-                    ) from None
-                yield checks.mapping(row, where), where
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+# -- files -------------------------------------------------------------------------------------------------------------
 
 
 def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. The run has recorded nothing yet; start it again with the same command, then report."
-        )
-    for row, where in read_lines(path):
-        if row.get("kind") not in ("train", "val", "eval"):
-            raise UserError(f"{where}: `kind` must be train, val or eval, found {row.get('kind')!r}.")
-        if not isinstance(row.get("step"), int) or isinstance(row.get("step"), bool):
-            raise UserError(f"{where}: `step` must be a whole number, found {row.get('step')!r}.")
+    """Yield (line, "file:line") of metrics.jsonl, with the EFLOPs of each line checked."""
+    for row, where in read_metrics(folder):
         for key in ("eflops_sft", "eflops_rl"):
             row[key] = _number(row, key, where)
         yield row, where
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. Every run folder has the resolved config of its run; is {folder} a run folder?"
-        )
-    text = checks.text(path)
-    try:
-        config = yaml_text.parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}).") from None
-    if not isinstance(config, dict) or config.get("kind") not in ("sft", "rl"):
-        raise UserError(f"{path}: not the config of a run; expected a tree of settings with `kind: sft` or `kind: rl`.")
-    return config, text
+    """Return the resolved config of a run, parsed and as text."""
+    return config_file.read_tree(folder), config_file.read_text(folder)
 
 
 def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> Any:
@@ -355,39 +347,26 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
         return config[section][key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{folder / 'config.yaml'}: `{section}.{key}` is missing; the config of a run is written resolved, with every "
-            f"key."
+            f"{folder / CONFIG}: `{section}.{key}` is missing. A run writes its config resolved, with every key."
         ) from None
+
+
+def _algorithm_name(folder: Path, config: dict[str, Any]) -> str:
+    algorithm = _setting(folder, config, "rl", "algorithm")
+    return str(algorithm["name"] if isinstance(algorithm, dict) and "name" in algorithm else algorithm)
 
 
 def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:
     _setting(folder, config, section, key)
-    return _number(config[section], key, f"{folder / 'config.yaml'}: {section}")
+    return _number(config[section], key, f"{folder / CONFIG}: {section}")
 
 
 def read_ledger(folder: Path) -> dict[str, dict[str, float]]:
-    """Sums by phase, in no particular order. A run without a ledger is refused: the x of every curve rests on it."""
-    path = folder / "ledger.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: missing. Every run folder has the ledger of its compute.")
+    """Return the ledger's sums by phase. A ledger is required: the x of every curve comes from it."""
     rows = []
-    for row, where in read_lines(path):
-        if row.get("phase") not in PHASES:
-            raise UserError(f"{where}: `phase` must be one of {', '.join(PHASES)}, found {row.get('phase')!r}.")
+    for row, where in read_ledger_lines(folder):
         rows.append({row["phase"]: {key: _number(row, key, where) for key in LEDGER_KEYS}})
     return sum_ledgers(rows)
-
-
-def _read_start(folder: Path) -> dict[str, Any]:
-    path = folder / "start.json"
-    if not path.exists():
-        raise UserError(f"{path}: missing. An RL run folder says there which checkpoint it started from.")
-    start = checks.mapping(checks.json_of(path), str(path))
-    if start.get("role") not in ROLES:
-        raise UserError(f"{path}: `role` must be one of {', '.join(ROLES)}, found {start.get('role')!r}.")
-    for key in ("start_step", "eflops_sft"):
-        _number(start, key, str(path))
-    return start
 
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:

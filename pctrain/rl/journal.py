@@ -1,99 +1,121 @@
-"""What an RL run writes down of each step: metrics, rollouts with their advantages, a line for the log, scores."""
+"""The record of an RL run: for each step its ledger entries, metrics, rollouts, log line and scores."""
 
 from __future__ import annotations
 
-from collections import Counter
+from typing import Any
 
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config
 from pctrain.core import Learner
+from pctrain.core.session import record_ledger
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.distributed import parallel
 from pctrain.report.reading import fit_run
 from pctrain.reward import fault_line
-from pctrain.rl.sampling import Sampled, summary
-from pctrain.rl.update import Updates, means
-from pctrain.rollout import Swap
+from pctrain.rl import costs
+from pctrain.rl.batch import Batch
+from pctrain.rl.groups import Sampled
+from pctrain.rl.update import Updates, mean_metrics
+from pctrain.rollout import WeightUpdate
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
 
 
-class Journal:
-    """Every rank holds one; rank 0 writes. `state` is what a checkpoint keeps of it beside the prompts."""
+class RLJournal:
+    """The record of an RL run. Every rank holds one; rank 0 writes. A checkpoint stores its `state`."""
 
-    def __init__(self, config: Config, run: RunFolder, worker: RolloutWorker, joint: dict, state: dict):
-        """`joint`: start.json. `state`: of the checkpoint that the run goes on from; {} at the start."""
-        self.config, self.run, self.worker = config, run, worker
-        self.ledger = Ledger(worker.hf.shape, joint["eflops_sft"], parallel.world_size(), config.parallel.recompute)
+    def __init__(self, config: Config, run: RunFolder, worker: RolloutWorker, eflops_sft: float, state: dict):
+        """Open the journal.
+
+        Args:
+            config: of the run.
+            run: its folder.
+            worker: evaluates, and decodes tokens.
+            eflops_sft: compute of SFT up to the switch point.
+            state: from the checkpoint that the run resumes from; {} at the start.
+        """
+        self.config = config
+        self.run = run
+        self.worker = worker
+        self.ledger = Ledger(worker.hf.shape, eflops_sft, parallel.world_size(), config.parallel.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
         self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
 
     def state(self, step: int) -> dict:
+        """Return what a checkpoint stores."""
         return {"step": step, "ledger": self.ledger.state_dict(), "skipped_in_a_row": self.skipped.in_a_row}
 
-    def record(self, step: int, sampled: Sampled, updates: Updates, swap: Swap | None, update_seconds: float) -> dict:
-        """One step; returns its metrics. `swap`: None where the step's rollouts were on the disk already."""
-        tokens = sum(len(c.token_ids) for group in sampled.groups for c in group.completions)
-        values = {
-            **self._axes(),
-            **summary(sampled),
-            **means(updates.made),
-            **({"time/swap_bytes": swap.bytes, "time/swap_seconds": swap.seconds} if swap else {}),
-            "time/rollout_seconds": sampled.rollout_seconds,
-            "time/rollout_tokens_per_second": tokens / max(sampled.rollout_seconds, 1e-9),
-            "time/reward_seconds": sampled.reward_seconds,
-            "time/update_seconds": update_seconds,
-        }
-        self.run.record(step, "train", values)
-        self.run.write_rollouts(step, self._rollouts(sampled, updates))
-        self.run.log(self._line(step, values, sampled))
-        if faults := fault_line([verdict for group in sampled.groups for verdict in group.verdicts]):
-            self.run.log(f"step {step} {faults}")
-        for one, ids in zip(updates.made, updates.ids, strict=True):
-            self.skipped.add(one, step, ids)
-        return values
+    def record(
+        self, step: int, sampled: Sampled, batch: Batch, updates: Updates, weight_update: WeightUpdate | None
+    ) -> None:
+        """Record one step. `weight_update` is None if the step's rollouts were already on disk.
 
-    def score(self, step: int, learner: Learner) -> None:
-        """Collective. The accuracy on the test problems."""
-        score = self.worker.score(learner)
+        UserError if too many updates in a row were skipped.
+        """
+        costs.add_step(self.ledger, step, sampled, batch, updates)
+        metrics = self._metrics(sampled, batch, updates, weight_update)
+        self.run.record(step, "train", metrics)
+        self.run.write_rollouts(step, self._rollouts(sampled))
+        self.run.log(self._line(step, sampled, metrics))
+        if faults := fault_line(sampled.verdicts):
+            self.run.log(f"step {step} {faults}")
+        for made in updates.made:
+            self.skipped.add(made.update, step, made.problem_ids)
+        if not sampled.kept:
+            self.run.say(f"step {step}: no update, {sampled.shortage(self.config.rl.prompts)}")
+
+    def evaluate(self, step: int, learner: Learner) -> None:
+        """Record the accuracy on the test problems. Collective."""
+        score = self.worker.evaluate(learner)
         self.ledger.add(step, "evaluation", score.lengths, score.seconds)
         self.run.record(step, "eval", {**self._axes(), **score.metrics()})
         self.run.log(f"step {step} score {score.score:.1f} +- {score.se:.1f}")
         if score.faults:
             self.run.log(f"step {step} evaluation: {score.faults}")
 
-    def ceiling_found(self) -> bool:
-        """Collective. Whether the ceiling is identified as closely as `rl.stop_within` asks, by the scores so far."""
+    def write_ledger(self) -> None:
+        """Write the ledger entries that are new since the last call."""
+        record_ledger(self.run, self.ledger)
+
+    def ceiling_identified(self) -> bool:
+        """Return whether the scores so far identify the ceiling as closely as `rl.stop_within` asks. Collective."""
         within = self.config.rl.stop_within
         if within is None or not self.ledger.eflops_rl:
             return False
-
-        def found() -> bool:
-            fit = fit_run(self.run.path)
-            return (
-                fit.verdict == "identified" and max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within
-            )
-
-        return parallel.from_rank_zero(found)
+        return parallel.from_rank_zero(lambda: _identified(self.run, within))
 
     def _axes(self) -> dict[str, float]:
         return {"eflops_sft": self.ledger.eflops_sft, "eflops_rl": self.ledger.eflops_rl}
 
-    def _rollouts(self, sampled: Sampled, updates: Updates) -> list[dict]:
+    def _metrics(
+        self, sampled: Sampled, batch: Batch, updates: Updates, weight_update: WeightUpdate | None
+    ) -> dict[str, float]:
+        metrics = {**self._axes(), **sampled.metrics(), **mean_metrics([made.update for made in updates.made])}
+        if weight_update is not None:
+            metrics["time/swap_bytes"] = weight_update.bytes
+            metrics["time/swap_seconds"] = weight_update.seconds
+        metrics["time/rollout_seconds"] = sampled.rollout_seconds
+        metrics["time/rollout_tokens_per_second"] = sampled.tokens / max(sampled.rollout_seconds, 1e-9)
+        metrics["time/reward_seconds"] = sampled.reward_seconds
+        metrics["time/update_seconds"] = batch.seconds + updates.seconds
+        return metrics
+
+    def _rollouts(self, sampled: Sampled) -> list[dict[str, Any]]:
+        """Return the lines of rollouts/step-N.jsonl."""
         decode = self.worker.tokenizer.decode
-        why = {id(group): reason for group, reason in sampled.dropped}
-        rows = []
+        lines: list[dict[str, Any]] = []
         for number, group in enumerate(sampled.groups):
-            advantages = updates.advantages.get(id(group), [None] * len(group.completions))
+            advantages: list[float | None] = [None] * len(group.completions)
+            if group.advantages is not None:
+                advantages = [*group.advantages]
             for prefix, completion, verdict, advantage in zip(
                 group.prefixes, group.completions, group.verdicts, advantages, strict=True
             ):
-                rows.append({
-                    "id": group.problem.id,
-                    "group": number,
-                    "prompt": group.problem.prompt,
-                    **({"prefix": decode(prefix)} if prefix else {}),
+                line: dict[str, Any] = {"id": group.problem.id, "group": number, "prompt": group.problem.prompt}
+                if prefix:
+                    line["prefix"] = decode(prefix)
+                line |= {
                     "response": decode(completion.token_ids),
                     "answer": group.problem.answer,
                     "reward": verdict.reward,
@@ -101,22 +123,24 @@ class Journal:
                     "advantage": advantage,
                     "tokens": len(completion.token_ids),
                     "finish": completion.finish,
-                    "kept": id(group) not in why,
-                    "why": why.get(id(group), ""),
-                })  # fmt: skip
-        return rows
+                    "kept": group.rejection is None,
+                    "why": group.rejection or "",
+                }
+                lines.append(line)
+        return lines
 
-    def _line(self, step: int, values: dict, sampled: Sampled) -> str:
-        line = f"step {step} reward {values['reward']:.3f} length {values['response_length']:.1f}"
+    def _line(self, step: int, sampled: Sampled, metrics: dict[str, float]) -> str:
+        line = f"step {step} reward {metrics['reward']:.3f} length {metrics['response_length']:.1f}"
         line += f" kept {len(sampled.kept)} rounds {sampled.rounds}"
-        if "loss" in values:
-            line += f" loss {values['loss']:.4f} grad_norm {values['grad_norm']:.3f} entropy {values['entropy']:.3f}"
-        if len(sampled.kept) < self.config.rl.prompts:
-            line += f" | {shortage(sampled, self.config.rl.prompts)}"
+        if "loss" in metrics:
+            line += f" loss {metrics['loss']:.4f} grad_norm {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.3f}"
+        if shortage := sampled.shortage(self.config.rl.prompts):
+            line += f" | {shortage}"
         return line
 
 
-def shortage(sampled: Sampled, wanted: int) -> str:
-    """What dynamic sampling found where it did not fill the batch."""
-    found = ", ".join(f"{count} {reason}" for reason, count in Counter(why for _, why in sampled.dropped).most_common())
-    return f"only {len(sampled.kept)} of {wanted} prompts were kept in {sampled.rounds} rounds ({found or 'nothing was dropped'})"
+def _identified(run: RunFolder, within: float) -> bool:
+    fit = fit_run(run.path)
+    if fit.verdict != "identified":
+        return False
+    return max(fit.a_post_high - fit.a_post, fit.a_post - fit.a_post_low) <= within

@@ -1,4 +1,7 @@
-"""The rollouts of a step on the disk, as tokens: what was sampled is not sampled again after a kill, and can be trained on elsewhere."""
+"""The rollouts of a step on disk, as tokens.
+
+After a kill they are read and not sampled again, and `--debug-train-only` trains on them elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,141 +9,209 @@ import io
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pctrain.common.errors import UserError
 from pctrain.data.problems import Problem
+from pctrain.distributed import parallel
 from pctrain.files import npz
 from pctrain.files.durable import write_beside
 from pctrain.reward import Verdict
-from pctrain.rl.sampling import Group, Sampled
+from pctrain.rl.groups import Group, Sampled
+from pctrain.rl.prompts import PromptStream
 from pctrain.rollout import Completion
 from pctrain.run.checkpoints import checkpoint_step
+from pctrain.run.folder import RunFolder
 
 FORMAT = 1
 
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+Seconds = Annotated[float, Field(ge=0, lt=1e300)]
+
+
+class _Header(BaseModel):
+    format: int
+
+
+class _PromptState(BaseModel):
+    model_config = ConfigDict(strict=True)
+    position: Count
+    carried: list[Count]
+
+
+class _GroupRecord(BaseModel):
+    """A group without its tokens and log-probs, which are in the arrays of the file. `why` is its rejection."""
+
+    model_config = ConfigDict(strict=True)
+    problem: Count
+    id: str
+    why: str | None
+    prefixes: list[list[Count]]
+    verdicts: list[Verdict]
+    finish: list[Literal["stop", "length"]]
+
+
+class _StepRecord(BaseModel):
+    """The JSON text in a replay file."""
+
+    model_config = ConfigDict(strict=True)
+    format: int
+    step: Count
+    prompts: _PromptState
+    rounds: Count
+    rollout_seconds: Seconds
+    reward_seconds: Seconds
+    groups: list[_GroupRecord]
+
+
+# ---- in the loop ---------------------------------------------------------------------------------------------------
+
 
 def path_of(run: Path, step: int) -> Path:
+    """Return the replay file of a step."""
     return run / "rollouts" / f"step-{step}.replay.npz"
 
 
-def save(path: Path, step: int, sampled: Sampled, prompts: dict) -> None:
-    """`prompts`: the state of the prompt stream after the sampling. Written whole or not at all."""
-    completions = [c for group in sampled.groups for c in group.completions]
-    why = {id(group): reason for group, reason in sampled.dropped}
-    about = {
-        "format": FORMAT, "step": step, "prompts": prompts, "rounds": sampled.rounds,
-        "rollout_seconds": sampled.rollout_seconds, "reward_seconds": sampled.reward_seconds,
-        "groups": [{"problem": group.problem.index, "id": group.problem.id, "why": why.get(id(group)), "prefixes": group.prefixes,
-                    "verdicts": [asdict(verdict) for verdict in group.verdicts], "finish": [c.finish for c in group.completions]}
-                   for group in sampled.groups],
-    }  # fmt: skip
-    with_logprobs = bool(completions) and completions[0].logprobs is not None
-    arrays = {
-        "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
-        "lengths": np.array([len(c.token_ids) for c in completions], np.int64),
-        "tokens": np.array([t for c in completions for t in c.token_ids], np.int32),
-        "logprobs": np.array([x for c in completions for x in c.logprobs] if with_logprobs else [], np.float64),
-    }
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_beside(path, buffer.getvalue())
+def read_step(run: RunFolder, prompts: PromptStream, step: int) -> Sampled | None:
+    """Return what an earlier start sampled for this step, and advance `prompts` past it; or None. Collective."""
+    path = path_of(run.path, step)
+    if not parallel.from_rank_zero(path.exists):
+        return None
+    _, sampled, prompt_state = parallel.from_rank_zero(lambda: load(path, prompts.problems))
+    prompts.load_state_dict(prompt_state)
+    run.log(f"step {step} its rollouts had been sampled before this start: {path.name}")
+    return sampled
 
 
-def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
-    """(step, what was sampled, state of the prompt stream). Raises UserError for a file that is none, or of other problems."""
-    try:
-        text, lengths, tokens, logprobs = npz.read(path, ("about", "lengths", "tokens", "logprobs"))
-        about = json.loads(text.tobytes())
-        if isinstance(about, dict) and about.get("format") != FORMAT:
-            raise UserError(
-                f"{path}: rollouts of format {str(about.get('format')):.40}, expected {FORMAT}; sample them again"
-            )
-        _check(about, lengths, tokens, logprobs)
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} does not exist; `pctrain rl --debug-rollout-only` writes one into RUN/rollouts"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} holds no rollouts of a step ({error}); `pctrain rl --debug-rollout-only` writes such a file"
-        ) from None
-    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    sampled, at = (
-        Sampled(
-            rounds=about["rounds"], rollout_seconds=about["rollout_seconds"], reward_seconds=about["reward_seconds"]
-        ),
-        0,
-    )
-    for one in about["groups"]:
-        if not 0 <= one["problem"] < len(problems) or problems[one["problem"]].id != one["id"]:
-            raise UserError(
-                f"{path}: its problem {one['id']} is not number {one['problem']} of data.rl; name the set it was sampled from"
-            )
-        completions = []
-        for finish in one["finish"]:
-            part = slice(bounds[at], bounds[at + 1])
-            completions.append(
-                Completion(tokens[part].tolist(), finish, logprobs[part].tolist() if len(logprobs) else None)
-            )
-            at += 1
-        group = Group(
-            problems[one["problem"]], completions, [Verdict(**verdict) for verdict in one["verdicts"]], one["prefixes"]
-        )
-        if one["why"] is None:
-            sampled.kept.append(group)
-        else:
-            sampled.dropped.append((group, one["why"]))
-    return about["step"], sampled, about["prompts"]
+def write_step(run: RunFolder, prompts: PromptStream, step: int, sampled: Sampled) -> None:
+    """Write what was sampled for this step, and the state of `prompts` after it. Collective."""
+    parallel.from_rank_zero(lambda: save(path_of(run.path, step), step, sampled, prompts.state_dict()))
 
 
-def _check(about: Any, lengths: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-    """ValueError, in words, where a file is not as `save` writes it."""
-    npz.check("lengths", lengths, "iu", (None,))
-    npz.check("tokens", tokens, "iu", (None,))
-    npz.check("logprobs", logprobs, "f", (None,))
-    if (
-        (lengths < 0).any()
-        or (lengths > len(tokens)).any()
-        or lengths.sum() != len(tokens)
-        or len(logprobs) not in (0, len(tokens))
-    ):
-        raise ValueError("its lengths are not those of its tokens")
-    try:
-        prompts, groups = about["prompts"], about["groups"]
-        counts = [
-            about["step"],
-            about["rounds"],
-            prompts["position"],
-            *prompts["carried"],
-            *(group["problem"] for group in groups),
-        ]
-        seconds = [about["rollout_seconds"], about["reward_seconds"]]
-        prefixes = [token for group in groups for prefix in group["prefixes"] for token in prefix]
-        texts = [
-            text
-            for group in groups
-            for text in (group["id"], *([] if group["why"] is None else [group["why"]]), *group["finish"])
-        ]
-        rewards = [Verdict(**verdict).reward for group in groups for verdict in group["verdicts"]]
-        even = all(len(group["finish"]) == len(group["verdicts"]) == len(group["prefixes"]) > 0 for group in groups)
-    except (LookupError, TypeError):
-        raise ValueError("what it says of its groups is not complete") from None
-    whole = all(type(value) is int and 0 <= value < 2**62 for value in counts + prefixes)
-    if not whole or not all(isinstance(text, str) for text in texts):
-        raise ValueError("one of its counts is no whole number, or one of its names no text")
-    if not all(type(value) in (int, float) and 0 <= value < 1e300 for value in seconds + rewards):
-        raise ValueError("one of its times or rewards is no number")
-    if not even or sum(len(group["finish"]) for group in groups) != len(lengths):
-        raise ValueError("its groups have other numbers of rollouts than of lengths")
+def delete_covered(run: Path, checkpoint: Path | None) -> None:
+    """Delete the replay files of the steps that the newest complete checkpoint covers.
 
-
-def forget(run: Path, checkpoint: Path | None) -> None:
-    """Deletes what the newest complete checkpoint covers: it is not needed any more. (On a GPU that is not yet the one just begun.)"""
+    On a GPU the checkpoint that was just begun is not yet complete.
+    """
     last = checkpoint_step(checkpoint) if checkpoint else 0
     for path in (run / "rollouts").glob("step-*.replay.npz"):
         step = path.name.removeprefix("step-").removesuffix(".replay.npz")
         if step.isdecimal() and int(step) <= last:
             path.unlink()
+
+
+# ---- one file ------------------------------------------------------------------------------------------------------
+
+
+def save(path: Path, step: int, sampled: Sampled, prompt_state: dict) -> None:
+    """Write a replay file, completely or not at all."""
+    record = {
+        "format": FORMAT,
+        "step": step,
+        "prompts": prompt_state,
+        "rounds": sampled.rounds,
+        "rollout_seconds": sampled.rollout_seconds,
+        "reward_seconds": sampled.reward_seconds,
+        "groups": [
+            {
+                "problem": group.problem.index,
+                "id": group.problem.id,
+                "why": group.rejection,
+                "prefixes": group.prefixes,
+                "verdicts": [asdict(verdict) for verdict in group.verdicts],
+                "finish": [completion.finish for completion in group.completions],
+            }
+            for group in sampled.groups
+        ],
+    }
+    completions = sampled.completions
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        about=np.frombuffer(json.dumps(record).encode(), np.uint8),
+        lengths=np.array([len(completion.token_ids) for completion in completions], np.int64),
+        tokens=np.array([token for completion in completions for token in completion.token_ids], np.int32),
+        logprobs=np.array([value for completion in completions for value in completion.logprobs or ()], np.float64),
+    )
+    write_beside(path, buffer.getvalue())
+
+
+def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
+    """Return (step, what was sampled, state of the prompt stream after it) from a replay file.
+
+    UserError if the file is damaged or belongs to other problems.
+    """
+    try:
+        text, lengths, tokens, logprobs = npz.read(path, ("about", "lengths", "tokens", "logprobs"))
+        found_format = _Header.model_validate_json(text.tobytes()).format
+        if found_format != FORMAT:
+            raise UserError(f"{path}: rollouts of format {found_format}, expected {FORMAT}. Sample them again")
+        record = _StepRecord.model_validate_json(text.tobytes())
+        _check(record, lengths, tokens, logprobs)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} does not exist. `pctrain rl --debug-rollout-only` writes such a file into RUN/rollouts"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            f"{path} holds no rollouts of a step ({_reason(error)}). "
+            "`pctrain rl --debug-rollout-only` writes such a file"
+        ) from None
+    bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    sampled = Sampled(
+        rounds=record.rounds, rollout_seconds=record.rollout_seconds, reward_seconds=record.reward_seconds
+    )
+    first = 0  # number of the group's first completion
+    for stored in record.groups:
+        completions = [
+            _completion(
+                finish, tokens[bounds[number] : bounds[number + 1]], logprobs[bounds[number] : bounds[number + 1]]
+            )
+            for number, finish in enumerate(stored.finish, start=first)
+        ]
+        first += len(completions)
+        problem = _problem(path, stored, problems)
+        sampled.groups.append(Group(problem, completions, stored.verdicts, stored.prefixes, rejection=stored.why))
+    return record.step, sampled, record.prompts.model_dump()
+
+
+def _completion(finish: Literal["stop", "length"], tokens: np.ndarray, logprobs: np.ndarray) -> Completion:
+    has_logprobs = len(logprobs) == len(tokens)
+    return Completion(tokens.tolist(), finish, logprobs.tolist() if has_logprobs else None)
+
+
+def _problem(path: Path, stored: _GroupRecord, problems: list[Problem]) -> Problem:
+    if stored.problem < len(problems) and problems[stored.problem].id == stored.id:
+        return problems[stored.problem]
+    raise UserError(
+        f"{path}: its problem {stored.id} is not number {stored.problem} of data.rl. Set data.rl to the set that it "
+        "was sampled from"
+    )
+
+
+def _check(record: _StepRecord, lengths: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray) -> None:
+    """Raise ValueError if the arrays do not fit each other or the record."""
+    npz.check("lengths", lengths, "iu", (None,))
+    npz.check("tokens", tokens, "iu", (None,))
+    npz.check("logprobs", logprobs, "f", (None,))
+    in_range = bool(((lengths >= 0) & (lengths <= len(tokens))).all())
+    if not in_range or lengths.sum() != len(tokens) or len(logprobs) not in (0, len(tokens)):
+        raise ValueError("its lengths do not add up to its tokens")
+    if not all(0 <= verdict.reward <= 1 for group in record.groups for verdict in group.verdicts):
+        raise ValueError("a reward is not a number from 0 to 1")
+    for group in record.groups:
+        if not len(group.finish) == len(group.verdicts) == len(group.prefixes) > 0:
+            raise ValueError("a group has different numbers of completions, verdicts and prefixes")
+    if sum(len(group.finish) for group in record.groups) != len(lengths):
+        raise ValueError("its groups have more or fewer rollouts than it has lengths")
+
+
+def _reason(error: ValueError) -> str:
+    """Return what is wrong with a file in one line; pydantic lists every fault on several lines."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'its record'}: {first['msg']}"

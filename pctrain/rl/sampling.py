@@ -1,212 +1,135 @@
-"""Groups of rollouts with their rewards: one round, or as many as dynamic sampling needs."""
+"""Sampling the groups of a step: generate, score, select; one round, or as many as dynamic sampling needs."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 
-import numpy as np
-
-from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
 from pctrain.data.problems import Problem
-from pctrain.data.sampler import ShuffledSampler
-from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
-from pctrain.hf.tokenizer import Tokenizer
-from pctrain.reward import Verdict, VerifierPool, cause_counts
-from pctrain.reward.verdict import FAULTS, TRUNCATED
+from pctrain.reward import Verdict
+from pctrain.reward.verdict import TRUNCATED
 from pctrain.rl.algorithms.base import Algorithm
-from pctrain.rollout import Completion, Request, RolloutEngine, sampling_seed
-
-SURPLUS = "surplus, prompt carried over"
-
-
-@dataclass(frozen=True)
-class Group:
-    """One prompt, its rollouts and their verdicts."""
-
-    problem: Problem
-    completions: list[Completion]
-    verdicts: list[Verdict]
-    prefixes: list[list[int]]  # expert tokens that each completion continues; not among its own
-
-    @property
-    def rewards(self) -> list[float]:
-        return [verdict.reward for verdict in self.verdicts]
-
-    @property
-    def right(self) -> int:
-        """How many rollouts are right (a reward above one half)."""
-        return sum(reward > 0.5 for reward in self.rewards)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Of every rollout: prompt, prefix and completion, tokens."""
-        parts = zip(self.prefixes, self.completions, strict=True)
-        return [len(self.problem.prompt_ids) + len(prefix) + len(c.token_ids) for prefix, c in parts]
-
-
-class PromptStream:
-    """Problems in a seeded order, epoch after epoch. State: the position, and the prompts carried over from the step before."""
-
-    def __init__(self, problems: list[Problem], seed: int):
-        self.problems = problems
-        self._order = ShuffledSampler([len(problems)], 1, seed)
-        self.position = 0
-        self.carried: list[int] = []
-
-    def take(self, count: int) -> list[Problem]:
-        """The carried prompts first, then the next ones of the stream."""
-        indices, self.carried = self.carried[:count], self.carried[count:]
-        while len(indices) < count:
-            indices += self._order.indices(self.position)
-            self.position += 1
-        return [self.problems[i] for i in indices]
-
-    def carry(self, problems: list[Problem]) -> None:
-        self.carried += [problem.index for problem in problems]
-
-    def state_dict(self) -> dict:
-        return {"position": self.position, "carried": list(self.carried)}
-
-    def load_state_dict(self, state: dict) -> None:
-        """UserError where it is of another, larger set of problems."""
-        if max(state["carried"], default=0) >= len(self.problems):
-            raise UserError(
-                f"the saved state carries problem {max(state['carried'])}, but data.rl has {len(self.problems)}; it is of "
-                "another set: name that one"
-            )
-        self.position, self.carried = state["position"], list(state["carried"])
-
-
-@dataclass
-class Sampled:
-    """What one step sampled: `kept` is trained on, `dropped` says why each other group is not."""
-
-    kept: list[Group] = field(default_factory=list)
-    dropped: list[tuple[Group, str]] = field(default_factory=list)
-    rounds: int = 0
-    rollout_seconds: float = 0.0
-    reward_seconds: float = 0.0
-    sampled_before: Counter[int] = field(default_factory=Counter)  # groups so far of each problem
-
-    @property
-    def groups(self) -> list[Group]:
-        return self.kept + [group for group, _ in self.dropped]
+from pctrain.rl.groups import SURPLUS, Group, Sampled
+from pctrain.rl.prompts import PromptStream
+from pctrain.rollout import Completion, Request, sampling_seed
+from pctrain.rollout.worker import RolloutWorker
 
 
 class GroupSampler:
-    """Samples the groups of a step from the weights that the engine holds."""
+    """Samples the groups of each step from the weights that the rollout worker holds."""
 
-    def __init__(
-        self, config: Config, engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, algorithm: Algorithm
-    ):
-        self.config, self.engine, self.verifier, self.tokenizer, self.algorithm = (
-            config,
-            engine,
-            verifier,
-            tokenizer,
-            algorithm,
-        )
+    def __init__(self, config: Config, worker: RolloutWorker, algorithm: Algorithm):
+        self.config = config
+        self.worker = worker
+        self.algorithm = algorithm
 
     @watchdog.phase("rollout")
-    def sample(self, prompts: PromptStream, step: int) -> Sampled:
-        """`rl.prompts` groups; under dynamic sampling such as the window keeps, in at most `rl.max_rounds` rounds of `rl.round_prompts`.
+    def sample_groups(self, prompts: PromptStream, step: int) -> Sampled:
+        """Return `rl.prompts` groups and those that were rejected. Collective.
 
-        A group within the window (`rl.keep_low` to `rl.keep_high` right rollouts) but more than the batch holds is dropped (its rollouts
-        belong to this policy, not the next one) and its prompt is carried over to the next step. Where the rounds run out the batch is
-        smaller, possibly empty.
+        Without dynamic sampling every group of one sampling round is kept. With it, sampling rounds of
+        `rl.round_prompts` prompts follow each other, at most `rl.max_rounds`, until the batch has `rl.prompts` groups
+        with `rl.keep_low` to `rl.keep_high` right rollouts. If the rounds run out, the batch is smaller or even empty.
         """
-        rl, out = self.config.rl, Sampled()
-        if not self.algorithm.dynamic_sampling:
-            out.kept = self._round(prompts.take(rl.prompts), step, out)
-            return out
-        surplus: list[Group] = []
-        while len(out.kept) < rl.prompts and out.rounds < rl.max_rounds:
-            for group in self._round(prompts.take(rl.round_prompts), step, out):
-                reason = self._outside(group)
-                if reason is not None:
-                    out.dropped.append((group, reason))
-                elif len(out.kept) < rl.prompts:
-                    out.kept.append(group)
-                else:
-                    surplus.append(group)
-        out.dropped += [(group, SURPLUS) for group in surplus]
-        prompts.carry([group.problem for group in surplus])
-        return out
+        sampled = Sampled()
+        if self.algorithm.options.dynamic_sampling:
+            self._sample_until_full(prompts, step, sampled)
+        else:
+            sampled.groups = self._sample_round(prompts.take(self.config.rl.prompts), step, sampled, Counter())
+        self.worker.sleep()
+        return sampled
 
-    def _outside(self, group: Group) -> str | None:
-        """Why the window does not keep a group; None where it does."""
-        rl, size = self.config.rl, len(group.completions)
+    def _sample_until_full(self, prompts: PromptStream, step: int, sampled: Sampled) -> None:
+        rl = self.config.rl
+        kept: list[Group] = []
+        rejected: list[Group] = []
+        surplus: list[Group] = []
+        sampled_before: Counter[int] = Counter()  # groups of this step, by problem
+        while len(kept) < rl.prompts and sampled.rounds < rl.max_rounds:
+            for group in self._sample_round(prompts.take(rl.round_prompts), step, sampled, sampled_before):
+                group.rejection = self._rejection(group)
+                if group.rejection is not None:
+                    rejected.append(group)
+                elif len(kept) < rl.prompts:
+                    kept.append(group)
+                else:
+                    # Its rollouts belong to this policy, not to the next one: only the prompt is kept.
+                    group.rejection = SURPLUS
+                    surplus.append(group)
+        sampled.groups = kept + rejected + surplus
+        prompts.carry([group.problem for group in surplus])
+
+    def _rejection(self, group: Group) -> str | None:
+        """Return the reason why dynamic sampling rejects the group, or None if it is kept."""
+        rl = self.config.rl
+        size = len(group.completions)
         high = size - 1 if rl.keep_high is None else rl.keep_high
         if rl.keep_low <= group.right <= high:
             return None
-        return {0: "all wrong", size: "all right"}.get(group.right, f"{group.right} of {size} right")
+        if group.right == 0:
+            return "all wrong"
+        if group.right == size:
+            return "all right"
+        return f"{group.right} of {size} right"
 
-    def _round(self, problems: list[Problem], step: int, out: Sampled) -> list[Group]:
-        rl, rollout, seed = self.config.rl, self.config.rollout, self.config.run.seed
+    def _sample_round(
+        self, problems: list[Problem], step: int, sampled: Sampled, sampled_before: Counter[int]
+    ) -> list[Group]:
+        """Generate and score one group per problem, and add the time it took to `sampled`."""
         began = time.perf_counter()
-        requests, prefixes = [], []
-        for problem in problems:
-            of_problem = self.algorithm.prefixes(problem, step, rl.steps, seed)
-            # A small prompt set may bring a problem again within one step: its second group must not repeat the first.
-            first = out.sampled_before[problem.index] * len(of_problem)
-            out.sampled_before[problem.index] += 1
-            for k, prefix in enumerate(of_problem):
-                key = sampling_seed(seed, "rollout", step, problem.index, first + k)
-                requests.append(
-                    Request([*problem.prompt_ids, *prefix], key, max_response=rollout.max_response - len(prefix))
-                )
-            prefixes.append(of_problem)
-        # The log-probs tell in every step how far engine and learner are apart (rl/mismatch.py).
-        completions = self.engine.generate(
-            requests, temperature=rollout.temperature, max_response=rollout.max_response, logprobs=True
-        )
-        sampled_at = time.perf_counter()
-        verdicts = self._verdicts(problems, prefixes, completions)
-        out.rounds += 1
-        out.rollout_seconds += sampled_at - began
-        out.reward_seconds += time.perf_counter() - sampled_at
-        groups, at = [], 0
+        prefixes = [self._prefixes(problem, step) for problem in problems]
+        requests: list[Request] = []
         for problem, of_problem in zip(problems, prefixes, strict=True):
-            part = slice(at, at := at + len(of_problem))
-            groups.append(Group(problem, completions[part], verdicts[part], of_problem))
+            # A small prompt set may bring a problem again within one step: its second group must not repeat the first.
+            first_sample = sampled_before[problem.index] * len(of_problem)
+            sampled_before[problem.index] += 1
+            requests += self._requests(problem, of_problem, step, first_sample)
+        completions = self.worker.generate(requests)
+        generated = time.perf_counter()
+        owners = [problem for problem, of_problem in zip(problems, prefixes, strict=True) for _ in of_problem]
+        flat_prefixes = [prefix for of_problem in prefixes for prefix in of_problem]
+        verdicts = self._score(owners, flat_prefixes, completions)
+        sampled.rounds += 1
+        sampled.rollout_seconds += generated - began
+        sampled.reward_seconds += time.perf_counter() - generated
+
+        groups: list[Group] = []
+        start = 0
+        for problem, of_problem in zip(problems, prefixes, strict=True):
+            end = start + len(of_problem)
+            groups.append(Group(problem, completions[start:end], verdicts[start:end], of_problem))
+            start = end
         return groups
 
+    def _prefixes(self, problem: Problem, step: int) -> list[list[int]]:
+        return self.algorithm.prefixes(problem, step, self.config.rl.steps, self.config.run.seed)
+
+    def _requests(self, problem: Problem, prefixes: list[list[int]], step: int, first_sample: int) -> list[Request]:
+        seed = self.config.run.seed
+        max_response = self.config.rollout.max_response
+        return [
+            Request(
+                [*problem.prompt_ids, *prefix],
+                sampling_seed(seed, "rollout", step, problem.index, first_sample + number),
+                max_response=max_response - len(prefix),
+            )
+            for number, prefix in enumerate(prefixes)
+        ]
+
     @watchdog.phase("reward")
-    def _verdicts(
-        self, problems: list[Problem], prefixes: list[list[list[int]]], completions: list[Completion]
+    def _score(
+        self, problems: list[Problem], prefixes: list[list[int]], completions: list[Completion]
     ) -> list[Verdict]:
-        """Of each completion behind its prefix; a response that was cut is wrong, unless `rl.truncated` is masked."""
-        owners = [
-            (problem, prefix) for problem, of_problem in zip(problems, prefixes, strict=True) for prefix in of_problem
-        ]
-        judged = [i for i, c in enumerate(completions) if c.finish == "stop" or self.config.rl.truncated == "masked"]
-        items = [
-            (self.tokenizer.decode([*owners[i][1], *completions[i].token_ids]), owners[i][0].answer) for i in judged
-        ]
+        """Return one verdict per response (prefix plus completion).
+
+        A truncated response is wrong without being judged, unless `rl.truncated` is "masked".
+        """
+        judge_truncated = self.config.rl.truncated == "masked"
+        judged = [i for i, c in enumerate(completions) if c.finish == "stop" or judge_truncated]
+        responses = [([*prefixes[i], *completions[i].token_ids], problems[i].answer) for i in judged]
         verdicts = [TRUNCATED] * len(completions)
-        for i, verdict in zip(judged, parallel.map_over_ranks(self.verifier.score, items), strict=True):
+        for i, verdict in zip(judged, self.worker.score(responses), strict=True):
             verdicts[i] = verdict
         return verdicts
-
-
-def summary(sampled: Sampled) -> dict[str, float]:
-    """Metrics over everything that was sampled, dropped groups included: what the policy does, not what it is trained on."""
-    completions = [c for group in sampled.groups for c in group.completions]
-    rewards = [r for group in sampled.groups for r in group.rewards]
-    verdicts = [v for group in sampled.groups for v in group.verdicts]
-    return {
-        "reward": float(np.mean(rewards)),
-        "response_length": float(np.mean([len(c.token_ids) for c in completions])),
-        "truncated_share": float(np.mean([c.finish == "length" for c in completions])),
-        "no_box_share": float(np.mean([v.cause == "no_box" for v in verdicts])),
-        "verifier_faults": sum(v.cause in FAULTS for v in verdicts),
-        **cause_counts(verdicts),
-        "rounds": sampled.rounds,
-        "kept_prompts": len(sampled.kept),
-        "dropped_prompts": sum(why != SURPLUS for _, why in sampled.dropped),
-        "carried_prompts": sum(why == SURPLUS for _, why in sampled.dropped),
-    }

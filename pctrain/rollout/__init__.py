@@ -1,7 +1,7 @@
-"""Rollouts: vLLM in the learner's process, its weights swapped in place."""
+"""Rollouts: vLLM in the learner's process, with its weights updated in place."""
 
-from pctrain.rollout.engine import RolloutEngine, Swap
+from pctrain.rollout.engine import RolloutEngine, WeightUpdate
 from pctrain.rollout.queue import Completion, Request
 from pctrain.rollout.seeds import sampling_seed
 
-__all__ = ["Completion", "Request", "RolloutEngine", "Swap", "sampling_seed"]
+__all__ = ["Completion", "Request", "RolloutEngine", "WeightUpdate", "sampling_seed"]

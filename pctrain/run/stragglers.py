@@ -1,12 +1,11 @@
-"""The slowest rank of each phase: at every step all ranks report how long they worked, without waiting for others.
+"""The slowest rank of each phase: at every step all ranks report how long they worked, without their waits for others.
 
-`RUN/ranks.json` holds the means over this start. When one rank keeps holding up the others, train.log and the terminal
-get a line.
+`RUN/ranks.json` has the means of this start. When one rank keeps holding up the others, train.log and the terminal get
+a line.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -16,22 +15,21 @@ import numpy as np
 
 from pctrain.distributed import parallel, waits
 from pctrain.distributed.health import phases, watchdog
-from pctrain.files.durable import plain, write_beside
+from pctrain.run import documents
 from pctrain.run.folder import RunFolder
-from pctrain.run.layout import RANKS_FILE
 
 PHASES = ("data", "swap", "rollout", "reward", "update", "validation", "evaluation", "checkpoint")
-# A window has this many steps and lasts at least a minute. A rank is reported after lagging in two consecutive windows:
-# on a machine with other work, every rank is slow for a while.
+# A window has so many steps, and lasts a minute or longer. A rank is reported after lagging in two consecutive windows:
+# on a machine with other work every rank is slow for a while.
 WINDOW, WINDOW_SECONDS = 20, 60.0
-LAG = 0.2  # in the median over a window's steps, relative to the median of the other ranks
-SHARE_OF_STEP = 0.05  # a lag below this share of a step is not worth fixing
+LAG = 0.2  # a rank lags if its median exceeds the median of the others by this share
+OF_STEP = 0.05  # and by this share of a step; less is not worth fixing
 WRITE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Laggard:
-    """A rank that lags in a phase: seconds of own work per step, and the median of the others."""
+    """A rank that lags in a phase, with its own seconds per step and the others'."""
 
     phase: int
     rank: int
@@ -40,35 +38,31 @@ class Laggard:
 
 
 class RankTimes:
-    """Own seconds of every rank by phase, over the steps of this start but the first, which warms up.
+    """Seconds of own work of every rank by phase, over the steps of this start except the first, which warms up.
 
-    Every rank holds one; only rank 0 keeps the reports of all and writes them.
+    Every rank holds one; rank 0 alone keeps the numbers and writes them.
 
-    Attributes:
-        steps: number of steps in `sums`.
-        places: host and position in the layout of every rank.
-        sums: float64 [world, phases].
+    steps: number of steps counted. sums: float64 [world, phases].
     """
 
     def __init__(self, run: RunFolder) -> None:
-        self.run = run
-        self.steps = 0
-        self.places = parallel.gather({"host": os.uname().nodename, **parallel.coordinates()})
+        """Start to measure. Collective."""
+        self.run, self.steps = run, 0
+        self.places: list[dict[str, Any]] = parallel.gather({"host": os.uname().nodename, **parallel.coordinates()})
         self.sums = np.zeros((len(self.places), len(PHASES)))
         self._window: list[np.ndarray] = []
         self._step_seconds: list[float] = []
-        self._lagging: set[tuple[int, int]] = set()  # (phase, rank) in the last window
+        self._lagging: set[tuple[int, int]] = set()  # (phase, rank) that lagged in the last window
         self._reported: set[tuple[int, int]] = set()
         self._warm = False
-        now = time.monotonic()
-        self._step_ended = now
-        self._written = now
+        self._step_ended = time.monotonic()
+        self._written = self._step_ended
         phases.take()
 
     def end_step(self, step: int) -> bool:
-        """Exchange the times of a step; return True if any rank was asked to stop (SIGTERM, SIGUSR1).
+        """End a step: exchange the ranks' times, and return whether a rank was asked to stop (SIGTERM, SIGUSR1).
 
-        Collective, and a single collective for both. After True the step is saved and the run ends.
+        Collective; one exchange serves both purposes. If a rank was asked to stop, the run saves this step and leaves.
         """
         waits.settle()
         own = phases.take()
@@ -76,77 +70,82 @@ class RankTimes:
         now = time.monotonic()
         if self._warm and len(rows) > 1 and self.run.writes:
             self._add(step, rows[:, 1:], now - self._step_ended)
-        self._warm = True
-        self._step_ended = now
+        self._warm, self._step_ended = True, now
         return bool(rows[:, 0].any())
 
     def _add(self, step: int, own: np.ndarray, seconds: float) -> None:
+        """Add the own seconds [world, phases] of a step that lasted `seconds`; report laggards at a window's end."""
         self.steps += 1
         self.sums += own
         self._window.append(own)
         self._step_seconds.append(seconds)
         if len(self._window) >= WINDOW and sum(self._step_seconds) >= WINDOW_SECONDS:
+            steps = len(self._window)
             for laggard in self._laggards():
-                place = _place(self.places[laggard.rank])
                 self.run.say(
-                    f"step {step} rank {laggard.rank} ({place}) holds up the others in phase {PHASES[laggard.phase]}: "
-                    f"{laggard.seconds:.3g} s of its own work per step, "
-                    f"the others {laggard.others:.3g} s (medians of the last {len(self._window)} steps)"
+                    f"step {step} rank {laggard.rank} ({_place(self.places[laggard.rank])}) holds up the others in "
+                    f"phase {PHASES[laggard.phase]}: {laggard.seconds:.3g} s of work per step, the others "
+                    f"{laggard.others:.3g} s (medians of the last {steps} steps)"
                 )
-            self._window = []
-            self._step_seconds = []
+            self._window, self._step_seconds = [], []
         if time.monotonic() - self._written > WRITE_SECONDS:
             self.write()
 
     def _laggards(self) -> list[Laggard]:
-        """Return the ranks that lag in this window and lagged in the one before, once until they have caught up."""
-        window, step_seconds = np.stack(self._window), np.median(self._step_seconds)  # window: [steps, world, phases]
-        before = self._lagging
-        self._lagging = set()
-        laggards = []
+        """Return the ranks that lag in this window and the one before. Each is reported once, until it catches up."""
+        window, step = np.stack(self._window), float(np.median(self._step_seconds))  # [steps, world, phases]
+        before, lagging, laggards = self._lagging, set(), []
         for phase in range(len(PHASES)):
             times = window[:, :, phase]
             rank = int(times.mean(0).argmax())
             others = np.median(np.delete(times, rank, 1), 1)
-            if np.median(times[:, rank] - others) > max(LAG * np.median(others), SHARE_OF_STEP * step_seconds):
-                self._lagging.add((phase, rank))
-                if (phase, rank) in before - self._reported:
-                    laggards.append(Laggard(phase, rank, float(np.median(times[:, rank])), float(np.median(others))))
-        still_lagging = self._reported & self._lagging
-        self._reported = still_lagging | {(laggard.phase, laggard.rank) for laggard in laggards}
+            if np.median(times[:, rank] - others) <= max(LAG * np.median(others), OF_STEP * step):
+                continue
+            lagging.add((phase, rank))
+            if (phase, rank) in before - self._reported:
+                laggards.append(Laggard(phase, rank, float(np.median(times[:, rank])), float(np.median(others))))
+        self._lagging = lagging
+        self._reported = (self._reported & lagging) | {(laggard.phase, laggard.rank) for laggard in laggards}
         return laggards
 
     def slowest(self) -> list[dict[str, Any]]:
-        """Return the slowest rank of each phase that took time: its own seconds per step, and the others' median."""
+        """Return, for each phase that took time, its slowest rank, its own seconds per step, and the others' median."""
         means = self.sums / max(1, self.steps)
         rows = []
         for phase, times in zip(PHASES, means.T, strict=True):
             if len(times) > 1 and times.any():
                 rank = int(times.argmax())
-                others = float(np.median(np.delete(times, rank)))
-                place = _place(self.places[rank])
-                seconds = float(times[rank])
-                rows.append({"phase": phase, "rank": rank, "place": place, "seconds": seconds, "others": others})
+                rows.append(
+                    {
+                        "phase": phase,
+                        "rank": rank,
+                        "place": _place(self.places[rank]),
+                        "seconds": float(times[rank]),
+                        "others": float(np.median(np.delete(times, rank))),
+                    }
+                )
         return rows
 
     def write(self) -> None:
-        """Write ranks.json on rank 0, if there are several ranks and a step to report."""
+        """Write ranks.json, on rank 0 of several and after the first counted step."""
         if not self.steps:
             return
         self._written = time.monotonic()
         means = (self.sums / self.steps).T
-        own_seconds = {phase: times.tolist() for phase, times in zip(PHASES, means, strict=True) if times.any()}
-        content = {"steps": self.steps, "ranks": self.places, "own_seconds": own_seconds, "slowest": self.slowest()}
-        write_beside(self.run.path / RANKS_FILE, json.dumps(plain(content), indent=1) + "\n")
+        own = {phase: times.tolist() for phase, times in zip(PHASES, means, strict=True) if times.any()}
+        documents.write_ranks(
+            self.run.path,
+            {"steps": self.steps, "ranks": self.places, "own_seconds": own, "slowest": self.slowest()},
+        )
 
     def summary(self) -> dict[str, str]:
-        """Write ranks.json, and return the row of the closing summary; empty for one rank."""
+        """Write ranks.json and return the row of the closing summary, which is empty for one rank."""
         self.write()
-        words = [
+        parts = [
             f"{row['phase']} rank {row['rank']}, {row['seconds']:.3g} s per step (the others {row['others']:.3g})"
             for row in self.slowest()
         ]
-        return {"slowest rank": "; ".join(words)} if words else {}
+        return {"slowest rank": "; ".join(parts)} if parts else {}
 
 
 def _place(place: dict[str, Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,13 @@ from megatron.core import parallel_state
 
 from pctrain.common.errors import UserError
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.core import Learner, checkpoint, weights
 from pctrain.data.rows import make_row
 from pctrain.distributed import parallel
 from pctrain.hf import weight_files
 from pctrain.run import checkpoints
+from pctrain.run.checkpoint_state import STATE, state_text
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step
 
 # Both sides are in float32 and differ in the order of sums: 1e-6 on small models, below 1e-4 on large ones. A wrong
@@ -45,13 +45,13 @@ def hf_to_mcore(config: Config, source: Path, out: Path, verify: bool) -> None:
         _verify(learner, source)
 
 
-def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
+def mcore_to_hf(config: ResolvedConfig, source: Path, out: Path, verify: bool) -> None:
     """Write the weights of checkpoint `source` as Hugging Face directory `out`.
 
     Config, tokenizer and dtypes are those of `model.path`. Collective, at `config.parallel`, whatever the layout at
     which the checkpoint was written.
     """
-    hf_dir = _hf_dir(config)
+    hf_dir = config.model.path
     parallel.initialize(config.parallel, config.run.seed)
     parallel.from_rank_zero(lambda: _refuse_existing(out))
     parallel.from_rank_zero(lambda: _refuse_incomplete(source))
@@ -66,16 +66,8 @@ def mcore_to_hf(config: Config, source: Path, out: Path, verify: bool) -> None:
         _verify(learner, out)
 
 
-def _hf_dir(config: Config) -> Path:
-    if config.model.path is None:
-        raise UserError(
-            "pctrain convert mcore-to-hf needs --model.path=HF, the Hugging Face directory with config and tokenizer"
-        )
-    return config.model.path
-
-
 def _learner(config: Config, hf_dir: Path, source: Path | None = None) -> Learner:
-    model = config.model.model_copy(update={"path": hf_dir, "checkpoint": source})
+    model = config.model.resolved(hf_dir, source)
     return Learner(model, config.parallel, optimizer_config=None, total_steps=1, seed=config.run.seed)
 
 
@@ -129,7 +121,7 @@ def _refuse_incomplete(source: Path) -> None:
 
 def _commit(temporary: Path, out: Path, learner: Learner, source: Path) -> None:
     """Complete the checkpoint. Its ledger is empty: no compute of ours went into these weights yet."""
-    (temporary / "state.json").write_text(json.dumps({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
+    (temporary / STATE).write_text(state_text({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
     checkpoints.commit(temporary, out, {"kind": "weights", "source": str(source)})
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pctrain.common.device import device, on_gpu
-from pctrain.compute.peak import fastest, peak_flops
+from pctrain.core.peak import fastest, peak_flops
 
 COPY_BYTES = 256 << 20
 REDUCE_BYTES = 64 << 20

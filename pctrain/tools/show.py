@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from itertools import groupby
 from pathlib import Path
 from types import NoneType
@@ -17,6 +15,7 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
+from pctrain.run.records import read_rollouts, rollout_files
 
 _NUMBER = (int, float)
 # The fields that a line must have to be shown, with their types; `advantage` and `prefix` may be missing.
@@ -63,11 +62,7 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
 
 
 def _file_of(run: Path, step: int | None) -> Path:
-    steps = {
-        int(match[1]): path
-        for path in run.glob("rollouts/step-*.jsonl")
-        if (match := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
-    }
+    steps = rollout_files(run)
     if not steps:
         raise UserError(f"{run} holds no rollouts (expected rollouts/step-N.jsonl); name the folder of an RL run")
     chosen = max(steps) if step is None else step
@@ -81,20 +76,14 @@ def _file_of(run: Path, step: int | None) -> Path:
 
 
 def _read(file: Path) -> list[dict[str, Any]]:
-    lines = enumerate(file.read_bytes().split(b"\n"), start=1)
-    rows = [_parse(line, f"{file}:{number}") for number, line in lines if line]
+    rows = [_checked(row, place) for row, place in read_rollouts(file)]
     if not rows:
         raise UserError(f"{file} is empty: the step has no rollouts; name another step")
     return rows
 
 
-def _parse(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-        json.dumps(row, ensure_ascii=False).encode()  # fails on half a surrogate pair, which no terminal prints
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON: {error}") from None
-    if not isinstance(row, dict) or not all(isinstance(row.get(key), kind) for key, kind in _FIELDS.items()):
+def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
+    if not all(isinstance(row.get(key), kind) for key, kind in _FIELDS.items()):
         raise UserError(
             f"{place}: not a rollout; expected the fields {', '.join(_FIELDS)}. "
             "The file was written by an older version, or changed: name another step"

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from core import small
+from tests.helpers import small
 
 
 def _logprobs(directory, layout, rows):

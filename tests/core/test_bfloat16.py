@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from core import small
+from tests.helpers import small
 
 STEPS = 20
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 STEPS = 6
 
@@ -75,7 +75,7 @@ def test_another_run_can_start_from_the_weights(ranks, hf_dirs, tmp_path):
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(ranks, hf_dirs, tmp_path):
-    from ranks import RanksFailed
+    from tests.helpers.ranks import RanksFailed
 
     with pytest.raises(RanksFailed, match="not a pctrain checkpoint"):
         ranks.run(_weights_from, hf_dirs[True], tmp_path, world=1)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import small
+from tests.helpers import small
 
 
 def test_a_pack_is_cut_as_megatron_core_rotates_it():
@@ -121,7 +121,7 @@ def _build(directory, layout):
 
 
 def test_the_torch_spec_refuses_it(ranks, hf_dirs):
-    from ranks import RanksFailed
+    from tests.helpers.ranks import RanksFailed
 
     with pytest.raises(RanksFailed, match=r"parallel.context needs the layer spec te .* but this model runs on torch"):
         ranks.run(_build, hf_dirs[True], {"context": 2}, world=2)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.common.errors import UserError
 from pctrain.core import Update
 from pctrain.core.skipped import SkippedUpdates
+from tests.helpers import small
 
 LAYOUTS = {"single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {})}
 
@@ -21,7 +21,7 @@ def _step(directory, layout, factor):
     tokens = float(sum(row.weights.sum() for row in rows))
     batch = model.pack(rows, small.BUDGET, denominator=None if factor == 1 else factor * tokens)
     forward = model.forward(batch, _loss)
-    update = model.step(batch, _loss)
+    update = model.train_step(batch, _loss)
     return batch.loss_tokens, batch.denominator, forward, (update.loss, update.metrics, update.grad_norm)
 
 

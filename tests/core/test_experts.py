@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from core import families, small
+from tests.helpers import families, small
 
 TP2 = {"tensor": 2, "sequence_parallel": True}
 LAYOUTS = {

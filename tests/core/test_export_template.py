@@ -2,7 +2,7 @@
 
 import shutil
 
-from core import small
+from tests.helpers import small
 
 
 def _export(directory, out):

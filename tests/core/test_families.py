@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
-from core import families, small
+from tests.helpers import families, small
+from tests.helpers.tensor_files import assert_equal_tensors, tensors
 
 LAYOUTS = {
     "single": (1, {}),
@@ -15,16 +15,6 @@ LAYOUTS = {
     "PP2": (2, {"pipeline": 2}),
     "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2}),
 }
-
-
-def tensors(folder):
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def assert_equal_tensors(found, expected):
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and np.array_equal(found[name], tensor), name
 
 
 @pytest.fixture(scope="module")
@@ -157,10 +147,3 @@ def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
         expected.append(name)
     assert [unit.name for unit in units(hf, te=True)] == expected
     assert sum("q_layernorm" in name for name in expected) == (hf.layers if hf.qk_norm else 0)
-
-
-def test_the_config_check_knows_the_same_families():
-    from pctrain.config.check import ARCHITECTURES
-    from pctrain.hf.config import FAMILIES
-
-    assert list(ARCHITECTURES) == list(FAMILIES)

@@ -6,7 +6,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 STEPS = 6
 
@@ -16,7 +16,7 @@ def _losses(directory, layout, fused):
     import pctrain_kernels
     from pctrain.config.tree import RLConfig
     from pctrain.rl.algorithms import registry as algorithms
-    from pctrain.rl.batch import no_grad_streams
+    from pctrain.rl.batch import add_streams_from_pass
     from pctrain_kernels import reference
 
     calls = []
@@ -41,7 +41,7 @@ def _losses(directory, layout, fused):
                 for row in small.rows(seed=i)
             ]
             if i % 2:  # ratios other than 1, some of them clipped
-                rows = no_grad_streams(rows, model, {"old_logprob"}, small.BUDGET, 0.7, lambda *_: None)
+                rows, _ = add_streams_from_pass(rows, model, {"old_logprob"}, small.BUDGET, 0.7)
                 rows = [
                     replace(
                         row,
@@ -52,7 +52,7 @@ def _losses(directory, layout, fused):
                     )
                     for row in rows
                 ]
-            updates.append(model.step(model.pack(rows, small.BUDGET), loss, temperature=0.7))
+            updates.append(model.train_step(model.pack(rows, small.BUDGET), loss, temperature=0.7))
     assert not (fused and calls)
     return bool(calls), [(u.loss, u.grad_norm, u.metrics.get("clip_share", 0.0)) for u in updates]
 

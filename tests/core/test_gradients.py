@@ -5,7 +5,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from core import families, small
+from tests.helpers import families, small
 
 LAYOUTS = {
     "single": (1, {}),

@@ -8,12 +8,12 @@ from unittest import mock
 import pytest
 import torch
 
-from core.test_torch_spec import _attend_alone, _layout
 from pctrain.common.errors import UserError
 from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import router_loss, varlen_attention
 from pctrain.core.layers import spec as layers
 from pctrain.core.layers.varlen_attention import VarlenAttention, VarlenLayout
+from tests.helpers.attention import attend_alone, layout_of
 
 
 def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
@@ -115,10 +115,10 @@ def _by_definition(query, key, value, cu_seqlens, longest, scale):
         and bounds[-1] == len(query)
     )
     no_turn = torch.zeros(longest, 1, 1, query.shape[-1], dtype=query.dtype)
-    query = query * scale * query.shape[-1] ** 0.5  # `_attend_alone` scales by 1 / sqrt(dim)
+    query = query * scale * query.shape[-1] ** 0.5  # `attend_alone` scales by 1 / sqrt(dim)
     return torch.cat(
         [
-            _attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:])
+            attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:])
             for a, b in pairwise(bounds)
         ]
     )
@@ -145,7 +145,7 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
     bounds = [0, *torch.tensor(lengths, dtype=torch.int32).cumsum(0).tolist()]
     layout = VarlenLayout.build(torch.tensor(bounds, dtype=torch.int32), tokens)
     # The angles of the bucketed layout's test, as far as the longest piece, padding included.
-    layout.angles = _layout([layout.max_seqlen_q], layout.max_seqlen_q)[0].angles
+    layout.angles = layout_of([layout.max_seqlen_q], layout.max_seqlen_q)[0].angles
     q, k, v = (torch.randn(tokens, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     with mock.patch.object(varlen_attention, "_varlen", return_value=SimpleNamespace(varlen_attn=varlen_attn)):
         ours = _attention()(q, k, v, None, packed_seq_params=layout)
@@ -153,7 +153,7 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
     if not lengths:
         return
     real = ours[: bounds[-1], 0]
-    expected = torch.cat([_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
+    expected = torch.cat([attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))
@@ -178,14 +178,14 @@ def test_torch_takes_the_call(fresh_options):
 
 def _begin(folder):
     from pctrain.config.tree import Config, RunConfig
-    from pctrain.run.resume import begin
+    from pctrain.core.session import begin
 
     with begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te"))):
         pass
 
 
 def test_a_run_that_cannot_start_writes_nothing(ranks, tmp_path):
-    from ranks import RanksFailed
+    from tests.helpers.ranks import RanksFailed
 
     with pytest.raises(RanksFailed, match=r"model\.spec = te needs"):
         ranks.run(_begin, tmp_path / "run", world=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 LAYOUTS = {
     "TP2": (2, {"tensor": 2}),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from core import small
+from tests.helpers import small
 
 
 def _metrics(directory, layout):
@@ -26,7 +26,7 @@ def _metrics(directory, layout):
 
     batch = model.pack(rows, small.BUDGET)
     _, forward = model.forward(batch, loss, want_entropy=False)
-    update = model.step(batch, loss, want_entropy=False)
+    update = model.train_step(batch, loss, want_entropy=False)
     return forward, update.metrics
 
 

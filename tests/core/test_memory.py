@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from core.peak_memory import measure
+from tests.helpers.peak_memory import measure
 
 MB = 10**6
 

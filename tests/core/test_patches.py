@@ -13,8 +13,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.core import patches
+from tests.helpers import small
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,6 +57,7 @@ import time
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from pctrain.core import patches
+from tests.helpers import small
 
 if __name__ == "__main__":
     patches.install()

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.distributed import parallel
+from tests.helpers import small
 
 LAYOUTS = {
     "single": (1, {}), "TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "DP2": (2, {}),
@@ -84,7 +84,7 @@ def test_after_a_resume_the_reference_is_the_start_of_the_run(ranks, hf_dirs, tm
 
 def _entropies(directory, layout):
     model, rows = small.learner(directory, layout), small.rows(8)
-    both = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True, want_entropy=True)
+    both = model.logprobs_and_entropies(rows, small.BUDGET, temperature=0.7, trained_only=True)
     alone = model.logprobs(rows, small.BUDGET, temperature=0.7, trained_only=True)
     found = model.forward(model.pack(rows, small.BUDGET), lambda lp, entropy, _: (entropy, {}), temperature=0.7)[0]
     return both, alone, found

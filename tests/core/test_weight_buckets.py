@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from core import families, small
+from tests.helpers import families, small
 
 LAYOUTS = {"TP2": (2, {"tensor": 2}), "PP2": (2, {"pipeline": 2}), "TP2 x PP2": (4, {"tensor": 2, "pipeline": 2})}
 

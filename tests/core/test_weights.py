@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from core import small
+from tests.helpers import small
 
 
 def _export(directory, layout):

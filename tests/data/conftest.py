@@ -1,7 +1,8 @@
 """What the tests of templates and of masks share."""
 
-import chat_models
 import pytest
+
+from tests.helpers import chat_models
 
 
 @pytest.fixture(scope="session")

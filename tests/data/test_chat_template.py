@@ -2,13 +2,13 @@
 
 import json
 
-import chat_models
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pctrain.common.errors import UserError
 from pctrain.hf.chat_template import RenderError, load
+from tests.helpers import chat_models
 
 CHAT = [
     {"role": "system", "content": 'Be <brief> & "kind".'},
@@ -131,14 +131,14 @@ def test_templates_that_cannot_be_used(tmp_path):
     "source, message",
     [
         ("{{ raise_exception('roles must alternate') }}", "refuses the messages: roles must alternate"),
-        ("{{ messages[7].content }}", "uses what it is not given"),
+        ("{{ messages[7].content }}", "uses a variable that it does not get"),
         ("{{ 'x' + none }}", "fails: TypeError"),
         (
             "{{ strftime_now('%d %b %Y') }}",
-            "'strftime_now' is undefined; the date of today would make the data depend on the day",
+            "'strftime_now' is undefined; today's date would make the data depend on the day",
         ),
         ("{{ messages.append(1) }}", "refuses the messages: .*unsafe"),  # a template cannot change what it is given
-        ("{{ ''.__class__.__mro__ }}", "refuses the messages|uses what it is not given"),
+        ("{{ ''.__class__.__mro__ }}", "refuses the messages|uses a variable that it does not get"),
     ],
 )
 def test_a_template_that_refuses_says_so(tmp_path, source, message):

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 
-import chat_models
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -16,6 +15,7 @@ from pctrain.config.tree import DataConfig, FieldsConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.problems import read_problems
 from pctrain.data.records import Message, Record
+from tests.helpers import chat_models
 
 PAIR = Record("pair", "What is 12 + 30?", "12 + 30 = 42, so \\boxed{42}.")
 THOUGHT = Record("thought", "What is 12 + 30?", "<think>\n12 + 30 = 42\n</think>\n\n\\boxed{42}.")
@@ -81,7 +81,9 @@ def test_every_turn_of_the_assistant(directories, name):
 
 
 def test_qwen3_rewrites_earlier_turns(directories):
-    message = r"writes turn 3 otherwise once more turns follow: at character \d+ expected '.*<think>.*data.loss_on=last"
+    message = (
+        r"writes turn 3 differently once more turns follow: at character \d+ expected '.*<think>.*data.loss_on=last"
+    )
     assert cause(encoder(directories["qwen3"], loss_on="all"), CHAT, message) == "template_rewrites"
     assert trained(encoder(directories["qwen3"], loss_on="all"), SINGLE) == [
         f"{NO_THOUGHT}Yes.<|im_end|>"
@@ -176,7 +178,10 @@ def test_a_template_that_rewrites_a_prompt_is_refused(directories, tmp_path):
 
 def test_a_token_over_the_end_of_the_generation_prompt_is_refused(directories):
     made = encoder(directories["qwen2_5"])  # "\n" ends its generation prompt, and "\n\n\n" is one token
-    message = r"begin with those of its prompt: token \d+, ids \[.*\] \('.*assistant\\n\\n\\nYe'\) in the chat, .*how the answer begins"
+    message = (
+        r"begin with those of its prompt: around token \d+ the chat has ids \[.*\] \('.*assistant\\n\\n\\nYe'\), "
+        ".*how the answer begins"
+    )
     assert cause(made, Record("a", "q", "\n\nYes."), message) == "token_boundary"
     assert trained(made, Record("a", "q", "Yes.\n\n")) == ["Yes.\n\n<|im_end|>"]
 

@@ -19,7 +19,15 @@ from hypothesis import strategies as st
 from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Message, Record
-from pctrain.data.sources import chunks, files_of, iter_raw, iter_records, parts_of, read_chunk, read_records
+from pctrain.data.sources import (
+    iter_raw,
+    iter_records,
+    list_disk_files,
+    list_files,
+    read_chunk,
+    read_records,
+    split_file,
+)
 from pctrain.data.tables import GroupPart, RowGroups
 from pctrain.data.writing import write_records
 
@@ -156,7 +164,7 @@ TABLE = [{"prompt": f"q{i}", "response": "r" * (i * 37 % 400) or None, "unused":
 
 
 def in_parts(path, size):
-    for chunk in chunks(path, size):
+    for chunk in split_file(path, size):
         for record in read_chunk(chunk, FieldsConfig(), ("response",)):
             if isinstance(record, Fault):
                 yield int(record.where.rpartition(":")[2]), record.cause
@@ -193,8 +201,8 @@ def test_a_data_set_reads_as_datasets_itself_reads_it(tmp_path):
 def test_a_large_row_group_is_cut_and_a_small_one_is_read_where_it_is_needed(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_pylist(TABLE), path)
-    assert [type(chunk.piece) for chunk in chunks(path)] == [RowGroups]
-    cut = list(chunks(path, 1000))
+    assert [type(chunk.piece) for chunk in split_file(path)] == [RowGroups]
+    cut = list(split_file(path, 1000))
     assert {type(chunk.piece) for chunk in cut} == {GroupPart} and max(chunk.piece.rows for chunk in cut) < 20
     assert cut[-1].done == path.stat().st_size
 
@@ -209,7 +217,7 @@ def test_parts_can_be_read_in_any_order_and_while_others_are(tmp_path, name):
     def prompts(chunk):
         return [record.prompt for record in read_chunk(chunk, FieldsConfig(), ())]
 
-    parts = list(chunks(path, 2000))
+    parts = list(split_file(path, 2000))
     expected = [prompts(part) for part in parts]
     assert len(parts) > 10 and sum(expected, []) == [row["prompt"] for row in objects(path)]
     assert [prompts(part) for part in parts[::-1]] == expected[::-1]
@@ -228,7 +236,7 @@ def test_a_file_that_was_replaced_is_not_read_on_in(tmp_path, name):
     for which in ("old", "new"):
         rows = [{"prompt": f"{which} {i} {'x' * 200}"} for i in range(400)]
         pq.write_table(pa.Table.from_pylist(rows), path) if name == "t.parquet" else write_records(path, rows)
-        parts[which] = list(chunks(path, 2000))
+        parts[which] = list(split_file(path, 2000))
         if which == "old":
             path.rename(saved)
     new = path.rename(tmp_path / "new")
@@ -241,7 +249,7 @@ def test_a_file_that_was_replaced_is_not_read_on_in(tmp_path, name):
 def test_records_read_the_columns_they_need_and_errors_name_all(tmp_path):
     path = tmp_path / "t.parquet"
     pq.write_table(pa.Table.from_pylist(TABLE), path)
-    (chunk,) = chunks(path)
+    (chunk,) = split_file(path)
     _, row = next(chunk.piece.values(["prompt"]))
     assert row == {"prompt": "q0", "response": None, "unused": None}
     with pytest.raises(
@@ -303,7 +311,7 @@ def test_a_broken_table_is_named(tmp_path):
             read_records(path, FieldsConfig(), need=())
     folder = tmp_path / "set"
     datasets.Dataset.from_list(TABLE).save_to_disk(folder)
-    (file,) = parts_of(folder)
+    (file,) = list_disk_files(folder)
     file.write_bytes(file.read_bytes()[:3000])
     with pytest.raises(UserError, match=f"Arrow file {file} cannot be read"):
         read_records(folder, FieldsConfig(), need=())
@@ -401,4 +409,4 @@ def test_a_data_set_names_files_of_its_own_folder(tmp_path, names):
 
 def test_a_name_that_is_too_long_for_a_file():
     with pytest.raises(UserError, match="cannot be read: File name too long"):
-        files_of("x" * 5000)
+        list_files("x" * 5000)

@@ -6,7 +6,7 @@ import pytest
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
-from pctrain.data.columns import choose
+from pctrain.data.columns import choose_columns
 from pctrain.data.records import Fault, Message, Record
 from pctrain.data.sources import iter_records, read_records
 
@@ -99,7 +99,7 @@ def test_a_bad_file_is_named(write, content, message):
 
 
 def test_missing_file_and_folder(tmp_path):
-    for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder, but no data set")):
+    for path, message in ((tmp_path / "none.jsonl", "does not exist"), (tmp_path, "is a folder, but not a data set")):
         with pytest.raises(UserError, match=message):
             read_records(path, FieldsConfig(), need=())
 
@@ -143,9 +143,9 @@ def turns(*pairs):
         (turns(("user", ["q"]), ("assistant", "r")), "bad_chat", "message 1: expected a string as content, got a list"),
         (turns(("user", "q"), ("assistant", None)), "bad_chat", "message 2: expected a string as content, got null"),
         (turns(("user", "q"), ("assistant", " ")), "empty_response", "the assistant's last turn is empty"),
-        (turns(("assistant", "r")), "empty_prompt", "nothing is asked"),
-        (turns(("user", ""), ("assistant", "r")), "empty_prompt", "nothing is asked"),
-        ([], "empty_prompt", "nothing is asked"),
+        (turns(("assistant", "r")), "empty_prompt", "expected text before the assistant's last turn"),
+        (turns(("user", ""), ("assistant", "r")), "empty_prompt", "expected text before the assistant's last turn"),
+        ([], "empty_prompt", "expected text before the assistant's last turn"),
         (turns(("user", "\ud800"), ("assistant", "r")), "surrogate", "message 1 holds half of a surrogate pair"),
     ],
 )
@@ -190,10 +190,10 @@ def test_a_chat_and_a_prompt_cannot_both_be_named(write):
 
 
 def test_the_choice_of_columns_can_be_read():
-    assert choose(FieldsConfig(answer="label"), "RETU").describe() == (
+    assert choose_columns(FieldsConfig(answer="label"), "RETU").describe() == (
         "RETU: prompt from extra_info.question, response from extra_info.answer, answer from label"
     )
-    assert choose(FieldsConfig(), "chat").describe() == "chat: messages from messages, answer from answer"
+    assert choose_columns(FieldsConfig(), "chat").describe() == "chat: messages from messages, answer from answer"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 import pytest
 
-import sets_cli as cli
 from pctrain.data.sets.text import words
+from tests.helpers import sets_cli as cli
 
 LONG = (
     "Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. Find, with proof, the minimum value of "

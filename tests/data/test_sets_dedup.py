@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sets_cli as cli
 from pctrain.data.sets.near import Sketcher, Sketches
 from pctrain.data.sets.options import DedupOptions
+from tests.helpers import sets_cli as cli
 
 WORDS = ["".join(letters) for letters in product("bcdfgh", "aeiou", "lmnrst", "aeiou")]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import sets_cli as cli
 from pctrain.data.sources import iter_raw
 from pctrain.data.writing import write_records
+from tests.helpers import sets_cli as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 RETU = [

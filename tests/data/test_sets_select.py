@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sets_cli as cli
 from pctrain.data.sets.select import even_shares
+from tests.helpers import sets_cli as cli
 
 RATES = [0.0, 0.25, 0.5, 0.75, 1.0]
 

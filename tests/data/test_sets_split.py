@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sets_cli as cli
 from pctrain.data.sets.text import normal_text
+from tests.helpers import sets_cli as cli
 
 QUESTIONS = [
     "What is 1+1?",

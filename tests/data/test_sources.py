@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pctrain.common.errors import UserError
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
-from pctrain.data.sources import chunks, content_hash, files_of, iter_raw, iter_records, read_chunk, read_records
+from pctrain.data.sources import content_hash, iter_raw, iter_records, list_files, read_chunk, read_records, split_file
 from pctrain.files.durable import fingerprint
 
 datasets.disable_progress_bars()
@@ -46,7 +46,7 @@ def naive(path, content):
 
 
 def in_parts(path, size):
-    for chunk in chunks(path, size):
+    for chunk in split_file(path, size):
         for record in read_chunk(pickle.loads(pickle.dumps(chunk)), FieldsConfig(), ()):
             place = record.where if isinstance(record, Fault) else record.id
             yield int(place.rpartition(":")[2]), "fault" if isinstance(record, Fault) else record.prompt
@@ -64,8 +64,8 @@ def test_parts_of_any_size_give_what_one_loop_gives(tmp_path, suffix, content, s
 def test_parts_are_bounded_and_the_same_each_time(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"prompt": "x" * (i % 90)}) + "\n" for i in range(2000)))
-    parts = list(chunks(path, 1000))
-    assert parts == list(chunks(path, 1000)) and len(parts) > 50
+    parts = list(split_file(path, 1000))
+    assert parts == list(split_file(path, 1000)) and len(parts) > 50
     assert all(part.piece.stop - part.piece.start <= 1000 + 110 for part in parts)
     assert [part.done for part in parts] == sorted({part.done for part in parts}) and parts[
         -1
@@ -76,7 +76,7 @@ def test_the_form_is_told_by_the_first_record_that_can_be_read(tmp_path):
     path = tmp_path / "data.jsonl"
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
     path.write_text("{\n\n" + f"{json.dumps(chat)}\n" * 3)
-    assert {chunk.form for chunk in chunks(path)} == {"chat"}
+    assert {chunk.form for chunk in split_file(path)} == {"chat"}
 
 
 # ---------------------------------------------------------------- what a path names
@@ -117,16 +117,16 @@ def test_a_name_with_brackets_that_exists_is_no_pattern(folder):
 
 def test_a_pattern_without_a_match_is_an_error(folder):
     with pytest.raises(UserError, match="no file matches this pattern"):
-        files_of(folder / "*.parquet")
-    with pytest.raises(UserError, match="stand for one character"):
-        files_of(folder / "set[2].jsonl")
+        list_files(folder / "*.parquet")
+    with pytest.raises(UserError, match="matches one character"):
+        list_files(folder / "set[2].jsonl")
 
 
 def test_other_formats_are_refused_by_name(folder):
     (folder / "notes.txt").write_text("x")
     for path in (folder / "notes.txt", folder / "*"):
         with pytest.raises(UserError, match=r"notes.txt: expected .jsonl \(also .gz, .zst\), .parquet, or a folder"):
-            files_of(path)
+            list_files(path)
 
 
 def test_several_files_are_one_set(folder):

@@ -3,8 +3,9 @@
 import importlib.util
 from pathlib import Path
 
-import chat_models
 import pytest
+
+from tests.helpers import chat_models
 
 MB = 1 << 20
 _spec = importlib.util.spec_from_file_location("tokenise", Path(__file__).parents[2] / "benchmarks" / "tokenise.py")

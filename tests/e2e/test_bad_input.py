@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from e2e import tiny
-from e2e.test_rl_layouts import options
+from tests.helpers import tiny
+from tests.helpers.tiny import rl_options
 
 
 def refused(ranks, command, arguments, *words):
@@ -46,7 +46,11 @@ def test_training_data(ranks, sft_run, tmp_path, text, words):
 def test_problems_without_an_answer(ranks, sft_run, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "1+1="}\n')
     refused(
-        ranks, "rl", [*options(sft_run, tmp_path / "run"), f"--data.rl={tmp_path}/bad.jsonl"], "bad.jsonl:1", "answer"
+        ranks,
+        "rl",
+        [*rl_options(sft_run, tmp_path / "run"), f"--data.rl={tmp_path}/bad.jsonl"],
+        "bad.jsonl:1",
+        "answer",
     )
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -58,7 +62,7 @@ def test_a_test_problem_longer_than_the_longest_prompt(ranks, sft_run, tmp_path,
         '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "11111111111111111111=", "answer": "2"}\n'
     )
     arguments = [
-        *(sft_options(sft_run, tmp_path / "run") if command == "sft" else options(sft_run, tmp_path / "run")),
+        *(sft_options(sft_run, tmp_path / "run") if command == "sft" else rl_options(sft_run, tmp_path / "run")),
         f"--data.test={tmp_path}/test.jsonl",
         "--rollout.max_prompt=16",
         "--data.overlong=drop",

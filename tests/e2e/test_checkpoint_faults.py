@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e import tiny
-from e2e.forked import Forked
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
+from tests.helpers import tiny
+from tests.helpers.forked import Forked
 
 
 @pytest.fixture(scope="module")

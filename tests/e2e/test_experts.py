@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from core import families
-from e2e import tiny
+from tests.helpers import families, tiny
 
 
 @pytest.fixture(scope="module")

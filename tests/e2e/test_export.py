@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from e2e import tiny
+from tests.helpers import tiny
 
 
 def _both(exported):

@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from e2e import tiny
-from e2e.forked import Forked
-from e2e.test_rl_layouts import options as rl_options
 from pctrain.distributed.health.watchdog import GRACE_SECONDS
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
+from tests.helpers import tiny
+from tests.helpers.forked import Forked
+from tests.helpers.tiny import rl_options
 
 DEADLINE = 20  # seconds; the start of a checkpoint's helper process takes half of that on a busy machine
 

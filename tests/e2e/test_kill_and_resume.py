@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e import tiny
+from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from e2e import tiny
 from pctrain.cli.main import main
 from pctrain.config.load import load, read
 from pctrain.plan.options import PlanOptions
 from pctrain.plan.planner import Planner
 from pctrain.study.stages import stages_of
-from plan.plan_models import LLAMA_3B, QWEN_7B, write_config
+from tests.helpers import tiny
+from tests.helpers.plan_models import LLAMA_3B, QWEN_7B, write_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
 SHARED = {"sft.yaml", "rl.yaml", "qwen2.5-7b.yaml", "llama-3.2-3b.yaml", "rl-compare.yaml"}

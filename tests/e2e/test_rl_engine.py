@@ -5,28 +5,32 @@ import math
 
 import pytest
 
-from e2e import tiny
-from e2e.test_rl_layouts import options
+from tests.helpers import tiny
+from tests.helpers.tiny import rl_options
 
 
 def _rl(arguments, crash_at=None, refuse_sampling_of=()):
     """The command in this process; it dies before the update of step `crash_at`, and may not sample some steps."""
     from unittest import mock
 
+    from pctrain.distributed.health import watchdog
     from pctrain.rl import loop
 
-    update, sample = loop.update, loop.GroupSampler.sample
+    make_batch, sample = loop.make_batch, loop.GroupSampler.sample_groups
 
-    def dying(config, learner, algorithm, sampled, ledger, step):
-        if step == crash_at:
+    def dying(*arguments):
+        if watchdog._step == crash_at:
             raise KeyboardInterrupt
-        return update(config, learner, algorithm, sampled, ledger, step)
+        return make_batch(*arguments)
 
     def counted(self, prompts, step):
         assert step not in refuse_sampling_of, f"step {step} was sampled again"
         return sample(self, prompts, step)
 
-    with mock.patch.object(loop, "update", dying), mock.patch.object(loop.GroupSampler, "sample", counted):
+    with (
+        mock.patch.object(loop, "make_batch", dying),
+        mock.patch.object(loop.GroupSampler, "sample_groups", counted),
+    ):
         return tiny.cli("rl", *map(str, arguments))
 
 
@@ -34,7 +38,7 @@ def _rl(arguments, crash_at=None, refuse_sampling_of=()):
 def whole(ranks, sft_run, tmp_path_factory):
     """An RL run that nothing happened to."""
     folder = tmp_path_factory.mktemp("rl") / "whole"
-    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), world=1, deadline=240)
+    [(status, errors)] = ranks.run(_rl, rl_options(sft_run, folder), world=1, deadline=240)
     assert status == 0, errors
     return folder
 
@@ -42,13 +46,13 @@ def whole(ranks, sft_run, tmp_path_factory):
 def test_a_finished_rollout_is_not_sampled_again(ranks, sft_run, whole, tmp_path):
     """Killed in step 4, after its rollouts: steps 3 and 4 lie behind the checkpoint of step 2, and neither is sampled again."""
     folder = tmp_path / "run"
-    [(status, _)] = ranks.run(_rl, options(sft_run, folder), 4, world=1, deadline=240)
+    [(status, _)] = ranks.run(_rl, rl_options(sft_run, folder), 4, world=1, deadline=240)
     assert status == 130
     assert sorted(path.name for path in (folder / "rollouts").glob("*.npz")) == [
         "step-3.replay.npz",
         "step-4.replay.npz",
     ]
-    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), None, (1, 2, 3, 4), world=1, deadline=240)
+    [(status, errors)] = ranks.run(_rl, rl_options(sft_run, folder), None, (1, 2, 3, 4), world=1, deadline=240)
     assert status == 0, errors
     assert tiny.metrics(folder) == tiny.metrics(whole) and tiny.ledger(folder) == tiny.ledger(whole)
     assert not list((folder / "rollouts").glob("*.npz"))
@@ -67,7 +71,7 @@ def _debug_train(arguments):
 
 def test_half_a_step_at_a_time(ranks, sft_run, whole, tmp_path):
     folder = tmp_path / "run"
-    [(status, errors)] = ranks.run(_rl, [*options(sft_run, folder), "--debug-rollout-only"], world=1, deadline=240)
+    [(status, errors)] = ranks.run(_rl, [*rl_options(sft_run, folder), "--debug-rollout-only"], world=1, deadline=240)
     file = folder / "rollouts" / "step-1.replay.npz"
     assert (
         status == 0
@@ -76,19 +80,19 @@ def test_half_a_step_at_a_time(ranks, sft_run, whole, tmp_path):
         and not (folder / "metrics.jsonl").exists()
     ), errors
     before = sorted(path.name for path in folder.rglob("*"))
-    train = [*options(sft_run, tmp_path / "none"), "--debug-train-only", file]
+    train = [*rl_options(sft_run, tmp_path / "none"), "--debug-train-only", file]
     [(status, text)] = ranks.run(_debug_train, train, world=1, deadline=240)
     first = tiny.metrics(whole, "train")[0]
     assert status == 0 and "update 1 of 1: loss " in text and "nothing was written" in text
     assert float(text.split("grad_norm ")[1].split()[0]) == pytest.approx(first["grad_norm"], rel=1e-4)
     assert not (tmp_path / "none").exists() and before == sorted(path.name for path in folder.rglob("*"))
-    [(status, errors)] = ranks.run(_rl, options(sft_run, folder), None, (1,), world=1, deadline=240)
+    [(status, errors)] = ranks.run(_rl, rl_options(sft_run, folder), None, (1,), world=1, deadline=240)
     assert status == 0, errors
     assert tiny.metrics(folder) == tiny.metrics(whole)
 
 
 def test_both_halves_at_once_are_refused(ranks, sft_run, tmp_path):
-    command = [*options(sft_run, tmp_path / "run"), "--debug-rollout-only", "--debug-train-only=x.npz"]
+    command = [*rl_options(sft_run, tmp_path / "run"), "--debug-rollout-only", "--debug-train-only=x.npz"]
     [(status, errors)] = ranks.run(_rl, command, world=1)
     assert status == 2 and "give one of them" in errors
 
@@ -122,9 +126,9 @@ def test_what_is_written_down(whole):
 
 
 ALGORITHMS = {
-    "grpo": ["--rl.kl_coef=0.01"],
-    "dapo_d": ["--rl.normaliser=sequence", "--rl.is_correction=token"],
-    "dapo_dc": ["--rl.truncated=masked", "--rl.overlong_buffer=4", "--rl.kl_coef=0.01", "--rl.kl_kind=k1"],
+    "grpo": ["--rl.algorithm.kl_coef=0.01"],
+    "dapo_d": ["--rl.algorithm.normaliser=sequence", "--rl.algorithm.is_correction=token"],
+    "dapo_dc": ["--rl.truncated=masked", "--rl.algorithm.overlong_buffer=4", "--rl.algorithm.kl_coef=0.01", "--rl.algorithm.kl_kind=k1"],
     "luffy": [], "srft": [], "upt": [], "prefix_rft": [],
 }  # fmt: skip
 
@@ -132,9 +136,9 @@ ALGORITHMS = {
 def _train_with_each(commands):
     """Two steps of every algorithm, with one engine for all of them."""
     from pctrain.config.load import load
+    from pctrain.core.session import begin
     from pctrain.rl import loop
     from pctrain.rollout.worker import RolloutWorker
-    from pctrain.run.resume import begin
 
     with begin(load(None, list(map(str, commands[0])))) as first, RolloutWorker(first) as worker:
         for command in commands:
@@ -145,7 +149,8 @@ def _train_with_each(commands):
 def test_every_algorithm_trains(ranks, sft_run, tmp_path):
     more = ["--rl.steps=2", f"--data.rl={sft_run}/data/train.jsonl", "--rl.eval_every=2"]
     commands = [
-        [*options(sft_run, tmp_path / name), f"--rl.algorithm={name}", *more, *own] for name, own in ALGORITHMS.items()
+        [*rl_options(sft_run, tmp_path / name), f"--rl.algorithm={name}", *more, *own]
+        for name, own in ALGORITHMS.items()
     ]
     ranks.run(_train_with_each, commands, world=1, deadline=280)
     for name in ALGORITHMS:
@@ -160,7 +165,7 @@ def test_every_algorithm_trains(ranks, sft_run, tmp_path):
 
 def test_experts_are_missing(ranks, sft_run, tmp_path):
     (tmp_path / "bare.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
-    command = [*options(sft_run, tmp_path / "run"), "--rl.algorithm=luffy", f"--data.rl={tmp_path}/bare.jsonl"]
+    command = [*rl_options(sft_run, tmp_path / "run"), "--rl.algorithm=luffy", f"--data.rl={tmp_path}/bare.jsonl"]
     [(status, errors)] = ranks.run(_rl, command, world=1)
     assert status == 2 and "bare.jsonl:1" in errors and "response" in errors
 
@@ -168,8 +173,8 @@ def test_experts_are_missing(ranks, sft_run, tmp_path):
 @pytest.mark.full  # the fast tier has it at one rank
 def test_a_killed_run_keeps_its_rollouts_at_two_ranks(ranks, sft_run, tmp_path):
     folder, short = tmp_path / "run", ["--rl.steps=1", "--rl.eval_every=1"]
-    for status, _ in ranks.run(_rl, options(sft_run, folder, *short), 1, world=2, deadline=240):
+    for status, _ in ranks.run(_rl, rl_options(sft_run, folder, *short), 1, world=2, deadline=240):
         assert status == 130
     assert (folder / "rollouts" / "step-1.replay.npz").exists()
-    for status, errors in ranks.run(_rl, options(sft_run, folder, *short), None, (1,), world=2, deadline=240):
+    for status, errors in ranks.run(_rl, rl_options(sft_run, folder, *short), None, (1,), world=2, deadline=240):
         assert status == 0, errors

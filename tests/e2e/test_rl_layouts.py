@@ -2,17 +2,8 @@
 
 import pytest
 
-from e2e import tiny
-
-
-def options(sft_run, folder, *more):
-    data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("train", "validation", "test", "rl")]
-    start = [
-        f"--model.path={sft_run}/model",
-        f"--model.checkpoint={sft_run}/checkpoints/step-120",
-        f"--run.dir={folder}",
-    ]
-    return [*tiny.OPTIONS, *data, *start, *more]
+from tests.helpers import tiny
+from tests.helpers.tiny import rl_options
 
 
 def _rl(arguments):
@@ -20,7 +11,7 @@ def _rl(arguments):
 
 
 def run(ranks, sft_run, folder, world, *more):
-    for status, errors in ranks.run(_rl, options(sft_run, folder, *more), world=world, deadline=280):
+    for status, errors in ranks.run(_rl, rl_options(sft_run, folder, *more), world=world, deadline=280):
         assert status == 0, errors
     return tiny.metrics(folder)
 

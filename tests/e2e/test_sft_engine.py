@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from e2e import tiny
+from tests.helpers import tiny
 
 STEPS = 12
 
@@ -170,7 +170,7 @@ def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):
     assert val[-1]["val_loss"] > 1.02 * min(line["val_loss"] for line in val) and val[-1]["minimum_passed"] > 0.95
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["summary"]["steps"] == last and f"checkpoints/step-{val[-1]['rl_start']}" in summary["next_command"]
-    assert "the minimum of the validation loss is passed" in summary["summary"]["monitor"]
+    assert "the validation loss has passed its minimum" in summary["summary"]["monitor"]
     assert (
         f"RL would start from step {val[-1]['rl_start']}"
         in (tmp_path / "run" / "train.log").read_text().splitlines()[-2]

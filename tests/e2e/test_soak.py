@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from e2e.forked import Forked
-from e2e.test_rl_layouts import options
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
+from tests.helpers.forked import Forked
+from tests.helpers.tiny import rl_options
 
 MINUTES, STEPS = float(os.environ.get("PCTRAIN_SOAK_MINUTES", 30)), int(os.environ.get("PCTRAIN_SOAK_STEPS", 1000))
 ZOMBIE_SECONDS = 5.0  # a child that has ended is a zombie until its parent asks for it
@@ -80,7 +80,7 @@ def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
     at the end."""
     arguments = [
         "rl",
-        *options(
+        *rl_options(
             sft_run,
             folder / "run",
             "--rl.steps=1000000",
@@ -88,7 +88,7 @@ def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
             f"--rl.checkpoint_every={every}",
             "--run.keep_last=2",
             "--rl.optimizer.lr=1e-5",
-            "--rl.kl_coef=0.01",
+            "--rl.algorithm.kl_coef=0.01",
         ),
     ]
     runs = forked.start_ranks(arguments, folder / "logs", world, "memory_is_counted", HELD=str(folder / "held"))

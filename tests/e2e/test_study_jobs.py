@@ -7,9 +7,9 @@ from unittest import mock
 
 import pytest
 
-from e2e import tiny
-from e2e.forked import Forked
-from e2e.test_rl_layouts import options
+from tests.helpers import tiny
+from tests.helpers.forked import Forked
+from tests.helpers.tiny import rl_options
 
 
 def study_arguments(sft_run, folder, *more):
@@ -70,7 +70,7 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
         again = forked.start(arguments, tmp_path / "again.log")
         assert again.wait(200) == 0, again.log.read_text()[-3000:]
         assert before == {name: (folder / name / "metrics.jsonl").read_bytes() for name in found}
-        assert "ahead about 0 FLOPs" in again.log.read_text()
+        assert "about 0 FLOPs of training compute left" in again.log.read_text()
 
     # The job that took over after the kill ended with the numbers of one that nothing happened to.
     [(status, errors)] = ranks.run(
@@ -101,7 +101,7 @@ def _rl_with_ceiling_at(found_at, *arguments):
 def test_rl_stops_when_its_ceiling_is_known(ranks, sft_run, tmp_path, within, ends):
     """The interval reaches 0.8 points from the estimate."""
     folder = tmp_path / "run"
-    command = options(sft_run, folder, "--rl.eval_every=1", "--rl.checkpoint_every=4", f"--rl.stop_within={within}")
+    command = rl_options(sft_run, folder, "--rl.eval_every=1", "--rl.checkpoint_every=4", f"--rl.stop_within={within}")
     [(status, errors, asked)] = ranks.run(_rl_with_ceiling_at, 3, *command, world=1, deadline=240)
     assert status == 0, errors
     assert [line["step"] for line in tiny.metrics(folder, "eval")] == list(range(ends + 1))

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from core import small
 from pctrain.config.tree import ArchitectureConfig, RolloutConfig
 from pctrain.data.scratch_model import make_hf_dir
+from tests.helpers import small
 
 EOS = 2
 

@@ -1,4 +1,4 @@
-"""`python -m fuzz TARGET --minutes M`: a campaign; `--replay FILE`: one case. Exit status 1 where something was found."""
+"""`python -m tests.fuzz TARGET --minutes M`: a campaign; `--replay FILE`: one case. Exit status 1 where something was found."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 
-import conftest  # noqa: F401  what the tests set in the environment
+from tests.helpers import environment  # noqa: F401  settings of the tests, before torch is imported
 
 TARGETS = ("config", "data", "checkpoints", "curves")
 
 
 def target_named(name: str):
-    return import_module(f"fuzz.{name}_target")
+    return import_module(f"tests.fuzz.{name}_target")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m fuzz", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--minutes", type=float, default=15.0)
     parser.add_argument("--examples", type=int, help="in place of --minutes")
@@ -29,19 +29,19 @@ def main() -> int:
     target = target_named(options.target)
     if options.replay:
         return replay(target, options.replay)
-    from fuzz.campaign import campaign
+    from tests.fuzz.campaign import campaign
 
     minutes = None if options.examples else options.minutes
     outcome = campaign(target, options.findings, seed=options.seed, examples=options.examples, minutes=minutes)
     for name, path in outcome.findings.items():
-        print(f"found: {name}\n  replay: python -m fuzz {options.target} --replay {path}")
+        print(f"found: {name}\n  replay: python -m tests.fuzz {options.target} --replay {path}")
     print(outcome.line(), flush=True)
     return 1 if outcome.findings or not outcome.examples else 0
 
 
 def replay(target, file: Path) -> int:
-    from fuzz.campaign import attempt
-    from fuzz.case import Case
+    from tests.fuzz.campaign import attempt
+    from tests.fuzz.case import Case
 
     with tempfile.TemporaryDirectory() as scratch:
         case = Case.read(file.resolve())

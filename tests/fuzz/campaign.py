@@ -29,8 +29,8 @@ from typing import Protocol
 import hypothesis
 from hypothesis.strategies import SearchStrategy
 
-from fuzz.case import Case
 from pctrain.common.errors import RunFault, UserError
+from tests.fuzz.case import Case
 
 CPU_SECONDS = 20  # of one example, in CPU time: a busy machine misses no deadline
 STANDSTILL = 300  # seconds without the end of an example: the process waits for something

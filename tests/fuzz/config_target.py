@@ -13,13 +13,12 @@ from types import ModuleType
 
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from fuzz.mutate import ODD_TEXTS, edited_bytes
 from pctrain.cli import main as cli
 from pctrain.cli.commands import COMMANDS
-from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config
+from tests.fuzz.case import Case
+from tests.fuzz.mutate import ODD_TEXTS, edited_bytes
 
 NAME = "config"
 
@@ -515,8 +514,7 @@ def run(case: Case, folder: Path) -> None:
     else:
         _stop_before_the_work()
         try:
-            if cli._dispatch(list(case.arguments)):
-                raise UserError("an exit status")
+            cli.run_command(list(case.arguments))
         except _Reached:
             return
         except SystemExit as end:

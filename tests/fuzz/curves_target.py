@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 from pctrain.cli import main as cli
+from tests.fuzz.case import Case
+from tests.fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
 
 NAME = "curves"
 CELLS = [
@@ -417,11 +416,7 @@ CASES = st.one_of(file_cases(), file_cases(), study_cases())
 
 def prepare(folder: Path) -> Mapping[str, Path]:
     import pctrain.report.command  # noqa: F401
-    import pctrain.report.fit_command
-    import pctrain.report.ledger_table
-
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "ceiling"))
-    import study_folders
+    from tests.helpers import study_folders
 
     base = study_folders.make_study(folder / "study")
     for run in base.glob("rl-*"):  # fewer points: most of the time goes into fits
@@ -431,7 +426,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
 
 
 def run(case: Case, folder: Path) -> None:
-    cli._dispatch([case.action, *case.arguments])
+    cli.run_command([case.action, *case.arguments])
     if case.action == "fit":
         out = next(path for path in (folder / "out.json", folder / "folder" / "out.json") if path.exists())
         _check_fits(json.loads(out.read_text(), parse_constant=_no_constant))

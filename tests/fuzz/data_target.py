@@ -16,8 +16,6 @@ import pyarrow.parquet as pq
 import zstandard
 from hypothesis import strategies as st
 
-from fuzz.case import Case
-from fuzz.mutate import edited_bytes, edited_trees, json_files, json_text
 from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.config.load import read
@@ -26,8 +24,10 @@ from pctrain.data.build import TokenJob, build, folder_of
 from pctrain.data.encode import Encoder
 from pctrain.data.problems import read_problems
 from pctrain.data.scratch_model import make_hf_dir
-from pctrain.data.sources import files_of
+from pctrain.data.sources import list_files
 from pctrain.data.store import TokenStore
+from tests.fuzz.case import Case
+from tests.fuzz.mutate import edited_bytes, edited_trees, json_files, json_text
 
 NAME = "data"
 PLAIN = {"id": "p1", "prompt": "1+2=", "response": "1+2=3 so \\boxed{3}", "answer": "3", "win_rate": 0.5}
@@ -432,7 +432,7 @@ CASES = st.one_of(command_cases(), encoder_cases())
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
-    import pctrain.data.check_report
+    import pctrain.data.check
     import pctrain.data.sets.decontaminate
     import pctrain.data.sets.dedup
     import pctrain.data.sets.select
@@ -449,7 +449,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
 def run(case: Case, folder: Path) -> None:
     if case.action == "command":
         try:
-            cli._dispatch(list(case.arguments))
+            cli.run_command(list(case.arguments))
         except SystemExit as end:
             if end.code not in (0, 1):
                 raise
@@ -458,7 +458,7 @@ def run(case: Case, folder: Path) -> None:
     data = read(None, options).data
     encoder = Encoder(Path("model"), data, 64)
     if case.action == "tokens":
-        job = TokenJob(tuple(files_of(path)), Path("model"), data.model_copy(update={"workers": 1}), 64)
+        job = TokenJob(tuple(list_files(path)), Path("model"), data.model_copy(update={"workers": 1}), 64)
         tokens = folder_of(Path("cache"), job)
         for _ in build(job, tokens):
             pass

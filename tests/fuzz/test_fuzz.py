@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fuzz.__main__ import TARGETS, target_named
-from fuzz.campaign import campaign
-from fuzz.case import Case
+from tests.fuzz.__main__ import TARGETS, target_named
+from tests.fuzz.campaign import campaign
+from tests.fuzz.case import Case
 
 ROOT = Path(__file__).resolve().parents[2]
 MINUTES = float(os.environ.get("PCTRAIN_FUZZ_MINUTES", "15"))
@@ -32,9 +32,9 @@ def test_nothing_but_success_and_clear_errors(name, tmp_path):
 @pytest.mark.timeout(MINUTES * 60 + 600)
 def test_a_quarter_of_an_hour_of_each(tmp_path):
     """PCTRAIN_FUZZ_MINUTES shortens it. What is found is kept in fuzz-findings, with the command that replays it."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     findings = ROOT / "fuzz-findings"
-    command = [sys.executable, "-m", "fuzz", "--minutes", str(MINUTES), "--findings", str(findings)]
+    command = [sys.executable, "-m", "tests.fuzz", "--minutes", str(MINUTES), "--findings", str(findings)]
     running = [
         (
             name,
@@ -107,7 +107,7 @@ class _Broken:
 def test_a_campaign_finds(action, found, tmp_path, monkeypatch):
     from hypothesis import strategies as st
 
-    monkeypatch.setattr("fuzz.campaign.CPU_SECONDS", 0.5)
+    monkeypatch.setattr("tests.fuzz.campaign.CPU_SECONDS", 0.5)
     cases = st.sampled_from(["accepts", "refuses", action]).map(lambda name: Case(name, {"a": b"\0"}))
     outcome = campaign(_Broken(cases), tmp_path, examples=6)
     [(name, path)] = outcome.findings.items()

@@ -6,60 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch.nn import functional as F
 
 from pctrain_kernels import linear_logprob_entropy, reference
-
-# fp32 rounding of dot products of some dozen terms and of logits of size 10: some units of 6e-8 of the largest value or norm.
-LOGPROB_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-6
-
-
-def make_inputs(
-    tokens: int, vocab: int, width: int = 24, *, seed: int = 0, ignored: float = 0.3, valid: int | None = None
-):
-    """hidden [T, H], weight [V, H] fp32 leaves, target [T] below `valid` with a share of -100."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
-    weight = (0.5 * torch.randn(vocab, width, generator=generator)).requires_grad_()
-    target = torch.randint(valid or vocab, (tokens,), generator=generator)
-    target[torch.rand(tokens, generator=generator) < ignored] = -100
-    return hidden, weight, target
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
-    assert torch.isfinite(got).all()
-    return float((got.double() - want).norm() / want.norm().clamp_min(1e-30)) if want.numel() else 0.0
-
-
-def double(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.detach().double().requires_grad_() for tensor in tensors]
-
-
-def compare(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options
-) -> None:
-    """Values and gradients of the fused operation and the definition."""
-    generator = torch.Generator().manual_seed(1)
-    signs = torch.randn(2, target.shape[0], generator=generator, dtype=torch.float64)
-    signs[0 if upstream == "entropy" else 1] *= upstream == "both"
-    want_inputs = double(hidden, weight)
-    want = reference.linear_logprob_entropy(*want_inputs, target, **options)
-    want_gradients = torch.autograd.grad(
-        sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), want_inputs
-    )
-    got = linear_logprob_entropy(hidden, weight, target, chunk_tokens=chunk, **options)
-    got_gradients = torch.autograd.grad(
-        sum((sign.float() * value).sum() for sign, value in zip(signs, got, strict=True)), (hidden, weight)
-    )
-    for got_value, want_value in zip(got, want, strict=True):
-        assert got_value.dtype == torch.float32
-        torch.testing.assert_close(got_value.double(), want_value, rtol=0, atol=LOGPROB_TOLERANCE)
-        assert (got_value[target == -100] == 0).all()
-    for got_gradient, want_gradient in zip(got_gradients, want_gradients, strict=True):
-        assert relative(got_gradient, want_gradient) < GRADIENT_TOLERANCE
+from tests.helpers.kernel_inputs import (
+    GRADIENT_TOLERANCE,
+    LOGPROB_TOLERANCE,
+    check_padding_columns_take_no_part,
+    compare,
+    double,
+    exact_logits,
+    make_inputs,
+    relative,
+)
 
 
 @pytest.mark.parametrize("upstream", ["logprob", "entropy", "both"])
@@ -114,19 +73,7 @@ def test_bfloat16_inputs_are_computed_in_fp32() -> None:
 
 
 def test_padding_columns_take_no_part() -> None:
-    hidden, weight, target = make_inputs(17, 70, valid=61)
-    with torch.no_grad():
-        weight[61:] = 1e4
-    compare(hidden, weight, target, valid_vocab=61)
-    logprob, _ = linear_logprob_entropy(hidden, weight, target, valid_vocab=61)
-    (gradient,) = torch.autograd.grad(logprob.sum(), weight)
-    assert (gradient[61:] == 0).all() and (gradient[:61] != 0).any()
-
-
-def exact_logits(tokens: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs on a grid so coarse that fp32 holds every logit exactly: errors are the softmax's own."""
-    hidden, weight, target = make_inputs(tokens, vocab, ignored=0)
-    return (hidden.detach() * 4).round() / 4, (weight.detach() * 4).round() / 4, target
+    check_padding_columns_take_no_part()
 
 
 def test_logits_offset_by_ten_thousand() -> None:

@@ -10,28 +10,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_logprob import GRADIENT_TOLERANCE, double, exact_logits, make_inputs, relative
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import pctrain_kernels
 from pctrain_kernels import linear_token_loss, reference
-
-VALUE_TOLERANCE = 2e-6  # relative to the sum of magnitudes: fp32 rounding of each term
+from tests.helpers.kernel_inputs import (
+    GRADIENT_TOLERANCE,
+    VALUE_TOLERANCE,
+    Tensors,
+    clipped_policy,
+    double,
+    exact_logits,
+    make_inputs,
+    make_streams,
+    relative,
+)
 
 
 def nll(logprob, entropy, streams):
     return -logprob, {}
-
-
-def clipped_policy(logprob, entropy, streams):
-    """Clipped ratio with an entropy bonus and a KL penalty: what a user may write."""
-    ratio = (logprob - streams["old_logprob"]).exp()
-    advantage = streams["advantage"]
-    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
-    log_ref = streams["ref_logprob"] - logprob
-    loss = -surrogate + 0.1 * (log_ref.exp() - log_ref - 1) - 0.05 * entropy
-    return loss, {"ratio": ratio, "entropy": entropy, "clipped": ((ratio < 0.8) | (ratio > 1.28)).float()}
 
 
 def shaped_expert(logprob, entropy, streams):
@@ -44,15 +41,6 @@ def only_entropy(logprob, entropy, streams):
 
 
 TOKEN_LOSSES = {loss.__name__: loss for loss in (nll, clipped_policy, shaped_expert, only_entropy)}
-
-
-def make_streams(hidden, weight, target, *, seed: int = 3, **options):
-    """Streams near the current policy, so that some ratios are clipped and some are not; weights with zeros."""
-    generator = torch.Generator().manual_seed(seed)
-    logprob = reference.linear_logprob_entropy(hidden, weight, target, **options)[0].detach()
-    noise = torch.randn(3, target.shape[0], generator=generator) * 0.3
-    streams = {"old_logprob": logprob + noise[0], "ref_logprob": logprob + noise[1], "advantage": noise[2] * 4}
-    return streams, torch.randint(3, target.shape, generator=generator).float()
 
 
 def both(hidden, weight, target, token_loss, streams, token_weight, *, upstream: float = 1.0, fused=None, **options):
@@ -260,27 +248,6 @@ def test_frozen_inputs_get_no_gradient() -> None:
     assert seen.products == 4  # forward and one gradient, twice
 
 
-class Tensors(TorchDispatchMode):
-    """Watches every operation below autograd: elements of the tensors made, and the matrix products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: set[int] = set()
-        self.products = 0
-
-    @property
-    def largest(self) -> int:
-        return max(self.sizes, default=0)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.sizes.add(tensor.numel())
-        return result
-
-
 def test_the_logits_of_the_batch_never_exist_at_once() -> None:
     tokens, vocab, width = 2048, 16000, 64
     hidden = torch.randn(tokens, width, requires_grad=True)
@@ -302,7 +269,7 @@ def test_the_logits_of_the_batch_never_exist_at_once() -> None:
         ({"streams": {"advantage": torch.zeros(7)}}, r"stream 'advantage' of shape \[8\]"),
         ({"token_weight": torch.zeros(8, 1)}, "token_weight"),
         ({"denom": 0}, "denom"),
-        ({"token_loss": lambda logprob, entropy, streams: (-logprob.sum(), {})}, "one value a token: the loss"),
+        ({"token_loss": lambda logprob, entropy, streams: (-logprob.sum(), {})}, "one value per token: the loss"),
         ({"token_loss": lambda logprob, entropy, streams: (-logprob, {"kl": entropy.mean()})}, "kl"),
         ({"token_loss": lambda logprob, entropy, streams: (torch.zeros_like(logprob), {})}, "nothing to differentiate"),
     ],

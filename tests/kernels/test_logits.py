@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_logprob import LOGPROB_TOLERANCE, relative
 from torch import Tensor
 from torch.nn import functional as F
 
 from pctrain_kernels import logits as logits_module
 from pctrain_kernels import reference, vocab_parallel_cross_entropy, vocab_parallel_logprob_entropy
+from tests.helpers.kernel_inputs import LOGPROB_TOLERANCE, Tensors, relative
 
 # Of the gradient's norm: rounding of exponentials of arguments up to 10 or so; a half precision result is rounded once, half a unit.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
@@ -205,8 +205,6 @@ def test_an_in_place_gradient_reaches_what_made_the_logits() -> None:
 
 
 def test_memory_beside_the_gradient_is_blocks_of_rows() -> None:
-    from test_linear_token_loss import Tensors
-
     logits, target = make_logits(700, 4000, ignored=0)
     with Tensors() as seen:
         logprob, entropy = vocab_parallel_logprob_entropy(logits, target, inplace_backward=True)

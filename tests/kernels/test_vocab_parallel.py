@@ -10,11 +10,19 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_linear_logprob import GRADIENT_TOLERANCE, LOGPROB_TOLERANCE, double, make_inputs, relative
-from test_linear_token_loss import VALUE_TOLERANCE, clipped_policy, make_streams
 
 from pctrain_kernels import head as head_module
 from pctrain_kernels import linear_logprob_entropy, linear_token_loss, parallel, reference
+from tests.helpers.kernel_inputs import (
+    GRADIENT_TOLERANCE,
+    LOGPROB_TOLERANCE,
+    VALUE_TOLERANCE,
+    clipped_policy,
+    double,
+    make_inputs,
+    make_streams,
+    relative,
+)
 
 
 @dataclass(frozen=True)

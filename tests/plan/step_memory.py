@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from core.peak_memory import status
+from tests.helpers.peak_memory import status
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
     learner = Learner(config.model, config.parallel, optimizer_config=kind.optimizer, total_steps=10, seed=0)
     engine = None
     if sampling:
-        if config.rl.kl_coef:
+        if config.rl.algorithm.kl_coef:
             learner.keep_reference()
         engine = RolloutEngine(
             config.model.path, config.rollout, dtype=config.model.dtype, context=learner.hf.context, eos_id=2
@@ -56,7 +56,7 @@ def main() -> int:
             requests = [Request(row.tokens[:8].tolist(), seed) for seed, row in enumerate(rows)]
             engine.generate(requests, temperature=1.0, max_response=16, logprobs=True)
             engine.sleep()
-        learner.step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
+        learner.train_step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
     peak = status("VmHWM")
     print(json.dumps({"base": base, "peak": peak}), flush=True)
     return 0

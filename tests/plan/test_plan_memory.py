@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from core.peak_memory import on_ranks
 from pctrain.config.load import read
 from pctrain.plan import planner
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.options import PlanOptions
-from plan.plan_models import write_model
+from tests.helpers.peak_memory import on_ranks
+from tests.helpers.plan_models import write_model
 
 PROGRAM = str(Path(__file__).with_name("step_memory.py"))
 SMALL = dict(
@@ -86,7 +86,7 @@ def test_a_step_of_sft(monkeypatch, tmp_path):
         pytest.param(EXPERTS, "sft", 1, 8, [], id="experts"),
         pytest.param(EXPERTS, "sft", 2, 16, ["--parallel.expert=2"], id="EP2"),
         pytest.param(LARGER, "rl", 1, 8, [], id="RL"),
-        pytest.param(LARGER, "rl", 1, 8, ["--rl.kl_coef=0.1"], id="RL with a reference"),
+        pytest.param(LARGER, "rl", 1, 8, ["--rl.algorithm.kl_coef=0.1"], id="RL with a reference"),
         pytest.param(LARGER, "rl", 2, 16, [], id="RL DP2"),
     ],
 )

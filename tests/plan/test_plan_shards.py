@@ -13,8 +13,8 @@ from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GPUS
 from pctrain.plan.memory import held_always
 from pctrain.plan.shapes import Layout, buffers, chunks
-from plan.plan_models import LLAMA_3B, write_config
-from plan.plan_models import MODELS as PUBLISHED
+from tests.helpers.plan_models import LLAMA_3B, write_config
+from tests.helpers.plan_models import MODELS as PUBLISHED
 
 PROGRAM = Path(__file__).with_name("meta_shards.py")
 # Nothing of it is a multiple of what buffers are padded to.

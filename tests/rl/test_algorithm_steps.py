@@ -1,65 +1,56 @@
-"""A whole `core.step` with packed rows, on one rank and two, against the naive loss of log-probs that the core itself tells."""
+"""A whole training step with packed rows, on one rank and two, against the naive loss of the learner's log-probs."""
 
 import numpy as np
 import pytest
-import rl_cases
-import test_grpo
-import test_luffy
-import test_prefix_rft
-import test_srft
-import test_upt
 import torch
 
-from core import small
 from pctrain.rl import batch
+from tests.helpers import naive_losses, rl_cases, small
 
 NAIVE = {
-    "grpo": test_grpo.naive,
-    "dapo_d": test_grpo.naive,
-    "dapo_dc": lambda g, t: test_grpo.naive(g, t, high=0.28, std=True, entropy_coef=0),
-    "luffy": test_luffy.naive,
-    "srft": test_srft.naive,
-    "upt": lambda g, t: test_upt.naive(g, t, gamma=1, coefficient=0.3),
-    "prefix_rft": test_prefix_rft.naive,
+    "grpo": naive_losses.grpo,
+    "dapo_d": naive_losses.grpo,
+    "dapo_dc": lambda g, t: naive_losses.grpo(g, t, high=0.28, std=True, entropy_coef=0),
+    "luffy": naive_losses.luffy,
+    "srft": naive_losses.srft,
+    "upt": lambda g, t: naive_losses.upt(g, t, gamma=1, coefficient=0.3),
+    "prefix_rft": naive_losses.prefix_rft,
 }
 BUDGET = 48
 
 
 def _step(directory, layout, name, normaliser):
-    """Loss of the second of two updates, its metrics and gradient norm, and the naive one; the phases that the passes were counted in."""
+    """Return the second of two updates, the naive loss of the same, and the phases and sizes of the passes."""
     model = small.learner(directory, layout)
     model.keep_reference()
-    algorithm = rl_cases.algorithm(name, updates=2, upt_gamma=1, upt_sft_coef=0.3, normaliser=normaliser)
+    algorithm = rl_cases.algorithm(name, updates=2, gamma=1, sft_coef=0.3, normaliser=normaliser)
     groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
-    counted = []
-
-    def count(phase, rows, seconds):
-        counted.append((phase, len(rows), sum(map(len, rows))))
-
     rows = algorithm.rows(groups)
     needed = algorithm.streams_from_pass | {
         "ref_logprob"
     }  # not read by the loss without a coefficient, but it is a metric
     needed -= {"ref_logprob"} if name == "srft" else set()
-    rows = batch.no_grad_streams(rows, model, needed, BUDGET, 0.9, count)
+    rows, passes = batch.add_streams_from_pass(rows, model, needed, BUDGET, 0.9)
+    counted = [(of.phase, len(of.rows), sum(map(len, of.rows))) for of in passes]
     first_kl = max(
         abs(row.streams.get("ref_logprob", row.streams["old_logprob"]) - row.streams["old_logprob"]).max()
         for row in rows
     )
-    finished = algorithm.finish(rows, groups)
-    model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
-    logprobs, entropies = model.logprobs(finished, BUDGET, temperature=0.9, trained_only=True, want_entropy=True)
+    finished = algorithm.finish(rows)
+    model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    logprobs, entropies = model.logprobs_and_entropies(finished, BUDGET, temperature=0.9, trained_only=True)
 
     def of(values):
         return torch.from_numpy(values[3:]).double()
 
-    # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the other tests.
+    # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the
+    # other tests.
     tokens = [
         rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
         for row, lp, h in zip(finished, logprobs, entropies, strict=True)
     ]
-    update = model.step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
-    return update, NAIVE[name](groups, tokens).item(), algorithm.entropy_coef, tokens, entropies, counted, first_kl
+    update = model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
+    return update, NAIVE[name](groups, tokens).item(), algorithm.options.entropy_coef, tokens, entropies, counted, first_kl
 
 
 def expected(update_tokens, naive, entropy_coef, entropies):
@@ -117,10 +108,9 @@ def _kl(directory):
     algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)
     updates = []
     for _ in range(3):
-        rows = batch.no_grad_streams(
-            algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0, lambda *_: None
-        )
-        updates.append(model.step(batch.pack(algorithm.finish(rows, groups), model, algorithm, BUDGET), algorithm.loss))
+        rows, _ = batch.add_streams_from_pass(algorithm.rows(groups), model, algorithm.streams_from_pass, BUDGET, 1.0)
+        packed = batch.pack(algorithm.finish(rows), model, algorithm, BUDGET)
+        updates.append(model.train_step(packed, algorithm.loss))
     return [update.metrics["kl"] for update in updates]
 
 

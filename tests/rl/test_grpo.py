@@ -6,15 +6,16 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 CLIP = 0.2
 
 
 def test_by_hand():
-    # Two prompts of two rollouts; 3 trained tokens in all of the first prompt's right rollout (2) and wrong one (1), and 2 of the second's.
-    # Prompt 0: rewards 1, 0: mean 1/2, A = +1/2, -1/2.   Prompt 1: rewards 1, 1: A = 0.
+    # Two prompts of two rollouts; 3 trained tokens in all of the first prompt's right rollout (2) and wrong one (1),
+    # and 2 of the second's. Prompt 0: rewards 1, 0: mean 1/2, A = +1/2, -1/2.   Prompt 1: rewards 1, 1: A = 0.
     groups = [rl_cases.group(0, [1, 0], [[10, 2], [11]]), rl_cases.group(1, [1, 1], [[12], [13]])]
     algorithm = rl_cases.algorithm("grpo", entropy_coef=0.0, updates=2)
     rows = algorithm.rows(groups)
@@ -36,39 +37,20 @@ def test_by_hand():
     )
 
 
-def naive(groups, tokens, *, low=CLIP, high=CLIP, std=False, entropy_coef=0.001, kl=None):
-    """-mean over tokens of min(r A, clip(r) A), sample by sample, token by token."""
-    values, count, row = torch.zeros((), dtype=torch.float64), 0, 0
-    for group in groups:
-        mean = sum(group.rewards) / len(group.rewards)
-        spread = math.sqrt(sum((r - mean) ** 2 for r in group.rewards) / (len(group.rewards) - 1))
-        for reward in group.rewards:
-            advantage = (reward - mean) / (spread + 1e-6) if std else reward - mean
-            of_row = tokens[row]
-            for t in range(len(of_row.logprob)):
-                ratio = torch.exp(of_row.logprob[t] - of_row.old[t])
-                clipped = min(max(ratio.item(), 1 - low), 1 + high)
-                plain = ratio * advantage
-                values = values - (
-                    plain if plain.item() <= clipped * advantage else torch.tensor(clipped * advantage).double()
-                )
-                values = values - entropy_coef * of_row.entropy[t]
-                if kl is not None:
-                    values = values + kl(of_row.ref[t] - of_row.logprob[t])
-                count += 1
-            row += 1
-    return values / count
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("moved", [True, False])
 def test_is_the_naive_version(seed, moved):
-    rl_cases.compare(rl_cases.algorithm("grpo", updates=2), rl_cases.random_groups(seed), naive, seed, moved)
+    rl_cases.compare(
+        rl_cases.algorithm("grpo", updates=2), rl_cases.random_groups(seed), naive_losses.grpo, seed, moved
+    )
 
 
 def test_the_paper_divides_by_no_standard_deviation_unless_asked():
     rl_cases.compare(
-        rl_cases.algorithm("grpo", std_normalise=True), rl_cases.random_groups(1), lambda g, t: naive(g, t, std=True), 1
+        rl_cases.algorithm("grpo", std_normalise=True),
+        rl_cases.random_groups(1),
+        lambda g, t: naive_losses.grpo(g, t, std=True),
+        1,
     )
 
 
@@ -77,7 +59,10 @@ def test_kl_losses(kind, kl):
     algorithm = rl_cases.algorithm("grpo", kl_coef=0.3, kl_kind=kind, entropy_coef=0.0)
     assert algorithm.streams_from_pass == {"ref_logprob"}
     metrics = rl_cases.compare(
-        algorithm, rl_cases.random_groups(2), lambda g, t: naive(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)), 2
+        algorithm,
+        rl_cases.random_groups(2),
+        lambda g, t: naive_losses.grpo(g, t, entropy_coef=0, kl=lambda d: 0.3 * kl(d)),
+        2,
     )
     assert metrics["kl"] > 0
 
@@ -87,7 +72,9 @@ def test_at_ratio_one_the_gradient_is_reinforce():
     rows = algorithm.rows(groups)
     tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 3)
     loss, metrics = rl_cases.total(algorithm, rows, tokens)
-    reinforce = sum(-(row.streams["advantage"][-1].item() * t.logprob).sum() for row, t in zip(rows, tokens))
+    reinforce = sum(
+        -(row.streams["advantage"][-1].item() * t.logprob).sum() for row, t in zip(rows, tokens, strict=True)
+    )
     reinforce = reinforce / sum(len(t.logprob) for t in tokens)
     for ours, theirs in zip(rl_cases.gradients(loss, tokens), rl_cases.gradients(reinforce, tokens), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=0)
@@ -95,7 +82,7 @@ def test_at_ratio_one_the_gradient_is_reinforce():
 
 
 def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
-    """TRL's GRPOTrainer._compute_loss on right-padded tensors, with advantages of its own formula; -> loss with its graph to `tokens`."""
+    """Return the loss of TRL's GRPOTrainer._compute_loss on right-padded tensors, with its graph to `tokens`."""
     pytest.importorskip("accelerate")
     pytest.importorskip("trl")
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -110,26 +97,42 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
     advantages = rewards - rewards.mean(1, keepdim=True)
     if algorithm.paper_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    high = algorithm.rl.clip_high if algorithm.rl.algorithm == "dapo_dc" else algorithm.rl.clip_low
+    high = algorithm.options.clip_high if algorithm.options.name == "dapo_dc" else algorithm.options.clip_low
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None), aux_loss_enabled=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=beta,
-        epsilon_low=algorithm.rl.clip_low, epsilon_high=high, loss_type=loss_type, use_vllm=False,
-        max_completion_length=rl_cases.MAX_RESPONSE, vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False, model=SimpleNamespace(training=True),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        epsilon_low=algorithm.options.clip_low,
+        epsilon_high=high,
+        loss_type=loss_type,
+        use_vllm=False,
+        max_completion_length=rl_cases.MAX_RESPONSE,
+        vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         accelerator=SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x, num_processes=1),
         _metrics=defaultdict(lambda: defaultdict(list)),
-    )  # fmt: skip
+    )
     inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1), "prompt_mask": torch.ones(len(mask), 1), "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask, "advantages": advantages.flatten(), "old_per_token_logps": padded("old"),
-        "ref_per_token_logps": padded("ref"), "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": torch.zeros(len(mask), 1),
+        "prompt_mask": torch.ones(len(mask), 1),
+        "completion_ids": torch.zeros_like(mask),
+        "completion_mask": mask,
+        "advantages": advantages.flatten(),
+        "old_per_token_logps": padded("old"),
+        "ref_per_token_logps": padded("ref"),
+        "num_items_in_batch": mask.sum(),
+    }
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
-# TRL's names: bnpo and dapo divide by the tokens of the batch, grpo by sequence, dr_grpo by responses x longest response.
+# TRL's names: bnpo and dapo divide by the tokens of the batch, grpo by sequence, dr_grpo by responses x longest
+# response.
 @pytest.mark.parametrize(
     "normaliser, loss_type", [("token", "bnpo"), ("token", "dapo"), ("sequence", "grpo"), ("fixed", "dr_grpo")]
 )

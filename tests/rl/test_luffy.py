@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
@@ -13,7 +14,8 @@ def test_by_hand():
     # Prompt 0: rewards 0 and the expert's 1: A = -1/2, +1/2.   Prompt 1: rewards 1 and 1: A = 0, 0.
     # p = 0.5 for the wrong rollout (ratio 1), p = 0.1 for the expert's token: r_hat = 0.1 / 0.2 = 0.5,
     # d r_hat / d log p = p x 0.1 / (p + 0.1)^2 = 0.1 x 0.1 / 0.04 = 0.25.
-    # Loss = (+1/2 x 1 - 1/2 x 0.5 + 0) / 5 tokens = 0.25 / 5 = 0.05.  Gradient: +1/2 / 5 = 0.1;  -1/2 x 0.25 / 5 = -0.025;  0.
+    # Loss = (+1/2 x 1 - 1/2 x 0.5 + 0) / 5 tokens = 0.25 / 5 = 0.05.  Gradient: +1/2 / 5 = 0.1;  -1/2 x 0.25 / 5 =
+    # -0.025;  0.
     groups = [rl_cases.group(0, [0], [[10]], expert=[20]), rl_cases.group(1, [1], [[11]], expert=[21, 22])]
     algorithm = rl_cases.algorithm("luffy", group=2, entropy_coef=0.0)
     rows = algorithm.rows(groups)
@@ -35,29 +37,16 @@ def test_by_hand():
     assert algorithm.report(metrics)["ratio"] == pytest.approx(1)  # a mean over the rollouts' tokens alone
 
 
-def naive(groups, tokens, *, entropy_coef=0.001):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
-    for group in groups:
-        rewards = [*group.rewards, 1.0]  # the expert's
-        mean = sum(rewards) / len(rewards)
-        for k, reward in enumerate(rewards):
-            of_row = next(rows)
-            for t in range(len(of_row.logprob)):
-                p = torch.exp(of_row.logprob[t])
-                factor = p / (p + 0.1) if k == len(rewards) - 1 else torch.exp(of_row.logprob[t] - of_row.old[t])
-                loss = loss - factor * (reward - mean) - entropy_coef * of_row.entropy[t]
-                count += 1
-    return loss / count
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("moved", [True, False])
 def test_is_the_naive_version(seed, moved):
-    metrics = rl_cases.compare(rl_cases.algorithm("luffy", updates=2), rl_cases.random_groups(seed), naive, seed, moved)
+    metrics = rl_cases.compare(
+        rl_cases.algorithm("luffy", updates=2), rl_cases.random_groups(seed), naive_losses.luffy, seed, moved
+    )
     assert metrics["clip_share"] == 0
 
 
-def test_the_expert_takes_a_place_of_the_group():
+def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("luffy")
     assert algorithm.needs_expert and not algorithm.dynamic_sampling
     assert algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7

@@ -1,36 +1,42 @@
-"""What a step of each algorithm puts into the ledger: the paper's formula of that algorithm, from the numbers of tokens of the step."""
+"""The ledger's entries of a step of each algorithm, against the paper's formula for the tokens of that step."""
 
 import contextlib
 
 import numpy as np
 import pytest
-import rl_cases
 
 from pctrain.compute import flops
-from pctrain.compute.flops import EFLOP, QWEN2_5_7B
+from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import Ledger
+from pctrain.compute.model_shape import QWEN2_5_7B
 from pctrain.config.tree import Config, RLConfig
 from pctrain.core import Update
+from pctrain.rl import costs
 from pctrain.rl.algorithms import registry as algorithms
-from pctrain.rl.sampling import Sampled
-from pctrain.rl.update import update
+from pctrain.rl.batch import make_batch
+from pctrain.rl.groups import Sampled
+from pctrain.rl.update import train_on
+from tests.helpers import rl_cases
 
 PROMPTS, GROUP, RESPONSE, EXPERT = 3, 4, 6, 9
 ON, OFF = len(rl_cases.PROMPT) + RESPONSE, len(rl_cases.PROMPT) + EXPERT
 
 
-class PretendCore:
-    """Everything that `update` asks of a core, without a model."""
+class PretendLearner:
+    """Everything that a step asks of a learner, without a model."""
 
     def pack(self, rows, token_budget, denominator=None):
         return rows
 
-    def step(self, batch, loss, temperature):
+    def train_step(self, batch, loss, temperature):
         return Update(loss=0.0, metrics={}, grad_norm=1.0, lr=1e-6, skipped=False)
 
-    def logprobs(self, rows, token_budget, temperature=1.0, trained_only=False, want_entropy=False):
-        zeros = [np.zeros(len(row), np.float32) for row in rows]
-        return (zeros, zeros) if want_entropy else zeros
+    def logprobs(self, rows, token_budget, temperature=1.0, trained_only=False):
+        return [np.zeros(len(row), np.float32) for row in rows]
+
+    def logprobs_and_entropies(self, rows, token_budget, temperature=1.0, trained_only=False):
+        zeros = self.logprobs(rows, token_budget)
+        return zeros, zeros
 
     @contextlib.contextmanager
     def reference(self):
@@ -38,19 +44,21 @@ class PretendCore:
 
 
 def step_of(name, rewards, dropped=0, prefix=0, **options):
-    """The ledger after one step: `rewards`, a list for each kept group; all rollouts have ON tokens, the expert's trajectory OFF."""
+    """Return the ledger after one step. `rewards` has a list per kept group; rollouts have ON tokens, experts OFF."""
 
     def group(i, of_group):
         prefixes = [[] for _ in of_group[1:]] + [list(range(10, 10 + prefix))]
         responses = [[20] * (RESPONSE - len(given)) for given in prefixes]
         return rl_cases.group(i, of_group, responses, prefixes, expert=range(10, 10 + EXPERT))
 
-    config = Config(rl=RLConfig(algorithm=name, group=GROUP, **options))
-    sampled = Sampled(
-        [group(i, of_group) for i, of_group in enumerate(rewards)], [(group(9, [0.0] * GROUP), "all wrong")] * dropped
-    )
-    ledger = Ledger(QWEN2_5_7B)
-    update(config, PretendCore(), algorithms.build(config.rl, 12), sampled, ledger, 1)
+    config = Config(rl=RLConfig(algorithm={"name": name, **options}, group=GROUP))
+    sampled = Sampled([group(i, of_group) for i, of_group in enumerate(rewards)])
+    for _ in range(dropped):
+        sampled.groups.append(group(9, [0.0] * GROUP))
+        sampled.groups[-1].rejection = "all wrong"
+    ledger, learner, algorithm = Ledger(QWEN2_5_7B), PretendLearner(), algorithms.build(config.rl, 12)
+    batch = make_batch(algorithm, sampled.kept, learner, config.rl, 1.0)
+    costs.add_step(ledger, 1, sampled, batch, train_on(batch, learner, algorithm, config.rl, 1.0))
     return ledger
 
 
@@ -86,16 +94,15 @@ def test_luffy_and_srft_count_the_expert_four_times(name):
 
 def test_upt_counts_what_it_learns_from():
     """One prompt nobody solves: the expert's trajectory in place of its rollouts."""
+    rollout, expert = (length * flops.paper_forward_per_token(QWEN2_5_7B, length) for length in (ON, OFF))
     assert step_of("upt", [[0.0] * GROUP, *MIXED[1:]]).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_upt_step(
-            QWEN2_5_7B, batch=PROMPTS, group=GROUP, length=ON, trained=2 * GROUP, experts=1, expert_length=OFF
-        )
+        PROMPTS * GROUP * rollout + 3 * (2 * GROUP * rollout + expert)
     )
 
 
 def test_prefix_rft_counts_the_prefix_as_sampled():
     assert step_of("prefix_rft", MIXED, prefix=4).eflops_rl * EFLOP == pytest.approx(
-        flops.paper_prefix_rft_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
+        flops.paper_grpo_step(QWEN2_5_7B, batch=PROMPTS, group=GROUP, mean_length=ON)
     )
 
 

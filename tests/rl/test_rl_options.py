@@ -1,28 +1,31 @@
-"""The options that algorithms share: advantages, normalisers, KL in the reward, dual clip, overlong penalty, importance weights."""
+"""The options that algorithms share: advantages, normalisers, KL, dual clip, overlong penalty, importance weights."""
 
 import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grpo import naive as naive_grpo
 
 from pctrain.data.rows import make_row
+from pctrain.rl.algorithms.base import overlong_share
 from pctrain.rl.algorithms.normaliser import normalise
-from pctrain.rl.algorithms.policy import group_advantages, overlong_share
 from pctrain.rl.batch import split
+from tests.helpers import naive_losses, rl_cases
+
+
+def grpo_advantages(rewards, **options):
+    return rl_cases.algorithm("grpo", **options).advantages(rewards)
 
 
 def test_advantages_by_hand():
     # One prompt, four rollouts, one right: mean 1/4, sample standard deviation sqrt((9 + 1 + 1 + 1) / 16 / 3) = 1/2.
     rewards = np.array([1, 0, 0, 0])
-    assert group_advantages(rewards, std_normalise=False).tolist() == [0.75, -0.25, -0.25, -0.25]
-    np.testing.assert_allclose(group_advantages(rewards, std_normalise=True), [1.5, -0.5, -0.5, -0.5], rtol=1e-5)
+    assert grpo_advantages(rewards, std_normalise=False).tolist() == [0.75, -0.25, -0.25, -0.25]
+    np.testing.assert_allclose(grpo_advantages(rewards, std_normalise=True), [1.5, -0.5, -0.5, -0.5], rtol=1e-5)
     # Left out: 1 - 0 of the others; 0 - 1/3.
-    np.testing.assert_allclose(group_advantages(rewards, False, leave_one_out=True), [1, -1 / 3, -1 / 3, -1 / 3])
+    np.testing.assert_allclose(grpo_advantages(rewards, leave_one_out=True), [1, -1 / 3, -1 / 3, -1 / 3])
 
 
 @given(
@@ -31,7 +34,7 @@ def test_advantages_by_hand():
     st.booleans(),
 )
 def test_advantages_of_a_group_sum_to_zero_and_vanish_where_rewards_are_equal(rewards, normalise, leave_one_out):
-    advantages = group_advantages(np.array(rewards), normalise, leave_one_out)
+    advantages = grpo_advantages(np.array(rewards), std_normalise=normalise, leave_one_out=leave_one_out)
     np.testing.assert_allclose(advantages.sum(1), 0, atol=1e-9)
     for row, group in zip(rewards, advantages, strict=True):
         assert (len(set(row)) > 1) == bool(np.abs(group).max() > 0.1)
@@ -67,7 +70,7 @@ def test_normalisers_by_hand():
     found = {}
     for kind in ("token", "sequence", "fixed", "published"):
         scaled, denominator = normalise(rows, kind, rl_cases.MAX_RESPONSE)
-        total = sum((row.weights * loss).sum() for row, loss in zip(scaled, losses))
+        total = sum((row.weights * loss).sum() for row, loss in zip(scaled, losses, strict=True))
         found[kind] = total / (sum(row.weights.sum() for row in scaled) if denominator is None else denominator)
     assert found == pytest.approx({"token": 2, "sequence": 2.25, "fixed": 0.25, "published": 0.5})
 
@@ -86,32 +89,32 @@ def test_overlong_penalty_by_hand():
     assert [row.streams["advantage"][-1] for row in rows] == [0.125, -0.125]
 
 
-def test_k1_is_taken_off_the_reward():
-    # Two rollouts, rewards 1 and 0; sum of old - ref: (-0.5 + 1.0) = 0.5 over one token, and -1.5 + 0.25 = -1.25 over another.
-    # Rewards 1 - 0.1 x 0.5 = 0.95 and 0 + 0.1 x 1.25 = 0.125: A = +-0.4125.
+def test_k1_is_subtracted_from_the_reward():
+    # Two rollouts, rewards 1 and 0; sum of old - ref: (-0.5 + 1.0) = 0.5 over one token, and -1.5 + 0.25 = -1.25 over
+    # another. Rewards 1 - 0.1 x 0.5 = 0.95 and 0 + 0.1 x 1.25 = 0.125: A = +-0.4125.
     groups = [rl_cases.group(0, [1, 0], [[10], [11]])]
     algorithm = rl_cases.algorithm("grpo", kl_coef=0.1, kl_kind="k1", entropy_coef=0.0)
     assert algorithm.streams_from_pass == {"old_logprob", "ref_logprob"}
     rows, tokens = algorithm.rows(groups), rl_cases.random_tokens([1, 1], seed=0)
-    for of_row, old, ref in zip(tokens, (-0.5, -1.5), (-1.0, -0.25)):
+    for of_row, old, ref in zip(tokens, (-0.5, -1.5), (-1.0, -0.25), strict=True):
         of_row.old[0], of_row.ref[0] = old, ref
-    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
+    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
     assert [row.streams["advantage"][-1] for row in finished] == pytest.approx([0.4125, -0.4125])
     # And it is no loss: with the ratio at 1 the loss is -A, and its gradient too.
     for of_row in tokens:
         of_row.old[0] = of_row.logprob[0].item()
-    for row, of_row in zip(finished, tokens):
+    for row, of_row in zip(finished, tokens, strict=True):
         row.streams["old_logprob"][-1] = of_row.logprob[0].item()
     loss, metrics = rl_cases.total(algorithm, finished, tokens)
     assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx([-0.4125 / 2, 0.4125 / 2], rel=1e-5)
-    assert metrics["kl"] > 0  # k3, told of
+    assert metrics["kl"] > 0  # k3, as a metric
 
 
 def test_k1_of_a_prefix_is_not_the_policys():
     groups = [rl_cases.group(0, [1, 0], [[10], [30]], [[], [20, 21]], [20, 21, 22])]
-    algorithm = rl_cases.algorithm("prefix_rft", group=2, kl_coef=0.1, kl_kind="k1", prefix_entropy_share=1)
+    algorithm = rl_cases.algorithm("prefix_rft", group=2, kl_coef=0.1, kl_kind="k1", entropy_share=1)
     rows, tokens = algorithm.rows(groups), rl_cases.random_tokens([1, 3], seed=0)
-    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
+    finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
     k1 = [(tokens[0].old[0] - tokens[0].ref[0]).item(), (tokens[1].old[2] - tokens[1].ref[2]).item()]
     rewards = np.array([1 - 0.1 * k1[0], 0 - 0.1 * k1[1]])
     assert [row.streams["advantage"][-1] for row in finished] == pytest.approx(list(rewards - rewards.mean()), rel=1e-5)
@@ -133,7 +136,7 @@ def test_dual_clip_bounds_the_ratio_of_bad_tokens():
 
 def test_the_entropy_bonus():
     groups, algorithm = rl_cases.random_groups(0), rl_cases.algorithm("dapo_dc", entropy_coef=0.25)
-    rl_cases.compare(algorithm, groups, lambda g, t: naive_grpo(g, t, high=0.28, std=True, entropy_coef=0.25), 0)
+    rl_cases.compare(algorithm, groups, lambda g, t: naive_losses.grpo(g, t, high=0.28, std=True, entropy_coef=0.25), 0)
 
 
 def weights_by_hand(groups, tokens, *, level, cap):
@@ -181,12 +184,12 @@ def test_what_an_expert_wrote_has_no_importance_weight(name, level):
         rows = algorithm.rows(groups)
         tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 5)
         if correction != "none":
-            for row, of_row in zip(rows, tokens):
+            for row, of_row in zip(rows, tokens, strict=True):
                 engine = row.streams["rollout_logprob"]
                 sampled = ~np.isnan(engine)
                 assert not (sampled & (row.streams["expert"] > 0)).any()
                 engine[sampled] = np.concatenate([np.zeros(3), of_row.old.numpy()])[sampled]
-        rows = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass), groups)
+        rows = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
         loss, metrics = rl_cases.total(algorithm, rows, tokens)
         results[correction] = loss.item(), np.concatenate(rl_cases.gradients(loss, tokens))
         if correction != "none":
@@ -195,7 +198,10 @@ def test_what_an_expert_wrote_has_no_importance_weight(name, level):
     np.testing.assert_allclose(results[level][1], results["none"][1], rtol=1e-5, atol=1e-8)
 
 
-def test_an_engine_without_logprobs_is_told_of():
+@pytest.mark.parametrize(
+    "correction, reader", [("token", "rl.algorithm.is_correction = token needs"), (None, "the metrics mismatch/.* need")]
+)
+def test_an_engine_that_returns_nan_is_an_error_that_names_the_reader_of_its_logprobs(correction, reader):
     groups = [rl_cases.group(0, [1, 0], [[10], [11]], logprobs=[[math.nan], [-1.0]])]
-    with pytest.raises(ValueError, match="p0: rl.is_correction needs a log-prob of every sampled token"):
-        rl_cases.algorithm("grpo", is_correction="token").rows(groups)
+    with pytest.raises(ValueError, match=f"p0: .* not a finite number for rollout 0 .* {reader} a finite log-prob"):
+        rl_cases.algorithm("grpo", is_correction=correction).rows(groups)

@@ -4,15 +4,16 @@ import math
 
 import numpy as np
 import pytest
-import rl_cases
 import torch
+
+from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
     # Two prompts with an expert's trajectory of one token each; the wrong rollout of prompt 0 has one token.
-    # Expert 0: H = ln 2, w1 = 0.5 exp(-ln 2) = 0.25; A = 1 - 1/2 = 1/2; p = 0.1: r_hat = 0.5, its derivative 0.25 (see LUFFY).
-    #   loss = 0.25 (-ln 0.1) - 0.25 x 0.5 x 0.5 = 0.575646 - 0.0625 = 0.513146;  gradient = -0.25 - 0.25 x 0.5 x 0.25 = -0.28125
-    # Wrong rollout: +log p = ln 0.5 = -0.693147; gradient +1.
+    # Expert 0: H = ln 2, w1 = 0.5 exp(-ln 2) = 0.25; A = 1 - 1/2 = 1/2; p = 0.1: r_hat = 0.5, its derivative 0.25 (see
+    # LUFFY).   loss = 0.25 (-ln 0.1) - 0.25 x 0.5 x 0.5 = 0.575646 - 0.0625 = 0.513146;  gradient = -0.25 - 0.25 x 0.5
+    # x 0.25 = -0.28125 Wrong rollout: +log p = ln 0.5 = -0.693147; gradient +1.
     # Expert 1: with a right rollout A = 0; H = 0, w1 = 0.5, p = 0.5: loss = 0.5 x 0.693147 = 0.346574; gradient -0.5.
     # The right rollout of prompt 1 has no token.
     # Mean over the 3 tokens: (0.513146 - 0.693147 + 0.346574) / 3 = 0.055524; gradients / 3.
@@ -23,7 +24,7 @@ def test_by_hand():
         tokens[row].logprob = torch.tensor([math.log(p)], dtype=torch.float64, requires_grad=True)
         tokens[row].entropy = torch.tensor([entropy], dtype=torch.float64, requires_grad=True)
     assert algorithm.streams_from_pass == {"entropy"}
-    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}), groups)
+    rows = algorithm.finish(rl_cases.with_pass(rows, tokens, {"entropy"}))
     loss, _ = rl_cases.total(algorithm, rows, tokens)
     assert [row.streams["advantage"][-1] for row in rows] == [-0.5, 0.5, 0, 0]
     assert loss.item() == pytest.approx(0.055524, abs=1e-6)
@@ -32,33 +33,11 @@ def test_by_hand():
     )
 
 
-def naive(groups, tokens, *, entropy_coef=0.001):
-    loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
-    for group in groups:
-        rewards = [*group.rewards, 1.0]
-        mean = sum(rewards) / len(rewards)
-        for k, reward in enumerate(rewards):
-            of_row = next(rows)
-            H = of_row.entropy.detach().mean().item()  # no gradient
-            for logprob in of_row.logprob:
-                p = torch.exp(logprob)
-                if k == len(rewards) - 1:
-                    w1 = 0.5 * math.exp(-H)
-                    loss = loss + w1 * (-logprob) + w1 * (-(p / (p + 0.1)) * (reward - mean))
-                elif reward == 1:
-                    loss = loss + 0.1 * math.exp(H) * (-logprob)
-                else:
-                    loss = loss + logprob
-                count += 1
-            loss = loss - entropy_coef * of_row.entropy.sum()
-    return loss / count
-
-
 @pytest.mark.parametrize("seed", range(6))
 def test_is_the_naive_version(seed):
-    rl_cases.compare(rl_cases.algorithm("srft"), rl_cases.random_groups(seed), naive, seed)
+    rl_cases.compare(rl_cases.algorithm("srft"), rl_cases.random_groups(seed), naive_losses.srft, seed)
 
 
-def test_the_expert_takes_a_place_of_the_group():
+def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("srft")
     assert algorithm.needs_expert and algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7

@@ -22,7 +22,7 @@ from pctrain import __version__
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.data.sets.options import Request
-from pctrain.data.sources import parts_of
+from pctrain.data.sources import list_disk_files
 from pctrain.data.writing import FORMATS, write_records
 from pctrain.files.durable import fingerprint, json_line, plain, write_beside
 from pctrain.files.lock import lock_folder
@@ -184,7 +184,7 @@ def versions() -> dict[str, str]:
 def described(file: Path, name: Path | str) -> dict[str, Any]:
     """A file by its content; a data set's folder by the files in it."""
     if file.is_dir():
-        return {"file": str(name), "files": [described(part, part.name) for part in parts_of(file)]}
+        return {"file": str(name), "files": [described(part, part.name) for part in list_disk_files(file)]}
     return {"file": str(name), "bytes": file.stat().st_size, "sha256": fingerprint(file)}
 
 

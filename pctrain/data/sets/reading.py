@@ -15,7 +15,7 @@ from pctrain.common.progress import progress
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.columns import Columns
 from pctrain.data.records import Fault, Record, Unreadable, make_record
-from pctrain.data.sources import Chunk, chunks, columns_of, files_of, parts_of
+from pctrain.data.sources import Chunk, chunk_columns, list_disk_files, list_files, split_file
 from pctrain.data.workers import map_in_order
 
 Result = TypeVar("Result")
@@ -39,9 +39,9 @@ class Data:
     """
 
     def __init__(self, paths: Collection[str | Path], fields: FieldsConfig, need: Collection[str] = ()):
-        self.files = list(dict.fromkeys(file for path in paths for file in files_of(path)))
+        self.files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
         self.fields, self.need = fields, need
-        self._bytes = {file: sum(part.stat().st_size for part in parts_of(file)) for file in self.files}
+        self._bytes = {file: sum(part.stat().st_size for part in list_disk_files(file)) for file in self.files}
 
     def items(self, doing: str | None) -> Iterator[Item | Fault]:
         """Every record in order, the same in every reading; a fault in place of one that cannot be used.
@@ -51,7 +51,7 @@ class Data:
         place = 0
         with self._progress(doing) as done:
             for file in self.files:
-                for chunk in chunks(file):
+                for chunk in split_file(file):
                     for item in self.of_chunk(chunk, place):
                         yield item
                         place += 1
@@ -65,7 +65,7 @@ class Data:
 
         def remembered() -> Iterator[Chunk]:
             for file in self.files:
-                for chunk in chunks(file):
+                for chunk in split_file(file):
                     handed_out.append((chunk.done, file))
                     yield chunk
 
@@ -77,7 +77,7 @@ class Data:
 
     def of_chunk(self, chunk: Chunk, place: int) -> Iterator[Item | Fault]:
         """The records of one part of a file, the first of which has this place."""
-        columns = columns_of(chunk, self.fields)
+        columns = chunk_columns(chunk, self.fields)
         for number, value in chunk.piece.values():
             yield self._item(place, f"{chunk.file}:{number}", f"{chunk.file.name}:{number}", value, columns)
             place += 1

@@ -273,17 +273,22 @@ class _Watcher(threading.Thread):
 def conclude(reports: dict[int, RankReport], world: int) -> str:
     """Return who failed, where and why, in a sentence or two, from the reports by rank."""
     in_order = [reports[rank] for rank in sorted(reports)]
-    raised = [report for report in in_order if report.kind == "raised" and not report.waiting]
+    waiting = [report for report in in_order if report.waiting]
+    at_work = [report for report in in_order if not report.waiting]
+    raised = [report for report in at_work if report.kind == "raised"]
+    stuck = [report for report in at_work if report.kind != "raised"]
     if raised:
         return _describe_raised(raised)
-    missing = [rank for rank in range(world) if rank not in reports]
-    stuck = [report for report in in_order if report.kind != "raised" and not report.waiting]
-    waiting = [report for report in in_order if report.waiting]
+    missing = sorted(set(range(world)) - set(reports))
     if missing:
         return f"rank {_listed(missing)} does not answer: dead, stopped, or cut off" + _describe_waiting(waiting)
-    if stuck and (waiting or any(report.kind == "silent" for report in stuck)):
+    if stuck and (waiting or _has_silent(stuck)):
         return _describe_stuck(stuck) + _describe_waiting(waiting)
     return _describe_mismatch(in_order)
+
+
+def _has_silent(reports: list[RankReport]) -> bool:
+    return any(report.kind == "silent" for report in reports)
 
 
 def _describe_raised(raised: list[RankReport]) -> str:

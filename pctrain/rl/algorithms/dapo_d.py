@@ -1,12 +1,16 @@
-"""DAPO_d (PAPER.md 4): GRPO with dynamic sampling.
+"""DAPO_d (arXiv 2512.11470, after arXiv 2503.14476): GRPO with dynamic sampling.
 
-Prompts whose rollouts are all right or all wrong are dropped, and more are sampled until the batch is full; the clip is symmetric.
+A prompt whose rollouts are all right or all wrong has no advantage to learn from. Such groups are rejected, and more
+prompts are sampled until the batch is full. The objective is GRPO's, with its symmetric clip.
 """
 
 from __future__ import annotations
 
-from pctrain.rl.algorithms.base import Algorithm
+from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import DAPOdOptions
 
 
-class DAPOd(Algorithm):
-    dynamic_sampling = True
+class DAPOd(GRPO):
+    """GRPO with dynamic sampling."""
+
+    Options = DAPOdOptions

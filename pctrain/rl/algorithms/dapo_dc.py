@@ -1,21 +1,23 @@
-"""DAPO_dc (PAPER.md 4, 5; arXiv 2503.14476): GRPO with dynamic sampling (d) and clip-higher (c), token-mean loss, no KL, no entropy bonus.
+"""DAPO_dc (arXiv 2512.11470, after arXiv 2503.14476): GRPO with dynamic sampling (d) and clip-higher (c).
 
-Dynamic sampling drops prompts whose rollouts are all right or all wrong, and samples on until the batch is full; clip-higher gives
-unlikely tokens more room to grow: clip(r, 1 - clip_low, 1 + clip_high) with clip_high > clip_low. A is divided by the group's standard
-deviation.
+Minimize the token mean of -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) with clip_high > clip_low, which leaves
+unlikely tokens more room to grow. A is divided by the standard deviation of the group. No KL and no entropy bonus.
 """
 
 from __future__ import annotations
 
 import torch
 
-from pctrain.rl.algorithms.base import Algorithm
+from pctrain.rl.algorithms.dapo_d import DAPOd
+from pctrain.rl.algorithms.options import DAPOdcOptions
 
 
-class DAPOdc(Algorithm):
-    dynamic_sampling = True
-    paper_std = True
-    paper_entropy_coef = 0.0
+class DAPOdc(DAPOd):
+    """GRPO with dynamic sampling and clip-higher."""
 
-    def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor]):
-        return self.surrogate(logprob, entropy, streams, clip_low=self.rl.clip_low, clip_high=self.rl.clip_high)
+    Options = DAPOdcOptions
+    options: DAPOdcOptions
+
+    def clip(self, ratio: torch.Tensor) -> torch.Tensor:
+        """Return the ratio within asymmetric bounds."""
+        return ratio.clamp(1 - self.options.clip_low, 1 + self.options.clip_high)

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from pctrain.common import plugins
-from pctrain.common.errors import UserError
+from pctrain.config.algorithm import check_own, load_own
 from pctrain.config.tree import RLConfig
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.algorithms.dapo_d import DAPOd
@@ -17,7 +17,7 @@ from pctrain.rl.algorithms.prefix_rft import PrefixRFT
 from pctrain.rl.algorithms.srft import SRFT
 from pctrain.rl.algorithms.upt import UPT
 
-ALGORITHMS = {
+ALGORITHMS: dict[str, type[Algorithm]] = {
     "grpo": GRPO,
     "dapo_d": DAPOd,
     "dapo_dc": DAPOdc,
@@ -29,29 +29,27 @@ ALGORITHMS = {
 
 
 def find(name: str) -> type[Algorithm]:
-    """The class that `rl.algorithm` names. UserError where a user's own cannot be imported, or is none."""
+    """Return the class of an algorithm. UserError if a user's own cannot be imported or is no algorithm."""
     if not plugins.is_own(name):
         return ALGORITHMS[name]
-    try:
-        found = plugins.load(name, "algorithms", _is_algorithm)
-    except plugins.LoadError as error:
-        raise UserError(f"rl.algorithm = {name!r}: {error}") from None
-    if not _is_algorithm(found):
-        raise UserError(
-            f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.base.Algorithm, found {found!r:.80}"
-        )
-    return found
+    return load_own(name, "a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm)", _is_algorithm)
 
 
 def source_files(name: str) -> list[Path]:
-    """The file of a user's own algorithm: a run goes on only with the one that it began with. [] for those of this package."""
+    """Return the file of a user's own algorithm, to which its runs are bound; [] for an algorithm of this package."""
     return [Path(inspect.getfile(find(name)))] if plugins.is_own(name) else []
 
 
 def build(rl: RLConfig, max_response: int) -> Algorithm:
-    """`max_response`: `rollout.max_response`, tokens."""
-    return find(rl.algorithm)(rl, max_response)
+    """Return the algorithm of a run; `max_response` is `rollout.max_response`, in tokens."""
+    algorithm = find(rl.algorithm.name)
+    options = check_own(rl.algorithm)
+    if not isinstance(options, algorithm.Options):
+        raise TypeError(
+            f"{algorithm.__name__} needs options of the class {algorithm.Options.__name__}, got {options!r}"
+        )
+    return algorithm(options, rl, max_response)
 
 
-def _is_algorithm(found: object) -> bool:
-    return isinstance(found, type) and issubclass(found, Algorithm)
+def _is_algorithm(candidate: object) -> bool:
+    return isinstance(candidate, type) and issubclass(candidate, Algorithm) and not inspect.isabstract(candidate)

@@ -1,44 +1,36 @@
-"""UPT (PAPER.md 4, 5; arXiv 2509.04419): for each prompt either RL or SFT, by how well the policy does.
+"""UPT (arXiv 2509.04419; arXiv 2512.11470): either RL or SFT for each prompt, depending on how well the policy does.
 
-With at most `upt_gamma` right rollouts, these are dropped and the expert's trajectory is learnt by -upt_sft_coef log pi; with more, GRPO
-on the rollouts. One mean over the tokens of both. The published code also skips updates with a gradient norm above 80
-(`rl.optimizer.skip_above`).
+With more than `gamma` right rollouts, a prompt is learned from its rollouts by GRPO's loss. Otherwise its rollouts
+are dropped, and the expert's trajectory is learned by -sft_coef log pi. One mean over the tokens of both. The
+published code also skips updates with a gradient norm above 80 (`rl.optimizer.skip_above`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
-import numpy as np
 import torch
 
-from pctrain.data.rows import Row
-from pctrain.rl.algorithms.base import Algorithm, Member
+from pctrain.rl.algorithms.base import Streams
+from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import UPTOptions
+from pctrain.rl.groups import ExpertMember, Group, Member, MemberRow
 
-if TYPE_CHECKING:
-    from pctrain.rl.sampling import Group
 
+class UPT(GRPO):
+    """GRPO on prompts that the policy can solve, SFT on the others."""
 
-class UPT(Algorithm):
-    needs_expert = True
+    Options = UPTOptions
+    options: UPTOptions
 
-    def members(self, groups: Sequence[Group]) -> list[Member]:
-        found = []
-        for i, group in enumerate(groups):
-            learns_by_rl = group.right > self.rl.upt_gamma
-            found += [Member(i, k) for k in range(len(group.completions))] if learns_by_rl else [Member(i, None)]
-        return found
+    def members(self, group: Group) -> list[Member]:
+        """Return the rollouts of a prompt that is learned by RL, or else the expert alone."""
+        return super().members(group) if group.right > self.options.gamma else [ExpertMember(group)]
 
-    def _advantage(self, member: Member, advantages: Sequence[np.ndarray]) -> float:
-        return 0.0 if member.index is None else super()._advantage(member, advantages)
+    def row(self, member: Member, advantage: float) -> MemberRow:
+        """Add the stream `sft_weight`: sft_coef on an expert's row, 0 on a rollout's."""
+        coefficient = self.options.sft_coef if member.is_expert else 0.0
+        return super().row(member, advantage).with_streams({"sft_weight": coefficient})
 
-    def _row(self, group: Group, member: Member, advantage: float) -> Row:
-        """With the stream `sft_weight`: upt_sft_coef on an expert's row, 0 on a rollout's."""
-        row = super()._row(group, member, advantage)
-        row.streams["sft_weight"] = np.full(len(row), self.rl.upt_sft_coef if member.index is None else 0, np.float32)
-        return row
-
-    def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: dict[str, torch.Tensor]):
+    def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, Streams]:
+        """Return GRPO's loss on rollouts, and the negative log-likelihood on the expert's tokens."""
         loss, metrics = super().loss(logprob, entropy, streams)
         return torch.where(streams["expert"] > 0, -streams["sft_weight"] * logprob, loss), metrics

@@ -367,7 +367,6 @@ OWN = [
         "watch",
         "port",
         "verify",
-        "explain",
         "folder",
         "debug-rollout-only",
         "debug_train_only",

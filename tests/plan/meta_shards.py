@@ -20,13 +20,12 @@ def main() -> int:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pctrain.core import model, optimizer
-    from pctrain.core.patches import cpu as cpu_patches
+    from pctrain.core import model, optimizer, patches
 
-    cpu_patches.install()
+    patches.install()
     torch.cuda.current_device = lambda: "meta"  # where megatron-core makes its buffers
     model.device = lambda: torch.device("meta")
-    # megatron-core chooses what is optimised by the name of the type, which cpu_compat likens to that of a GPU.
+    # megatron-core chooses what is optimised by the name of the type, which `patches.device_names` makes equal to that of a GPU.
     named = torch.Tensor.type
     torch.Tensor.type = lambda self, *args: named(
         self.new_empty(0, device="cpu") if self.is_meta and not args else self, *args

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -59,7 +60,7 @@ def make_batch(
     rows, passes = add_streams_from_pass(rows, learner, algorithm.streams_from_pass, rl.token_budget, temperature)
     rows = algorithm.finish(rows)
     _set_advantages(groups, rows)
-    if algorithm.expert_in_group:
+    if algorithm.options.expert_in_group:
         # The paper counts a forward pass over the expert's tokens, as it does over sampled ones.
         passes.append(ModelPass("expert", [row for row in rows if row.member.is_expert], 0.0))
     if rl.truncated == "masked":
@@ -103,14 +104,14 @@ def add_streams_from_pass(
     return complete, passes
 
 
-def split(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+def split(rows: list[T], parts: int) -> list[list[T]]:
     """Return `parts` consecutive mini-batches of nearly equal size, or fewer if there are fewer rows."""
     bounds = np.linspace(0, len(rows), parts + 1).round().astype(int)
-    return [rows[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start]
+    return [rows[start:end] for start, end in pairwise(bounds) if end > start]
 
 
 def pack(rows: Sequence[Row], learner: Learner, algorithm: Algorithm, token_budget: int) -> PackedBatch:
-    """Return the packed rows of one update, with the denominator of `rl.normaliser`."""
+    """Return the packed rows of one update, with the denominator of the option `normaliser`."""
     weighted, denominator = normalise(rows, algorithm.options.normaliser, algorithm.max_response)
     return learner.pack(weighted, token_budget, denominator=denominator)
 

@@ -1,4 +1,4 @@
-"""Half a step at a time: `pctrain rl --debug-rollout-only` samples, `--debug-train-only FILE` trains on such a sample."""
+"""Half a step at a time: `pctrain rl --debug-rollout-only` samples, `--debug-train-only FILE` trains on the sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pctrain.run.folder import RunFolder
 
 def sample_only(config: Config) -> None:
     """Sample the groups of the run's next step, write them to its replay file, and stop. Collective."""
-    algorithms.find(config.rl.algorithm)  # a wrong name is an error before anything is written
+    algorithms.find(config.rl.algorithm.name)  # a wrong name is an error before anything is written
     with (
         begin(config) as prepared,
         RolloutWorker(prepared) as worker,
@@ -41,13 +41,13 @@ def sample_only(config: Config) -> None:
 
 
 def train_only(config: Config, file: Path) -> None:
-    """Make the updates of one step on the rollouts in `file`. No engine is started and nothing is written. Collective."""
-    algorithms.find(config.rl.algorithm)
+    """Make the updates of one step on the rollouts in `file`. No engine starts, nothing is written. Collective."""
+    algorithms.find(config.rl.algorithm.name)
     with begin(config) as prepared, RolloutWorker(prepared) as worker:
         rl = prepared.rl
         temperature = prepared.rollout.temperature
         algorithm = build_algorithm(prepared)
-        problems, _ = worker.training_problems(algorithm.needs_expert)
+        problems, _ = worker.training_problems(algorithm.options.needs_expert)
         learner = make_learner(prepared, algorithm)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         began = time.perf_counter()
@@ -57,8 +57,8 @@ def train_only(config: Config, file: Path) -> None:
     if parallel.rank() == 0:
         _print_updates(updates)
         print(
-            f"step {step} of {file}: {len(updates.made)} update(s) on {len(sampled.kept)} prompts in {seconds:.2f} s; nothing "
-            "was written"
+            f"step {step} of {file}: {len(updates.made)} update(s) on {len(sampled.kept)} prompts in {seconds:.2f} s; "
+            "nothing was written"
         )
 
 
@@ -70,8 +70,8 @@ def _say_where(run: RunFolder, sampled: Sampled, step: int) -> None:
         f"{sampled.mean_reward:.3f}: {path}"
     )
     run.say(
-        f"to train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; to continue the run: "
-        "the same command without --debug-rollout-only"
+        f"to train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; to continue the "
+        "run: the same command without --debug-rollout-only"
     )
 
 

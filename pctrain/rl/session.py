@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pctrain.hf.config import HFConfig
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.base import Algorithm
-from pctrain.rl.journal import Journal
+from pctrain.rl.journal import RLJournal
 from pctrain.rl.mismatch import correction
 from pctrain.rl.prompts import PromptStream
 from pctrain.rollout.worker import RolloutWorker
@@ -40,7 +40,7 @@ class Session:
     learner: Learner
     algorithm: Algorithm
     prompts: PromptStream
-    journal: Journal
+    journal: RLJournal
     ranks: RankTimes
     last_step: int
     resumed: bool
@@ -90,7 +90,9 @@ class Session:
         if scores:
             best = max(scores, key=lambda step: scores[step])
             summary["best score (%)"] = f"{scores[best]:.4g} at step {best}"
-            summary["best checkpoint"] = self.run.checkpoint_path(best_step(self.run.path, "rl"))
+        best_saved = best_step(self.run.path, "rl") if scores else None
+        if best_saved is not None:
+            summary["best checkpoint"] = self.run.checkpoint_path(best_saved)
         summary["final weights"] = self.run.path / HF_FOLDER
         return summary | self.ranks.summary()
 
@@ -105,9 +107,9 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
     # What can be refused is refused before there is a run folder, which would be bound to this config.
     start = parallel.from_rank_zero(lambda: _switch_point(config, role))
     algorithm = build_algorithm(config)
-    problems, dropped = worker.training_problems(algorithm.needs_expert)
+    problems, dropped = worker.training_problems(algorithm.options.needs_expert)
     test_problems = len(worker.problems)
-    inputs = [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm)]
+    inputs = [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm.name)]
     with open_run(config, "rl", inputs) as run:
         if finished(run):
             yield None
@@ -117,14 +119,14 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
         run.say(f"problems: {len(problems)} to train on, {test_problems} to score on")
         if dropped:
             run.say(
-                f"{len(dropped)} more problems are too long and were dropped (data.overlong = {config.data.overlong}); the "
-                f"first: {dropped[0]}"
+                f"{len(dropped)} more problems are too long and were dropped (data.overlong = {config.data.overlong}); "
+                f"the first: {dropped[0]}"
             )
         prompts = PromptStream(problems, config.run.seed)
         first, state = resume(run, learner)
         if state:
             prompts.load_state_dict(state["prompts"])
-        journal = Journal(config, run, worker, start["eflops_sft"], state)
+        journal = RLJournal(config, run, worker, start["eflops_sft"], state)
         yield Session(
             config,
             run,
@@ -142,14 +144,14 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
 
 
 def build_algorithm(config: ResolvedConfig) -> Algorithm:
-    """Return the run's algorithm, with `rl.is_correction` resolved for the model's dtype."""
-    resolved = correction(config.rl.is_correction, config.model.dtype)
-    rl = config.rl.model_copy(update={"is_correction": resolved})
-    return algorithms.build(rl, config.rollout.max_response)
+    """Return the run's algorithm, with `is_correction` resolved for the model's dtype."""
+    algorithm = algorithms.build(config.rl, config.rollout.max_response)
+    is_correction = correction(algorithm.options.is_correction, config.model.dtype)
+    return replace(algorithm, options=algorithm.options.model_copy(update={"is_correction": is_correction}))
 
 
 def make_learner(config: ResolvedConfig, algorithm: Algorithm) -> Learner:
-    """Return the learner with the weights that RL starts from, and the reference model if the loss has a KL. Collective."""
+    """Return the learner with the weights that RL starts from, and the reference if there is a KL. Collective."""
     rl = config.rl
     learner = Learner(
         config.model,

@@ -4,7 +4,7 @@
 
     A = R - mean of R over the group of one prompt    R: reward of the response
     r = pi / pi_old                                   pi: policy being trained; pi_old: policy of this step's start
-    w = min(pi_old / pi_rollout, is_cap)              pi_rollout: the engine's policy; w = 1 without rl.is_correction
+    w = min(pi_old / pi_rollout, is_cap)              pi_rollout: the engine's policy; w = 1 without is_correction
 
 Every prompt counts, also one whose rollouts all earned the same reward: its advantages are 0.
 """
@@ -30,12 +30,12 @@ class GRPO(Algorithm):
         centered = rewards - rewards.mean(-1, keepdims=True)
         if self.options.leave_one_out:
             centered = centered * (size / (size - 1))
-        if self.std_normalise:
+        if self.options.std_normalise:
             centered = centered / (rewards.std(-1, ddof=1, keepdims=True) + 1e-6)
         return centered
 
     def ratio(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:
-        """Return r = pi / pi_old per token. Without `old_logprob` the policy has not moved: r is 1, with its gradient."""
+        """Return r = pi / pi_old per token; without `old_logprob` the policy has not moved, and r is 1."""
         return (logprob - streams.get("old_logprob", logprob.detach())).exp()
 
     def clip(self, ratio: torch.Tensor) -> torch.Tensor:
@@ -63,13 +63,13 @@ class GRPO(Algorithm):
 
         if self.options.kl_coef or "ref_logprob" in streams:
             difference = streams["ref_logprob"] - logprob
-            k2 = self.options.kl_kind == "k2"
-            kl = difference.square() / 2 if k2 else difference.expm1() - difference  # k1 is in the reward; k3 is shown
+            # k1 is part of the reward; then k3 is only a metric.
+            kl = difference.square() / 2 if self.options.kl_kind == "k2" else difference.expm1() - difference
             metrics["kl"] = kl
-            if self.options.kl_coef and not self._kl_in_reward:
+            if self.options.kl_coef and not self.options.kl_in_reward:
                 loss = loss + self.options.kl_coef * kl
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy
+        if self.options.entropy_coef:
+            loss = loss - self.options.entropy_coef * entropy
         return loss, self._report_sampled(metrics, logprob, streams)
 
     def importance_weight(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:

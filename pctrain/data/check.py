@@ -94,7 +94,7 @@ def check(paths: Sequence[Path], config: Config) -> DataCheck:
     files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
     model = None
     if config.model.path is not None:
-        context = config_check.model_shape(config).context
+        context = config_check.model_shape(config.model).context
         model = _Model(Encoder(config.model.path, config.data, NO_LIMIT), context)
     result = DataCheck(files, config.data, model)
     sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]

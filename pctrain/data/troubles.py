@@ -60,7 +60,7 @@ class Trouble:
 
     @property
     def advice(self) -> str:
-        """What is wrong, and what to do about it."""
+        """The problem, and what to do about it."""
         if self.kind in UNREADABLE:
             return f"{UNREADABLE[self.kind]}. {ADVICE[self.kind]}"
         return UNUSABLE.get(self.kind) or REMARKS.get(self.kind) or TEMPLATE
@@ -108,7 +108,7 @@ class Troubles:
 
     @property
     def any_unusable(self) -> bool:
-        """Whether a record or a file cannot be used."""
+        """True if a record or a file cannot be used."""
         return any(trouble.unusable for trouble in self._by_kind.values())
 
 

@@ -1,7 +1,4 @@
-"""What runs and models leave on the disk: checkpoints, run folders, rollouts to be replayed, tokens, Hugging Face directories.
-
-Where checksums protect a file, they are made anew for the changed one, so that the reader behind them is reached.
-"""
+"""What runs and models leave on disk: checkpoints, run folders, rollouts, token stores, Hugging Face directories."""
 
 from __future__ import annotations
 
@@ -19,13 +16,13 @@ from pctrain.config.tree import ParallelConfig
 from pctrain.run import checkpoints, config_file, records
 from pctrain.run import folder as runfolder
 from pctrain.run.checkpoint_state import read_state
-from tests.fuzz import checkpoints_cases
+from tests.fuzz import checkpoint_cases
 from tests.fuzz.case import Case
+from tests.fuzz.checkpoint_cases import BYTES, PARTS, RAN, STEP, TENSORS, VOCABULARY
 from tests.fuzz.checkpoint_folders import RUN_OPTIONS, config, make, make_core
-from tests.fuzz.checkpoints_cases import BYTES, PARTS, RAN, STEP, TENSORS, VOCABULARY
 
 NAME = "checkpoints"
-CASES = checkpoints_cases.CASES
+CASES = checkpoint_cases.CASES
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
@@ -56,7 +53,8 @@ def prepare(folder: Path) -> Mapping[str, Path]:
     return bases
 
 
-# ---- what is done with them ------------------------------------------------------------------------------------------------
+# ---- what is done with them
+# ------------------------------------------------------------------------------------------------
 
 
 def run(case: Case, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Config files and command lines: to a resolved config, or to an error that names file and line, or the argument."""
+"""Config files and command lines: they give a resolved config, or an error that names file and line or the argument."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from pctrain.cli.commands import COMMANDS
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config
 from tests.fuzz.case import Case
-from tests.fuzz.config_texts import DEFAULTS, FRAGMENTS, KEYS
+from tests.fuzz.config_texts import DEFAULTS, FRAGMENTS, KEYS, OWN
 from tests.fuzz.mutate import ODD_TEXTS, edited_bytes
 
 NAME = "config"
@@ -32,53 +33,51 @@ def values(draw: st.DrawFn, key: str) -> str:
     return draw(st.sampled_from(FRAGMENTS))
 
 
+STARTS = [
+    *[""] * 12,
+    "%YAML 1.1\n---\n",
+    "%TAG ! !x\n---\n",
+    "# note\n",
+    "\ufeff",
+    "--- \n",
+    "x: &m {a: 1}\n",
+    "- a\n",
+]
+ODD_BASES = [
+    "[]",
+    "3",
+    "''",
+    "{a: 1}",
+    "[3]",
+    "'a\\0b'",
+    '"\\0"',
+    '"\\ud800"',
+    "missing.yaml",
+    "folder",
+    "." * 300,
+    "x" * 5000,
+    "&a [*a]",
+    "!!set {a}",
+]
+ENDS = [
+    *[""] * 12,
+    "...\n",
+    "---\nrun: {}\n",
+    "kind: sft\nfingerprints: {}\n",
+    "run: {dir: a}\n",
+    "zzz: 1\n",
+    "3: 4\n",
+    "? [a]\n: b\n",
+]
+
+
 @st.composite
 def trees(draw: st.DrawFn, bases: list[str]) -> str:
     """A file: some keys in block style, in any order, some of them twice; `base` of files that may be there."""
-    lines = [
-        draw(
-            st.sampled_from(
-                [
-                    *[""] * 12,
-                    "%YAML 1.1\n---\n",
-                    "%TAG ! !x\n---\n",
-                    "# note\n",
-                    "\ufeff",
-                    "--- \n",
-                    "x: &m {a: 1}\n",
-                    "- a\n",
-                ]
-            )
-        )
-    ]
+    lines = [draw(st.sampled_from(STARTS))]
     if bases and draw(st.booleans()):
-        lines.append(
-            "base: "
-            + draw(
-                st.sampled_from(
-                    [
-                        *bases,
-                        json.dumps(bases),
-                        json.dumps(bases * 2),
-                        "[]",
-                        "3",
-                        "''",
-                        "{a: 1}",
-                        "[3]",
-                        "'a\\0b'",
-                        '"\\0"',
-                        '"\\ud800"',
-                        "missing.yaml",
-                        "folder",
-                        "." * 300,
-                        "x" * 5000,
-                        "&a [*a]",
-                        "!!set {a}",
-                    ]
-                )
-            )
-            + "\n"
-        )
+        named = [*bases, json.dumps(bases), json.dumps(bases * 2)]
+        lines.append(f"base: {draw(st.sampled_from([*named, *ODD_BASES]))}\n")
     for section in draw(st.lists(st.sampled_from(list(Config.model_fields)), max_size=3)):
         inner = [key for key in DEFAULTS if key.startswith(section + ".")]
         lines.append(f"{section}:" + draw(st.sampled_from([*["\n"] * 12, " \n", " &s\n", " !!map\n", " 3\n", "\t\n"])))
@@ -89,22 +88,7 @@ def trees(draw: st.DrawFn, bases: list[str]) -> str:
                 lines.append(f"{indent}{name}:\n")
                 indent += "  "
             lines.append(f"{indent}{last}: {draw(values(key))}\n")
-    lines.append(
-        draw(
-            st.sampled_from(
-                [
-                    *[""] * 12,
-                    "...\n",
-                    "---\nrun: {}\n",
-                    "kind: sft\nfingerprints: {}\n",
-                    "run: {dir: a}\n",
-                    "zzz: 1\n",
-                    "3: 4\n",
-                    "? [a]\n: b\n",
-                ]
-            )
-        )
-    )
+    lines.append(draw(st.sampled_from(ENDS)))
     return "".join(lines)
 
 
@@ -131,7 +115,7 @@ def config_files(draw: st.DrawFn) -> dict[str, bytes | None]:
 
 @st.composite
 def options(draw: st.DrawFn) -> list[str]:
-    """Of the config tree, as a shell hands them over: bytes that are no UTF-8 arrive as lone surrogates, there is no NUL."""
+    """Arguments as a shell passes them: bytes that are not UTF-8 arrive as lone surrogates, and there is no NUL."""
     key = draw(st.sampled_from(KEYS))
     value = draw(st.one_of(values(key), st.sampled_from(ODD_TEXTS), st.text(max_size=8))).replace("\0", "")
     form = draw(st.integers(0, 9))
@@ -150,47 +134,7 @@ def file_cases(draw: st.DrawFn) -> Case:
     return Case("load", draw(config_files()), ("main.yaml", *given))
 
 
-OWN = [
-    f"--{name}"
-    for name in (
-        "out",
-        "step",
-        "prompts",
-        "dropped",
-        "by",
-        "near",
-        "threshold",
-        "ngram",
-        "against",
-        "n",
-        "take",
-        "size",
-        "seed",
-        "seeds",
-        "candidate",
-        "candidates",
-        "method",
-        "points",
-        "reach",
-        "budget",
-        "tau",
-        "only",
-        "dry-run",
-        "ledger",
-        "watch",
-        "port",
-        "verify",
-        "folder",
-        "debug-rollout-only",
-        "debug_train_only",
-        "config",
-        "help",
-        "attempts",
-        "validation",
-        "gpus",
-        "gpu",
-    )
-]
+ODD_OPTIONS = ["a=b", "=", "a=", "0,1,2", "1,,2", "0.5", "[{name: a, path: b}]"]
 
 
 @st.composite
@@ -206,14 +150,10 @@ def command_cases(draw: st.DrawFn) -> Case:
         if kind == 0:
             words += draw(options())
         elif kind == 1:
-            value = draw(
-                st.sampled_from(
-                    [*FRAGMENTS, *ODD_TEXTS, "a=b", "=", "a=", "0,1,2", "1,,2", "0.5", "[{name: a, path: b}]"]
-                )
-            ).replace("\0", "")
-            words += draw(
-                st.sampled_from([lambda name: [f"{name}={value}"], lambda name: [name, value], lambda name: [name]])
-            )(draw(st.sampled_from(OWN)))
+            value = draw(st.sampled_from([*FRAGMENTS, *ODD_TEXTS, *ODD_OPTIONS])).replace("\0", "")
+            forms = draw(st.sampled_from(["name=value", "name value", "name"]))
+            name = draw(st.sampled_from(OWN))
+            words += {"name=value": [f"{name}={value}"], "name value": [name, value], "name": [name]}[forms]
         elif kind == 2:
             words.append(
                 draw(
@@ -248,7 +188,7 @@ CASES = st.one_of(file_cases(), file_cases(), command_cases())
 
 def prepare(folder: Path) -> Mapping[str, Path]:
     # What the command line imports before a command begins its work; everything else of pctrain is the work.
-    told = subprocess.run(
+    printed = subprocess.run(
         [
             sys.executable,
             "-c",
@@ -259,7 +199,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
         check=True,
     )
     global _parsing
-    _parsing = frozenset(told.stdout.split())
+    _parsing = frozenset(printed.stdout.split())
     return {}
 
 
@@ -284,7 +224,7 @@ class _Begins:
 class _Work(ModuleType):
     """Such a module."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> _Begins:
         if name.startswith("__"):

@@ -1,4 +1,10 @@
+<<<<<<< HEAD
 """Keys and odd texts that the fuzzer of configs draws from."""
+=======
+"""Texts that the config target puts into files and command lines: odd values, keys and options of commands."""
+
+from __future__ import annotations
+>>>>>>> h-data
 
 from pctrain.config.tree import Config
 
@@ -189,3 +195,48 @@ KEYS = [
     "<<",
     "? a",
 ]
+<<<<<<< HEAD
+=======
+
+OWN = [
+    f"--{name}"
+    for name in (
+        "out",
+        "step",
+        "prompts",
+        "dropped",
+        "by",
+        "near",
+        "threshold",
+        "ngram",
+        "against",
+        "n",
+        "take",
+        "size",
+        "seed",
+        "seeds",
+        "candidate",
+        "candidates",
+        "method",
+        "points",
+        "reach",
+        "budget",
+        "tau",
+        "only",
+        "dry-run",
+        "ledger",
+        "watch",
+        "port",
+        "verify",
+        "folder",
+        "debug-rollout-only",
+        "debug_train_only",
+        "config",
+        "help",
+        "attempts",
+        "validation",
+        "gpus",
+        "gpu",
+    )
+]
+>>>>>>> h-data

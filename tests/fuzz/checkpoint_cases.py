@@ -1,4 +1,7 @@
-"""Cases of `checkpoints_target.py`: changed parts of checkpoints, run folders, replays, token stores and models."""
+"""Cases of the checkpoints target: changed checkpoints, run folders, rollouts for replay, token stores and models.
+
+Files that are protected by checksums get new checksums after the change, so that the reader behind them is reached.
+"""
 
 from __future__ import annotations
 
@@ -137,7 +140,7 @@ CODE = [
 
 @st.composite
 def parts(draw: st.DrawFn, name: str) -> bytes:
-    """A file of a checkpoint as megatron-core and torch read it: blindly changed, cut, another one's, or another pickle."""
+    """A checkpoint file as megatron-core and torch read it: changed at random, cut, another file, or another pickle."""
     data = BYTES[f"{STEP}/{name}"]
     kind = draw(st.integers(0, 5))
     if kind == 0:
@@ -209,6 +212,65 @@ def lines(draw: st.DrawFn, rows: list[Any]) -> bytes:
 
 
 @st.composite
+def changed_configs(draw: st.DrawFn, text: bytes) -> bytes:
+    """A config.yaml with one text replaced."""
+    old = draw(
+        st.sampled_from(
+            [
+                b"kind: sft",
+                b"seed: 0",
+                b"fingerprints:",
+                b"a.jsonl",
+                b"lr:",
+                b"null",
+                b"true",
+                b"'",
+                b"\n",
+                b"sft:",
+            ]
+        )
+    )
+    odd = [
+        b"",
+        b"x",
+        b"[]",
+        b"{a: 1}",
+        b"&a [*a]",
+        b"!!timestamp x",
+        b"kind: rl",
+        b"3",
+        b"fingerprints: 3\nx:",
+        b"fingerprints: {3: 4}\nx:",
+        b'"\\ud800"',
+        b"[" * 2000,
+        b"9" * 5000,
+        b"\0",
+    ]
+    text = text.replace(old, draw(st.sampled_from(odd)), draw(st.sampled_from([1, 1, -1])))
+    return draw(edited_bytes(text))
+
+
+@st.composite
+def rollout_files(draw: st.DrawFn) -> dict[str, bytes | None]:
+    """A file of rollouts, and another file next to it."""
+    rows = [
+        {**ROLLOUT, "group": n // 2, "kept": n < 2, "why": "" if n < 2 else "all wrong"}
+        for n in range(draw(st.sampled_from([1, 4, 4, 0])))
+    ]
+    step_2 = draw(lines(rows))
+    others = [
+        "step-3.jsonl",
+        "step-x.jsonl",
+        "step-٣.jsonl",
+        f"step-{'9' * 200}.jsonl",
+        "step--1.jsonl",
+        "step-4.replay.npz",
+    ]
+    other = draw(st.sampled_from(others))
+    return {"run/rollouts/step-2.jsonl": step_2, f"run/rollouts/{other}": b""}
+
+
+@st.composite
 def folder_cases(draw: st.DrawFn) -> Case:
     """A run folder that is opened again, or shown."""
     files: dict[str, bytes | None] = {}
@@ -237,60 +299,13 @@ def folder_cases(draw: st.DrawFn) -> Case:
                 edited_bytes(log.replace(b"99", draw(st.sampled_from([b"99", b"9" * 5000, "٣".encode(), b"\xff"]))))
             )
         elif name == "config.yaml":
-            text = BYTES[path]
-            old = draw(
-                st.sampled_from(
-                    [
-                        b"kind: sft",
-                        b"seed: 0",
-                        b"fingerprints:",
-                        b"a.jsonl",
-                        b"lr:",
-                        b"null",
-                        b"true",
-                        b"'",
-                        b"\n",
-                        b"sft:",
-                    ]
-                )
-            )
-            odd = [
-                b"",
-                b"x",
-                b"[]",
-                b"{a: 1}",
-                b"&a [*a]",
-                b"!!timestamp x",
-                b"kind: rl",
-                b"3",
-                b"fingerprints: 3\nx:",
-                b"fingerprints: {3: 4}\nx:",
-                b'"\\ud800"',
-                b"[" * 2000,
-                b"9" * 5000,
-                b"\0",
-            ]
-            text = text.replace(old, draw(st.sampled_from(odd)), draw(st.sampled_from([1, 1, -1])))
-            files[path] = draw(edited_bytes(text))
+            files[path] = draw(changed_configs(BYTES[path]))
         elif name == "summary.json":
             files[path] = draw(
                 json_files({"summary": {"steps": 2, "loss": 2.0, "final weights": "hf"}, "next_command": "pctrain rl"})
             )
         else:
-            rows = [
-                {**ROLLOUT, "group": n // 2, "kept": n < 2, "why": "" if n < 2 else "all wrong"}
-                for n in range(draw(st.sampled_from([1, 4, 4, 0])))
-            ]
-            files["run/rollouts/step-2.jsonl"] = draw(lines(rows))
-            others = [
-                "step-3.jsonl",
-                "step-x.jsonl",
-                "step-٣.jsonl",
-                f"step-{'9' * 200}.jsonl",
-                "step--1.jsonl",
-                "step-4.replay.npz",
-            ]
-            files[f"run/rollouts/{draw(st.sampled_from(others))}"] = b""
+            files |= draw(rollout_files())
     action = (
         draw(st.sampled_from(["open", "open", "show"]))
         if "run/rollouts/step-2.jsonl" not in files

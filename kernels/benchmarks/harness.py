@@ -1,7 +1,7 @@
-"""What every benchmark here shares: an operation with its providers, correctness before time, interleaved timing, peak memory.
+"""The parts that all kernel benchmarks share: an operation with its providers, correctness before time, interleaved timing, peak memory.
 
 An operation module describes an `Op`: how to make the tensors of a shape (`make`, a `Problem` that also knows the float64 answer) and a
-dict of providers. A provider's builder imports the library it stands for and returns a `Step`, a call that goes from the inputs to
+dict of providers. A provider's builder imports its library and returns a `Step`, a call that goes from the inputs to
 everything the operation gives, gradients included. The provider named "floor" is the bare work that no implementation can avoid.
 """
 
@@ -55,7 +55,7 @@ class Problem(Protocol):
 @dataclass(frozen=True)
 class Op:
     name: str
-    floor: str  # what the floor consists of, in words
+    floor: str  # a description of the floor
     make: Callable[[Shape, torch.device, torch.dtype], Any]
     providers: Mapping[str, Callable[[Any], Step]]  # "floor" among them
     linear: bool = True  # the products with the weight belong to it; else it starts from logits
@@ -110,7 +110,7 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 
 def peak_bytes(step: Step, device: torch.device) -> tuple[Results, int]:
-    """What the step gives, and the most bytes of tensors it holds on top of what was there before it."""
+    """Return the results of the step, and the most bytes of tensors it held beyond those that were there before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -1,7 +1,7 @@
 """Inputs of the benchmarks and their float64 answers.
 
 Logits have a standard deviation of 3, so that some twenty tokens share the mass of a row: with flat rows the softmax part of a gradient
-would vanish beside the one-hot part, and a provider that leaves it out would pass the comparison.
+would vanish next to the one-hot part, and a provider that leaves it out would pass the comparison.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run leaves: a JSON file, one self-contained row a point and line, and pictures of time against the floor and of memory."""
+"""The output of a benchmark run: a JSON file, one row per point and line, and pictures of time and memory."""
 
 from __future__ import annotations
 

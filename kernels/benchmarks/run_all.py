@@ -52,7 +52,7 @@ LOGITS_COST = 256  # what a logit costs without products, in units of a product'
 
 
 def default_points(ops: Sequence[Op], gpu: bool) -> list[tuple[Op, Shape]]:
-    """What matters most comes first: the whole vocabulary before its shards."""
+    """Return what to measure, the most important first: the whole vocabulary before its shards."""
     points = [(op, shape) for shape in (GPU_SHAPES if gpu else CPU_SHAPES) for op in ops]
     return points if gpu else points + [(op, CPU_LARGE) for op in ops if op.name == linear_token_loss.OP.name]
 

@@ -108,10 +108,10 @@ class Call(Generic[Options]):
         """
         if sections is None:
             sections = {option.split(".")[0] for option in self.command.options}
-        config = config_load.load(self.config_file, [*self.settings, *more], sections=sections)
-        set_environment()
-        return config
+        set_environment()  # before the module of a user's algorithm is imported, which imports torch
+        return config_load.load(self.config_file, [*self.settings, *more], sections=sections)
 
     def read_config(self) -> Config:
         """Return the config with its keys and types checked, but not their combinations."""
+        set_environment()
         return config_load.read(self.config_file, self.settings)

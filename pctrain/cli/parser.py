@@ -17,8 +17,8 @@ from pydantic.fields import FieldInfo
 
 from pctrain.cli.command import Call, Command, Options
 from pctrain.common.errors import UserError
-from pctrain.config.help import describe_type, iter_keys
-from pctrain.config.load import unknown_key
+from pctrain.config.help import describe_type
+from pctrain.config.keys import ALGORITHM, iter_keys, unknown_key
 from pctrain.config.tree import Config, Section
 
 CONFIG = "config"
@@ -36,6 +36,8 @@ def parse(command: Command[Options], arguments: Sequence[str]) -> Call[Options] 
     """
     parser = _Parser(prog=f"pctrain {command.name}", add_help=False, allow_abbrev=False)
     add_options(parser, command)
+    if command.options:
+        _add_own_algorithm_options(parser, arguments)
     switches = {
         text
         for name, field in command.own.model_fields.items()
@@ -73,6 +75,15 @@ def add_options(parser: argparse.ArgumentParser, command: Command[Any]) -> None:
         _add_option(parser, CONFIG, None, f"--{CONFIG}")
         for key, config_field in iter_keys():
             _add_option(parser, key, config_field, f"--{key}")
+
+
+def _add_own_algorithm_options(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add the options of a user's algorithm, which are known only once its module is imported: accept what is typed."""
+    known = {key for key, _ in iter_keys()}
+    prefix = f"--{'.'.join(ALGORITHM)}."
+    typed = {argument[2:].partition("=")[0] for argument in arguments if argument.startswith(prefix)}
+    for key in sorted(typed - known):
+        _add_option(parser, key, None, f"--{key}")
 
 
 class _Parser(argparse.ArgumentParser):

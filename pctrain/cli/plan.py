@@ -28,7 +28,6 @@ class DoctorOptions(Section):
 
 def _plan(call: Call[PlanOptions]) -> None:
     config = call.read_config()  # its layout is not checked yet: it may be for another number of GPUs
-    set_environment()
     from pctrain.plan.command import main
     from pctrain.plan.launching import LAYOUT_KEYS
 
@@ -80,7 +79,6 @@ COMMANDS = (
             "rl.updates",
             "rl.round_prompts",
             "rl.token_budget",
-            "rl.kl_coef",
             "rl.reference_offload",
             "rollout.tensor",
             "rollout.max_prompt",

@@ -61,7 +61,7 @@ def paper_luffy_step(
 
     A prompt has G rollouts and N expert trajectories.
 
-    Rollouts and expert trajectories differ in length, so a token costs the f of its own kind: f(S_on), f(S_off).
+    Rollouts and expert trajectories differ in length, so their tokens cost f(S_on) and f(S_off).
     """
     on_policy = paper_forward_per_token(shape, length) * length
     off_policy = paper_forward_per_token(shape, expert_length) * expert_length

@@ -1,65 +1,105 @@
-"""The options of config.py as the lines of `--help`: name, type, range, description with unit, default."""
+"""Help texts of options: name, type, range, description with unit, default. Also writes docs/config.md."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
 
+from pctrain.config.algorithm import AlgorithmOptions, built_in
+from pctrain.config.keys import algorithm_options, algorithms_with
 from pctrain.config.tree import Benchmark, Config, Section, Sources
+
+ALGORITHM = "rl.algorithm"
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option as it is printed."""
+
+    key: str
+    field: FieldInfo
+    default: str
+
+    @property
+    def description(self) -> str:
+        limits = _limits(self.field)
+        return f"{self.field.description}{f' ({limits})' if limits else ''}"
+
+    @property
+    def kind(self) -> str:
+        return describe_type(self.field.annotation)
 
 
 def option_lines(prefixes: Sequence[str]) -> list[str]:
-    """Every option below the prefixes (a section, a part of one, or one option), wrapped to the width of the terminal."""
-    lines = []
+    """Return the help of every option below the prefixes (sections, parts of them, or single options)."""
+    lines: list[str] = []
     for name in Config.model_fields:
         section = getattr(Config(), name)
-        options = [
-            o for o in _options(section, name) if any(f"{o[0]}.".startswith(f"{prefix}.") for prefix in prefixes)
-        ]
+        options = [option for option in _options(section, name) if _is_below(option.key, prefixes)]
         if options:
             lines += ["", f"{name}: {_summary(type(section))}".rstrip()]
-        for key, field, value in options:
-            lines += _lines(key, field, f"[default: {_show(value)}]")
+        for option in options:
+            lines += _lines(option)
+        if name == "rl" and _is_below(ALGORITHM, prefixes):
+            for title, group in _algorithm_groups():
+                lines += ["", title]
+                for option in group:
+                    lines += _lines(option)
     return lines[1:]
 
 
+def own_option_lines(own: type[Section]) -> list[str]:
+    """Return the help of a command's own options, the fields of `own`."""
+    lines: list[str] = []
+    for name, field in own.model_fields.items():
+        default = None if field.is_required() else _shown(field.get_default(call_default_factory=True))
+        lines += _lines(_Option(name, field, "[required]" if default is None else f"[default: {default}]"))
+    return lines
+
+
 def reference() -> str:
-    """docs/config.md: every option in a table a section. `python -m pctrain.config.help > docs/config.md` writes it anew."""
+    """Return docs/config.md, a table of options per section.
+
+    `python -m pctrain.config.help > docs/config.md` writes it again.
+    """
     parts = [
         "# Options",
-        "Every key of the config tree: in a YAML file (`--config`), and as `--section.key=value` over it. `base: FILE` in a file "
-        "names one, or several, that it goes over. Made from `pctrain/config/tree.py` by `python -m pctrain.config.help > docs/config.md`.",
+        "This page lists every config key. Set keys in a YAML file (`--config`) as a tree, or override them on the command\n"
+        "line as `--section.key=value`. The key `base: FILE` of a file names one or several files that it overrides.\n"
+        "The page is made from the types in `pctrain/config/` by `python -m pctrain.config.help > docs/config.md`.",
     ]
     for name in Config.model_fields:
         section = getattr(Config(), name)
-        rows = ["| key | type | default | |", "|---|---|---|---|"]
-        for key, field, value in _options(section, name):
-            limits = _limits(field)
-            cells = (
-                key,
-                describe_type(field.annotation),
-                _show(value),
-                f"{field.description}{f' ({limits})' if limits else ''}",
-            )
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{cells[0]}`", *cells[1:])) + " |")
-        parts += [f"## {name}", *filter(None, [_summary(type(section))]), "\n".join(rows)]
+        parts += [f"## {name}", *filter(None, [_summary(type(section))]), _table(_options(section, name))]
+        if name == "rl":
+            parts += ["### rl.algorithm", _ALGORITHM_NOTE]
+            for title, group in _algorithm_groups():
+                parts += [title, _table(group)]
     return "\n\n".join(parts) + "\n"
 
 
-def own_option_lines(kind: type[Section]) -> list[str]:
-    """The options that one command has beside the config tree: the fields of `kind`."""
-    lines = []
-    for name, field in kind.model_fields.items():
-        value = field.get_default(call_default_factory=True)
-        lines += _lines(name, field, "[required]" if field.is_required() else f"[default: {_show(value)}]")
-    return lines
+_ALGORITHM_NOTE = (
+    "Each algorithm has its options: `rl: {algorithm: {name: upt, gamma: 2}}` in a file, `--rl.algorithm=upt\n"
+    "--rl.algorithm.gamma=2` on the command line. An option that an algorithm does not have is an error."
+)
+
+
+def _table(options: Sequence[_Option] | Iterator[_Option]) -> str:
+    rows = ["| key | type | default | |", "|---|---|---|---|"]
+    for option in options:
+        default = option.default.removeprefix("[default: ").removesuffix("]")
+        cells = [f"`{option.key}`", option.kind, default, option.description]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
 
 
 def help_width() -> int:
@@ -67,59 +107,84 @@ def help_width() -> int:
     return max(72, min(shutil.get_terminal_size((120, 24)).columns, 140))
 
 
-def _lines(key: str, field: FieldInfo, ending: str) -> list[str]:
-    limits = _limits(field)
-    text = f"{field.description}{f' ({limits})' if limits else ''}  {ending}"
-    return [
-        f"  --{key} {describe_type(field.annotation)}",
-        *textwrap.wrap(text, help_width(), initial_indent=" " * 8, subsequent_indent=" " * 8),
-    ]
+def _lines(option: _Option) -> list[str]:
+    indent = " " * 8
+    text = f"{option.description}  {option.default}"
+    wrapped = textwrap.wrap(text, help_width(), initial_indent=indent, subsequent_indent=indent)
+    return [f"  --{option.key} {option.kind}", *wrapped]
+
+
+# ---- options of the tree ---------------------------------------------------------------------------------------------
+
+
+def _options(section: Section, prefix: str) -> Iterator[_Option]:
+    for name, field in type(section).model_fields.items():
+        value, key = getattr(section, name), f"{prefix}.{name}"
+        if isinstance(value, AlgorithmOptions):
+            yield _Option(key, field, f"[default: {value.name}]")
+        elif isinstance(value, Section):
+            yield from _options(value, key)
+        else:
+            yield _Option(key, field, f"[default: {_shown(value)}]")
+
+
+def _algorithm_groups() -> Iterator[tuple[str, list[_Option]]]:
+    """Yield (title, options), with one group for all options that the same algorithms have."""
+
+    def owners(option: str) -> tuple[str, ...]:
+        return tuple(algorithms_with(option))
+
+    in_order = sorted(algorithm_options(), key=lambda option: -len(owners(option)))
+    for names, group in groupby(in_order, key=owners):
+        of_all = len(names) == len(built_in())
+        title = f"Options of {'every algorithm' if of_all else ', '.join(names)}:"
+        yield title, [_algorithm_option(option, names) for option in group]
+
+
+def _algorithm_option(option: str, names: Sequence[str]) -> _Option:
+    """Return an option with the default of most algorithms, and of each that differs."""
+    defaults = {name: _shown(built_in()[name].model_fields[option].get_default()) for name in names}
+    usual = max(defaults.values(), key=list(defaults.values()).count)
+    others = "".join(f"; {name}: {value}" for name, value in defaults.items() if value != usual)
+    return _Option(f"{ALGORITHM}.{option}", algorithm_options()[option], f"[default: {usual}{others}]")
+
+
+def _is_below(key: str, prefixes: Sequence[str]) -> bool:
+    return any(f"{key}.".startswith(f"{prefix}.") for prefix in prefixes)
+
+
+# ---- texts -----------------------------------------------------------------------------------------------------------
 
 
 def describe_type(annotation: Any) -> str:
-    """INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
+    """Return INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
     if annotation is Sources:
         return "PATH or [{path, weight, name}, ...]"
     if annotation is Benchmark:
         return "PATH or {path, samples, verifier, instruction, fields}"
+    if isinstance(annotation, type) and issubclass(annotation, AlgorithmOptions):
+        return "NAME or {name: NAME, OPTION: VALUE, ...}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return "{key: value, ...}"
-    if get_origin(annotation) is Annotated:
-        return describe_type(get_args(annotation)[0])
-    if get_origin(annotation) is dict:
-        return f"{{NAME: {describe_type(get_args(annotation)[1])}, ...}}"
-    if get_origin(annotation) is Literal:
-        return "|".join(str(word) for word in get_args(annotation))
-    if get_origin(annotation) is tuple:
-        return f"[{', '.join(describe_type(part) for part in get_args(annotation))}]"
-    if get_origin(annotation) is list:
-        return f"[{describe_type(get_args(annotation)[0])}, ...]"
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(describe_type(a) for a in get_args(annotation) if a is not type(None))
+    describe = _GENERIC.get(get_origin(annotation))
+    if describe is not None:
+        return describe(get_args(annotation))
     return {int: "INT", float: "FLOAT", bool: "true|false", str: "TEXT", Path: "PATH"}[annotation]
 
 
-def iter_keys() -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key that the command line takes, with its field: each section below the top ones, and each option."""
-    for name, field in Config.model_fields.items():
-        yield name, field
-        yield from _iter_keys(field.annotation, name)
+_GENERIC: dict[Any, Callable[[tuple[Any, ...]], str]] = {
+    Annotated: lambda parts: describe_type(parts[0]),
+    dict: lambda parts: f"{{NAME: {describe_type(parts[1])}, ...}}",
+    list: lambda parts: f"[{describe_type(parts[0])}, ...]",
+    tuple: lambda parts: f"[{', '.join(map(describe_type, parts))}]",
+    Literal: lambda words: "|".join(map(str, words)),
+    Union: lambda parts: _describe_union(parts),
+    types.UnionType: lambda parts: _describe_union(parts),
+}
 
 
-def _iter_keys(section: Any, prefix: str) -> Iterator[tuple[str, FieldInfo]]:
-    if isinstance(section, type) and issubclass(section, Section):
-        for name, field in section.model_fields.items():
-            yield f"{prefix}.{name}", field
-            yield from _iter_keys(field.annotation, f"{prefix}.{name}")
-
-
-def _options(section: Section, prefix: str) -> Iterator[tuple[str, FieldInfo, Any]]:
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        if isinstance(value, Section):
-            yield from _options(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", field, value
+def _describe_union(parts: tuple[Any, ...]) -> str:
+    return " or ".join(describe_type(part) for part in parts if part is not type(None))
 
 
 def _summary(section: type[Section]) -> str:
@@ -129,22 +194,22 @@ def _summary(section: type[Section]) -> str:
 
 def _limits(field: FieldInfo) -> str:
     signs = {annotated_types.Ge: ">=", annotated_types.Gt: ">", annotated_types.Le: "<=", annotated_types.Lt: "<"}
-    # The bound is the attribute of the rule's own name: Ge.ge, Lt.lt.
-    found = [
+    # The bound is the attribute with the rule's name: Ge.ge, Lt.lt.
+    bounds = [
         (signs[type(rule)], getattr(rule, type(rule).__name__.lower()))
         for rule in field.metadata
         if type(rule) in signs
     ]
-    return ", ".join(f"{sign} {value:g}" for sign, value in found)
+    return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds)
 
 
-def _show(value: Any) -> str:
+def _shown(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{', '.join(str(v) for v in value)}]"
+        return f"[{', '.join(str(item) for item in value)}]"
     return str(value)
 
 

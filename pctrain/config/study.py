@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from pctrain.config.algorithm import AlgorithmChoice
 from pctrain.config.data import Sources
 from pctrain.config.section import Section
-from pctrain.config.training import AlgorithmName
 
 
 class CeilingConfig(Section):
@@ -39,8 +39,10 @@ class StudyConfig(Section):
     checkpoints: list[int] = Field(
         [], description="policy paper: SFT steps that RL starts from, instead of study.starts; 0: without SFT"
     )
-    algorithms: list[AlgorithmName] = Field(
-        [], description="RL algorithms; default: rl.algorithm; for policy compare all seven"
+    algorithms: list[AlgorithmChoice] = Field(
+        [],
+        description="RL algorithms, each a name or {name: NAME, OPTION: VALUE, ...}; options that rl.algorithm changes hold "
+        "for all of them; default: rl.algorithm; for policy compare all seven",
     )
     seeds: list[int] = Field(
         [], description="seeds (data order, sampling), each with a run of every stage; default: run.seed"

@@ -15,15 +15,12 @@ from pctrain.config.model import ArchitectureConfig, ModelConfig, ParallelConfig
 from pctrain.config.sampling import Benchmark, BenchmarkConfig, EvalConfig, RewardConfig, RolloutConfig
 from pctrain.config.section import Section
 from pctrain.config.study import CeilingConfig, StudyConfig
-from pctrain.config.training import SYNCHRONISED, AlgorithmName, BuiltIn, OptimizerConfig, RLConfig, SFTConfig
+from pctrain.config.training import OptimizerConfig, RLConfig, SFTConfig
 
 __all__ = [
-    "SYNCHRONISED",
-    "AlgorithmName",
     "ArchitectureConfig",
     "Benchmark",
     "BenchmarkConfig",
-    "BuiltIn",
     "CeilingConfig",
     "Config",
     "DataConfig",

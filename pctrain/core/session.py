@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 def begin(config: Config) -> Iterator[ResolvedConfig]:
     """Join the ranks and watch over them, around everything that a command does. Collective.
 
-    What the config leaves to be made (problems, tokenizer, initial weights) is made in `run.dir`; the yielded config names
-    it. If the model's layers cannot run here, the error comes before anything is written.
+    What the config leaves to be made (problems, tokenizer, initial weights) is made in `run.dir`; the yielded config
+    names it. If the model's layers cannot run here, the error comes before anything is written.
     """
     from pctrain.core.layers.spec import choose_spec
 
@@ -78,9 +78,7 @@ def open_run(
         verify(start, checkpoints.damaged_start)
         inputs += [start / checkpoints.MANIFEST, start / STATE]
     return parallel.agree(
-        lambda: RunFolder.open(
-            config, kind, inputs, digests, rank=parallel.rank(), fingerprint_of=content_hash
-        )
+        lambda: RunFolder.open(config, kind, inputs, digests, rank=parallel.rank(), fingerprint_of=content_hash)
     )
 
 
@@ -113,7 +111,8 @@ def resume(run: RunFolder, learner: Learner) -> tuple[int, dict[str, Any]]:
 
 
 def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
-    """Read every byte of a checkpoint, each rank its share; if a file is not as it was written, all ranks raise `error`.
+    """Read every byte of a checkpoint, each rank its share; if a file is not as it was written, all ranks raise
+    `error`.
 
     Collective.
     """
@@ -128,7 +127,8 @@ def verify(path: Path, error: Callable[[Path, str], UserError]) -> None:
 
 @watchdog.phase("checkpoint")
 def save(run: RunFolder, step: int, learner: Learner, state: dict[str, Any]) -> None:
-    """Save a checkpoint of `step`. Collective. `state` has plain JSON values. Everything of this step is recorded already.
+    """Save a checkpoint of `step`. Collective. `state` has plain JSON values. Everything of this step is recorded
+    already.
 
     On a GPU the checkpoint is complete only after a later `learner.poll_save`.
     """

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import Bar, progress
-from pctrain.config import check as config_check
+from pctrain.config import check_layout as config_check
 from pctrain.config.tree import Config, DataConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.lengths import Lengths

@@ -15,7 +15,6 @@ error.
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 from collections import OrderedDict
@@ -27,7 +26,7 @@ import numpy as np
 
 from pctrain.common.errors import UserError
 from pctrain.data.rows import Row
-from pctrain.files import npz
+from pctrain.files import json_file, npz
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -106,8 +105,8 @@ class TokenStore:
         """Return the record's own id, or "<file name>:<line or row>". It reads a file, so it is for messages only."""
         try:
             with open(self.folder / "ids.jsonl", encoding="utf-8") as lines:
-                return str(json.loads(next(islice(lines, index, None))))
-        except (OSError, ValueError, RecursionError, StopIteration):
+                return str(json_file.parse(next(islice(lines, index, None))))
+        except (OSError, ValueError, StopIteration):
             raise _damaged(self.folder, f"{self.folder / 'ids.jsonl'} is damaged") from None
 
     def _shard(self, index: int) -> int:
@@ -132,10 +131,10 @@ def _damaged(folder: Path, problem: str) -> UserError:
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json_file.parse((folder / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise _damaged(folder, f"{folder} has no finished set of tokens ({MANIFEST} is missing)") from None
-    except (OSError, ValueError, RecursionError):
+    except (OSError, json_file.MalformedJSON):
         raise _damaged(folder, f"{folder / MANIFEST} is not valid JSON") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         version = str(manifest.get("format"))[:40] if isinstance(manifest, dict) else None

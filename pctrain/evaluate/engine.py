@@ -1,4 +1,4 @@
-"""One rollout engine for all models of an evaluation: it starts with the first model and takes the others by weight updates."""
+"""One rollout engine for all models of an evaluation: it starts with one and takes the others by weight updates."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Engine:
 
 
 def hf_weights(hf_dir: Path, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, full tensor) of a Hugging Face directory in the engine's order: a tied head follows the embedding."""
+    """Yield (name, full tensor) of a Hugging Face directory, with a tied head after the embedding."""
     with HFReader(hf_dir) as reader:
         for name in reader.files:
             if is_constant(name) or (tied and name == LM_HEAD):

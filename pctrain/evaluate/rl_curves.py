@@ -1,4 +1,4 @@
-"""Checkpoints of RL runs as curves that `pctrain fit` and `pctrain report` read: score against EFLOPs from the switch point."""
+"""Checkpoints of RL runs as curves for `pctrain fit` and `pctrain report`: score against EFLOPs of RL."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def curves_of(targets: Sequence[Target], scores: Mapping[str, Estimate]) -> tupl
     """Return (curves in the plain JSON form of report/plain_curves.py, messages for the user).
 
     Args:
-        targets: all models of the evaluation. A curve begins with the score of the weights its run started from, so these
+        targets: all models of the evaluation. A curve begins with the score of the weights its run started from, so
+        these
             have to be among them.
         scores: the mean over problems of each target, by its name.
     """

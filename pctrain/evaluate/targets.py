@@ -25,7 +25,8 @@ class Target:
     """One model.
 
     `hf_dir` has the config, the tokenizer and, unless it is a checkpoint, the weights. `name` is its folder in --out. A
-    checkpoint and a run's final weights also have `run`, `step`, `kind` ("" if it belongs to no run) and the EFLOPs so far.
+    checkpoint and a run's final weights also have `run`, `step`, `kind` ("" if it belongs to no run) and the EFLOPs so
+    far.
     """
 
     name: str
@@ -59,7 +60,7 @@ def find(paths: Sequence[str | Path], model_path: Path | None) -> list[Target]:
 
 
 def _distinct_names(targets: Sequence[Target], longest: int) -> list[str]:
-    """Return a name for each target, of as many path parts as it takes to tell them apart, up to `longest`."""
+    """Return a name for each target, of as many path parts as distinct names take, up to `longest`."""
     depth = 1
     while len({_name(target, depth) for target in targets}) < len(targets) and depth < longest:
         depth += 1

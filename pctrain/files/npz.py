@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-# What zipfile, zlib and NumPy raise for bytes that none of them wrote. MemoryError: a header promises more than there is.
+# What zipfile, zlib and NumPy raise for bytes that none of them wrote. MemoryError: a header promises more than there
+# is.
 _UNREADABLE = (
     OSError,
     EOFError,

@@ -1,4 +1,4 @@
-"""YAML as people write it into configs: bounded in size, and with one kind of error for everything that can be wrong."""
+"""YAML as people write it into configs: bounded in size, and with one kind of error for everything else."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _measure(node: yaml.Node, depth: int, known: dict[int, tuple[int, int]]) -> 
     if depth + levels > MOST_DEPTH:
         raise yaml.YAMLError(f"nested deeper than {MOST_DEPTH} levels, or an alias names what contains it")
     if values > MOST_VALUES:
-        raise yaml.YAMLError(f"more than {MOST_VALUES} values; aliases count as what they stand for")
+        raise yaml.YAMLError(f"more than {MOST_VALUES} values; aliases count as the values they expand to")
     return values, levels
 
 
@@ -94,5 +94,5 @@ def construct(loader: Loader, node: yaml.Node) -> Any:
         # PyYAML raises these at `!!int x`, `!!bool maybe`, `!!timestamp x`, or 5,000 digits.
         kind = node.tag.rpartition(":")[2]
         raise yaml.constructor.ConstructorError(
-            None, None, f"{str(node.value):.60} cannot be read as {kind}", node.start_mark
+            None, None, f"{node.value!s:.60} cannot be read as {kind}", node.start_mark
         ) from None

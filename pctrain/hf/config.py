@@ -282,7 +282,7 @@ def _passed_feed_forward(fields: _Fields) -> tuple[int, int]:
     """Return (feed-forward width that a token passes, experts of a layer; 0: dense)."""
     if fields.raw.get("moe_intermediate_size") is None:
         return fields.count("intermediate_size"), 0
-    no_dense_layers = (
+    no_dense_layers: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("mlp_only_layers", ([], None)),
         ("decoder_sparse_step", (1, None)),
         ("shared_expert_intermediate_size", (0, None)),

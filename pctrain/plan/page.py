@@ -14,7 +14,7 @@ from pctrain.plan.planner import Plan, Planner
 from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
 from pctrain.plan.shapes import all_parameters
 from pctrain.plan.traffic import CALL, LINK_SHARE
-from pctrain.plan.work import DYNAMIC, KEPT
+from pctrain.plan.work import KEPT
 
 OTHER = ("optimizer", "swap", "logprob", "reference")
 BUSY = 0.3  # a larger bubble is worth a word
@@ -208,7 +208,7 @@ def assumptions(planner: Planner) -> Iterator[str]:
     yield "what is sent is waited for, but for gradients beside the backward pass, context parallelism beside attention, and virtual stages"
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
-        rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm in DYNAMIC else ""
+        rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm.dynamic_sampling else ""
         beside = f"{LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside"
         yield (
             f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "

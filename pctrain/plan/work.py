@@ -1,4 +1,4 @@
-"""How much a step of a config computes: sequences, tokens, passes. Lengths are assumptions, told with the answer."""
+"""How much a step of a config computes: sequences, tokens, passes. Lengths are assumptions and printed as such."""
 
 from __future__ import annotations
 
@@ -9,19 +9,32 @@ from typing import Literal
 import numpy as np
 
 from pctrain.compute import flops
-from pctrain.config.tree import Config, RLConfig
+from pctrain.config.tree import Config, RLConfig, RolloutConfig, SFTConfig
 from pctrain.hf.config import HFConfig
 from pctrain.plan.options import PlanOptions
 
 Kind = Literal["sft", "rl"]
-DYNAMIC = ("dapo_d", "dapo_dc")
-KEPT = 0.5  # share of prompts that dynamic sampling keeps
-PROMPT = 256
+KEPT = 0.5  # assumed share of prompts that dynamic sampling keeps
+PROMPT = 256  # assumed mean prompt, tokens
 
 
 @dataclass(frozen=True)
 class Work:
-    """One step. `sequences` are trained on, in `updates` parts. In tokens: `prompt` and `response`, means; `longest`, the bound."""
+    """The work of one step.
+
+    Attributes:
+        kind: "sft" or "rl".
+        sequences: number of sequences that are trained on.
+        updates: number of optimizer updates, each with an equal part of the sequences.
+        prompt: mean length of a prompt, tokens.
+        response: mean length of a response, tokens.
+        longest: longest sequence, tokens.
+        token_budget: tokens of a pack.
+        passes: passes without gradients over all sequences: logprob, reference.
+        rounds: sampling rounds.
+        prompts: prompts per sampling round.
+        group: rollouts per prompt.
+    """
 
     kind: Kind
     sequences: int
@@ -30,77 +43,89 @@ class Work:
     response: int
     longest: int
     token_budget: int
-    passes: tuple[str, ...]  # without gradients, over all sequences: logprob, reference
-    rounds: int  # of sampling, each of so many prompts and rollouts a prompt
+    passes: tuple[str, ...]
+    rounds: int
     prompts: int
     group: int
 
     @property
     def length(self) -> int:
+        """Return the mean length of a sequence, tokens."""
         return self.prompt + self.response
 
     @property
     def tokens(self) -> int:
+        """Return the tokens that are trained on."""
         return self.sequences * self.length
 
     def micro_batches(self, data: int) -> int:
-        """Packs of one update on a data parallel rank, filled to the last token."""
+        """Return the packs of one update on one of `data` data parallel ranks, each filled to the last token."""
         return max(1, ceil(self.sequences / self.updates * self.length / data / self.token_budget))
 
     def micro_batch(self, data: int) -> int:
-        """Positions of the largest one, should all of its sequences be as long as they may."""
+        """Return the positions of the largest pack, in which all sequences have the longest length."""
         return min(self.token_budget, ceil(self.sequences / self.updates / data) * self.longest)
 
     def forward(self, hf: HFConfig, sequences: float) -> float:
-        """FLOPs of a pass over so many sequences."""
+        """Return the FLOPs of a forward pass over so many sequences."""
         return flops.exact_forward(hf.shape, np.array([self.length])) * sequences
 
     def training(self, hf: HFConfig, recompute: flops.Recompute) -> float:
-        """FLOPs of all updates of the step, with what is computed again."""
+        """Return the FLOPs of all updates of the step, including recomputation."""
         return flops.exact_training(hf.shape, np.array([self.length]), recompute) * self.sequences
 
 
-def passes(rl: RLConfig, dtype: str) -> tuple[str, ...]:
-    """Passes without gradients before the update: rl/algorithm.py, `streams_from_pass`, and SRFT's weights by entropy.
-
-    (rl.algorithms cannot be asked: torch comes with it. tests/plan/test_plan.py holds the two against each other.)
-    """
-    k1 = rl.kl_coef > 0 and rl.kl_kind == "k1"
-    own = rl.algorithm in ("srft", "prefix_rft") or rl.updates > 1 or rl.is_correction == "sequence" or k1
-    return (("logprob",) if own else ()) + (("reference",) if rl.kl_coef else ())
+def passes(rl: RLConfig) -> tuple[str, ...]:
+    """Return the passes without gradients that precede the updates: logprob (with entropies), reference."""
+    streams = rl.algorithm.streams_from_pass(rl.updates)
+    own = ("logprob",) if streams - {"ref_logprob"} else ()
+    return (*own, "reference") if "ref_logprob" in streams else own
 
 
 def work(kind: Kind, config: Config, hf: HFConfig, options: PlanOptions) -> Work:
+    """Return what one step of a config computes."""
     prompt = options.prompt or min(PROMPT, max(1, hf.context // 8))
-    return _sft(config, hf, prompt, options.response) if kind == "sft" else _rl(config, hf, prompt, options.response)
+    if kind == "sft":
+        return _sft_work(config.sft, hf, prompt, options.response)
+    return _rl_work(config.rl, config.rollout, hf, prompt, options.response)
 
 
-def _sft(config: Config, hf: HFConfig, prompt: int, response: int | None) -> Work:
-    sft, longest = config.sft, min(hf.context, config.sft.token_budget)
+def _sft_work(sft: SFTConfig, hf: HFConfig, prompt: int, response: int | None) -> Work:
+    longest = min(hf.context, sft.token_budget)
     prompt = min(prompt, longest - 1)
     response = min(response or max(1, longest // 2 - prompt), longest - prompt)
-    return Work("sft", sft.batch_size, 1, prompt, response, longest, sft.token_budget, (), 0, 0, 0)
+    return Work(
+        "sft",
+        sequences=sft.batch_size,
+        updates=1,
+        prompt=prompt,
+        response=response,
+        longest=longest,
+        token_budget=sft.token_budget,
+        passes=(),
+        rounds=0,
+        prompts=0,
+        group=0,
+    )
 
 
-def _rl(config: Config, hf: HFConfig, prompt: int, response: int | None) -> Work:
-    rl, rollout = config.rl, config.rollout
+def _rl_work(rl: RLConfig, rollout: RolloutConfig, hf: HFConfig, prompt: int, response: int | None) -> Work:
     longest = min(hf.context, rl.token_budget)
     prompt = min(prompt, rollout.max_prompt or prompt, max(1, longest - rollout.max_response))
     response = min(response or max(1, rollout.max_response // 2), rollout.max_response)
     rounds, prompts = 1, rl.prompts
-    if rl.algorithm in DYNAMIC:
+    if rl.algorithm.dynamic_sampling:
         rounds, prompts = min(rl.max_rounds, ceil(rl.prompts / (KEPT * rl.round_prompts))), rl.round_prompts
-    group = rl.group - (rl.algorithm in ("luffy", "srft"))
     return Work(
         "rl",
-        rl.prompts * rl.group,
-        rl.updates,
-        prompt,
-        response,
-        min(longest, prompt + rollout.max_response),
-        rl.token_budget,
-        passes(rl, config.model.dtype),
-        rounds,
-        prompts,
-        group,
+        sequences=rl.prompts * rl.group,
+        updates=rl.updates,
+        prompt=prompt,
+        response=response,
+        longest=min(longest, prompt + rollout.max_response),
+        token_budget=rl.token_budget,
+        passes=passes(rl),
+        rounds=rounds,
+        prompts=prompts,
+        group=rl.algorithm.rollouts(rl.group),
     )

@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer in words with the numbers behind it, `evidence`, as plain JSON values.
+    """The text of an answer and the numbers behind it, `evidence`, as plain JSON values.
 
     `supported` is true if the interval of the claim that the text makes excludes zero.
     """

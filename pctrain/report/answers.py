@@ -177,7 +177,7 @@ def _which_way(study: Study) -> list[Answer]:
     text = (
         f"{first} ended highest, at {percent(scores[first])}. Its lead over {second} is {points(lead)}. "
         f"{EXCLUDES_ZERO if lead.excludes_zero else INDISTINGUISHABLE} In order: {order}. "
-        f"Each way is scored at its own compute, {least} to {most}."
+        f"Each way is scored at its own compute, from {least} to {most}."
     )
     evidence = {
         "scores": {way: score_json(scores[way]) for way in ranked},
@@ -197,15 +197,17 @@ def _way(run: ScoredRun) -> str:
 
 
 def _not_supported(study: Study, given: Sequence[Answer]) -> Answer:
-    unsupported = [f"the answer to “{answer.question}”" for answer in given if not answer.supported]
+    unsupported = [f"“{answer.question}”" for answer in given if not answer.supported]
     unknown = _unknown(study)
     sentences = []
     if unsupported:
-        sentences.append(f"The evidence does not support {listed(unsupported, 'or')}.")
+        answers_to = "answers to" if len(unsupported) > 1 else "answer to"
+        sentences.append(f"The evidence does not support the {answers_to} {listed(unsupported, 'or')}.")
     if unknown:
         sentences.append(f"{'It' if unsupported else 'The evidence'} says nothing about {listed(unknown, 'or')}.")
+    missing = [*(f"the answer to {question}" for question in unsupported), *unknown]
     text = " ".join(sentences) or "Every answer above is supported by its interval."
-    return Answer("What does the evidence not support?", text, {"not_supported": [*unsupported, *unknown]}, True)
+    return Answer("What does the evidence not support?", text, {"not_supported": missing}, True)
 
 
 def _unknown(study: Study) -> list[str]:

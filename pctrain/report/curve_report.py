@@ -7,13 +7,12 @@ against losses are made from them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pctrain.ceiling import regimes
+from pctrain.ceiling import checks, regimes
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.fit import fit_curve
 from pctrain.ceiling.stats import Measured
@@ -32,7 +31,7 @@ NEAR_CHECKPOINT = 0.02  # share of the steps by which the compute of an `sft` en
 def read(file: Path) -> Study:
     """Read the file. The UserError names the place in it that is missing or malformed."""
     all_curves = curves.read_curves(file)
-    document = {} if file.suffix.lower() == ".csv" else json.loads(file.read_text(encoding="utf-8"))
+    document = {} if file.suffix.lower() == ".csv" else checks.mapping(checks.json_of(file), str(file))
     progress = track(all_curves, "fits", total=len(all_curves), unit="curve")
     if "meta" not in document:  # only curves, without benchmarks or SFT
         return Study(file.stem, file.parent, [], [_plain_run(file, curve) for curve in progress])

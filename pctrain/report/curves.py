@@ -19,10 +19,10 @@ Qwen2.5-7B, the model of the published curves.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,9 +53,7 @@ def read_curves(path: Path | str) -> list[Curve]:
         raise UserError(f"{path}: no such file or folder. Give a curves file (JSON or CSV) or a run folder.")
     if has_metrics(path):
         return [read_run_folder(path)]
-    places = [
-        place for place in layout.find_runs(path) if place.kind == "rl" and has_metrics(place.folder)
-    ]
+    places = [place for place in layout.find_runs(path) if place.kind == "rl" and has_metrics(place.folder)]
     if not places:
         raise UserError(
             f"{path}: neither a run folder (metrics.jsonl) nor a study with RL runs (rl-step-N/metrics.jsonl). "
@@ -85,40 +83,53 @@ def _read_file(file: Path) -> list[Curve]:
 # ---- run folders
 
 
+class _Eval(NamedTuple):
+    """An eval line of metrics.jsonl: EFLOPs from the switch point, score and standard error in percent."""
+
+    eflops_rl: float
+    score: float
+    score_se: float | None
+
+
 def read_run_folder(folder: Path) -> Curve:
     """Return the curve of an RL run from the eval lines of its metrics.jsonl. The line at eflops_rl = 0 gives P_sft."""
     file = folder / METRICS
     lines = [(where, row) for row, where in read_metrics(folder) if row["kind"] == "eval"]
-    points = [
-        (
-            checks.number(line, "eflops_rl", where),
-            checks.percent(line, "score", where),
-            checks.spread(line, "score_se", where),
-        )
-        for where, line in lines
-    ]
-    first = next((p for p in points if p[0] == 0), None)
-    after = [p for p in points if p[0] > 0]
+    first, after = _split_at_switch_point([_eval(where, line) for where, line in lines], file)
+    start = read_start(folder)
+    errors = [point.score_se for point in after if point.score_se is not None]
+    name = folder.resolve().name
+    return Curve(
+        dataset=folder.resolve().parent.name if name.startswith("rl-step-") else name,
+        start_step=start["start_step"],
+        eflops_sft=checks.number(lines[0][1], "eflops_sft", lines[0][0]),
+        p_sft=first.score,
+        eflops=checks.increasing([point.eflops_rl for point in after], f"{file}: eflops_rl of the eval lines"),
+        scores=np.array([point.score for point in after]),
+        p_sft_se=first.score_se,
+        score_se=float(np.median(errors)) if errors else None,
+    )
+
+
+def _eval(where: str, line: Mapping[str, Any]) -> _Eval:
+    return _Eval(
+        checks.number(line, "eflops_rl", where),
+        checks.percent(line, "score", where),
+        checks.spread(line, "score_se", where),
+    )
+
+
+def _split_at_switch_point(points: Sequence[_Eval], file: Path) -> tuple[_Eval, list[_Eval]]:
+    """Return the score at the switch point and those after it. A curve needs both."""
+    first = next((point for point in points if point.eflops_rl == 0), None)
+    after = [point for point in points if point.eflops_rl > 0]
     if first is None or not after:
         what = "at eflops_rl = 0, the switch point" if first is None else "with eflops_rl > 0"
         raise UserError(
             f"{file}: no `kind` = eval line {what}. "
             "Give the folder of an RL run that has been scored at its start and later."
         )
-    start = read_start(folder)
-    _, p_sft, p_sft_se = first
-    errors = [score_se for _, _, score_se in after if score_se is not None]
-    name = folder.resolve().name
-    return Curve(
-        dataset=folder.resolve().parent.name if name.startswith("rl-step-") else name,
-        start_step=start["start_step"],
-        eflops_sft=checks.number(lines[0][1], "eflops_sft", lines[0][0]),
-        p_sft=p_sft,
-        eflops=checks.increasing([eflops for eflops, _, _ in after], f"{file}: eflops_rl of the eval lines"),
-        scores=np.array([score for _, score, _ in after]),
-        p_sft_se=p_sft_se,
-        score_se=float(np.median(errors)) if errors else None,
-    )
+    return first, after
 
 
 # ---- the exchange format

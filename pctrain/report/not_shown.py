@@ -1,4 +1,4 @@
-"""What a reader might expect from a study and this one did not show, or cannot show."""
+"""The sentences of "What this does not show": results a reader might expect and this study does not or cannot give."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _missing_comparison(study: Study) -> list[str]:
             f"The score of pure SFT at equal total compute is not known for {len(without)} of {len(study.rl)} RL runs."
         ]
     return [
-        f"The score of pure SFT at the total compute of RL from {run.label} ({flops_text(run.eflops_total)}) is not "
+        f"The score of pure SFT at {flops_text(run.eflops_total)}, the total compute of RL from {run.label}, is not "
         "known: "
         f"{missing.reason}."
         for run, missing in without
@@ -226,7 +226,7 @@ def _scale(study: Study) -> list[str]:
         f"Scale: the longest run here, SFT included, spent {flops_text(longest)}. The smallest SFT checkpoint of "
         f"{PAPER} alone "
         f"spent {PAPER_LEAST_EFLOPS} EFLOPs, {times(PAPER_LEAST_EFLOPS / longest)} as much, on a model with 7 billion "
-        "parameters. What holds here need not hold there, and the other way round."
+        "parameters. What holds here need not hold there, or vice versa."
     ]
 
 

@@ -178,9 +178,7 @@ def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
         sources = (config.get("data") or {}).get("train") or []
         manifests = [Path(f"{source['path']}.manifest.json") for source in sources]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`"
-        ) from None
+        raise UserError(f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`") from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
 
@@ -225,7 +223,7 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
         seed=seed,
         start_step=start_step,
         role=start["role"],
-        algorithm=str(_setting(folder, config, "rl", "algorithm")),
+        algorithm=_algorithm_name(folder, config),
         eflops_sft=eflops_sft,
         start_regime=_regime_at(sft, start_step),
         p_sft=_first_score(points),
@@ -351,6 +349,11 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
         raise UserError(
             f"{folder / CONFIG}: `{section}.{key}` is missing. A run writes its config resolved, with every key."
         ) from None
+
+
+def _algorithm_name(folder: Path, config: dict[str, Any]) -> str:
+    algorithm = _setting(folder, config, "rl", "algorithm")
+    return str(algorithm["name"] if isinstance(algorithm, dict) and "name" in algorithm else algorithm)
 
 
 def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:

@@ -87,42 +87,46 @@ def _identified_ceiling(runs: Sequence[ScoredRun]) -> float | None:
 def more_or_harder(study: Study) -> Answer:
     """Compare sets of one difficulty and different sizes with sets of one size and different difficulties."""
     question = "Is more data, or harder data, worth more?"
-    results = _results(study)
-    ended = [(result, result.end) for result in results if result.end]
-    evidence: dict[str, Any] = {
-        "sets": [
-            {"set": r.name, "size": r.size, "difficulty": r.difficulty, "end": score_json(end)} for r, end in ended
-        ]
-    }
-    sized = [SizedSet(r.name, r.size, r.difficulty, end) for r, end in ended if r.size and r.difficulty in DIFFICULTIES]
-    more, harder = _pairs(sized)
+    ended = [(result, result.end) for result in _results(study) if result.end]
+    sets = [{"set": r.name, "size": r.size, "difficulty": r.difficulty, "end": score_json(end)} for r, end in ended]
+    evidence: dict[str, Any] = {"sets": sets}
+    more, harder = _pairs(_sized_sets(ended))
     if not more and not harder:
-        best_first = sorted(ended, key=lambda entry: -entry[1].value)
-        ends = "; ".join(f"{_described(result)} {percent(end)}" for result, end in best_first) or "none"
-        text = (
-            "These sets cannot answer this. It takes sets of one difficulty and several sizes, and sets of one size "
-            "and several difficulties. Both must be known: `pctrain data select` records the difficulty. "
-            f"Highest last scores: {ends}."
-        )
-        return Answer(question, text, evidence)
+        return Answer(question, _no_pairs(ended), evidence)
     evidence |= {
         "more": [difference_json(pair.gain) for pair in more],
         "harder": [difference_json(pair.gain) for pair in harder],
     }
-    sentences = [f"More data: {pair}." for pair in more]
-    sentences += [f"Harder data: {pair}." for pair in harder]
+    text = " ".join([*(f"More data: {pair}." for pair in more), *(f"Harder data: {pair}." for pair in harder)])
     if not more or not harder:
-        sentences.append(f"{'More' if harder else 'Harder'} data was not tried.")
-        return Answer(question, " ".join(sentences), evidence)
+        return Answer(question, f"{text} {'More' if harder else 'Harder'} data was not tried.", evidence)
     advantage = _advantage(max(harder, key=_gain_of), max(more, key=_gain_of))
     evidence["harder_minus_more"] = difference_json(advantage)
+    return Answer(question, f"{text} {_advantage_text(advantage)}", evidence, advantage.excludes_zero)
+
+
+def _no_pairs(ended: Sequence[tuple[SetResult, Measured]]) -> str:
+    """Return what it takes to compare more data with harder data, and the scores there are."""
+    best_first = sorted(ended, key=lambda entry: -entry[1].value)
+    ends = "; ".join(f"{_described(result)} {percent(end)}" for result, end in best_first) or "none"
+    return (
+        "These sets cannot answer this. It takes sets of one difficulty and several sizes, and sets of one size "
+        "and several difficulties. Both must be known: `pctrain data select` records the difficulty. "
+        f"Highest last scores: {ends}."
+    )
+
+
+def _advantage_text(advantage: Measured) -> str:
     winner, other = ("harder", "more") if advantage.value > 0 else ("more", "harder")
     lead = Measured(abs(advantage.value), advantage.se, advantage.freedom)
-    verdict = (
-        f"The interval excludes zero: {winner} data is worth more here." if lead.excludes_zero else INDISTINGUISHABLE
-    )
-    sentences.append(f"The lead of {winner} data over {other} data is {points(lead)}. {verdict}")
-    return Answer(question, " ".join(sentences), evidence, lead.excludes_zero)
+    verdict = INDISTINGUISHABLE
+    if lead.excludes_zero:
+        verdict = f"The interval excludes zero: {winner} data is worth more here."
+    return f"The lead of {winner} data over {other} data is {points(lead)}. {verdict}"
+
+
+def _sized_sets(ended: Sequence[tuple[SetResult, Measured]]) -> list[SizedSet]:
+    return [SizedSet(r.name, r.size, r.difficulty, end) for r, end in ended if r.size and r.difficulty in DIFFICULTIES]
 
 
 def _pairs(sets: Sequence[SizedSet]) -> tuple[list[Pair], list[Pair]]:
@@ -189,8 +193,8 @@ def which_set_first(study: Study) -> Answer:
     pearson, spearman = correlate(x, y, "pearson"), correlate(x, y, "spearman")
     evidence |= {"against": what, "pearson": vars(pearson), "spearman": vars(spearman), "sets": len(pairs)}
     text += (
-        f" Over {len(pairs)} sets, the correlation of the loss with the {what} is {pearson} (Pearson) and {spearman} "
-        f"(Spearman). {_correlation_verdict(pearson, len(pairs))}"
+        f" Over {len(pairs)} sets, the correlation of the loss with the {what} is Pearson {pearson}, "
+        f"Spearman {spearman}. {_correlation_verdict(pearson, len(pairs))}"
     )
     return Answer(question, text, evidence, pearson.high is not None and pearson.high < 0)
 

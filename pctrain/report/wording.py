@@ -46,7 +46,7 @@ def probability(value: float) -> str:
 
 
 def times(factor: float) -> str:
-    """Return a large factor in words: "48.7 thousand times"."""
+    """Return a large factor as text: "48.7 thousand times"."""
     for power, word in ((12, "trillion"), (9, "billion"), (6, "million"), (3, "thousand")):
         if factor >= 10**power:
             return f"{factor / 10**power:.3g} {word} times"

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from pctrain.common import plugins
 from pctrain.common.errors import UserError
+from pctrain.config.verifiers import check_verifier
 from pctrain.distributed.health import watchdog
 from pctrain.reward.process import START_DEADLINE, Task, VerifierProcess
 from pctrain.reward.verdict import Cause, Verdict
-from pctrain.reward.verifiers import check_name, find
+from pctrain.reward.verifiers import find
 
 if TYPE_CHECKING:
     from pctrain.config.tree import RewardConfig
@@ -37,7 +38,7 @@ class VerifierPool:
     """
 
     def __init__(self, config: RewardConfig, *, command: Sequence[str] = WORKER):
-        check_name(config)
+        check_verifier(config)
         self._config = config
         self._users = plugins.is_own(config.verifier)
         options = {

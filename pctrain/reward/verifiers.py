@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pctrain.common import plugins
-from pctrain.common.errors import UserError
+from pctrain.config.verifiers import VERIFIER_NAMES, VerifierName
 from pctrain.reward import choice, exact, lenient, strict
 from pctrain.reward.verdict import Verdict
 
@@ -32,32 +30,13 @@ class Verifier:
         return settled if isinstance(settled, Verdict) else strict.judge(*settled)
 
 
-VERIFIERS: dict[str, Verifier] = {
-    "strict": Verifier(strict.settle),
-    "lenient": Verifier(lenient.settle),
-    "exact": Verifier(exact.settle),
-    "choice": Verifier(choice.settle),
+_SETTLE: dict[VerifierName, Callable[[str, str], Verdict | tuple[str, str]]] = {
+    "strict": strict.settle,
+    "lenient": lenient.settle,
+    "exact": exact.settle,
+    "choice": choice.settle,
 }
-
-
-def check_name(config: RewardConfig) -> None:
-    """UserError where `reward.verifier` is neither a name of the table nor of the form module:function, or an option does not fit it."""
-    name = config.verifier
-    if plugins.is_own(name):
-        if not plugins.NAME.fullmatch(name):
-            raise UserError(
-                f"reward.verifier = {name!r}: expected module:function, such as my_rewards:judge for the function judge "
-                "of my_rewards.py in the current directory"
-            )
-    elif name not in VERIFIERS:
-        near = difflib.get_close_matches(name, VERIFIERS, n=1, cutoff=0.5)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(
-            f"reward.verifier = {name!r} is no verifier{hint}; there are {', '.join(VERIFIERS)}, "
-            "or a function of your own as module:function"
-        )
-    if config.levenshtein and name != "lenient":
-        raise UserError(f"reward.levenshtein = true needs reward.verifier = lenient, not {name!r}")
+VERIFIERS: dict[str, Verifier] = {name: Verifier(_SETTLE[name]) for name in VERIFIER_NAMES}
 
 
 def find(config: RewardConfig) -> Verifier:

@@ -60,7 +60,7 @@ def make_batch(
     rows, passes = add_streams_from_pass(rows, learner, algorithm.streams_from_pass, rl.token_budget, temperature)
     rows = algorithm.finish(rows)
     _set_advantages(groups, rows)
-    if algorithm.expert_in_group:
+    if algorithm.options.expert_in_group:
         # The paper counts a forward pass over the expert's tokens, as it does over sampled ones.
         passes.append(ModelPass("expert", [row for row in rows if row.member.is_expert], 0.0))
     if rl.truncated == "masked":
@@ -111,7 +111,7 @@ def split(rows: list[T], parts: int) -> list[list[T]]:
 
 
 def pack(rows: Sequence[Row], learner: Learner, algorithm: Algorithm, token_budget: int) -> PackedBatch:
-    """Return the packed rows of one update, with the denominator of `rl.normaliser`."""
+    """Return the packed rows of one update, with the denominator of the option `normaliser`."""
     weighted, denominator = normalise(rows, algorithm.options.normaliser, algorithm.max_response)
     return learner.pack(weighted, token_budget, denominator=denominator)
 

@@ -21,7 +21,7 @@ from pctrain.run.folder import RunFolder
 
 def sample_only(config: Config) -> None:
     """Sample the groups of the run's next step, write them to its replay file, and stop. Collective."""
-    algorithms.find(config.rl.algorithm)  # a wrong name is an error before anything is written
+    algorithms.find(config.rl.algorithm.name)  # a wrong name is an error before anything is written
     with (
         begin(config) as prepared,
         RolloutWorker(prepared) as worker,
@@ -42,12 +42,12 @@ def sample_only(config: Config) -> None:
 
 def train_only(config: Config, file: Path) -> None:
     """Make the updates of one step on the rollouts in `file`. No engine starts, nothing is written. Collective."""
-    algorithms.find(config.rl.algorithm)
+    algorithms.find(config.rl.algorithm.name)
     with begin(config) as prepared, RolloutWorker(prepared) as worker:
         rl = prepared.rl
         temperature = prepared.rollout.temperature
         algorithm = build_algorithm(prepared)
-        problems, _ = worker.training_problems(algorithm.needs_expert)
+        problems, _ = worker.training_problems(algorithm.options.needs_expert)
         learner = make_learner(prepared, algorithm)
         step, sampled, _ = parallel.from_rank_zero(lambda: replay.load(file, problems))
         began = time.perf_counter()

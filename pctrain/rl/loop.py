@@ -17,7 +17,7 @@ from pctrain.rollout.worker import RolloutWorker
 
 def main(config: Config) -> None:
     """Run `pctrain rl`."""
-    algorithms.find(config.rl.algorithm)  # a wrong name is an error before anything is written
+    algorithms.find(config.rl.algorithm.name)  # a wrong name is an error before anything is written
     with begin(config) as prepared, RolloutWorker(prepared) as worker:
         train(prepared, worker)
 
@@ -38,7 +38,7 @@ def train(config: ResolvedConfig, worker: RolloutWorker, role: str = "none") -> 
         if not session.resumed:
             session.journal.evaluate(0, learner)
 
-        with progress(f"RL ({rl.algorithm})", rl.steps, start=session.last_step, rank=parallel.rank()) as bar:
+        with progress(f"RL ({rl.algorithm.name})", rl.steps, start=session.last_step, rank=parallel.rank()) as bar:
             for step in session.remaining_steps():
                 weight_update = None
                 sampled = replay.read_step(session.run, session.prompts, step)  # from before a kill

@@ -24,7 +24,7 @@ METRICS_OF_SAMPLED = (MEAN, KL, BEYOND_2X)
 
 
 def correction(setting: Correction | None, dtype: str) -> Correction:
-    """Return the resolved `rl.is_correction`: if it is not given, "token" in bfloat16 and "none" in float32.
+    """Return `rl.algorithm.is_correction`, or if it is not given "token" in bfloat16 and "none" in float32.
 
     On a small model ratios of 0.87 to 1.13 were measured in bfloat16. In float32 they are 1 to 1e-5, and weighting by
     them is noise.

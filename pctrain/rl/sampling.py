@@ -34,7 +34,7 @@ class GroupSampler:
         with `rl.keep_low` to `rl.keep_high` right rollouts. If the rounds run out, the batch is smaller or even empty.
         """
         sampled = Sampled()
-        if self.algorithm.dynamic_sampling:
+        if self.algorithm.options.dynamic_sampling:
             self._sample_until_full(prompts, step, sampled)
         else:
             sampled.groups = self._sample_round(prompts.take(self.config.rl.prompts), step, sampled, Counter())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +107,9 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
     # What can be refused is refused before there is a run folder, which would be bound to this config.
     start = parallel.from_rank_zero(lambda: _switch_point(config, role))
     algorithm = build_algorithm(config)
-    problems, dropped = worker.training_problems(algorithm.needs_expert)
+    problems, dropped = worker.training_problems(algorithm.options.needs_expert)
     test_problems = len(worker.problems)
-    inputs = [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm)]
+    inputs = [config.data.rl_problems(), config.data.test_problems(), *algorithms.source_files(rl.algorithm.name)]
     with open_run(config, "rl", inputs) as run:
         if finished(run):
             yield None
@@ -144,10 +144,10 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
 
 
 def build_algorithm(config: ResolvedConfig) -> Algorithm:
-    """Return the run's algorithm, with `rl.is_correction` resolved for the model's dtype."""
-    resolved = correction(config.rl.is_correction, config.model.dtype)
-    rl = config.rl.model_copy(update={"is_correction": resolved})
-    return algorithms.build(rl, config.rollout.max_response)
+    """Return the run's algorithm, with `is_correction` resolved for the model's dtype."""
+    algorithm = algorithms.build(config.rl, config.rollout.max_response)
+    is_correction = correction(algorithm.options.is_correction, config.model.dtype)
+    return replace(algorithm, options=algorithm.options.model_copy(update={"is_correction": is_correction}))
 
 
 def make_learner(config: ResolvedConfig, algorithm: Algorithm) -> Learner:

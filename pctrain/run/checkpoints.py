@@ -4,8 +4,8 @@
     step-N                complete: it got this name by a rename, after everything in it had reached the disk
     step-N/manifest.json  step, files (bytes, sha256), and what the run was: config, data, ledger, layout, versions
 
-Every attempt has a new `.tmp` name: writers that outlive a killed run cannot reach into the folder of the run that resumes.
-The content of a checkpoint is the core's business. Neither torch nor megatron-core is imported here.
+Every attempt has a new `.tmp` name: writers that outlive a killed run cannot reach into the folder of the run that
+resumes. The content of a checkpoint is the core's business. Neither torch nor megatron-core is imported here.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run folder, or None if there is none. All its files exist and have their sizes.
 
     Raises:
-        UserError: a file is missing or has another size. The message names it and the newest complete checkpoint to resume
+        UserError: a file is missing or has another size. The message names it and the newest complete checkpoint to
+        resume
             from. The damaged checkpoint is not skipped silently: a step lost without notice is worse than a stop.
     """
     paths = list_checkpoints(folder)
@@ -132,7 +133,7 @@ def checkpoint_fault(path: Path) -> str | None:
 
 
 def damaged(path: Path, fault: str) -> UserError:
-    """Return the error for a run's newest checkpoint that cannot be loaded; it names the newest complete one before it."""
+    """Return the error for a run's newest checkpoint if it is damaged; it names the newest complete one before it."""
     paths, complete = _up_to(path)
     if complete is None:
         advice = f"delete {_names(paths)} to start this run over"
@@ -171,7 +172,7 @@ def begin(final: Path) -> Path:
 
 
 def note_digests(temporary: Path, files: list[Path], writer: int) -> None:
-    """Hash files of a checkpoint that is being written, and leave the digests there for `commit`. Any process may call it."""
+    """Hash files of a checkpoint that is being written; leave the digests for `commit`. Any process may call it."""
     write_beside(temporary / f"{writer}{_DIGESTS}", json.dumps(_digests(temporary, files)))
 
 

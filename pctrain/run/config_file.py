@@ -20,12 +20,12 @@ from pctrain.config.load import dump
 from pctrain.config.tree import Config
 from pctrain.files import yaml_text
 from pctrain.files.durable import write_beside
-from pctrain.run.names import CONFIG
+from pctrain.run.names import CONFIG, HF_FOLDER
 
 Kind = Literal["sft", "rl"]
 
-# Keys that may change on resume: paths (the contents of inputs are compared, by fingerprint), the layout over ranks, and
-# the sizes of helpers.
+# Keys that may change on resume: paths (the contents of inputs are compared, by fingerprint), the layout over ranks,
+# and the sizes of helpers.
 FREE_ON_RESUME = {
     "run.dir",
     "run.tensorboard",
@@ -98,7 +98,9 @@ def read_tree(folder: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML ({str(error).splitlines()[0]}). {_ANOTHER}") from None
     if not isinstance(tree, dict) or tree.get("kind") not in ("sft", "rl"):
-        raise UserError(f"{file} is not the config of a run: expected a tree with `kind: sft` or `kind: rl`. {_ANOTHER}")
+        raise UserError(
+            f"{file} is not the config of a run: expected a tree with `kind: sft` or `kind: rl`. {_ANOTHER}"
+        )
     fingerprints = tree.get("fingerprints") or {}
     texts = [*fingerprints, *fingerprints.values()] if isinstance(fingerprints, dict) else [None]
     if not all(isinstance(text, str) for text in texts):
@@ -115,7 +117,8 @@ def compare(folder: Path, config: Config, kind: Kind, fingerprints: Mapping[str,
     """Return {dotted key: (value in config.yaml, value now)} for the keys that changed, all of which may.
 
     Raises:
-        UserError: the folder holds another kind of run, another version's run, or a run with another config (the message
+        UserError: the folder holds another kind of run, another version's run, or a run with another config (the
+        message
             lists every differing key), or the content of an input file has changed.
     """
     file = Path(folder) / CONFIG
@@ -142,7 +145,7 @@ def compare(folder: Path, config: Config, kind: Kind, fingerprints: Mapping[str,
 
 
 def config_hash(config: Config) -> str:
-    """Return the sha256 of a config without the keys that may change on resume: all checkpoints of a run have the same."""
+    """Return the sha256 of a config without the keys that may change on resume: one for all checkpoints of a run."""
     bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _is_free(key)}
     return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
 
@@ -161,8 +164,8 @@ def _validate(folder: Path, tree: dict[str, Any]) -> Config:
         if unknown:
             raise _other_version(folder, f"has keys that this version does not know: {_some(unknown)}") from None
         raise UserError(
-            f"{file}: {_dotted(faults[0]['loc'])}: {faults[0]['msg']}. A run writes its whole config there; put the file "
-            "back as it was, or set another run.dir"
+            f"{file}: {_dotted(faults[0]['loc'])}: {faults[0]['msg']}. Put the file back as it was, or set another "
+            "run.dir"
         ) from None
     missing = _missing_keys(tree, config.model_dump(mode="json"))
     if missing:
@@ -173,8 +176,8 @@ def _validate(folder: Path, tree: dict[str, Any]) -> Config:
 def _other_version(folder: Path, reason: str) -> UserError:
     return UserError(
         f"{folder} is the run of another version of pctrain: its {CONFIG} {reason}. This version does not resume it. "
-        f"Finish the run with the version that began it, or set another run.dir to start over; its weights can be the "
-        f"start of a new run (--model.path={folder}/hf once it has finished)"
+        "Finish the run with the version that began it, or set another run.dir to start over; its weights can start a "
+        f"new run (--model.path={folder / HF_FOLDER}, once it has finished)"
     )
 
 
@@ -209,8 +212,8 @@ def _refuse_changed_inputs(file: Path, before: Mapping[str, str], now: Mapping[s
             raise UserError(f"input file {name} is not among those this run began with ({file}). Set another run.dir")
         if old != digest:
             raise UserError(
-                f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…). "
-                "Put the old file back, or set another run.dir"
+                f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now "
+                f"{digest[:12]}…). Put the old file back, or set another run.dir"
             )
 
 

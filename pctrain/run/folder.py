@@ -1,4 +1,5 @@
-"""The run folder: everything a run writes, kept consistent across SIGKILL and resume. docs/contracts.md lists the files.
+"""The run folder: everything a run writes, kept consistent across SIGKILL and resume. docs/contracts.md lists the
+files.
 
 Only rank 0 writes. The other ranks hold the same object, whose writing methods do nothing. A resumed run equals an
 uninterrupted one because of the order: record everything of step N, then commit the checkpoint of step N. On resume:
@@ -31,7 +32,8 @@ from pctrain.run.names import CHECKPOINTS, CONFIG, LEDGER, LOG, METRICS, ROLLOUT
 from pctrain.run.tracking import Trackers
 
 _LOCK = ".lock"
-# What a folder may hold before it becomes a run folder: inputs made for this very run, and traces of a start killed at once.
+# What a folder may hold before it becomes a run folder: inputs made for this very run, and traces of a start killed at
+# once.
 _BEFORE_OPEN = {
     "data",
     "model",
@@ -87,7 +89,8 @@ class RunFolder:
             rank: this process; only rank 0 writes.
             fingerprint_of: returns the sha256 of one of `data_files`.
         Raises:
-            UserError: another process runs in the folder; the folder holds something else, another kind of run or another
+            UserError: another process runs in the folder; the folder holds something else, another kind of run or
+            another
                 config (every differing key is listed); a data file is missing or has changed. Nothing has been written.
         """
         run = cls(config, kind, writes=rank == 0)
@@ -161,7 +164,8 @@ class RunFolder:
         Args:
             step: the training step.
             kind: train, val or eval.
-            values: `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars, or
+            values: `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars,
+            or
                 texts. NaN and infinities are written as null.
         """
         if kind not in records.KINDS:
@@ -227,8 +231,9 @@ class RunFolder:
     def commit_checkpoint(self, tmp_dir: Path, step: int, about: Mapping[str, Any]) -> Path:
         """Complete the checkpoint and give it its final name, then delete those that `run.keep_*` does not keep.
 
-        For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json with
-        the hash of the config and the fingerprints of the data. A kill at any moment leaves the old state or the new one.
+        For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json
+        with the hash of the config and the fingerprints of the data. A kill at any moment leaves the old state or the
+        new one.
         """
         if self._trackers is not None:
             self._trackers.flush()
@@ -250,7 +255,8 @@ class RunFolder:
     def latest_checkpoint(self) -> Path | None:
         """Return the newest checkpoint, or None if there is none. Its files exist and have their sizes.
 
-        `core.session.resume` verifies the contents before it loads: that reads every byte, and all ranks share the work.
+        `core.session.resume` verifies the contents before it loads: that reads every byte, and all ranks share the
+        work.
 
         Raises:
             UserError: a file is missing or has another size.
@@ -258,7 +264,7 @@ class RunFolder:
         return checkpoints.newest(self.path)
 
     def rewind(self, step: int | None) -> None:
-        """Cut metrics.jsonl, ledger.jsonl, train.log, rollouts/ and TensorBoard's curves back to `step` (None: to nothing)."""
+        """Cut metrics, ledger, train.log, rollouts and TensorBoard's curves back to `step` (None: to nothing)."""
         if not self.writes:
             return
         last = -1 if step is None else step
@@ -275,7 +281,7 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has finished: a second start says so (`say_finished`) and changes nothing."""
+        """True once the run has finished: a second start says so (`say_finished`) and changes nothing."""
         return documents.is_finished(self.path)
 
     def finish(self, summary: Mapping[str, Any], next_command: str) -> None:
@@ -302,8 +308,8 @@ def _refuse_foreign_folder(path: Path) -> None:
     foreign = sorted(names - _BEFORE_OPEN)
     if CONFIG not in names and foreign:
         raise UserError(
-            f"run.dir {path} is not a run folder and not empty (it holds {', '.join(foreign[:5])}); set run.dir to a new "
-            "folder"
+            f"run.dir {path} is not a run folder and not empty (it holds {', '.join(foreign[:5])}); set run.dir to a "
+            "new folder"
         )
 
 

@@ -91,7 +91,7 @@ def read_ledger(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     if not file.exists():
         raise UserError(f"{file}: missing. Every run folder has the ledger of its compute")
     for row, where in json_file.read_lines(file, ADVICE, torn_end=True):
-        if row.get("phase") not in PHASES:
+        if row.get("phase") not in tuple(PHASES):
             raise UserError(f"{where}: `phase` must be one of {', '.join(PHASES)}, found {row.get('phase')!r:.60}")
         yield row, where
 

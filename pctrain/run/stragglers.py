@@ -1,6 +1,7 @@
 """The slowest rank of each phase: at every step all ranks report how long they worked, without their waits for others.
 
-`RUN/ranks.json` has the means of this start. When one rank keeps holding up the others, train.log and the terminal get a line.
+`RUN/ranks.json` has the means of this start. When one rank keeps holding up the others, train.log and the terminal get
+a line.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from pctrain.run import documents
 from pctrain.run.folder import RunFolder
 
 PHASES = ("data", "swap", "rollout", "reward", "update", "validation", "evaluation", "checkpoint")
-# A window has so many steps, and lasts a minute or longer. A rank is reported after lagging in two consecutive windows: on a
-# machine with other work every rank is slow for a while.
+# A window has so many steps, and lasts a minute or longer. A rank is reported after lagging in two consecutive windows:
+# on a machine with other work every rank is slow for a while.
 WINDOW, WINDOW_SECONDS = 20, 60.0
 LAG = 0.2  # a rank lags if its median exceeds the median of the others by this share
 OF_STEP = 0.05  # and by this share of a step; less is not worth fixing
@@ -73,7 +74,7 @@ class RankTimes:
         return bool(rows[:, 0].any())
 
     def _add(self, step: int, own: np.ndarray, seconds: float) -> None:
-        """Add the own seconds [world, phases] of a step that lasted `seconds`; report laggards at the end of a window."""
+        """Add the own seconds [world, phases] of a step that lasted `seconds`; report laggards at a window's end."""
         self.steps += 1
         self.sums += own
         self._window.append(own)
@@ -82,8 +83,8 @@ class RankTimes:
             steps = len(self._window)
             for laggard in self._laggards():
                 self.run.say(
-                    f"step {step} rank {laggard.rank} ({_place(self.places[laggard.rank])}) holds up the others in phase "
-                    f"{PHASES[laggard.phase]}: {laggard.seconds:.3g} s of its own work per step, the others "
+                    f"step {step} rank {laggard.rank} ({_place(self.places[laggard.rank])}) holds up the others in "
+                    f"phase {PHASES[laggard.phase]}: {laggard.seconds:.3g} s of work per step, the others "
                     f"{laggard.others:.3g} s (medians of the last {steps} steps)"
                 )
             self._window, self._step_seconds = [], []
@@ -91,7 +92,7 @@ class RankTimes:
             self.write()
 
     def _laggards(self) -> list[Laggard]:
-        """Return the ranks that lag in this window as in the one before. Each is reported once, until it has caught up."""
+        """Return the ranks that lag in this window and the one before. Each is reported once, until it catches up."""
         window, step = np.stack(self._window), float(np.median(self._step_seconds))  # [steps, world, phases]
         before, lagging, laggards = self._lagging, set(), []
         for phase in range(len(PHASES)):

@@ -21,7 +21,7 @@ def check(settings: RunConfig) -> None:
 
 
 class Trackers:
-    """Writers of numbers as `<kind>/<key>` over the steps. A tracker that `run.*` does not ask for is not even imported."""
+    """Writers of numbers as `<kind>/<key>` over the steps. Trackers that `run.*` does not name are not imported."""
 
     def __init__(self, path: Path, settings: RunConfig, config: Mapping[str, Any], purge_step: int | None) -> None:
         """Open the trackers of a run.

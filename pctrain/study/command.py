@@ -1,6 +1,7 @@
-"""The study: SFT, RL from its checkpoints, ceilings, report. Every stage is a run folder: it goes on wherever it was stopped.
+"""Run a study: SFT, RL from its checkpoints, ceilings, report. Every stage is a run folder that resumes after any stop.
 
-`study_plan` says which stages there are, `study_jobs` which one a job does next; this runs them. docs/study.md is the guide.
+`stages.py` says which stages there are, `jobs.py` which one a job does next; this module runs them. docs/study.md is the
+guide.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import make_console
-from pctrain.config.tree import Config, ResolvedConfig
+from pctrain.config.tree import Config, DataConfig, ResolvedConfig
 from pctrain.core.session import asked_to_stop, begin
 from pctrain.data.records import Fault
 from pctrain.data.sources import iter_records, list_files
@@ -26,13 +27,19 @@ from pctrain.rollout.worker import RolloutWorker
 from pctrain.sft import loop as sft
 from pctrain.study.cost import print_plan
 from pctrain.study.jobs import Crew, lock_file
-from pctrain.study.stages import REPORT, OnDisk, Stage, chosen, stage_config, stages_of, start_step
+from pctrain.study.stages import REPORT, OnDisk, Stage, algorithm_of, chosen, stage_config, stages_of, start_step
 
-LOOKED_AT = 1000  # records of data.rl that are read before anything is run, where they must have an expert's trajectory
+SAMPLE = 1000  # records of data.rl read before anything runs, if they need an expert's trajectory
 
 
 def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> None:
-    """`pctrain run`. `only`: names of stages, sets or seeds that this job runs; `dry_run`: the plan and its cost, nothing is written."""
+    """Run `pctrain run`.
+
+    Args:
+        config: the checked config of the study.
+        only: names of stages, sets or seeds that this job runs; all if empty.
+        dry_run: print the plan and its cost, and write nothing.
+    """
     root, stages = Path(config.run.dir), stages_of(config)
     mine = chosen(stages, only)
     _check_inputs(config, stages)
@@ -41,22 +48,22 @@ def main(config: Config, only: Sequence[str] = (), dry_run: bool = False) -> Non
     if dry_run:
         print_plan(config, crew, disk, counts=True)
         return
-    with begin(_with_all_sets(config)) as config, RolloutWorker(config) as worker:
-        parallel.from_rank_zero(lambda: print_plan(config, crew, disk))
+    with begin(_with_all_sets(config)) as resolved, RolloutWorker(resolved) as worker:
+        parallel.from_rank_zero(lambda: print_plan(resolved, crew, disk))
         while (stage := _take(crew)) is not None:
             try:
-                _run(config, root, stage, worker)
+                _run(resolved, root, stage, worker)
             finally:
                 if parallel.rank() == 0:
                     crew.done()
         if asked_to_stop():
-            raise ToBeContinued(f"to be continued: {root} was asked to stop; the same command goes on")
+            raise ToBeContinued(f"to be continued: {root} was asked to stop; the same command resumes it")
         parallel.from_rank_zero(lambda: _conclude(root, crew))
 
 
 def _run(config: ResolvedConfig, root: Path, stage: Stage, worker: RolloutWorker) -> None:
-    """Collective. One stage, from its beginning or from where it was stopped."""
-    step = parallel.from_rank_zero(lambda: start_step(config, stage, root))
+    """Run or resume one stage. Collective."""
+    step = parallel.from_rank_zero(lambda: _known_start(config, stage, root))
     own = stage_config(config, stage, root, step)
     if stage.kind == "sft":
         sft.train(own, worker)
@@ -64,17 +71,24 @@ def _run(config: ResolvedConfig, root: Path, stage: Stage, worker: RolloutWorker
         rl.train(own, worker, stage.role)
 
 
+def _known_start(config: ResolvedConfig, stage: Stage, root: Path) -> int:
+    step = start_step(config, stage, root)
+    if step is None:
+        raise RuntimeError(f"stage {stage.name} has no checkpoint to start from, yet it was claimed")
+    return step
+
+
 def _take(crew: Crew) -> Stage | None:
-    """Collective."""
+    """Claim the next stage, and return it on every rank. Collective."""
     parallel.follow_rank_zero(crew.take)
-    return parallel.from_rank_zero(lambda: crew.claim and crew.claim.stage)
+    return parallel.from_rank_zero(lambda: crew.claim.stage if crew.claim is not None else None)
 
 
-# ---- before the first stage ------------------------------------------------------------------------------------------------
+# ---- before the first stage ------------------------------------------------------------------------------------------
 
 
 def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
-    """Every file is there, every algorithm too, and problems have trajectories where one needs them. UserError names what is missing."""
+    """Check that every file and algorithm exists, and that problems have trajectories if an algorithm needs them."""
     data = config.data
     for sources in (data.train, data.validation, *config.study.sets.values()):
         for source in sources or []:
@@ -82,44 +96,50 @@ def _check_inputs(config: Config, stages: Sequence[Stage]) -> None:
     for path in (data.rl, data.test):
         if path is not None:
             list_files(path)
-    experts = sorted(
-        name for name in {stage.algorithm for stage in stages if stage.kind == "rl"} if find(name).needs_expert
-    )
-    if experts and data.rl is not None:
-        for record in islice(iter_records(data.rl, data.fields, ("answer", "response")), LOOKED_AT):
-            if isinstance(record, Fault):
-                raise UserError(
-                    f"{record.where}: {record.message} ({', '.join(experts)} learn from an expert's trajectory for every "
-                    "problem of data.rl; name other study.algorithms, or give problems with responses)"
-                )
+    names = {stage.algorithm for stage in stages if stage.kind == "rl"}
+    for name in names:
+        find(name)
+    with_experts = sorted(name for name in names if algorithm_of(config, name).needs_expert)
+    if with_experts and data.rl is not None:
+        _check_experts(data, data.rl, with_experts)
+
+
+def _check_experts(data: DataConfig, problems: Path, algorithms: Sequence[str]) -> None:
+    for record in islice(iter_records(problems, data.fields, ("answer", "response")), SAMPLE):
+        if isinstance(record, Fault):
+            raise UserError(
+                f"{record.where}: {record.message} ({', '.join(algorithms)} learn from an expert's trajectory for every "
+                "problem of data.rl; name other study.algorithms, or give problems with responses)"
+            )
 
 
 def _with_all_sets(config: Config) -> Config:
-    """As `data.train`: a tokenizer that is still to be made is trained from all of them."""
+    """Return a copy with all sets as `data.train`: a tokenizer that is still to be made is trained on all of them."""
     config = config.model_copy(deep=True)
     if config.study.sets:
         config.data.train = [source for sources in config.study.sets.values() for source in sources]
     return config
 
 
-# ---- after the last --------------------------------------------------------------------------------------------------------
+# ---- after the last stage --------------------------------------------------------------------------------------------
 
 
 def _conclude(root: Path, crew: Crew) -> None:
-    """The report, by the job that ends last; the others say who still runs what."""
+    """Write the report if this job ends last; otherwise say who still runs what."""
     for stage in crew.stages:
         if crew.ended(stage) == "left out":
             _say(
-                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did not occur"
+                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did "
+                "not occur"
             )
     if not crew.all_ended:
         states = [(stage.name, *crew.state(stage)) for stage in crew.stages]
         left = [f"{name} ({who or state})" for name, state, who in states if state in ("running", "to do")]
-        _say(f"not run by this job: {', '.join(left)}. The job that ends last writes the report")
+        _say(f"not run by this job: {', '.join(left)}. The last job to end writes the report")
         return
     if not any(stage.kind == "rl" and crew.ended(stage) == "done" for stage in crew.stages):
         raise UserError(
-            f"{root}: no checkpoint lies in a regime that study.starts names: no RL was run; raise sft.steps, lower "
+            f"{root}: no checkpoint is in a regime that study.starts names, so no RL was run; raise sft.steps, lower "
             "sft.checkpoint_every, or name other starts"
         )
     release = try_lock(lock_file(root, REPORT))
@@ -133,6 +153,7 @@ def _conclude(root: Path, crew: Crew) -> None:
 
 
 def print_answers(root: Path) -> None:
+    """Print the study's answers, and what to look at next."""
     console = make_console()
     for answer in answers(read_study(root)):
         console.print(answer.question, style="bold", markup=False)

@@ -1,7 +1,7 @@
-"""The plan of a study as a table: which stages are done, running or still to do, and what they cost by the paper's formulas.
+"""The plan of a study as a table: which stages are done, running or to do, and what they cost by the paper's formulas.
 
-What has been spent is in the ledgers. What a stage will cost is an estimate from LOOKED_AT trajectories of its set: as many SFT steps as
-the config says, and RL whose responses are as long as the experts', in one sampling round a step.
+Spent compute comes from the ledgers. The cost of a stage to do is an estimate from the first trajectories of its set: the
+configured number of SFT steps, and RL whose responses are as long as the experts', with one sampling round per step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from pctrain.compute import flops
 from pctrain.compute.flops import EFLOP
 from pctrain.compute.ledger import PHASES
 from pctrain.compute.model_shape import ModelShape
-from pctrain.config.tree import Config, SourceConfig
+from pctrain.config.algorithm import AlgorithmOptions
+from pctrain.config.tree import Config, RLConfig, SourceConfig
 from pctrain.data import arithmetic
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.records import Record
@@ -31,97 +32,79 @@ from pctrain.data.sources import iter_records
 from pctrain.hf.config import HFConfig
 from pctrain.report.looks import flops_text
 from pctrain.run.records import has_ledger, read_ledger
-from pctrain.study.stages import OnDisk, Stage
+from pctrain.study.stages import OnDisk, Stage, State, algorithm_of
 
 if TYPE_CHECKING:
     from pctrain.study.jobs import Crew
 
-LOOKED_AT = 200
-CHARACTERS_A_TOKEN = 2.0  # of a tokenizer that is still to be trained
+SAMPLE = 200  # trajectories whose lengths are measured
+CHARACTERS_PER_TOKEN = 2.0  # assumed for a tokenizer that is still to be trained
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of the trajectories looked at, int64 [n] each, tokens: the whole, and the part before the response."""
+    """Lengths of sampled trajectories in tokens, int64 [n] each: whole, and the part before the response."""
 
     whole: np.ndarray
     prompt: np.ndarray
 
 
 class Costs:
-    """Estimates for the stages of one study. `counts`: all records are counted where `sft.epochs` asks for it, which takes time."""
+    """Estimates for the stages of a study. With `counts`, sets are counted if `sft.epochs` needs it, which takes time."""
 
     def __init__(self, config: Config, counts: bool):
         self.config, self.counts = config, counts
         self._lengths: dict[str, Lengths] = {}
 
     def of(self, stage: Stage) -> float | None:
-        """FLOPs of the whole stage, by the paper's formulas; None where that takes a count."""
+        """Return the FLOPs of a whole stage by the paper's formulas; None if that needs a count."""
         if stage.kind == "sft" and self.config.sft.epochs is not None and not self.counts:
             return None
         if stage.set not in self._lengths:
             self._lengths[stage.set] = self._measure(stage.set)
-        lengths, sft, rl = self._lengths[stage.set], self.config.sft, self.config.rl
+        lengths = self._lengths[stage.set]
         if stage.kind == "sft":
-            steps = sft.steps if sft.epochs is None else sft.epochs * self._samples(stage.set) / sft.batch_size
-            return flops.paper_sft(
-                self.shape, steps=steps, batch=sft.batch_size, mean_length=float(lengths.whole.mean())
-            )
+            return self._sft(stage.set, float(lengths.whole.mean()))
         length = float(np.minimum(lengths.whole, lengths.prompt + self.config.rollout.max_response).mean())
-        if stage.algorithm in ("luffy", "srft"):
-            step = flops.paper_luffy_step(
-                self.shape, batch=rl.prompts, group=rl.group - 1, length=length, experts=1, expert_length=length
-            )
-        elif stage.algorithm in ("dapo_d", "dapo_dc"):
-            step = flops.paper_dapo_step(
-                self.shape,
-                rounds=1,
-                batch_generated=rl.round_prompts,
-                batch_trained=rl.prompts,
-                group=rl.group,
-                mean_length=length,
-            )
-        else:  # upt: as if it learnt from every rollout
-            step = flops.paper_grpo_step(self.shape, batch=rl.prompts, group=rl.group, mean_length=length)
-        return rl.steps * step
+        rl = self.config.rl
+        return rl.steps * rl_step(self.shape, algorithm_of(self.config, stage.algorithm), rl, length)
+
+    def _sft(self, set_name: str, mean_length: float) -> float:
+        sft = self.config.sft
+        steps = sft.steps if sft.epochs is None else sft.epochs * self._samples(set_name) / sft.batch_size
+        return flops.paper_sft(self.shape, steps=steps, batch=sft.batch_size, mean_length=mean_length)
 
     @cached_property
     def shape(self) -> ModelShape:
+        """Return the sizes of the model, before it is made if `model.path` is not given."""
         model = self.config.model
         if model.path is not None:
             return HFConfig.read(model.path).shape
         a = model.architecture
-        return ModelShape(
-            a.layers,
-            a.hidden,
-            a.ffn,
-            a.heads,
-            a.kv_heads,
-            a.hidden // a.heads,
-            self.config.data.problems.vocab_size,
-            a.tied,
-        )
+        vocab = self.config.data.problems.vocab_size
+        return ModelShape(a.layers, a.hidden, a.ffn, a.heads, a.kv_heads, a.hidden // a.heads, vocab, a.tied)
 
-    def _measure(self, name: str) -> Lengths:
-        found = [self._length(record) for record in islice(self._records(name), LOOKED_AT)]
-        whole, prompt = np.array([pair for pair in found if pair is not None] or [(1, 1)]).T
+    def _measure(self, set_name: str) -> Lengths:
+        lengths = [self._length(record) for record in islice(self._records(set_name), SAMPLE)]
+        usable = [pair for pair in lengths if pair is not None]
+        whole, prompt = np.array(usable or [(1, 1)]).T
         return Lengths(whole, prompt)
 
-    def _records(self, name: str) -> Iterable[Record]:
-        data, sources = self.config.data, self._sources(name)
+    def _records(self, set_name: str) -> Iterable[Record]:
+        data, sources = self.config.data, self._sources(set_name)
         if sources is None:
             return arithmetic.generate(data.problems, self.config.run.seed)["train"]
-        found = (record for source in sources for record in iter_records(source.path, data.fields, ("response",)))
-        return (record for record in found if isinstance(record, Record))
+        items = (item for source in sources for item in iter_records(source.path, data.fields, ("response",)))
+        return (item for item in items if isinstance(item, Record))
 
-    def _sources(self, name: str) -> list[SourceConfig] | None:
-        """Of a set; of the only one, or for RL without SFT the first. None: problems are generated."""
+    def _sources(self, set_name: str) -> list[SourceConfig] | None:
+        """Return the sources of a set, of the first one for RL without SFT; None if problems are generated."""
         sets = self.config.study.sets
-        return sets[name] if name else next(iter(sets.values()), self.config.data.train)
+        return sets[set_name] if set_name else next(iter(sets.values()), self.config.data.train)
 
-    def _samples(self, name: str) -> float:
-        """Of one epoch."""
-        data, sources = self.config.data, self._sources(name)
+    def _samples(self, set_name: str) -> float:
+        """Return the trajectories of one epoch."""
+        data, sources = self.config.data, self._sources(set_name)
         if sources is None:
             return data.problems.train
         return sum(
@@ -129,10 +112,11 @@ class Costs:
         )
 
     def _length(self, record: Record) -> tuple[int, int] | None:
-        """(whole, prompt) in tokens; None where the record is not usable."""
+        """Return the tokens of a trajectory and of its prompt; None if the record is not usable."""
         if self._encoder is None:
-            parts = len(record.question), len(record.trajectory)
-            return int(sum(parts) / CHARACTERS_A_TOKEN) + 2, int(parts[0] / CHARACTERS_A_TOKEN) + 1
+            question, trajectory = len(record.question), len(record.trajectory or "")
+            tokens = int((question + trajectory) / CHARACTERS_PER_TOKEN) + 2
+            return tokens, int(question / CHARACTERS_PER_TOKEN) + 1
         try:
             sample = self._encoder.encode(record)
         except Unusable:
@@ -145,50 +129,101 @@ class Costs:
         return None if path is None else Encoder(path, self.config.data, self.config.sft.token_budget)
 
 
+def rl_step(shape: ModelShape, algorithm: AlgorithmOptions, rl: RLConfig, length: float) -> float:
+    """Return the FLOPs of one RL step by the paper's formula for an algorithm with these traits.
+
+    Every sequence has `length` tokens. An algorithm that sometimes learns from experts instead (UPT) is counted as if it
+    learned from every rollout.
+    """
+    rollouts = algorithm.rollouts(rl.group)
+    if algorithm.dynamic_sampling:
+        step = flops.paper_dapo_step(
+            shape,
+            rounds=1,
+            batch_generated=rl.round_prompts,
+            batch_trained=rl.prompts,
+            group=rollouts,
+            mean_length=length,
+        )
+    else:
+        step = flops.paper_grpo_step(shape, batch=rl.prompts, group=rollouts, mean_length=length)
+    if algorithm.expert_in_group:
+        step += flops.paper_luffy_step(shape, batch=rl.prompts, group=0, length=length, experts=1, expert_length=length)
+    return step
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A stage with its state and cost. `estimate` is None if it needs a count, and 0 for a stage that has ended."""
+
+    stage: Stage
+    state: State
+    runner: str
+    spent: float
+    estimate: float | None
+
+    @property
+    def ahead(self) -> float:
+        return max(0.0, (self.estimate or 0.0) - self.spent)
+
+    @property
+    def cost(self) -> str:
+        if self.state == "done":
+            return flops_text(self.spent / EFLOP)
+        if self.state == "left out":
+            return "-"
+        return "see --dry-run" if self.estimate is None else f"~ {flops_text(self.estimate / EFLOP)}"
+
+
 def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -> None:
-    """Every stage with its state; of those to do the estimate, of the others what their ledgers say. `counts`: as in `Costs`."""
+    """Print every stage with its state and cost, estimated if it has not ended. For `counts` see `Costs`."""
     costs = Costs(config, counts)
+    lines = [_line(stage, crew, disk, costs) for stage in crew.stages]
     table = Table(box=box.SIMPLE_HEAD)
     for name in ("stage", "algorithm", "state", "needs", "steps", "cost"):
         table.add_column(name, justify="right" if name in ("steps", "cost") else "left", overflow="fold")
-    spent = ahead = 0.0
-    for stage in crew.stages:
-        state, who = crew.state(stage)
-        paid = spent_in(disk.folder(stage))
-        estimate = costs.of(stage) if state in ("to do", "running") else 0.0
-        spent, ahead = spent + paid, ahead + max(0.0, (estimate or 0.0) - paid)
-        if state in ("done", "left out"):
-            cost = flops_text(paid / EFLOP) if state == "done" else "-"
-        else:
-            cost = "--dry-run tells" if estimate is None else f"~ {flops_text(estimate / EFLOP)}"
-        steps = config.sft.steps if stage.kind == "sft" else config.rl.steps
-        planned = (
-            f"{config.sft.epochs:g} epochs" if stage.kind == "sft" and config.sft.epochs is not None else str(steps)
-        )
-        shown = (
-            f"{state}: {who}"
-            if who
-            else state
-            if stage in crew.mine or state != "to do"
-            else f"{state} (not by this job)"
-        )
-        table.add_row(
-            Text(stage.name), stage.algorithm or "-", shown, Text(", ".join(stage.needs) or "-"), planned, cost
-        )
+    for line in lines:
+        stage = line.stage
+        needs = Text(", ".join(stage.needs) or "-")
+        state = _state_text(line, is_mine=stage in crew.mine)
+        table.add_row(Text(stage.name), stage.algorithm or "-", state, needs, _steps_text(config, stage), line.cost)
     console = make_console()
-    title = f"{crew.root}: {len(crew.stages)} stage{'s' if len(crew.stages) > 1 else ''}, policy {config.study.policy}"
+    plural = "s" if len(lines) > 1 else ""
+    title = f"{crew.root}: {len(lines)} stage{plural}, policy {config.study.policy}"
     console.print(title, style="bold", highlight=False, markup=False, soft_wrap=True)
     console.print(table)
+    spent, ahead = sum(line.spent for line in lines), sum(line.ahead for line in lines)
     console.print(
-        f"Spent {flops_text(spent / EFLOP)}, ahead about {flops_text(ahead / EFLOP)} of training compute (the paper's formulas; "
-        "RL as if responses were as long as the experts', in one sampling round a step).",
+        f"Spent {flops_text(spent / EFLOP)}, about {flops_text(ahead / EFLOP)} of training compute left (by the paper's "
+        "formulas; RL as if responses were as long as the experts', with one sampling round per step).",
         highlight=False,
         soft_wrap=True,
     )
 
 
+def _line(stage: Stage, crew: Crew, disk: OnDisk, costs: Costs) -> _Line:
+    state, runner = crew.state(stage)
+    estimate = costs.of(stage) if state in ("to do", "running") else 0.0
+    return _Line(stage, state, runner, spent_in(disk.folder(stage)), estimate)
+
+
+def _state_text(line: _Line, is_mine: bool) -> str:
+    if line.runner:
+        return f"{line.state}: {line.runner}"
+    return line.state if is_mine or line.state != "to do" else f"{line.state} (not by this job)"
+
+
+def _steps_text(config: Config, stage: Stage) -> str:
+    if stage.kind == "rl":
+        return str(config.rl.steps)
+    return str(config.sft.steps) if config.sft.epochs is None else f"{config.sft.epochs:g} epochs"
+
+
 def spent_in(folder: Path | None) -> float:
-    """FLOPs of training in the ledger of a run folder, so far; 0 where there is none yet."""
+    """Return the training FLOPs in the ledger of a run folder so far, 0 if there is none yet."""
     if folder is None or not has_ledger(folder):
         return 0.0
     return sum(line["paper_flops"] for line, _ in read_ledger(folder) if PHASES[line["phase"]].axis is not None)

@@ -1,6 +1,7 @@
-"""Which stage a job does next: several jobs (processes, nodes) that run the same study meet in its folder.
+"""Which stage a job does next: several jobs (processes, nodes) that run the same study coordinate in its folder.
 
-A job that runs a stage holds the stage's lock, which dies with it, however it dies. The next job finds it free and goes on.
+A job that runs a stage holds the stage's lock. The lock is released when the job ends, however it ends. The next job finds it
+free and resumes the stage.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from pctrain.study.stages import Stage, State
 
 LOCKS = ".study"
 POLL = 2.0  # seconds between two looks at what other jobs hold
-REMIND = 600.0  # seconds between two words about who is waited for
+REMIND = 600.0  # seconds between two messages about who is waited for
 
 
 def lock_file(root: Path, name: str) -> Path:
+    """Return the lock of a stage, or of the report."""
     return root / LOCKS / (name.replace("/", "~") + ".lock")
 
 
@@ -32,9 +34,14 @@ class Claim:
 
 
 class Crew:
-    """One job's view of the plan. On one rank alone; the others are told.
+    """One job's view of the plan, on rank 0 only; the other ranks get its decisions.
 
-    `ended`: whether a stage of the plan is "done" or "left out" (its start did not occur), else "to do".
+    Args:
+        root: folder of the study.
+        stages: all stages.
+        mine: the stages that this job runs.
+        ended: returns whether a stage is "done", "left out" (its start did not occur) or "to do".
+        say: prints a line.
     """
 
     def __init__(
@@ -47,10 +54,10 @@ class Crew:
     ):
         self.root, self.stages, self.mine, self.ended, self.say = root, list(stages), list(mine), ended, say
         self.claim: Claim | None = None
-        self._said = 0.0
+        self._reminded_at = 0.0
 
     def state(self, stage: Stage) -> tuple[State, str]:
-        """(state, who runs it, where somebody does)."""
+        """Return the state of a stage, and who runs it if somebody does."""
         ended = self.ended(stage)
         if ended != "to do" or (self.claim and self.claim.stage == stage):
             return ended, ""
@@ -63,9 +70,9 @@ class Crew:
         return "running", holder(file)
 
     def take(self) -> Iterator[None]:
-        """Claims the next free stage whose needs are done; where others run what is needed, waits, with a value now and then.
+        """Claim the next free stage whose needs are done. While other jobs run what it needs, wait and yield now and then.
 
-        Afterwards `claim` is the stage, or None: nothing is left for this job.
+        Afterwards `claim` is the stage, or None if nothing is left for this job.
         """
         self.claim = None
         while (claim := self._next()) is None and self._worth_waiting() and not watchdog.asked_to_stop():
@@ -74,12 +81,14 @@ class Crew:
         self.claim = claim or self._next()  # what was waited for may have ended between the two looks
 
     def done(self) -> None:
-        """The claimed stage has ended, well or not."""
-        self.claim.release()
-        self.claim = None
+        """Release the claimed stage, which has ended or failed."""
+        if self.claim is not None:
+            self.claim.release()
+            self.claim = None
 
     @property
     def all_ended(self) -> bool:
+        """Return whether no stage is left to do, by any job."""
         return all(self.ended(stage) != "to do" for stage in self.stages)
 
     def _next(self) -> Claim | None:
@@ -98,16 +107,12 @@ class Crew:
         return None
 
     def _worth_waiting(self) -> bool:
-        """Whether a stage of this job waits for one that another job runs."""
+        """Return whether a stage of this job waits for one that another job runs."""
         blocked = {name for stage in self.mine if self.ended(stage) == "to do" for name in stage.needs}
-        running = [
-            (stage.name, who)
-            for stage in self.stages
-            if stage.name in blocked
-            for state, who in [self.state(stage)]
-            if state == "running"
-        ]
-        if running and time.monotonic() - self._said > (REMIND if self._said else 0.0):
-            self._said = time.monotonic()
-            self.say("waiting for " + ", ".join(f"{name} ({who})" for name, who in running))
+        states = {stage.name: self.state(stage) for stage in self.stages if stage.name in blocked}
+        running = [(name, runner) for name, (state, runner) in states.items() if state == "running"]
+        now = time.monotonic()
+        if running and (not self._reminded_at or now - self._reminded_at > REMIND):
+            self._reminded_at = now
+            self.say("waiting for " + ", ".join(f"{name} ({runner})" for name, runner in running))
         return bool(running)

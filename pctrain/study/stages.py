@@ -1,22 +1,23 @@
-"""The stages of a study, what each needs, and where it lies. Nothing is run here, and no torch is imported.
+"""The stages of a study, what each needs, and where its run folder is. Nothing is run here, and no torch is imported.
 
     sft                  SFT on the only set                            hard/sft             SFT on the set `hard`
     rl-stable            RL from its best checkpoint, by rl.algorithm   hard/luffy-stable    by another algorithm
-    rl-base              RL without SFT, of run.seed                    seed-1/rl-base       of another seed
+    rl-base              RL without SFT, with run.seed                  seed-1/rl-base       with another seed
 
-rl.algorithm and run.seed are not in the names, so that a plan that grows by algorithms and seeds finds what it has done.
+The names leave out rl.algorithm and run.seed. A study that grows by algorithms and seeds finds what it has done.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from pctrain.ceiling import regimes
 from pctrain.common.errors import UserError
-from pctrain.config.tree import SYNCHRONISED, BuiltIn, Config, ResolvedConfig
+from pctrain.config.algorithm import AlgorithmOptions, built_in, with_shared
+from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.run import layout
 from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
 from pctrain.run.documents import is_finished
@@ -29,9 +30,18 @@ State = Literal["done", "left out", "running", "to do"]
 
 @dataclass(frozen=True)
 class Stage:
-    """A run folder that is to be made. `start`: of RL, a role (early, stable, overfit), `step-N`, or `base`.
+    """A run of a study.
 
-    `seed_folder`, `algorithm_folder`: what its path says of seed and algorithm; None where they are the config's own.
+    Attributes:
+        name: its name in the plan, and for `--only`.
+        kind: "sft" or "rl".
+        set: the set it trains on; empty for the only set, and for RL without SFT.
+        seed: its run.seed.
+        needs: names of the stages that come before it.
+        start: where RL starts: early, stable or overfit, `step-N`, or `base`.
+        algorithm: the name of the RL algorithm.
+        seed_folder: the seed in its path; None for the seed of the config.
+        algorithm_folder: the algorithm in its path; None for that of the config.
     """
 
     name: str
@@ -46,88 +56,116 @@ class Stage:
 
     @property
     def role(self) -> str:
-        """As start.json has it."""
+        """Return the role of its start in start.json."""
         return self.start if self.start in ("early", "stable", "overfit") else "none"
 
     def sft_folder(self, root: Path) -> Path:
-        """Of the SFT run itself, or of the one that RL starts from."""
+        """Return the folder of the SFT run: its own, or the one that RL starts from."""
         return layout.sft_folder(root, self.set, self.seed_folder)
 
     def folder(self, root: Path, step: int) -> Path:
-        """`step`: that RL starts from (`start_step`)."""
+        """Return the run folder; `step` is the SFT step that RL starts from (`start_step`)."""
         if self.kind == "sft":
             return self.sft_folder(root)
         return layout.rl_folder(root, step, self.set, self.seed_folder, self.algorithm_folder)
 
 
 def stages_of(config: Config) -> list[Stage]:
-    """All stages but the report, in the order in which one job runs them: a stage follows what it needs."""
+    """Return all stages but the report, in the order in which one job runs them: a stage follows what it needs."""
     study = config.study
-    seeds, sets = study.seeds or [config.run.seed], list(study.sets) or [""]
     runs = _rl_runs(config)
-    found: dict[str, Stage] = {}
-    for seed in seeds:
+    has_sft = any(start != BASE for _, start in runs) or study.policy == "compare"
+    stages: dict[str, Stage] = {}
+    for seed in study.seeds or [config.run.seed]:
         seed_folder = None if seed == config.run.seed else seed
-        prefix = f"seed-{seed}/" if seed_folder is not None else ""
-        trained = any(start != BASE for _, start in runs) or study.policy == "compare"
-        for name in sets:
-            sft = Stage(f"{prefix}{name + '/' if name else ''}sft", "sft", name, seed, seed_folder=seed_folder)
-            found |= {sft.name: sft} if trained else {}
+        for name in list(study.sets) or [""]:
+            sft = _sft_stage(name, seed, seed_folder)
+            if has_sft:
+                stages[sft.name] = sft
             for algorithm, start in runs:
-                of_set, needs = (name, (sft.name,)) if start != BASE else ("", ())
-                algorithm_folder = None if algorithm == config.rl.algorithm else algorithm.replace(":", ".")
-                rl = Stage(
-                    f"{prefix}{of_set + '/' if of_set else ''}{algorithm_folder or 'rl'}-{start}",
-                    "rl",
-                    of_set,
-                    seed,
-                    needs,
-                    start,
-                    algorithm,
-                    seed_folder,
-                    algorithm_folder,
-                )
-                found.setdefault(rl.name, rl)  # RL without SFT is the same for every set
-    return list(found.values())
+                rl = _rl_stage(config, sft, algorithm, start)
+                stages.setdefault(rl.name, rl)  # RL without SFT is the same for every set
+    return list(stages.values())
+
+
+def _sft_stage(name: str, seed: int, seed_folder: int | None) -> Stage:
+    return Stage(f"{_prefix(name, seed_folder)}sft", "sft", name, seed, seed_folder=seed_folder)
+
+
+def _rl_stage(config: Config, sft: Stage, algorithm: str, start: str) -> Stage:
+    """Return the RL stage that follows an SFT stage, or that starts from the base model."""
+    set_name = "" if start == BASE else sft.set
+    algorithm_folder = None if algorithm == config.rl.algorithm.name else algorithm.replace(":", ".")
+    return Stage(
+        f"{_prefix(set_name, sft.seed_folder)}{algorithm_folder or 'rl'}-{start}",
+        "rl",
+        set_name,
+        sft.seed,
+        needs=() if start == BASE else (sft.name,),
+        start=start,
+        algorithm=algorithm,
+        seed_folder=sft.seed_folder,
+        algorithm_folder=algorithm_folder,
+    )
+
+
+def _prefix(set_name: str, seed_folder: int | None) -> str:
+    seed = "" if seed_folder is None else f"seed-{seed_folder}/"
+    return f"{seed}{set_name}/" if set_name else seed
 
 
 def _rl_runs(config: Config) -> list[tuple[str, str]]:
-    """(algorithm, start) of the RL runs of one set and seed."""
-    study, every = config.study, list(get_args(BuiltIn))
+    """Return (algorithm, start) of the RL runs of one set and seed."""
+    study = config.study
+    names = [options.name for options in study.algorithms]
     if study.policy == "compare":
-        algorithms = study.algorithms or every
-        pure = [(config.rl.algorithm, BASE)]
-        return pure + [(name, BASE if name in SYNCHRONISED else "stable") for name in algorithms]
-    algorithms = study.algorithms or [config.rl.algorithm]
-    starts = (
-        ["stable"]
-        if study.policy == "recommended"
-        else [f"step-{step}" if step else BASE for step in sorted(study.checkpoints)] or list(study.starts)
-    )
-    return [(name, start) for start in starts for name in algorithms]
+        pure = [(config.rl.algorithm.name, BASE)]
+        return pure + [
+            (name, BASE if algorithm_of(config, name).needs_expert else "stable") for name in names or built_in()
+        ]
+    return [(name, start) for start in _starts(config) for name in names or [config.rl.algorithm.name]]
+
+
+def _starts(config: Config) -> list[str]:
+    study = config.study
+    if study.policy == "recommended":
+        return ["stable"]
+    if study.checkpoints:
+        return [f"step-{step}" if step else BASE for step in sorted(study.checkpoints)]
+    return list(study.starts)
+
+
+def algorithm_of(config: Config, name: str) -> AlgorithmOptions:
+    """Return the options of an algorithm of the study. What `rl.algorithm` changes holds for the others too."""
+    listed = {options.name: options for options in config.study.algorithms}
+    if name in listed:
+        return with_shared(listed[name], config.rl.algorithm)
+    if name == config.rl.algorithm.name:
+        return config.rl.algorithm
+    return with_shared(built_in()[name].model_validate({}), config.rl.algorithm)
 
 
 def stage_config(config: ResolvedConfig, stage: Stage, root: Path, step: int) -> ResolvedConfig:
-    """What the stage runs with. `config`: of the study, its data and model all named; `step`: that RL starts from."""
+    """Return the config of a stage, from the config of the study; `step` is the SFT step that RL starts from."""
     own = config.model_copy(deep=True)
-    own.study = type(config.study)()  # the plan may grow; its runs do not know of it
+    own.study = type(config.study)()  # the study may grow without its runs knowing
     own.run.dir, own.run.seed = stage.folder(root, step), stage.seed
-    own.data.cache = config.data.cache or root / "tokens"  # sets are tokenised once for all their runs
+    own.data.cache = config.data.cache or root / "tokens"  # a set is tokenized once for all of its runs
     if stage.set:
         own.data.train = config.study.sets[stage.set]
     if stage.kind == "sft":
-        own.run.keep_last = None  # RL starts from any of its checkpoints
+        own.run.keep_last = None  # RL may start from any of its checkpoints
         if config.study.policy == "recommended" and own.sft.stop_after == "never":
             own.sft.stop_after = "stable"
         return own
-    own.rl.algorithm = stage.algorithm
+    own.rl.algorithm = algorithm_of(config, stage.algorithm)
     if step:
         own.model.checkpoint = stage.sft_folder(root) / "checkpoints" / f"step-{step}"
     return own
 
 
 def start_step(config: Config, stage: Stage, root: Path) -> int | None:
-    """The SFT step that a stage of RL starts from, by the regimes of the finished SFT run; None: its regime did not occur."""
+    """Return the SFT step that RL starts from, by the regimes of the finished SFT run; None if its regime did not occur."""
     if stage.kind == "sft" or stage.start == BASE:
         return 0
     sft = stage.sft_folder(root)
@@ -136,21 +174,20 @@ def start_step(config: Config, stage: Stage, root: Path) -> int | None:
         step = int(stage.start.removeprefix("step-"))
         return step if step in checkpoints else None
     losses = read_values(sft, "val", "val_loss")
-    return regimes.starts(
-        list(losses), list(losses.values()), checkpoints, config.ceiling.delta, config.ceiling.delta2
-    )[stage.role]
+    bounds = config.ceiling.delta, config.ceiling.delta2
+    return regimes.starts(list(losses), list(losses.values()), checkpoints, *bounds)[stage.role]
 
 
 class OnDisk:
-    """What has become of the stages: a function of what lies in the study's folder."""
+    """The state of the stages in the study's folder."""
 
     def __init__(self, config: Config, root: Path):
         self.config, self.root = config, root
-        self._steps: dict[str, int | None] = {}  # of RL whose SFT has ended: that does not change any more
+        self._steps: dict[str, int | None] = {}  # start steps of RL whose SFT has ended, which do not change any more
 
     def ended(self, stage: Stage) -> State:
-        """`done`; `left out` where the regime that RL was to start from did not occur; else `to do`."""
-        if not self._known(stage):
+        """Return "done", "left out" if the regime that RL was to start from did not occur, or "to do"."""
+        if not self._is_known(stage):
             return "to do"
         folder = self.folder(stage)
         if folder is None:
@@ -158,28 +195,35 @@ class OnDisk:
         return "done" if is_finished(folder) else "to do"
 
     def folder(self, stage: Stage) -> Path | None:
-        """None as long as nobody knows which step RL starts from, and where it is left out."""
-        step = self._steps[stage.name] if self._known(stage) else None
+        """Return the run folder; None until the start step of RL is known, and if the stage is left out."""
+        step = self._steps[stage.name] if self._is_known(stage) else None
         return None if step is None else stage.folder(self.root, step)
 
-    def _known(self, stage: Stage) -> bool:
+    def _is_known(self, stage: Stage) -> bool:
         if stage.name not in self._steps and (not stage.needs or is_finished(stage.sft_folder(self.root))):
             self._steps[stage.name] = start_step(self.config, stage, self.root)
         return stage.name in self._steps
 
 
 def chosen(stages: Sequence[Stage], patterns: Sequence[str]) -> list[Stage]:
-    """Those that `--only` names: whole names, or names of sets, or of seeds (`hard`, `seed-1`). All where there are no patterns.
+    """Return the stages that `--only` names, by whole name, set or seed (`hard`, `seed-1`); all without patterns.
 
-    UserError naming the stages there are, where one names none.
+    Raises:
+        UserError: a pattern that names no stage; the message lists the stages.
     """
-    found = {}
+    if not patterns:
+        return list(stages)
+    names: set[str] = set()
     for pattern in patterns:
-        mine = [stage for stage in stages if stage.name == pattern or pattern in stage.name.split("/")[:-1]]
-        if not mine:
+        named = set(_named_by(pattern, stages))
+        if not named:
             raise UserError(
                 f"--only {pattern} names no stage, set or seed of this study; its stages are: "
                 f"{', '.join(stage.name for stage in stages)}"
             )
-        found |= {stage.name: stage for stage in mine}
-    return [stage for stage in stages if stage.name in found] if patterns else list(stages)
+        names |= named
+    return [stage for stage in stages if stage.name in names]
+
+
+def _named_by(pattern: str, stages: Sequence[Stage]) -> Iterator[str]:
+    return (stage.name for stage in stages if stage.name == pattern or pattern in stage.name.split("/")[:-1])

@@ -12,6 +12,7 @@ import pytest
 from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.config import help as config_help
+from pctrain.config.algorithm import AlgorithmOptions, built_in
 from pctrain.config.tree import Config
 from pctrain.report.fit_options import FitOptions
 
@@ -89,7 +90,12 @@ def test_command_help_shows_every_option_with_description_and_default(capsys, mo
     def check(section, prefix):
         for name, field in type(section).model_fields.items():
             value = getattr(section, name)
-            if hasattr(value, "model_fields_set"):
+            if isinstance(value, AlgorithmOptions):
+                options = {key: field for kind in built_in().values() for key, field in kind.option_fields().items()}
+                assert f"--{prefix}.{name} NAME or" in text and len(options) > 20
+                for key, option in options.items():
+                    assert f"--{prefix}.{name}.{key} " in text and " ".join(option.description.split()) in text
+            elif hasattr(value, "model_fields_set"):
                 check(value, f"{prefix}.{name}")
             else:
                 assert f"--{prefix}.{name} " in text

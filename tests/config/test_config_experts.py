@@ -49,7 +49,7 @@ def test_accepted(check):
         (1, ["--model.router_aux_loss=0.001"], False, "model.router_aux_loss = 0.001, but the model has no experts"),
         (1, ["--model.router_aux_loss=-1"], True, "model.router_aux_loss (command line)"),
         (2, ["--parallel.tensor=2"], True, "set parallel.sequence_parallel to true"),
-        (4, ["--parallel.tensor=2", "--parallel.expert=2"], True, "parallel.tensor = 2 of a mixture of experts"),
+        (4, ["--parallel.tensor=2", "--parallel.expert=2"], True, "parallel.tensor = 2 for a mixture of experts"),
         (2, ["--parallel.expert=2"], False, "parallel.expert = 2, but the model has no experts"),
         (4, ["--parallel.expert=4"], True, "parallel.expert = 4 does not divide the experts: 6"),
         (2, ["--parallel.expert=3"], True, "parallel.expert = 3 does not divide the data parallel size"),

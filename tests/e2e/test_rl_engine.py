@@ -126,9 +126,9 @@ def test_what_is_written_down(whole):
 
 
 ALGORITHMS = {
-    "grpo": ["--rl.kl_coef=0.01"],
-    "dapo_d": ["--rl.normaliser=sequence", "--rl.is_correction=token"],
-    "dapo_dc": ["--rl.truncated=masked", "--rl.overlong_buffer=4", "--rl.kl_coef=0.01", "--rl.kl_kind=k1"],
+    "grpo": ["--rl.algorithm.kl_coef=0.01"],
+    "dapo_d": ["--rl.algorithm.normaliser=sequence", "--rl.algorithm.is_correction=token"],
+    "dapo_dc": ["--rl.truncated=masked", "--rl.algorithm.overlong_buffer=4", "--rl.algorithm.kl_coef=0.01", "--rl.algorithm.kl_kind=k1"],
     "luffy": [], "srft": [], "upt": [], "prefix_rft": [],
 }  # fmt: skip
 

@@ -88,7 +88,7 @@ def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
             f"--rl.checkpoint_every={every}",
             "--run.keep_last=2",
             "--rl.optimizer.lr=1e-5",
-            "--rl.kl_coef=0.01",
+            "--rl.algorithm.kl_coef=0.01",
         ),
     ]
     runs = forked.start_ranks(arguments, folder / "logs", world, "memory_is_counted", HELD=str(folder / "held"))

@@ -70,7 +70,7 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
         again = forked.start(arguments, tmp_path / "again.log")
         assert again.wait(200) == 0, again.log.read_text()[-3000:]
         assert before == {name: (folder / name / "metrics.jsonl").read_bytes() for name in found}
-        assert "ahead about 0 FLOPs" in again.log.read_text()
+        assert "about 0 FLOPs of training compute left" in again.log.read_text()
 
     # The job that took over after the kill ended with the numbers of one that nothing happened to.
     [(status, errors)] = ranks.run(

@@ -25,7 +25,10 @@ PROMPT = [7, 8, 9]
 
 
 def algorithm(name: str, **options) -> Algorithm:
-    return algorithms.build(RLConfig(algorithm=name, **options), MAX_RESPONSE)
+    """An algorithm with options of its own and keys of `rl` (updates, group)."""
+    rl = {key: value for key, value in options.items() if key in RLConfig.model_fields}
+    own = {key: value for key, value in options.items() if key not in rl}
+    return algorithms.build(RLConfig(algorithm={"name": name, **own}, **rl), MAX_RESPONSE)
 
 
 def group(

@@ -63,7 +63,7 @@ def row(name, **more):
 
 def test_status_and_words():
     clean = dependencies.read_audit(json.dumps({"dependencies": [row("a"), row("B")]}), "", VERSIONS)
-    assert clean.status == 0 and dependencies.verdict(2, clean) == "no vulnerability is known of any of the 2 packages"
+    assert clean.status == 0 and dependencies.verdict(2, clean) == "no vulnerability is known in any of the 2 packages"
     known = dependencies.read_audit(
         json.dumps({"dependencies": [row("a", vulns=[{"id": "PYSEC-1", "fix_versions": ["1.1"]}]), row("b")]}),
         "",
@@ -102,6 +102,6 @@ def test_the_page_was_made_by_it_and_says_when():
     for line in metadata["project"]["dependencies"]:
         name = re.match(r"[a-z0-9-]+", line)[0]
         assert name in dict(rows), f"{name} is not in docs/dependencies.md: make the page again"
-    looked_at = text.split("## To be looked at")[1].split("## All")[0]
+    looked_at = text.split("## Licences to check")[1].split("## All")[0]
     for name, licence in rows:
         assert bool(dependencies.Package(name, "", licence).concern) == (f"| {name} |" in looked_at)

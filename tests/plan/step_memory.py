@@ -41,7 +41,7 @@ def main() -> int:
     learner = Learner(config.model, config.parallel, optimizer_config=kind.optimizer, total_steps=10, seed=0)
     engine = None
     if sampling:
-        if config.rl.kl_coef:
+        if config.rl.algorithm.kl_coef:
             learner.keep_reference()
         engine = RolloutEngine(
             config.model.path, config.rollout, dtype=config.model.dtype, context=learner.hf.context, eos_id=2

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pctrain.cli.main import main
 from pctrain.config.check import check_combinations
 from pctrain.config.load import load, read
-from pctrain.config.tree import Config, ModelConfig, ParallelConfig
+from pctrain.config.tree import Config, ModelConfig, ParallelConfig, RLConfig
 from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import GIB, GPUS
 from pctrain.plan.layouts import even_ends
@@ -91,7 +91,7 @@ def test_the_papers_rl_on_eight_gpus_of_80_gb(paper):
 def test_a_reference_and_float32(models):
     options = [
         f"--model.path={models['llama-3b']}",
-        "--rl.kl_coef=0.01",
+        "--rl.algorithm.kl_coef=0.01",
         "--rl.token_budget=4096",
         "--rollout.max_response=512",
     ]
@@ -186,18 +186,20 @@ def test_uneven_ends(layers, pipeline, ends):
 def test_passes_are_those_of_the_algorithms():
     from pctrain.rl.algorithms import registry as algorithms
 
-    for name in algorithms.ALGORITHMS:
-        for extra in (
-            {},
-            {"updates": 2},
-            {"kl_coef": 0.1},
-            {"kl_coef": 0.1, "kl_kind": "k1"},
-            {"is_correction": "sequence"},
+    for name, kind in algorithms.ALGORITHMS.items():
+        for updates, extra in (
+            (1, {}),
+            (2, {}),
+            (1, {"kl_coef": 0.1}),
+            (1, {"kl_coef": 0.1, "kl_kind": "k1"}),
+            (1, {"is_correction": "sequence"}),
         ):
-            rl = Config().rl.model_copy(update={"algorithm": name, **extra})
+            if not extra.keys() <= kind.Options.option_fields().keys():
+                continue  # srft has no KL
+            rl = RLConfig(algorithm={"name": name, **extra}, updates=updates)
             streams = algorithms.build(rl, 48).streams_from_pass
             own = ("logprob",) if streams & {"old_logprob", "entropy"} else ()
-            assert passes(rl, "float32") == own + (("reference",) if "ref_logprob" in streams else ()), (name, extra)
+            assert passes(rl) == own + (("reference",) if "ref_logprob" in streams else ()), (name, extra)
 
 
 # ---- at every layout -----------------------------------------------------------------------------------------------------------

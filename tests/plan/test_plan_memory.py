@@ -86,7 +86,7 @@ def test_a_step_of_sft(monkeypatch, tmp_path):
         pytest.param(EXPERTS, "sft", 1, 8, [], id="experts"),
         pytest.param(EXPERTS, "sft", 2, 16, ["--parallel.expert=2"], id="EP2"),
         pytest.param(LARGER, "rl", 1, 8, [], id="RL"),
-        pytest.param(LARGER, "rl", 1, 8, ["--rl.kl_coef=0.1"], id="RL with a reference"),
+        pytest.param(LARGER, "rl", 1, 8, ["--rl.algorithm.kl_coef=0.1"], id="RL with a reference"),
         pytest.param(LARGER, "rl", 2, 16, [], id="RL DP2"),
     ],
 )

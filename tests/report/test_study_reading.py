@@ -33,12 +33,12 @@ def test_every_run_knows_its_set_algorithm_and_seed(wide: Study) -> None:
         ("hard", 1, "seed-1/sets/hard/sft"),
     ]
     assert [run.seed for run in wide.sft] == [1, 1, 10, 10]  # by number, not by name
-    found = [(run.set, run.algorithm, run.seed, run.start_step) for run in wide.rl]
+    runs = [(run.set, run.algorithm, run.seed, run.start_step) for run in wide.rl]
     of_seed = [
         ("", "grpo", 0),
         *((name, algorithm, 150) for name in ("easy-1.0", "hard") for algorithm in ("grpo", "luffy")),
     ]
-    assert found == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
+    assert runs == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
 
 
 def test_an_rl_run_is_compared_with_the_sft_run_it_started_from(wide: Study) -> None:
@@ -75,7 +75,11 @@ SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
     "file, content, words",
     [
         ("summary.json", b"{", "not valid JSON"),
-        ("summary.json", b'{"summary": {"trajectories": "x"}, "next_command": ""}', "`trajectories` must be a whole number"),
+        (
+            "summary.json",
+            b'{"summary": {"trajectories": "x"}, "next_command": ""}',
+            "`trajectories` must be a whole number",
+        ),
         ("config.yaml", b"\xff", "cannot be read as text"),
         ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
         ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),

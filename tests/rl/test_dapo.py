@@ -49,4 +49,4 @@ def test_what_each_has_of_dapo():
     assert [a.dynamic_sampling for a in algorithms.values()] == [False, True, True]
     assert not any(a.needs_expert for a in algorithms.values())
     assert all(a.prefixes(None, 1, 10, 0) == [[]] * 8 for a in algorithms.values())
-    assert [a.entropy_coef for a in algorithms.values()] == [0.001, 0.001, 0]
+    assert [a.options.entropy_coef for a in algorithms.values()] == [0.001, 0.001, 0]

@@ -97,7 +97,7 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
     advantages = rewards - rewards.mean(1, keepdim=True)
     if algorithm.paper_std:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
-    high = algorithm.options.clip_high if algorithm.options.algorithm == "dapo_dc" else algorithm.options.clip_low
+    high = algorithm.options.clip_high if algorithm.options.name == "dapo_dc" else algorithm.options.clip_low
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None),
         aux_loss_enabled=False,

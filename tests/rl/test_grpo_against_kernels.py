@@ -39,7 +39,7 @@ def _streams(name, options):
 
 
 def _kernel_arguments(algorithm, streams, options):
-    arguments = {**streams, **options, "entropy_coef": algorithm.entropy_coef}
+    arguments = {**streams, **options, "entropy_coef": algorithm.options.entropy_coef}
     if "expert" in streams:
         arguments["expert_mask"] = arguments.pop("expert") > 0
         arguments["expert_shaping"] = 0.1

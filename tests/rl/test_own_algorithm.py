@@ -14,11 +14,21 @@ from pctrain.study.stages import stages_of
 from tests.helpers import rl_cases
 
 MODULE = """
+from pydantic import Field
 from pctrain.rl.algorithms.grpo import GRPO
 class Halved(GRPO):
-    needs_expert = True
+    class Options(GRPO.Options):
+        needs_expert = True
     def advantages(self, rewards):
         return super().advantages(rewards) / 2
+class Harder(GRPO):
+    class Options(GRPO.Options):
+        dynamic_sampling = True
+        expert_in_group = True
+        needs_expert = True
+        strength: float = Field(1.0, gt=0, description="of the own term")
+class Forgetful(GRPO):
+    pass
 number = 5
 """
 
@@ -45,7 +55,7 @@ def test_it_overrides_what_differs():
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved"]),
+        ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved, Harder, Forgetful"]),
         (
             "own_algorithms:number",
             ["expected a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm), found 5"],
@@ -92,3 +102,86 @@ def test_a_study_accepts_it_and_finds_its_folder_again(tmp_path):
     own.folder(tmp_path, 100).mkdir(parents=True)
     [place] = layout.find_runs(tmp_path)
     assert place.folder == own.folder(tmp_path, 100) and (place.algorithm, place.step) == ("own_algorithms.Halved", 100)
+
+
+def test_it_has_options_of_its_own():
+    config = load(
+        None, ["--rl.algorithm=own_algorithms:Harder", "--rl.algorithm.strength=2", "--rl.algorithm.clip_low=0.1"]
+    )
+    assert (config.rl.algorithm.strength, config.rl.algorithm.clip_low) == (2.0, 0.1)
+    algorithm = algorithms.build(config.rl, 48)
+    assert algorithm.options.strength == 2 and algorithm.prefixes(None, 1, 1, 0) == [[] for _ in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("strength=-1", "rl.algorithm.strength (command line): expected greater than 0, got -1"),
+        ("strenght=1", "did you mean rl.algorithm.strength?"),
+        ("gamma=1", "rl.algorithm.gamma (command line) is no option of own_algorithms:Harder"),
+    ],
+)
+def test_a_wrong_option_of_it_is_refused(capsys, option, says):
+    assert main(["rl", "--rl.algorithm=own_algorithms:Harder", f"--rl.algorithm.{option}"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_its_traits_are_planned():
+    """An own algorithm with dynamic sampling and an expert in the group was planned as plain GRPO."""
+    from pctrain.plan.options import PlanOptions
+    from pctrain.plan.shapes import hf_config
+    from pctrain.plan.work import work
+
+    steps = {}
+    for name in ("grpo", "dapo_d", "luffy", "own_algorithms:Harder"):
+        config = load(None, [f"--rl.algorithm={name}", "--rl.round_prompts=16"])
+        steps[name] = work("rl", config, hf_config(config), PlanOptions(gpus=1, gpu="cpu"))
+    own = steps["own_algorithms:Harder"]
+    assert (own.rounds, own.prompts) == (steps["dapo_d"].rounds, steps["dapo_d"].prompts) == (4, 16)
+    assert own.group == steps["luffy"].group == 7 and (steps["grpo"].rounds, steps["grpo"].group) == (1, 8)
+
+
+def test_its_traits_are_counted_in_the_cost_of_a_study():
+    from pctrain.compute import flops
+    from pctrain.compute.model_shape import QWEN2_5_7B as SHAPE
+    from pctrain.study.cost import rl_step
+
+    rl = load(None, ["--rl.algorithm=own_algorithms:Harder"]).rl
+    sampled = {"rounds": 1, "batch_generated": rl.round_prompts, "batch_trained": rl.prompts, "group": rl.group - 1}
+    expected = flops.paper_dapo_step(SHAPE, **sampled, mean_length=100)
+    expected += flops.paper_luffy_step(SHAPE, batch=rl.prompts, group=0, length=100, experts=1, expert_length=100)
+    assert rl_step(SHAPE, rl.algorithm, rl, 100) == pytest.approx(expected)
+    luffy = load(None, ["--rl.algorithm=luffy"]).rl
+    formula = flops.paper_luffy_step(SHAPE, batch=32, group=7, length=100, experts=1, expert_length=100)
+    assert rl_step(SHAPE, luffy.algorithm, luffy, 100) == pytest.approx(formula)
+
+
+def test_in_a_comparison_it_starts_where_its_traits_say(tmp_path):
+    options = ["--study.policy=compare", "--sft.eval_every=100", "--rl.algorithm=grpo"]
+    own = "--study.algorithms=['own_algorithms:Harder', 'own_algorithms:Forgetful']"
+    names = [stage.name for stage in stages_of(load(None, [*options, own]))]
+    assert names == ["sft", "rl-base", "own_algorithms.Harder-base", "own_algorithms.Forgetful-stable"]
+
+
+def test_a_comparison_refuses_it_as_pure_rl():
+    with pytest.raises(UserError, match=r"learns from experts, but study.policy = compare"):
+        load(None, ["--study.policy=compare", "--sft.eval_every=100", "--rl.algorithm=own_algorithms:Harder"])
+
+
+def test_a_trait_on_the_class_itself_is_refused(folder):
+    (folder / "old_algorithms.py").write_text(
+        "from pctrain.rl.algorithms.grpo import GRPO\nclass Old(GRPO):\n    dynamic_sampling = True\n"
+    )
+    with pytest.raises(UserError, match=r"Old.dynamic_sampling is not read: declare it in Old.Options"):
+        load(None, ["--rl.algorithm=old_algorithms:Old"])
+
+
+def test_the_config_of_its_run_can_be_read_without_its_module(tmp_path, monkeypatch):
+    from pctrain.config.tree import Config
+
+    tree = load(None, ["--rl.algorithm=own_algorithms:Harder", "--rl.algorithm.strength=2"]).model_dump(mode="json")
+    monkeypatch.delitem(sys.modules, "own_algorithms")
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path)])
+    config = Config.model_validate(tree)
+    assert config.rl.algorithm.name == "own_algorithms:Harder" and config.model_dump(mode="json") == tree

@@ -19,7 +19,7 @@ def test_by_hand():
         rl_cases.group(0, [0, 1], [[10], [30]], [[], [20, 21]], [20, 21, 22]),
         rl_cases.group(1, [1, 1], [[11], [12]], expert=[23]),
     ]
-    algorithm = rl_cases.algorithm("prefix_rft", group=2, entropy_coef=0.0, prefix_entropy_share=0.5)
+    algorithm = rl_cases.algorithm("prefix_rft", group=2, entropy_coef=0.0, entropy_share=0.5)
     rows = algorithm.rows(groups)
     assert [row.tokens.tolist()[3:] for row in rows] == [[10], [20, 21, 30], [11], [12]]
     assert rows[1].weights.tolist() == [0, 0, 0, 1, 1, 1] and rows[1].streams["expert"].tolist() == [0, 0, 0, 1, 1, 0]
@@ -38,7 +38,7 @@ def test_by_hand():
 @pytest.mark.parametrize("share", [0.2, 0.5])
 @pytest.mark.parametrize("seed", range(5))
 def test_is_the_naive_version(seed, share):
-    algorithm = rl_cases.algorithm("prefix_rft", updates=2, prefix_entropy_share=share)
+    algorithm = rl_cases.algorithm("prefix_rft", updates=2, entropy_share=share)
     assert algorithm.streams_from_pass == {"entropy", "old_logprob"}
     groups = rl_cases.random_groups(seed, prefix=True)
     assert any(group.prefixes[-1] for group in groups)
@@ -65,7 +65,7 @@ def test_prefixes_are_a_function_of_seed_step_and_problem():
     assert (
         min(lengths) >= 5 and max(lengths) <= 95 and np.mean(lengths) == pytest.approx(50, abs=4)
     )  # uniform on [0.05, 0.95]
-    skewed = rl_cases.algorithm("prefix_rft", prefix_beta_b=9)
+    skewed = rl_cases.algorithm("prefix_rft", beta_b=9)
     assert np.mean([len(skewed.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]) == pytest.approx(5 + 90 / 10, abs=2)
-    everything = rl_cases.algorithm("prefix_rft", prefix_low_start=1, prefix_high=1)
+    everything = rl_cases.algorithm("prefix_rft", low_start=1, high=1)
     assert everything.prefixes(problems[0], 1, 50, seed=1)[-1] == problems[0].expert_ids[:-1]  # never its EOS

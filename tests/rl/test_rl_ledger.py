@@ -51,7 +51,7 @@ def step_of(name, rewards, dropped=0, prefix=0, **options):
         responses = [[20] * (RESPONSE - len(given)) for given in prefixes]
         return rl_cases.group(i, of_group, responses, prefixes, expert=range(10, 10 + EXPERT))
 
-    config = Config(rl=RLConfig(algorithm=name, group=GROUP, **options))
+    config = Config(rl=RLConfig(algorithm={"name": name, **options}, group=GROUP))
     sampled = Sampled([group(i, of_group) for i, of_group in enumerate(rewards)])
     for _ in range(dropped):
         sampled.groups.append(group(9, [0.0] * GROUP))

@@ -112,7 +112,7 @@ def test_k1_is_subtracted_from_the_reward():
 
 def test_k1_of_a_prefix_is_not_the_policys():
     groups = [rl_cases.group(0, [1, 0], [[10], [30]], [[], [20, 21]], [20, 21, 22])]
-    algorithm = rl_cases.algorithm("prefix_rft", group=2, kl_coef=0.1, kl_kind="k1", prefix_entropy_share=1)
+    algorithm = rl_cases.algorithm("prefix_rft", group=2, kl_coef=0.1, kl_kind="k1", entropy_share=1)
     rows, tokens = algorithm.rows(groups), rl_cases.random_tokens([1, 3], seed=0)
     finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
     k1 = [(tokens[0].old[0] - tokens[0].ref[0]).item(), (tokens[1].old[2] - tokens[1].ref[2]).item()]
@@ -199,7 +199,8 @@ def test_what_an_expert_wrote_has_no_importance_weight(name, level):
 
 
 @pytest.mark.parametrize(
-    "correction, reader", [("token", "rl.is_correction = token needs"), (None, "the metrics mismatch/.* need")]
+    "correction, reader",
+    [("token", "rl.algorithm.is_correction = token needs"), (None, "the metrics mismatch/.* need")],
 )
 def test_an_engine_that_returns_nan_is_an_error_that_names_the_reader_of_its_logprobs(correction, reader):
     groups = [rl_cases.group(0, [1, 0], [[10], [11]], logprobs=[[math.nan], [-1.0]])]

@@ -17,7 +17,7 @@ def test_by_hand():
         rl_cases.group(0, [0, 0], [[10], [11]], expert=[20]),
         rl_cases.group(1, [1, 0], [[12], [13]], expert=[21]),
     ]
-    algorithm = rl_cases.algorithm("upt", group=2, entropy_coef=0.0, upt_sft_coef=0.3)
+    algorithm = rl_cases.algorithm("upt", group=2, entropy_coef=0.0, sft_coef=0.3)
     rows = algorithm.rows(groups)
     assert [row.tokens.tolist()[3:] for row in rows] == [[20], [12], [13]]  # the wrong rollouts are dropped
     assert [row.streams["advantage"][-1] for row in rows] == [0, 0.5, -0.5]
@@ -32,7 +32,7 @@ def test_by_hand():
 @pytest.mark.parametrize("gamma", [0, 2])
 @pytest.mark.parametrize("seed", range(4))
 def test_is_the_naive_version(seed, gamma):
-    algorithm = rl_cases.algorithm("upt", updates=2, upt_gamma=gamma, upt_sft_coef=0.3)
+    algorithm = rl_cases.algorithm("upt", updates=2, gamma=gamma, sft_coef=0.3)
     metrics = rl_cases.compare(
         algorithm,
         rl_cases.random_groups(seed, prompts=6),

@@ -1,4 +1,4 @@
-"""Checkpoint folders: what makes one complete, what is found wrong with one, and which are kept."""
+"""Checkpoint folders: what makes one complete, what can be wrong with one, and which are kept."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_the_newest_checkpoint_is_found_by_number(config):
         assert [checkpoint_step(path) for path in list_checkpoints(run.path)] == [9, 50, 100]
 
 
-def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
+def test_the_manifest_describes_the_checkpoint(config, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("{}\n")
     with RunFolder.open(config, "sft", [data]) as run:
@@ -56,7 +56,7 @@ def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
     }
 
 
-def test_the_hash_of_the_config_is_that_of_the_run_not_of_its_layout(config):
+def test_the_hash_of_the_config_does_not_depend_on_the_layout(config):
     from pctrain.run.config_file import config_hash
 
     before = config_hash(config)
@@ -79,19 +79,19 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(
-    "how, said",
+    "how, message",
     [
         ("missing", "weights.bin is missing"),
         ("truncated", "weights.bin has 4 bytes, expected 14"),
         ("manifest", "manifest.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, said):
+def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, message):
     with RunFolder.open(config, "sft", []) as run:
         for step in (100, 150, 200):
             add_checkpoint(run, step)
         damage(run.checkpoint_path(200), how)
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             run.latest_checkpoint()
         assert "delete step-200 to resume from step-150" in str(error.value)
         damage(run.checkpoint_path(150), how)
@@ -164,7 +164,7 @@ def test_a_writer_that_outlives_its_run_cannot_reach_the_next_attempt(config):
         assert old != new
         checkpoints.remove_folder(old)
         with pytest.raises(FileNotFoundError):
-            open(old / "weights.bin", "wb")
+            (old / "weights.bin").write_bytes(b"x")
 
 
 def test_a_folder_is_deleted_though_something_still_writes_into_it(tmp_path):
@@ -192,7 +192,8 @@ KILLED = """
 import sys
 from pctrain.config.tree import Config
 from pctrain.run.folder import RunFolder
-run = RunFolder.open(Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False, "keep_last": 3}}), "sft", [])
+config = Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False, "keep_last": 3}})
+run = RunFolder.open(config, "sft", [])
 print("open", flush=True)
 step = 0
 while True:

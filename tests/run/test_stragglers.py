@@ -165,7 +165,7 @@ def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
         assert len(times.run.said) == (step >= 2 * STEPS)
     [text] = times.run.said
     assert text.startswith(
-        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work per step, "
+        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of work per step, "
         "the others 1 s"
     )
     for step in range(STEPS):

@@ -2,6 +2,7 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from scipy import stats
@@ -74,6 +75,17 @@ def sets(tmp_path):
     }
 
 
+def check_probe(probe: dict, folder: Path) -> None:
+    """Check the entry of a probe in rank.json against its run folder."""
+    losses = {line["step"]: line["val_loss"] for line in tiny.metrics(folder, "val")}
+    assert probe["losses"] == {str(step): loss for step, loss in losses.items()}
+    assert sorted(losses) == [0, 10, 20, 30, 40]
+    assert probe["minimum"] == min(losses.values()) and losses[probe["step"]] == probe["minimum"]
+    assert probe["too_short"] == (probe["step"] == 40) and probe["steps"] == 40
+    updates = [line["paper_flops"] for line in tiny.ledger(folder) if line["phase"] == "sft_update"]
+    assert probe["eflops"] == pytest.approx(sum(updates) / 1e18)
+
+
 def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, sets, tmp_path):
     out = tmp_path / "rank"
     arguments = [
@@ -96,20 +108,7 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
     rows = {row["name"]: row for row in result["ranking"]}
     for name in ("good", "bad"):
         for seed, probe in enumerate(rows[name]["probes"]):
-            folder = out / name / f"seed-{seed}"
-            losses = {line["step"]: line["val_loss"] for line in tiny.metrics(folder, "val")}
-            assert probe["losses"] == {str(step): loss for step, loss in losses.items()} and sorted(losses) == [
-                0,
-                10,
-                20,
-                30,
-                40,
-            ]
-            assert probe["minimum"] == min(losses.values()) and losses[probe["step"]] == probe["minimum"]
-            assert probe["too_short"] == (probe["step"] == 40) and probe["steps"] == 40
-            assert probe["eflops"] == pytest.approx(
-                sum(line["paper_flops"] for line in tiny.ledger(folder) if line["phase"] == "sft_update") / 1e18
-            )
+            check_probe(probe, out / name / f"seed-{seed}")
     starts = {probe["losses"]["0"] for row in rows.values() for probe in row["probes"]}
     assert len(starts) == 1  # every probe begins at the same weights
     assert len({probe["minimum"] for probe in rows["good"]["probes"]}) == 2  # and the seed changes something

@@ -48,7 +48,7 @@ class Pretended:
             role,
             rising(30.0, 70.0 if "hard" in str(config.run.dir) else 60.0, 4),
             seed=config.run.seed,
-            algorithm=config.rl.algorithm,
+            algorithm=config.rl.algorithm.name,
         )
         self._finish(config, None)
 
@@ -89,7 +89,7 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
     pretended.run(*PLAN)
     assert pretended.calls == EVERY
     printed = " ".join(capsys.readouterr().out.split())
-    assert "12 stages, policy paper" in printed and "ahead about 0 FLOPs" not in printed
+    assert "12 stages, policy paper" in printed and "about 0 FLOPs of training compute left" not in printed
     assert "Which set first? hard: its minimum validation loss is the lowest (hard 0.500, easy 0.600)." in printed
     assert "Is more data, or harder data, worth more?" in printed and "hard (105 trajectories) ended at 4" in printed
     study = json.loads((pretended.root / "report" / "study.json").read_text())
@@ -102,18 +102,18 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
 
     pretended.study.report.main = lambda folder: None
     pretended.run(*PLAN)
-    assert pretended.calls == [] and "ahead about 0 FLOPs" in capsys.readouterr().out
+    assert pretended.calls == [] and "about 0 FLOPs of training compute left" in capsys.readouterr().out
 
 
 def test_epochs_are_counted_by_a_dry_run_alone(pretended, capsys):
     pretended.run("--study.starts=[stable]", "--sft.epochs=3", dry_run=True)
     assert (
         "3 epochs" in (printed := capsys.readouterr().out)
-        and "--dry-run tells" not in printed
+        and "see --dry-run" not in printed
         and not pretended.root.exists()
     )
     pretended.run("--study.starts=[stable]", "--sft.epochs=3")
-    assert "--dry-run tells" in capsys.readouterr().out
+    assert "see --dry-run" in capsys.readouterr().out
 
 
 def test_a_study_goes_on_between_its_stages(pretended, capsys):

@@ -12,8 +12,8 @@ import pytest
 
 from pctrain.cli.main import main as cli
 from pctrain.common.errors import UserError
+from pctrain.config.algorithm import built_in
 from pctrain.config.load import load
-from pctrain.config.tree import SYNCHRONISED
 from pctrain.study.jobs import Crew, lock_file
 from pctrain.study.stages import OnDisk, Stage, chosen, stage_config, stages_of
 
@@ -65,7 +65,7 @@ def test_compare_has_every_way_of_training():
         "grpo-stable",
         "dapo_d-stable",
         "rl-stable",
-        *(f"{name}-base" for name in SYNCHRONISED),
+        *(f"{name}-base" for name in ("luffy", "srft", "upt", "prefix_rft")),
     ]
     assert names(
         "--study.policy=compare", "--study.algorithms=[grpo, srft]", "--rl.algorithm=grpo", "--sft.eval_every=100"
@@ -85,10 +85,27 @@ def test_a_plan_that_grows_finds_what_it_has_done():
     assert all(large[stage.name] == stage for stage in small)
 
 
-def test_the_synchronised_algorithms_are_those_that_need_an_expert():
+def test_every_algorithm_reads_its_traits_from_its_options():
     from pctrain.rl.algorithms.registry import ALGORITHMS
 
-    assert set(SYNCHRONISED) == {name for name, algorithm in ALGORITHMS.items() if algorithm.needs_expert}
+    assert {name: algorithm.Options for name, algorithm in ALGORITHMS.items()} == built_in()
+
+
+def test_options_hold_for_every_algorithm_of_a_study(tmp_path):
+    options = [
+        "--rl.algorithm.is_cap=3",
+        "--rl.algorithm.entropy_coef=0.01",
+        "--study.algorithms=[srft, {name: upt, gamma: 2}]",
+    ]
+    config = load(None, [SETS, *DATA, *options, "--study.policy=recommended"]).with_model(tmp_path)
+    srft, upt = (
+        stage_config(config, stage, tmp_path, 40).rl.algorithm
+        for stage in stages_of(config)
+        if stage.kind == "rl" and stage.set == "hard"
+    )
+    assert (srft.name, srft.is_cap, srft.entropy_coef) == ("srft", 3, 0.01)
+    assert (upt.name, upt.is_cap, upt.gamma) == ("upt", 3, 2)
+    assert not srft.std_normalise  # a default of dapo_dc is not its change
 
 
 def test_what_a_stage_runs_with(tmp_path):
@@ -102,7 +119,7 @@ def test_what_a_stage_runs_with(tmp_path):
     own = stage_config(config, rl, tmp_path, 40)
     assert (
         own.run.dir == tmp_path / "seed-5/sets/hard/rl-grpo-step-40"
-        and own.rl.algorithm == "grpo"
+        and own.rl.algorithm.name == "grpo"
         and own.run.keep_last == 1
     )
     assert own.model.checkpoint == tmp_path / "seed-5/sets/hard/sft/checkpoints/step-40"
@@ -124,7 +141,7 @@ def test_what_a_stage_runs_with(tmp_path):
         (["--study.policy=compare", "--study.starts=[stable]"], "read by study.policy = paper"),
         (["--study.seeds=[1, 1]"], "study.seeds names 1 more than once"),
         (["--study.checkpoints=[150]", "--sft.checkpoint_every=100"], "names step 150, which will have no checkpoint"),
-        (["--study.algorithms=[srft]", "--rl.kl_coef=0.1"], "not read by rl.algorithm = srft"),
+        (["--study.algorithms=[srft]", "--rl.algorithm.kl_coef=0.1"], "is not read by study.algorithms = srft"),
         (["--study.algorithms=[ppo]"], "study.algorithms.0 (command line): expected 'grpo'"),
         (["--study.sets=easy.jsonl"], "study.sets (command line): expected"),
     ],
@@ -178,7 +195,7 @@ def test_a_dry_run_prints_the_plan_and_its_cost(tmp_path, capsys):
         "9 stages, policy compare" in printed
         and "prefix_rft-base" in printed
         and "~" in printed
-        and "ahead about" in printed
+        and "of training compute left" in printed
     )
     assert not (tmp_path / "s").exists()
 

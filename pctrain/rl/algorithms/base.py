@@ -4,10 +4,10 @@ The maths, advantages and loss, is in `grpo.py`. A row is a rollout (prompt, pre
 trajectory. Its streams are float32 [L]:
 
     advantage        of the whole response, repeated on each of its tokens
-    expert           1 on tokens that an expert wrote, else 0 (for algorithms with `needs_expert`)
+    expert           1 on tokens that an expert wrote, else 0 (for algorithms that need an expert)
     rollout_logprob  log-prob as the engine computed it; NaN on tokens that it did not sample
     old_logprob, ref_logprob, entropy   from a pass without gradients, made before `finish`
-    is_weight        importance weight of a whole response (rl.is_correction=sequence), made by `finish`
+    is_weight        importance weight of a whole response (is_correction=sequence), made by `finish`
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pctrain.config.tree import RLConfig
 from pctrain.data.problems import Problem
 from pctrain.data.rows import make_row
 from pctrain.rl import mismatch
+from pctrain.rl.algorithms.options import GRPOOptions
 from pctrain.rl.groups import ExpertMember, Group, Member, MemberRow, RolloutMember
 
 EXPERT_REWARD = 1.0  # a trajectory of the training set is taken to be right
@@ -36,19 +37,28 @@ Streams = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Algorithm(ABC):
-    """An RL algorithm with its options; `max_response` is `rollout.max_response`, in tokens.
+    """An RL algorithm: what it does with groups of rollouts, and its loss.
 
-    The class variables declare what the algorithm needs, and the paper's settings for it.
+    `Options` is the class of its options, which also declares its traits: `needs_expert`, `expert_in_group`,
+    `dynamic_sampling`. It is in `options.py`, without torch, because config checks and cost estimates read it too.
+
+    Attributes:
+        options: `rl.algorithm`, with is_correction resolved for the model's dtype.
+        rl: the section `rl`, for the size of a group and the number of updates.
+        max_response: `rollout.max_response`, in tokens.
     """
 
-    options: RLConfig
+    Options: ClassVar[type[GRPOOptions]] = GRPOOptions
+
+    options: GRPOOptions
+    rl: RLConfig
     max_response: int
 
-    dynamic_sampling: ClassVar[bool] = False  # reject uninformative groups and sample more
-    needs_expert: ClassVar[bool] = False  # every problem must have a trajectory
-    expert_in_group: ClassVar[bool] = False  # the expert is the last member of its group, and its reward counts
-    paper_std: ClassVar[bool] = False  # rl.std_normalise where it is not given
-    paper_entropy_coef: ClassVar[float] = 0.001  # rl.entropy_coef where it is not given
+    def __init_subclass__(cls) -> None:
+        """Refuse traits on the algorithm itself: nothing reads them there."""
+        for trait in ("needs_expert", "expert_in_group", "dynamic_sampling"):
+            if trait in vars(cls):
+                raise TypeError(f"{cls.__name__}.{trait} is not read: declare it in {cls.__name__}.Options")
 
     # ---- the maths -------------------------------------------------------------------------------------------------
 
@@ -71,14 +81,14 @@ class Algorithm(ABC):
 
         The number of lists is the number of rollouts. The result depends on the arguments only.
         """
-        return [[] for _ in range(self.options.group - self.expert_in_group)]
+        return [[] for _ in range(self.options.rollouts(self.rl.group))]
 
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     def members(self, group: Group) -> list[Member]:
         """Return the members of a group that become rows of the batch."""
         rollouts: list[Member] = [RolloutMember(group, index) for index in range(len(group.completions))]
-        return [*rollouts, ExpertMember(group)] if self.expert_in_group else rollouts
+        return [*rollouts, ExpertMember(group)] if self.options.expert_in_group else rollouts
 
     def rows(self, groups: Sequence[Group]) -> list[MemberRow]:
         """Return the rows of a batch, group by group, with the streams that need no pass of the model."""
@@ -95,7 +105,7 @@ class Algorithm(ABC):
         plain = make_row(problem.prompt_ids, [*member.expert_tokens, *member.sampled_tokens], {"advantage": advantage})
         row = MemberRow(plain.tokens, plain.weights, plain.streams, member=member)
         first_sampled = len(row) - len(member.sampled_tokens)
-        if self.needs_expert:
+        if self.options.needs_expert:
             row.streams["expert"] = np.zeros(len(row), np.float32)
             row.streams["expert"][len(problem.prompt_ids) : first_sampled] = 1
         if self.corrects or member.group.completions[0].logprobs is not None:
@@ -110,13 +120,13 @@ class Algorithm(ABC):
         for group, penalty in zip(groups, penalties, strict=True):
             overlong = overlong_share(np.array(group.response_lengths), self.max_response, self.options.overlong_buffer)
             of_rollouts = group.rewards - (penalty + self.options.overlong_weight * overlong)
-            rewards.append(np.concatenate([of_rollouts, [EXPERT_REWARD] if self.expert_in_group else []]))
+            rewards.append(np.concatenate([of_rollouts, [EXPERT_REWARD] if self.options.expert_in_group else []]))
         return self.batch_advantages(rewards)
 
     def _advantage_of(self, member: Member, of_group: np.ndarray) -> float:
         if isinstance(member, RolloutMember):
             return of_group[member.index]
-        return of_group[-1] if self.expert_in_group else 0.0
+        return of_group[-1] if self.options.expert_in_group else 0.0
 
     def _rollout_logprobs(self, member: RolloutMember) -> list[float]:
         """Return the engine's log-probs of a rollout, which must be finite: NaN marks tokens it did not sample."""
@@ -126,7 +136,7 @@ class Algorithm(ABC):
         fault = "no log-probs" if logprobs is None else "a log-prob that is not a finite number"
         reader = "the metrics mismatch/* need"
         if self.corrects:
-            reader = f"rl.is_correction = {self.options.is_correction} needs"
+            reader = f"rl.algorithm.is_correction = {self.options.is_correction} needs"
         raise ValueError(
             f"{member.group.problem.id}: the rollout engine returned {fault} for rollout {member.index} of this "
             f"prompt. {reader} a finite log-prob of every sampled token"
@@ -137,17 +147,11 @@ class Algorithm(ABC):
     @property
     def streams_from_pass(self) -> frozenset[str]:
         """Which of old_logprob, ref_logprob and entropy `finish` or `loss` need."""
-        options = self.options
-        needed = set()
-        if options.updates > 1 or options.is_correction == "sequence" or self._kl_in_reward:
-            needed.add("old_logprob")
-        if options.kl_coef:
-            needed.add("ref_logprob")
-        return frozenset(needed)
+        return self.options.streams_from_pass(self.rl.updates)
 
     def finish(self, rows: list[MemberRow]) -> list[MemberRow]:
         """Return the rows with the streams that need whole responses and the streams of the pass."""
-        if self._kl_in_reward:
+        if self.options.kl_in_reward:
             rows = self._subtract_kl_from_rewards(rows)
         if self.options.is_correction == "sequence":
             rows = [with_sequence_weight(row, self.options.is_cap) for row in rows]
@@ -179,26 +183,10 @@ class Algorithm(ABC):
             return {name: value for name, value in metrics.items() if name not in METRICS_OF_SAMPLED}
         return {name: value / sampled_share if name in METRICS_OF_SAMPLED else value for name, value in metrics.items()}
 
-    # ---- options with a default of the algorithm -------------------------------------------------------------------
-
     @property
     def corrects(self) -> bool:
         """True if sampled tokens are weighted by the learner's probability over the engine's."""
         return self.options.is_correction in ("token", "sequence")
-
-    @property
-    def std_normalise(self) -> bool:
-        """True if advantages are divided by the standard deviation of the group's rewards."""
-        return self.paper_std if self.options.std_normalise is None else self.options.std_normalise
-
-    @property
-    def entropy_coef(self) -> float:
-        """The coefficient of the entropy bonus."""
-        return self.paper_entropy_coef if self.options.entropy_coef is None else self.options.entropy_coef
-
-    @property
-    def _kl_in_reward(self) -> bool:
-        return self.options.kl_coef > 0 and self.options.kl_kind == "k1"
 
 
 def overlong_share(lengths: np.ndarray, max_response: int, buffer: int) -> np.ndarray:

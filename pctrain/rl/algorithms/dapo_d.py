@@ -7,9 +7,10 @@ prompts are sampled until the batch is full. The objective is GRPO's, with its s
 from __future__ import annotations
 
 from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import DAPOdOptions
 
 
 class DAPOd(GRPO):
     """GRPO with dynamic sampling."""
 
-    dynamic_sampling = True
+    Options = DAPOdOptions

@@ -9,13 +9,14 @@ from __future__ import annotations
 import torch
 
 from pctrain.rl.algorithms.dapo_d import DAPOd
+from pctrain.rl.algorithms.options import DAPOdcOptions
 
 
 class DAPOdc(DAPOd):
     """GRPO with dynamic sampling and clip-higher."""
 
-    paper_std = True
-    paper_entropy_coef = 0.0
+    Options = DAPOdcOptions
+    options: DAPOdcOptions
 
     def clip(self, ratio: torch.Tensor) -> torch.Tensor:
         """Return the ratio within asymmetric bounds."""

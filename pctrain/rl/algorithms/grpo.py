@@ -4,7 +4,7 @@
 
     A = R - mean of R over the group of one prompt    R: reward of the response
     r = pi / pi_old                                   pi: policy being trained; pi_old: policy of this step's start
-    w = min(pi_old / pi_rollout, is_cap)              pi_rollout: the engine's policy; w = 1 without rl.is_correction
+    w = min(pi_old / pi_rollout, is_cap)              pi_rollout: the engine's policy; w = 1 without is_correction
 
 Every prompt counts, also one whose rollouts all earned the same reward: its advantages are 0.
 """
@@ -30,7 +30,7 @@ class GRPO(Algorithm):
         centered = rewards - rewards.mean(-1, keepdims=True)
         if self.options.leave_one_out:
             centered = centered * (size / (size - 1))
-        if self.std_normalise:
+        if self.options.std_normalise:
             centered = centered / (rewards.std(-1, ddof=1, keepdims=True) + 1e-6)
         return centered
 
@@ -66,10 +66,10 @@ class GRPO(Algorithm):
             # k1 is part of the reward; then k3 is only a metric.
             kl = difference.square() / 2 if self.options.kl_kind == "k2" else difference.expm1() - difference
             metrics["kl"] = kl
-            if self.options.kl_coef and not self._kl_in_reward:
+            if self.options.kl_coef and not self.options.kl_in_reward:
                 loss = loss + self.options.kl_coef * kl
-        if self.entropy_coef:
-            loss = loss - self.entropy_coef * entropy
+        if self.options.entropy_coef:
+            loss = loss - self.options.entropy_coef * entropy
         return loss, self._report_sampled(metrics, logprob, streams)
 
     def importance_weight(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:

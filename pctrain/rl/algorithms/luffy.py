@@ -15,6 +15,7 @@ import torch
 
 from pctrain.rl.algorithms.base import Streams
 from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import LUFFYOptions
 
 SHAPING = 0.1  # gamma of f(x) = x / (x + gamma) in arXiv 2504.14945
 
@@ -22,8 +23,7 @@ SHAPING = 0.1  # gamma of f(x) = x / (x + gamma) in arXiv 2504.14945
 class LUFFY(GRPO):
     """GRPO with a shaped, unclipped ratio on the expert's tokens."""
 
-    needs_expert = True
-    expert_in_group = True
+    Options = LUFFYOptions
 
     def ratio(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:
         """Return r on sampled tokens and r_hat on the expert's."""

@@ -1,4 +1,4 @@
-"""The denominator of an update: what the sum of its token losses is divided by (`rl.normaliser`).
+"""The denominator of an update: what the sum of its token losses is divided by (`rl.algorithm.normaliser`).
 
 token      the number of trained tokens of all responses (arXiv 2512.11470; DAPO, arXiv 2503.14476): every token counts
            the same

@@ -14,6 +14,7 @@ import numpy as np
 
 from pctrain.data.problems import Problem
 from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import PrefixRFTOptions
 from pctrain.rl.groups import MemberRow
 from pctrain.rollout.seeds import sampling_seed
 
@@ -21,26 +22,22 @@ from pctrain.rollout.seeds import sampling_seed
 class PrefixRFT(GRPO):
     """GRPO with one rollout per group that continues an expert's prefix."""
 
-    needs_expert = True
+    Options = PrefixRFTOptions
+    options: PrefixRFTOptions
 
     def prefixes(self, problem: Problem, step: int, total_steps: int, seed: int) -> list[list[int]]:
         """Return empty prefixes and, last, the expert's. It never includes the EOS, so something is left to sample."""
         low = self.lower_share(step, total_steps)
         rng = np.random.default_rng(sampling_seed(seed, "prefix", step, problem.index, 0))
-        draw = rng.beta(self.options.prefix_beta_a, self.options.prefix_beta_b)
-        length = int((low + (self.options.prefix_high - low) * draw) * (len(problem.expert_ids) - 1))
-        return [*([] for _ in range(self.options.group - 1)), problem.expert_ids[:length]]
+        draw = rng.beta(self.options.beta_a, self.options.beta_b)
+        length = int((low + (self.options.high - low) * draw) * (len(problem.expert_ids) - 1))
+        return [*([] for _ in range(self.rl.group - 1)), problem.expert_ids[:length]]
 
     def lower_share(self, step: int, total_steps: int) -> float:
         """Return low(t); steps count from 1."""
-        start, end = self.options.prefix_low_start, self.options.prefix_low_end
+        start, end = self.options.low_start, self.options.low_end
         progress = (step - 1) / max(1, total_steps - 1)
         return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
-
-    @property
-    def streams_from_pass(self) -> frozenset[str]:
-        """Which streams the pass without gradients must make: the entropy too."""
-        return super().streams_from_pass | {"entropy"}
 
     def finish(self, rows: list[MemberRow]) -> list[MemberRow]:
         """Set the advantage to 0 on the prefix's tokens of low entropy."""
@@ -50,7 +47,7 @@ class PrefixRFT(GRPO):
         """Keep the advantage on ceil(share x n) of the n prefix tokens; among equals the earlier one keeps it."""
         prefix = np.flatnonzero(row.streams["expert"])
         # 0.2 x 5 is a little more than 1 in binary: the tolerance keeps ceil from rounding it up.
-        kept = math.ceil(self.options.prefix_entropy_share * len(prefix) - 1e-9)
+        kept = math.ceil(self.options.entropy_share * len(prefix) - 1e-9)
         by_entropy = prefix[np.argsort(-row.streams["entropy"][prefix], kind="stable")]
         advantage = row.streams["advantage"].copy()
         advantage[by_entropy[kept:]] = 0

@@ -6,7 +6,7 @@ import inspect
 from pathlib import Path
 
 from pctrain.common import plugins
-from pctrain.common.errors import UserError
+from pctrain.config.algorithm import check_own, load_own
 from pctrain.config.tree import RLConfig
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.algorithms.dapo_d import DAPOd
@@ -29,19 +29,10 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
 
 
 def find(name: str) -> type[Algorithm]:
-    """Return the class that `rl.algorithm` names. UserError if a user's own cannot be imported or is no algorithm."""
+    """Return the class of an algorithm. UserError if a user's own cannot be imported or is no algorithm."""
     if not plugins.is_own(name):
         return ALGORITHMS[name]
-    try:
-        algorithm = plugins.load(name, "algorithms", _is_algorithm)
-    except plugins.LoadError as error:
-        raise UserError(f"rl.algorithm = {name!r}: {error}") from None
-    if not _is_algorithm(algorithm):
-        raise UserError(
-            f"rl.algorithm = {name!r}: expected a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm), "
-            f"found {algorithm!r:.80}"
-        )
-    return algorithm
+    return load_own(name, "a subclass of pctrain.rl.algorithms.grpo.GRPO (or of base.Algorithm)", _is_algorithm)
 
 
 def source_files(name: str) -> list[Path]:
@@ -51,7 +42,13 @@ def source_files(name: str) -> list[Path]:
 
 def build(rl: RLConfig, max_response: int) -> Algorithm:
     """Return the algorithm of a run; `max_response` is `rollout.max_response`, in tokens."""
-    return find(rl.algorithm)(rl, max_response)
+    algorithm = find(rl.algorithm.name)
+    options = check_own(rl.algorithm)
+    if not isinstance(options, algorithm.Options):
+        raise TypeError(
+            f"{algorithm.__name__} needs options of the class {algorithm.Options.__name__}, got {options!r}"
+        )
+    return algorithm(options, rl, max_response)
 
 
 def _is_algorithm(candidate: object) -> bool:

@@ -16,6 +16,7 @@ import torch
 from pctrain.rl.algorithms.base import Streams
 from pctrain.rl.algorithms.grpo import GRPO
 from pctrain.rl.algorithms.luffy import shaped
+from pctrain.rl.algorithms.options import SRFTOptions
 from pctrain.rl.groups import MemberRow, RolloutMember
 
 EXPERT_SCALE = 0.5  # of w1, as published
@@ -25,13 +26,7 @@ RIGHT_SCALE = 0.1  # of w2, as published
 class SRFT(GRPO):
     """GRPO's advantages with a loss that adds supervised terms, weighted by entropy."""
 
-    needs_expert = True
-    expert_in_group = True
-
-    @property
-    def streams_from_pass(self) -> frozenset[str]:
-        """Which streams the pass without gradients must make: the entropy too."""
-        return super().streams_from_pass | {"entropy"}
+    Options = SRFTOptions
 
     def finish(self, rows: list[MemberRow]) -> list[MemberRow]:
         """Add w1 as `sft_weight` and `off_weight` on the expert's rows, and `rollout_weight` on the rollouts'."""
@@ -55,7 +50,7 @@ class SRFT(GRPO):
         weight = self.importance_weight(logprob, streams) if self.corrects else torch.ones_like(logprob.detach())
         likelihood = streams["sft_weight"] + weight * streams["rollout_weight"]
         off_policy = streams["off_weight"] * streams["advantage"] * shaped(logprob)
-        loss = -likelihood * logprob - off_policy - self.entropy_coef * entropy
+        loss = -likelihood * logprob - off_policy - self.options.entropy_coef * entropy
         metrics = {"entropy": entropy.detach(), "expert": streams["expert"]}
         if self.corrects:
             metrics["is_weight"] = weight * (1 - streams["expert"])

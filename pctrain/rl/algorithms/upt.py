@@ -1,7 +1,7 @@
 """UPT (arXiv 2509.04419; arXiv 2512.11470): either RL or SFT for each prompt, depending on how well the policy does.
 
-With more than `upt_gamma` right rollouts, a prompt is learned from its rollouts by GRPO's loss. Otherwise its rollouts
-are dropped, and the expert's trajectory is learned by -upt_sft_coef log pi. One mean over the tokens of both. The
+With more than `gamma` right rollouts, a prompt is learned from its rollouts by GRPO's loss. Otherwise its rollouts
+are dropped, and the expert's trajectory is learned by -sft_coef log pi. One mean over the tokens of both. The
 published code also skips updates with a gradient norm above 80 (`rl.optimizer.skip_above`).
 """
 
@@ -11,21 +11,23 @@ import torch
 
 from pctrain.rl.algorithms.base import Streams
 from pctrain.rl.algorithms.grpo import GRPO
+from pctrain.rl.algorithms.options import UPTOptions
 from pctrain.rl.groups import ExpertMember, Group, Member, MemberRow
 
 
 class UPT(GRPO):
     """GRPO on prompts that the policy can solve, SFT on the others."""
 
-    needs_expert = True
+    Options = UPTOptions
+    options: UPTOptions
 
     def members(self, group: Group) -> list[Member]:
         """Return the rollouts of a prompt that is learned by RL, or else the expert alone."""
-        return super().members(group) if group.right > self.options.upt_gamma else [ExpertMember(group)]
+        return super().members(group) if group.right > self.options.gamma else [ExpertMember(group)]
 
     def row(self, member: Member, advantage: float) -> MemberRow:
-        """Add the stream `sft_weight`: upt_sft_coef on an expert's row, 0 on a rollout's."""
-        coefficient = self.options.upt_sft_coef if member.is_expert else 0.0
+        """Add the stream `sft_weight`: sft_coef on an expert's row, 0 on a rollout's."""
+        coefficient = self.options.sft_coef if member.is_expert else 0.0
         return super().row(member, advantage).with_streams({"sft_weight": coefficient})
 
     def loss(self, logprob: torch.Tensor, entropy: torch.Tensor, streams: Streams) -> tuple[torch.Tensor, Streams]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import tee
@@ -23,7 +23,7 @@ from pctrain.common.progress import progress
 from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.encode import Unusable
 from pctrain.data.records import Fault, Record
-from pctrain.data.sets.options import Request, WinrateOptions
+from pctrain.data.sets.options import CommandCall, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import list_disk_files
@@ -40,7 +40,7 @@ from pctrain.rollout.worker import RolloutWorker
 COLUMNS = ("win_rate", "attempts", "win_rate_model")
 
 
-def main(request: Request[WinrateOptions]) -> None:
+def main(request: CommandCall[WinrateOptions]) -> None:
     """Run `pctrain data winrate`."""
     config = _resolve(request.config)
     parallel.initialize(config.parallel, config.run.seed)
@@ -254,10 +254,10 @@ def _judge(tasks: list[_Task], completions: list[Completion], worker: RolloutWor
 # ---- the result ----------------------------------------------------------------------------------------------------
 
 
-def _write(data: Data, request: Request[WinrateOptions], counts: AnswerCounts, outputs: Outputs) -> None:
+def _write(data: Data, request: CommandCall[WinrateOptions], counts: AnswerCounts, outputs: Outputs) -> None:
     settings, rates = _read_progress(outputs.folder / PROGRESS)
     levels: Counter[float] = Counter(rate for rate in rates.values() if rate is not None)
-    outputs.write(_rated_records(data, rates, request, outputs.drop))
+    outputs.write(_rated_records(data, rates, request, outputs))
     too_long = sum(rate is None for rate in rates.values())
     figures = {
         "answers": {"own": counts.own, "boxed": counts.boxed, "none": counts.none},
@@ -269,7 +269,7 @@ def _write(data: Data, request: Request[WinrateOptions], counts: AnswerCounts, o
 
 
 def _rated_records(
-    data: Data, rates: dict[int, float | None], request: Request[WinrateOptions], drop: Callable[..., None]
+    data: Data, rates: dict[int, float | None], request: CommandCall[WinrateOptions], outputs: Outputs
 ) -> Iterator[dict[str, Any]]:
     """Yield the records with their win rates; `drop` those that cannot be used."""
     model = str(request.config.model.path)
@@ -279,7 +279,7 @@ def _rated_records(
             attempts = request.options.attempts if rate is not None else 0
             yield {**item.value, "win_rate": rate, "attempts": attempts, "win_rate_model": model}
         else:
-            drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+            outputs.drop_unusable(item)
 
 
 def _report_rows(counts: AnswerCounts, too_long: int, levels: Counter[float]) -> Iterator[tuple[str, str]]:

@@ -26,8 +26,8 @@ from pctrain.common.progress import make_console, progress
 from pctrain.config.tree import ResolvedConfig, SourceConfig
 from pctrain.core.session import begin
 from pctrain.data.sets.candidates import TAKEN
-from pctrain.data.sets.options import RankOptions, Request
-from pctrain.data.sets.outputs import MANIFEST, described, versions
+from pctrain.data.sets.options import CommandCall, RankOptions
+from pctrain.data.sets.outputs import MANIFEST, describe_file, versions
 from pctrain.data.sources import list_files
 from pctrain.distributed import parallel
 from pctrain.files.durable import plain, write_beside
@@ -38,7 +38,7 @@ from pctrain.study.rank_figure import draw
 from pctrain.study.ranking import CRITERION, Candidate, as_json, rank, read_probe
 
 
-def main(request: Request[RankOptions], candidates: dict[str, Path]) -> None:
+def main(request: CommandCall[RankOptions], candidates: dict[str, Path]) -> None:
     """Train the probes and write the ranking.
 
     `candidates` is {name: path}, from `candidates.read_candidates`. `request.config` is the config of a probe, with the
@@ -68,11 +68,11 @@ def _refuse_foreign(root: Path) -> None:
         )
 
 
-def _write_manifest(request: Request[RankOptions], config: ResolvedConfig, candidates: dict[str, Path]) -> None:
+def _write_manifest(request: CommandCall[RankOptions], config: ResolvedConfig, candidates: dict[str, Path]) -> None:
     """Write the manifest before the first probe. A folder that has it can be resumed."""
 
     def inputs(path: Path) -> list[dict[str, Any]]:
-        return [described(file, file) for file in list_files(path)]
+        return [describe_file(file, file) for file in list_files(path)]
 
     manifest = {
         "command": request.command,

@@ -1,10 +1,6 @@
-<<<<<<< HEAD
-"""Keys and odd texts that the fuzzer of configs draws from."""
-=======
 """Texts that the config target puts into files and command lines: odd values, keys and options of commands."""
 
 from __future__ import annotations
->>>>>>> h-data
 
 from pctrain.config.tree import Config
 
@@ -195,8 +191,6 @@ KEYS = [
     "<<",
     "? a",
 ]
-<<<<<<< HEAD
-=======
 
 OWN = [
     f"--{name}"
@@ -239,4 +233,3 @@ OWN = [
         "gpu",
     )
 ]
->>>>>>> h-data

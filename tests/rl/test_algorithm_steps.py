@@ -50,7 +50,8 @@ def _step(directory, layout, name, normaliser):
         for row, lp, h in zip(finished, logprobs, entropies, strict=True)
     ]
     update = model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
-    return update, NAIVE[name](groups, tokens).item(), algorithm.options.entropy_coef, tokens, entropies, counted, first_kl
+    naive = NAIVE[name](groups, tokens).item()
+    return update, naive, algorithm.options.entropy_coef, tokens, entropies, counted, first_kl
 
 
 def expected(update_tokens, naive, entropy_coef, entropies):

@@ -21,7 +21,7 @@ def test_by_hand():
         [0.7071058, -0.7071058, 0.7071058, -0.7071058], abs=1e-6
     )
     tokens = rl_cases.random_tokens([1, 1, 1, 0], seed=0, old=False)
-    for of_row, ratio in zip(tokens, (1.4, 1.4, 1.1), strict=True):
+    for of_row, ratio in zip(tokens[:3], (1.4, 1.4, 1.1), strict=True):
         of_row.old[0] -= math.log(ratio)
     loss, metrics = rl_cases.total(algorithm, rl_cases.with_pass(rows, tokens, {"old_logprob"}), tokens)
     assert loss.item() == pytest.approx(-0.230988, abs=1e-5)

@@ -23,7 +23,8 @@ def _step(directory, layout, name, normaliser):
     """Loss of the second of two updates, its metrics and gradient norm, and the naive one; the phases that the passes were counted in."""
     model = small.learner(directory, layout)
     model.keep_reference()
-    algorithm = rl_cases.algorithm(name, updates=2, gamma=1, sft_coef=0.3, normaliser=normaliser)
+    own = {"gamma": 1, "sft_coef": 0.3} if name == "upt" else {}
+    algorithm = rl_cases.algorithm(name, updates=2, normaliser=normaliser, **own)
     groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
     rows = algorithm.rows(groups)
     needed = algorithm.streams_from_pass | {

@@ -86,7 +86,9 @@ def _write_manifest(request: Request[RankOptions], config: ResolvedConfig, candi
                     "arguments": request.arguments,
                     "versions": versions(),
                     "candidates": {name: inputs(path) for name, path in candidates.items()},
-                    "validation": [entry for source in config.data.validation_sources() for entry in inputs(source.path)],
+                    "validation": [
+                        entry for source in config.data.validation_sources() for entry in inputs(source.path)
+                    ],
                 }
             )
         ),

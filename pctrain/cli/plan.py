@@ -19,9 +19,8 @@ class DoctorOptions(Section):
 
     explain: Literal["gpu"] | None = Field(
         None,
-        description="gpu: check nothing; print what differs on a GPU, through which API, with its source, and how far "
-        "it "
-        "has been run",
+        description="gpu: check nothing; print what differs on a GPU, through which API, with its source, and how "
+        "far it has been run",
     )
     folder: Path = Field(Path("."), description="where runs will be written: is it writable, and is there space")
 
@@ -87,11 +86,9 @@ COMMANDS = (
             "rollout.gpu_memory",
             "rollout.kv_cache_mb",
         ),
-        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every layout "
-        "that "
-        "divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command line are fixed. "
-        "Each "
-        "number is printed with its source; docs/plan.md explains them.",
+        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every "
+        "layout that divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command "
+        "line are fixed. Each number is printed with its source; docs/plan.md explains them.",
     ),
     Command(
         "doctor",

@@ -77,8 +77,7 @@ def _check_rollout(
         divisors = f" or a divisor of parallel.tensor = {parallel.tensor}" if parallel.tensor > 1 else ""
         yield (
             f"rollout.tensor = {rollout.tensor}: an engine spans a tensor parallel group or an even part of it; "
-            f"expected "
-            f"1{divisors}"
+            f"expected 1{divisors}"
         )
     responses = {"rollout.max_response": rollout.max_response, "eval.max_response": evaluation.max_response}
     for key, length in responses.items():
@@ -104,8 +103,7 @@ def _check_sft(sft: SFTConfig, data_parallel: int) -> Iterator[str]:
     if sft.val_every > sft.steps:
         yield (
             f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured "
-            f"on the "
-            f"way; set sft.val_every to {sft.steps} or less"
+            f"on the way; set sft.val_every to {sft.steps} or less"
         )
     yield from schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
 
@@ -121,8 +119,7 @@ def _check_rl(rl: RLConfig, rollout: RolloutConfig, data_parallel: int) -> Itera
     if not rl.keep_low <= high <= rl.group:
         yield (
             f"rl.keep_low = {rl.keep_low} to rl.keep_high = {high}: expected an ascending window within 0 to rl.group "
-            f"= "
-            f"{rl.group}"
+            f"= {rl.group}"
         )
     if rollout.max_response >= rl.token_budget:
         yield (
@@ -166,8 +163,7 @@ def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> I
     if optimizer.schedule != "wsd" and optimizer.decay:
         yield (
             f"{section}.decay = {optimizer.decay} is read by {section}.schedule = wsd alone, not by "
-            f"{optimizer.schedule}; set "
-            "it to 0"
+            f"{optimizer.schedule}; set it to 0"
         )
 
 
@@ -187,16 +183,14 @@ def _check_data(config: Config, sections: set[str]) -> Iterator[str]:
         if trajectories and data.test is None and config.sft.eval_every > 0:
             yield (
                 f"{trajectories} is given without data.test, but sft.eval_every = {config.sft.eval_every}: give "
-                f"data.test, or "
-                "set sft.eval_every to 0"
+                "data.test, or set sft.eval_every to 0"
             )
     if "rl" in sections:
         yield from _check_pair({"data.rl": data.rl, "data.test": data.test})
         if trajectories and data.rl is None and data.test is None:
             yield (
                 f"{trajectories} is given without data.rl and data.test, the problems to sample and to score on: give "
-                f"all of "
-                "them, or none"
+                "all of them, or none"
             )
 
 
@@ -222,8 +216,7 @@ def _check_reward(reward: RewardConfig, parallel: ParallelConfig) -> Iterator[st
     if reward.timeout >= parallel.timeout:
         yield (
             f"reward.timeout = {reward.timeout:g} s must be below parallel.timeout = {parallel.timeout:g} s: a rank "
-            f"that waits "
-            "that long for one verdict counts as hanging"
+            "that waits that long for one verdict counts as hanging"
         )
 
 
@@ -292,14 +285,12 @@ def _check_policy(config: Config) -> Iterator[str]:
             if getattr(study, key) != getattr(default, key):
                 yield (
                     f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
-                    f"leave one "
-                    "of them out"
+                    "leave one of them out"
                 )
     if study.policy == "compare" and config.rl.algorithm.needs_expert:
         yield (
             f"rl.algorithm = {config.rl.algorithm.name} learns from experts, but study.policy = compare makes pure RL "
-            f"with it: "
-            "name grpo, dapo_d or dapo_dc"
+            "with it: name grpo, dapo_d or dapo_dc"
         )
     if study.policy == "compare" and config.sft.eval_every == 0:
         yield (

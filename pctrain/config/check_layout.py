@@ -44,8 +44,7 @@ def check_shape(shape: Shape) -> Iterator[str]:
     elif shape.hidden // shape.heads % 2:
         yield (
             f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; rotary embeddings rotate "
-            f"pairs of "
-            "channels and need an even head size"
+            "pairs of channels and need an even head size"
         )
     if shape.heads % shape.kv_heads:
         yield f"model.architecture.kv_heads = {shape.kv_heads} does not divide model.architecture.heads = {shape.heads}"
@@ -64,8 +63,7 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, shape: Shape, wor
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield (
             "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards the sequence over the tensor "
-            "parallel "
-            "ranks"
+            "parallel ranks"
         )
 
 
@@ -123,8 +121,7 @@ def check_experts(model: ModelConfig, parallel: ParallelConfig, shape: Shape, tr
     if trains and shape.experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         yield (
             f"parallel.tensor = {parallel.tensor} for a mixture of experts ({shape.source}) trains with sequence "
-            f"parallel "
-            "only: set parallel.sequence_parallel to true"
+            "parallel only: set parallel.sequence_parallel to true"
         )
 
 
@@ -155,8 +152,7 @@ def _check_stage_layers(parallel: ParallelConfig, shape: Shape, given: dict[str,
     if not given and rest % stages:
         yield (
             f"parallel.pipeline = {parallel.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
-            f"give "
-            "parallel.first_stage_layers or parallel.last_stage_layers for an uneven share"
+            "give parallel.first_stage_layers or parallel.last_stage_layers for an uneven share"
         )
         return
     is_even = rest % stages == 0 if stages else rest == 0
@@ -172,6 +168,5 @@ def _check_stage_layers(parallel: ParallelConfig, shape: Shape, given: dict[str,
         if layers % parallel.virtual_pipeline:
             yield (
                 f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers} layers of a "
-                f"pipeline "
-                "stage"
+                "pipeline stage"
             )

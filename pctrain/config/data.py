@@ -70,8 +70,7 @@ class DataConfig(Section):
     train: Sources | None = Field(
         None,
         description="expert trajectories: a path, or [{path, weight, name}, ...] for several sources; default: "
-        "generated "
-        "arithmetic",
+        "generated arithmetic",
     )
     validation: Sources | None = Field(
         None, description="held-out trajectories for the validation loss; each counts once, weights are not read"
@@ -89,15 +88,13 @@ class DataConfig(Section):
     overlong: Literal["error", "drop", "right"] = Field(
         "error",
         description="what to do with a trajectory longer than the context or sft.token_budget: stop, or count it and "
-        "drop "
-        "it (drop) or cut its end (right). RL problems longer than rollout.max_prompt, or whose expert is longer than "
-        "rollout.max_response, stop the run or are counted and dropped (drop and right)",
+        "drop it (drop) or cut its end (right). RL problems longer than rollout.max_prompt, or whose expert is "
+        "longer than rollout.max_response, stop the run or are counted and dropped (drop and right)",
     )
     unusable: Literal["error", "drop"] = Field(
         "error",
         description="what to do with a record without a trainable token, or that the template cannot mask: stop, or "
-        "drop "
-        "and count it",
+        "drop and count it",
     )
     cache: Path | None = Field(
         None, description="folder for tokenized data, which runs may share; default: `tokens` in run.dir"

@@ -91,8 +91,7 @@ def unknown_key(dotted: str, origin: str) -> str:
     if section == "rl" and option in algorithm_options():
         return (
             f"unknown key {dotted} ({origin}); it is an option of the algorithm now: rl.algorithm.{option} on the "
-            f"command "
-            f"line, rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
+            f"command line, rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
         )
     near = nearest_keys(dotted)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sections are: {', '.join(SECTIONS)}"

@@ -23,8 +23,7 @@ class RunConfig(Section):
         None,
         ge=1,
         description="number of newest checkpoints to keep, besides the best one; default: keep all. `pctrain run` "
-        "always "
-        "keeps all checkpoints of SFT",
+        "always keeps all checkpoints of SFT",
     )
     keep_every: int | None = Field(
         None, ge=1, description="with run.keep_last: also keep the checkpoints of every so many steps"
@@ -49,8 +48,7 @@ class ModelConfig(Section):
     path: Path | None = Field(
         None,
         description="Hugging Face directory (config.json, tokenizer.json, safetensors); default: make a small model "
-        "from "
-        "model.architecture",
+        "from model.architecture",
     )
     checkpoint: Path | None = Field(
         None, description="pctrain checkpoint (RUN/checkpoints/step-N) to start from; only its weights are read"
@@ -118,8 +116,7 @@ class ParallelConfig(Section):
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
         description="activations to recompute in the backward pass: none, those inside attention (selective), or "
-        "everything "
-        "but each layer's input (full)",
+        "everything but each layer's input (full)",
     )
     overlap_grad_reduce: bool = Field(
         False, description="reduce gradients over data parallel ranks during the backward pass"

@@ -34,8 +34,7 @@ class RolloutConfig(Section):
         10,
         ge=1,
         description="weight updates between checks that engine and learner give the same log-probs; the first is "
-        "always "
-        "checked",
+        "always checked",
     )
     verify_tolerance: float | None = Field(
         None,
@@ -51,17 +50,15 @@ class RewardConfig(Section):
     verifier: str = Field(
         "strict",
         min_length=1,
-        description="strict: the last \\boxed{} compared as string, number, Math-Verify; lenient: strict, then RETU's "
-        "chain "
-        "(stated answers, equivalent LaTeX, rounded decimals, choices); exact: the same string in the box; choice: a "
-        "letter "
-        "A to J; or your function as module:function, sync or async, (response, answer) -> bool or number in [0, 1]",
+        description="strict: the last \\boxed{} compared as string, number, Math-Verify; lenient: strict, then "
+        "RETU's chain (stated answers, equivalent LaTeX, rounded decimals, choices); exact: the same string in the "
+        "box; choice: a letter A to J; or your function as module:function, sync or async, (response, answer) -> "
+        "bool or number in [0, 1]",
     )
     levenshtein: bool = Field(
         False,
         description="add a last link to the lenient chain: a string more than 0.6 similar to the answer is correct. "
-        "This can "
-        "be exploited: 1234567 is rewarded for 1234568, and a policy learns to imitate the look of an answer",
+        "This can be exploited: 1234567 is rewarded for 1234568, and a policy learns to imitate the look of an answer",
     )
     workers: int = Field(1, ge=1, description="verifier processes per rank")
     timeout: float = Field(
@@ -71,8 +68,7 @@ class RewardConfig(Section):
         2048,
         ge=64,
         description="address space that a worker may take besides what its imports mapped, MB; a verdict that takes "
-        "more is "
-        "counted as memory and gets 0 (Linux)",
+        "more is counted as memory and gets 0 (Linux)",
     )
 
 
@@ -117,8 +113,7 @@ class EvalConfig(Section):
         None,
         ge=1,
         description="longest response, tokens; default: rollout.max_response; for `pctrain eval` 8192 or what the "
-        "context "
-        "leaves",
+        "context leaves",
     )
     benchmarks: dict[str, Benchmark] = Field(
         {},
@@ -132,6 +127,5 @@ class EvalConfig(Section):
         None,
         min_length=1,
         description="only for `pctrain eval`: your function as module:function, with the form of reward.verifier, "
-        "which "
-        "decides where the two verifiers disagree",
+        "which decides where the two verifiers disagree",
     )

@@ -105,7 +105,6 @@ class RLConfig(Section):
         None,
         gt=0,
         description="stop when the ceiling is identified and its 90% interval reaches at most this far from the "
-        "estimate, "
-        "points; default: never",
+        "estimate, points; default: never",
     )
     optimizer: RLOptimizerConfig = Field(default_factory=RLOptimizerConfig)

@@ -55,10 +55,8 @@ def _title(planner: Planner) -> str:
     options, work, hf, gpu = planner.options, planner.work, planner.hf, planner.gpu
     return (
         f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x "
-        f"{gpu.name} "
-        f"({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + {work.response} "
-        f"tokens on average, "
-        f"packs of {work.token_budget}"
+        f"{gpu.name} ({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + "
+        f"{work.response} tokens on average, packs of {work.token_budget}"
     )
 
 
@@ -107,9 +105,8 @@ def nothing_fits(best: Plan) -> str:
     over = best.memory.peak.total - best.gpu.memory
     return (
         f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB "
-        f"over the "
-        f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by "
-        f"itself:"
+        f"over the {gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each "
+        "by itself:"
     )
 
 
@@ -171,10 +168,8 @@ def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
     longest = planner.work.prompt + rollout.max_response
     yield (
         f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of "
-        f"{rollout.tensor} "
-        f"GPU(s), {sampled.at_once} decoded together; a KV cache of {gib(engine.cache)} GiB holds {engine.tokens} "
-        f"tokens: "
-        f"{engine.sequences(longest)} sequences of the longest kind ({longest} tokens)."
+        f"{rollout.tensor} GPU(s), {sampled.at_once} decoded together; a KV cache of {gib(engine.cache)} GiB holds "
+        f"{engine.tokens} tokens: {engine.sequences(longest)} sequences of the longest kind ({longest} tokens)."
     )
 
 
@@ -191,17 +186,14 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
         if room < wanted:
             yield (
                 f"warning: rollouts will not all fit: {wanted} sequences are decoded together, but the KV cache holds "
-                f"{room} "
-                "of the longest; the others are preempted and recomputed. Raise rollout.gpu_memory or rollout.tensor, "
-                "or set "
-                f"rollout.max_sequences to {max(1, room)}"
+                f"{room} of the longest; the others are preempted and recomputed. Raise rollout.gpu_memory or "
+                f"rollout.tensor, or set rollout.max_sequences to {max(1, room)}"
             )
     if plan.speed.bubble > BUSY:
         yield (
             f"warning: the pipeline's stages wait {plan.speed.bubble:.0%} of the time: {plan.speed.micro_batches} "
             f"micro-batch(es) of {planner.work.token_budget} tokens for {par.pipeline} stages; use smaller packs, a "
-            f"larger "
-            "batch, or fewer stages"
+            "larger batch, or fewer stages"
         )
     if plan.config.model.dtype == "float32" and not plan.gpu.is_cpu:
         yield "warning: model.dtype = float32 reaches a fraction of a GPU's speed; set it to bfloat16"
@@ -213,10 +205,8 @@ def assumptions(planner: Planner) -> Iterator[str]:
     yield _rates(gpu, planner)
     yield (
         f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), an interconnect {LINK_SHARE:.0%} of its "
-        f"rate plus "
-        f"{CALL * 1e6:.0f} us per call; FLOPs are exact (recomputation included), with every sequence at the mean "
-        f"length; "
-        "packs are full"
+        f"rate plus {CALL * 1e6:.0f} us per call; FLOPs are exact (recomputation included), with every sequence at the "
+        "mean length; packs are full"
     )
     if gpu.is_cpu:
         holes = f"{cpu_holes(options.gpus):.0%} for what glibc keeps of freed tensors"
@@ -225,9 +215,8 @@ def assumptions(planner: Planner) -> Iterator[str]:
         reserve = f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"
     yield (
-        "communication is not hidden, except gradients behind the backward pass, context parallelism behind attention, "
-        "and "
-        "virtual stages"
+        "communication is not hidden, except gradients behind the backward pass, context parallelism behind "
+        "attention, and virtual stages"
     )
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
@@ -246,10 +235,8 @@ def _rates(gpu: Gpu, planner: Planner) -> str:
     dtype = planner.config.model.dtype
     return (
         f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within "
-        f"a node "
-        f"{gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; {planner.options.gpus_per_node} GPUs "
-        f"per node "
-        f"(--gpus-per-node). {gpu.source}"
+        f"a node {gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; "
+        f"{planner.options.gpus_per_node} GPUs per node (--gpus-per-node). {gpu.source}"
     )
 
 

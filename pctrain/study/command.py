@@ -130,8 +130,7 @@ def _conclude(root: Path, crew: Crew) -> None:
         if crew.ended(stage) == "left out":
             _say(
                 f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that "
-                f"regime "
-                "did not occur"
+                "regime did not occur"
             )
     if not crew.all_ended:
         states = [(stage.name, *crew.state(stage)) for stage in crew.stages]

@@ -38,9 +38,8 @@ class GRPOOptions(AlgorithmOptions):
     )
     kl_kind: Literal["k1", "k2", "k3"] = Field(
         "k3",
-        description="estimator of the KL (joschu.net/blog/kl-approx.html); k1 is subtracted from the reward, k2 and k3 "
-        "are "
-        "added to the loss",
+        description="estimator of the KL (joschu.net/blog/kl-approx.html); k1 is subtracted from the reward, k2 and "
+        "k3 are added to the loss",
     )
     std_normalise: bool = Field(False, description=_STD)
     leave_one_out: bool = Field(
@@ -49,18 +48,16 @@ class GRPOOptions(AlgorithmOptions):
     entropy_coef: float = Field(0.001, ge=0, description=_ENTROPY)
     normaliser: Literal["token", "sequence", "fixed", "published"] = Field(
         "token",
-        description="denominator of the sum over tokens: token: their number; sequence: each response's length and the "
-        "number "
-        "of responses (GRPO, arXiv 2402.03300); fixed: responses x rollout.max_response (Dr. GRPO, arXiv 2503.20783); "
-        "published: rollout.max_response, and their own number for SFT tokens (published code of LUFFY, UPT, "
-        "Prefix-RFT)",
+        description="denominator of the sum over tokens: token: their number; sequence: each response's length and "
+        "the number of responses (GRPO, arXiv 2402.03300); fixed: responses x rollout.max_response (Dr. GRPO, arXiv "
+        "2503.20783); published: rollout.max_response, and their own number for SFT tokens (published code of LUFFY, "
+        "UPT, Prefix-RFT)",
     )
     overlong_buffer: int = Field(
         0,
         ge=0,
-        description="length before rollout.max_response in which the penalty on long responses rises linearly, tokens "
-        "(DAPO, "
-        "arXiv 2503.14476); 0: no penalty",
+        description="length before rollout.max_response in which the penalty on long responses rises linearly, "
+        "tokens (DAPO, arXiv 2503.14476); 0: no penalty",
     )
     overlong_weight: float = Field(
         1.0, gt=0, description="penalty on a response of rollout.max_response tokens, subtracted from its reward"
@@ -68,8 +65,7 @@ class GRPOOptions(AlgorithmOptions):
     is_correction: Literal["none", "token", "sequence"] | None = Field(
         None,
         description="weigh sampled tokens by min(learner's probability / engine's, is_cap), per token or per whole "
-        "response; "
-        "default: token in bfloat16, none in float32",
+        "response; default: token in bfloat16, none in float32",
     )
     is_cap: float = Field(2.0, gt=0, description="largest such weight (truncated importance sampling, TIS)")
 
@@ -92,8 +88,7 @@ class GRPOOptions(AlgorithmOptions):
         if self.overlong_buffer > max_response:
             yield (
                 f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has {max_response} at "
-                f"most "
-                "(rollout.max_response)"
+                "most (rollout.max_response)"
             )
 
 
@@ -144,8 +139,7 @@ class UPTOptions(GRPOOptions):
         0,
         ge=0,
         description="most correct rollouts of a prompt with which it is learned from the expert instead (published "
-        "code: 0; 2 "
-        "for Llama)",
+        "code: 0; 2 for Llama)",
     )
     sft_coef: float = Field(
         1.0, gt=0, description="weight of the expert's tokens (published code: 1.0; 0.3 for 1.5B parameters)"
@@ -157,8 +151,7 @@ class UPTOptions(GRPOOptions):
         if self.gamma >= group:
             yield (
                 f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left over, "
-                f"so no "
-                "prompt is learned by RL"
+                "so no prompt is learned by RL"
             )
 
 

@@ -28,7 +28,7 @@ for _name, _value in {
 
 from pctrain.config.load import load  # noqa: E402
 from pctrain.config.tree import Config  # noqa: E402
-from pctrain.run.folder import best_step, read_values  # noqa: E402
+from pctrain.run.records import best_step, read_values  # noqa: E402
 
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WITH_EXPERTS = ("luffy", "srft", "upt", "prefix_rft")
@@ -51,9 +51,9 @@ def main() -> None:
 
 def train(folder: Path, seed: int, runs: list[tuple[str, str]], steps: int) -> None:
     """The runs of one seed, on one engine."""
+    from pctrain.core.session import begin
     from pctrain.rl import loop as rl
     from pctrain.rollout.worker import RolloutWorker
-    from pctrain.run.resume import begin
     from pctrain.sft import loop as sft
 
     options = {

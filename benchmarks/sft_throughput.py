@@ -81,15 +81,15 @@ class Turns:
 def pctrain(turns: Turns, config: Config) -> None:
     from pctrain.sft import journal, loop
 
-    record = journal.Journal.record
+    record = journal.SFTJournal.record
 
     def counted(self, trained):
         record(self, trained)
         turns.done(trained.batch.tokens)
 
-    journal.Journal.record = counted
-    measure = journal.Journal.validate_and_evaluate_if_due
-    journal.Journal.validate_and_evaluate_if_due = lambda self, step: (
+    journal.SFTJournal.record = counted
+    measure = journal.SFTJournal.validate_and_evaluate_if_due
+    journal.SFTJournal.validate_and_evaluate_if_due = lambda self, step: (
         turns.start() if step == 0 else measure(self, step)
     )
     loop.main(config)

@@ -1,11 +1,14 @@
 #!/usr/bin/env python3
-"""Licences and known vulnerabilities of all that pctrain installs. Run it with the Python of the environment:
+"""List licences and known vulnerabilities of everything that pctrain installs.
 
-    .venv/bin/python launch/dependencies.py                                # a table, and what is to be looked at
+Run it with the Python of the environment:
+
+    .venv/bin/python launch/dependencies.py                                # a table, and what needs attention
     .venv/bin/python launch/dependencies.py > docs/dependencies.md         # the page
 
-pip-licenses and pip-audit do the work, in an environment of their own (.venv/audit, made at the first call), so that what they need is not
-counted. Exit status: 0 nothing known against any of them; 1 a vulnerability is known; 3 some or all could not be asked about.
+pip-licenses and pip-audit do the work in a separate environment (.venv/audit, made by the first call), so that their
+own requirements are not counted. Exit status: 0 no vulnerability is known; 1 at least one is known; 3 some or all
+packages could not be checked.
 """
 
 from __future__ import annotations
@@ -25,9 +28,9 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 TOOLS = ("pip-licenses==5.5.5", "pip-audit==2.10.1")
-EXTRAS = ("cpu", "gpu", "test")  # of pctrain: what of these is installed is counted
+EXTRAS = ("cpu", "gpu", "test")  # of pctrain; what they install is counted if it is there
 KNOWN, CLEAN, NOT_ASKED = 1, 0, 3
-# What is to be looked at before pctrain is passed on with it, by the words of a licence; the first that fits.
+# Licences that need attention before pctrain is redistributed, by pattern; the first match counts.
 CONCERNS = (
     (
         "weak copyleft",
@@ -41,29 +44,33 @@ CONCERNS = (
 
 @dataclass(frozen=True)
 class Package:
+    """An installed package."""
+
     name: str
     version: str
     licence: str
 
     @property
     def concern(self) -> str:
-        """The word of CONCERNS, or ""."""
+        """Return the name in CONCERNS, or ""."""
         return next((word for word, pattern in CONCERNS if re.search(pattern, self.licence, re.I)), "")
 
 
 @dataclass(frozen=True)
 class Audit:
-    """`known`: (package, id of the advisory, versions that mend it); `not_asked`: (package, why)."""
+    """An audit. `known`: (package, advisory id, versions that fix it); `not_asked`: (package, reason)."""
 
     known: list[tuple[str, str, str]]
     not_asked: list[tuple[str, str]]
 
     @property
     def status(self) -> int:
+        """Return the exit status."""
         return KNOWN if self.known else NOT_ASKED if self.not_asked else CLEAN
 
 
 def main() -> int:
+    """Print the page; the verdict goes to stderr."""
     versions = closure("pctrain", EXTRAS)
     tools = make_tools(Path(sys.prefix) / "audit")
     packages, found = licences(tools, versions), audit(tools, versions)
@@ -72,11 +79,14 @@ def main() -> int:
     return found.status
 
 
-# ---- what is installed -----------------------------------------------------------------------------------------------------------
+# ---- what is installed -----------------------------------------------------------------------------------------------
 
 
 def closure(name: str, extras: tuple[str, ...]) -> dict[str, str]:
-    """{name: version} of what `name` needs here, directly or not, itself left out; what is not installed is needed elsewhere."""
+    """Return {name: version} of everything that `name` requires here, directly or not, without itself.
+
+    A requirement that is not installed belongs to another platform and is skipped.
+    """
     found: dict[str, str] = {}
     seen: set[tuple[str, str]] = set()
     todo = [(name, extra) for extra in ("", *extras)]
@@ -99,14 +109,15 @@ def closure(name: str, extras: tuple[str, ...]) -> dict[str, str]:
 
 
 def canonical(name: str) -> str:
+    """Return the normalized name of a package."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-# ---- what is asked ---------------------------------------------------------------------------------------------------------------
+# ---- checks ----------------------------------------------------------------------------------------------------------
 
 
 def make_tools(folder: Path) -> Path:
-    """The folder with the programs of TOOLS."""
+    """Return the folder with the programs of TOOLS; install them if needed."""
     stamp = folder / "tools"
     if not stamp.exists() or stamp.read_text() != "\n".join(TOOLS):
         venv.create(folder, with_pip=True, clear=True)
@@ -119,14 +130,18 @@ def make_tools(folder: Path) -> Path:
 
 
 def licences(tools: Path, versions: dict[str, str]) -> list[Package]:
+    """Return the packages with the licences that their metadata names."""
     options = ["--python", sys.executable, "--with-system", "--from=mixed", "--format=json", "--packages", *versions]
     done = subprocess.run([tools / "pip-licenses", *options], capture_output=True, text=True, check=True)
-    told = {canonical(row["Name"]): " ".join(row["License"].split()) for row in json.loads(done.stdout)}
-    return [Package(name, version, told.get(name, "UNKNOWN")) for name, version in versions.items()]
+    by_name = {canonical(row["Name"]): " ".join(row["License"].split()) for row in json.loads(done.stdout)}
+    return [Package(name, version, by_name.get(name, "UNKNOWN")) for name, version in versions.items()]
 
 
 def audit(tools: Path, versions: dict[str, str]) -> Audit:
-    """By the advisories of PyPI. A version of one's own (2.13.0+cpu) is asked about as the release that it was built from."""
+    """Check the versions against PyPI's advisories.
+
+    A local version (2.13.0+cpu) is checked as the release it was built from.
+    """
     with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
         file.write("".join(f"{name}=={version.partition('+')[0]}\n" for name, version in versions.items()))
         file.flush()
@@ -144,7 +159,11 @@ def audit(tools: Path, versions: dict[str, str]) -> Audit:
 
 
 def read_audit(printed: str, errors: str, versions: dict[str, str]) -> Audit:
-    """pip-audit ends with status 0 and "No known vulnerabilities found" also where it could ask about none: its lines are counted."""
+    """Return the audit in pip-audit's output.
+
+    pip-audit exits with status 0 and "No known vulnerabilities found" even if it could check no package, so its rows
+    are counted.
+    """
     try:
         rows = {canonical(row["name"]): row for row in json.loads(printed)["dependencies"]}
     except (ValueError, KeyError, TypeError):
@@ -152,7 +171,7 @@ def read_audit(printed: str, errors: str, versions: dict[str, str]) -> Audit:
         return Audit([], [(name, last[:200]) for name in versions])
     known, not_asked = [], []
     for name in versions:
-        row = rows.get(name, {"skip_reason": "pip-audit does not tell of it"})
+        row = rows.get(name, {"skip_reason": "pip-audit did not report it"})
         if "skip_reason" in row:
             not_asked.append((name, row["skip_reason"]))
         known += [
@@ -161,30 +180,35 @@ def read_audit(printed: str, errors: str, versions: dict[str, str]) -> Audit:
     return Audit(known, not_asked)
 
 
-# ---- what is told ----------------------------------------------------------------------------------------------------------------
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 def verdict(count: int, found: Audit) -> str:
+    """Return one sentence about the vulnerabilities of `count` packages."""
     asked = count - len(found.not_asked)
     if found.known:
-        return f"{len(found.known)} known vulnerabilities in {len({name for name, *_ in found.known})} of {asked} packages asked about"
+        affected = len({name for name, *_ in found.known})
+        return f"{len(found.known)} known vulnerabilities in {affected} of {asked} packages that were checked"
     if found.not_asked:
         name, why = found.not_asked[0]
         return (
-            f"NOT AUDITED: {len(found.not_asked)} of {count} packages: nothing can be said of their vulnerabilities ({name}: {why}). "
-            "Run this where the advisory service of PyPI (https://pypi.org/pypi/NAME/VERSION/json) can be reached"
+            f"NOT AUDITED: {len(found.not_asked)} of {count} packages: "
+            f"their vulnerabilities are unknown ({name}: {why}). "
+            "Run this where PyPI's advisory service (https://pypi.org/pypi/NAME/VERSION/json) can be reached"
         )
-    return f"no vulnerability is known of any of the {count} packages"
+    return f"no vulnerability is known in any of the {count} packages"
 
 
 def page(packages: list[Package], found: Audit) -> str:
+    """Return the page in Markdown."""
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
     concerns = [package for package in packages if package.concern]
     lines = [
         "# Dependencies",
         "",
-        f"Made by `python launch/dependencies.py > docs/dependencies.md` on {date.today()} ({system}): what pctrain needs, directly "
-        "or not, as it was installed there.",
+        "This page lists everything that pctrain requires, directly or not. "
+        "`python launch/dependencies.py > docs/dependencies.md` made it "
+        f"from an installation on {date.today()} ({system}).",
         "",
         "## Vulnerabilities",
         "",
@@ -193,15 +217,16 @@ def page(packages: list[Package], found: Audit) -> str:
     ]
     if found.known:
         lines += [
-            "| package | advisory | mended in |",
+            "| package | advisory | fixed in |",
             "|---|---|---|",
             *(f"| {' | '.join(row)} |" for row in found.known),
             "",
         ]
     lines += [
-        "## To be looked at",
+        "## Licences to check",
         "",
-        "By the words of their metadata. Weak copyleft (LGPL, MPL) binds changes to the package itself, not what uses it.",
+        "According to package metadata. Weak copyleft (LGPL, MPL) applies to changes of the package itself, "
+        "not to code that uses it.",
         "",
         "| package | version | licence | |",
         "|---|---|---|---|",

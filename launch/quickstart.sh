@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# The whole study on this machine, after setting up: SFT, RL from several checkpoints, ceilings, report.
-# Called again it continues where it stopped. Options such as --sft.steps=200 are passed on to `pctrain run`.
+# Sets up and runs the whole study on this machine: SFT, RL from several checkpoints, ceilings, report.
+# A second call continues where the first stopped. Options such as --sft.steps=200 are passed on to `pctrain run`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${PCTRAIN_VENV:-$PWD/.venv}"
 config=configs/quickstart.yaml
 bash launch/setup.sh
 
-# Two ranks on two cores or more, of one thread each; on GPUs at most one rank a GPU.
-units=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc heeds both
+# Two ranks with one thread each if there are two cores; on GPUs at most one rank per GPU.
+units=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc obeys both
 if [[ "$(head -n 1 "$venv/.pctrain-setup")" = "device gpu" ]]; then units=$(nvidia-smi -L | wc -l); fi
 ranks=$((units >= 2 ? 2 : 1))
 
-# The ranks find each other and talk over the loopback interface, whatever the host's name resolves to.
+# The ranks use the loopback interface, whatever the host's name resolves to.
 export OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo
 "$venv/bin/python" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$ranks" \
   -m pctrain run --config "$config" "$@"

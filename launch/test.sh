@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests, after setting up. The fast tier by default; `--full` adds the tests marked `full`. `--avx2` runs them as on an x86 CPU
-# that has AVX2 and no AVX-512, where torch and vLLM take other paths. Other arguments go to pytest.
+# Sets up and runs the tests: the fast tier by default; `--full` adds the tests marked `full`. `--avx2` runs them as on an x86 CPU with AVX2
+# and without AVX-512, where torch and vLLM take other code paths. Other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv="${PCTRAIN_VENV:-$PWD/.venv}"
@@ -16,7 +16,7 @@ for argument in "$@"; do
   esac
 done
 
-# One thread a process: two processes of two threads on two cores are ten times slower than two of one. Two test processes, a file at a
-# time each: most tests keep one core busy.
+# One thread per process: on two cores, two processes with two threads each are ten times slower than with one. Two test processes, each with
+# one file at a time, because most tests keep one core busy.
 export OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 TORCHDYNAMO_DISABLE=1
 exec "$venv/bin/python" -m pytest --numprocesses=2 --dist=loadfile --timeout=300 --durations=10 "${tier[@]}" "${arguments[@]}"

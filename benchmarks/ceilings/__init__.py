@@ -1,1 +1,1 @@
-"""How far the ceilings of `pctrain fit` can be trusted: `python -m benchmarks.ceilings`."""
+"""Measure how far the ceilings of `pctrain fit` can be trusted: `python -m benchmarks.ceilings`."""

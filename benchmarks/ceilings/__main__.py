@@ -1,10 +1,12 @@
-"""Checks of the ceilings that `pctrain fit` gives, against the published curves and against simulated truth.
+"""Check the ceilings of `pctrain fit` against the published curves and against simulated truth.
 
     python -m benchmarks.ceilings [--quick] [--curves FILE] [--out FILE]
 
-Three tables: agreement with the published ceilings (a sanity check: they come from settings chosen curve by curve); what needs no published
-value (held-out points, consistency, alarms); simulated curves of known ceilings, 500 of each range / C, seeds fixed (simulated.py). Exit
-status 1 where a target is missed. --quick simulates 4 of each range / C in this process: it shows that all runs, its numbers mean little.
+It prints three tables. The first compares with the published ceilings; this is only a sanity check, because those come
+from settings chosen for each curve. The second needs no published value: held-out points, consistency, alarms. The
+third uses simulated curves of known ceilings, 500 of each range / C, with fixed seeds (simulated.py). The exit status
+is 1 if a target is missed. --quick simulates only 4 curves of each range / C, in this process: it shows that everything
+runs, but its numbers mean little.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
 
 from benchmarks.ceilings import published, regimes, simulated
 from benchmarks.ceilings.checks import Check, show
@@ -29,6 +32,7 @@ DRAWS, QUICK_DRAWS = 500, 4
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run all checks and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.ceilings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON list of the checks: name, value, low, high, passed")
     options = parser.parse_args(arguments)
     console = make_console()
-    console.width = max(console.width, 180)  # rows stay whole: the tables are Markdown, for benchmarks/CEILINGS.md
+    console.width = max(console.width, 180)  # do not wrap rows: the tables are Markdown, for benchmarks/CEILINGS.md
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, NumPy {version('numpy')}, "
         f"SciPy {version('scipy')}; load {os.getloadavg()[0]:.1f}\n"
@@ -64,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def time_of_a_fit(cases: list[published.Case]) -> Check:
-    """Median over the published curves, all points."""
+    """Return the median time over the published curves, with all points."""
     seconds, with_shift = [], []
     for case in cases:
         began = time.perf_counter()
@@ -77,29 +81,31 @@ def time_of_a_fit(cases: list[published.Case]) -> Check:
         float(np.median(seconds)),
         high=0.3,
         form=".3f",
-        beside=f"with the shift under wide priors {np.median(with_shift):.3f}",
+        note=f"with the shift under wide priors {np.median(with_shift):.3f}",
     )
 
 
 def simulate(
     draws: int, workers: int | None
 ) -> tuple[list[simulated.Outcome], list[simulated.Outcome], list[simulated.Outcome]]:
+    """Fit simulated curves: of range / C 1 and more, below 1, and without a gain."""
     seed = simulated.SEED
     groups = (
         simulated.truths(simulated.RANGES, draws, seed),
         simulated.truths(simulated.RANGES_BELOW, draws, seed + 1),
         simulated.truths((3.0,), draws, seed + 2, no_gain=True),
     )
-    found: list[simulated.Outcome] = []
+    outcomes: list[simulated.Outcome] = []
     with progress("simulated curves", total=sum(map(len, groups)), unit="fit") as bar:
         for outcome in simulated.outcomes([truth for group in groups for truth in group], workers):
-            found.append(outcome)
+            outcomes.append(outcome)
             bar.advance()
     first, second = len(groups[0]), len(groups[0]) + len(groups[1])
-    return found[:first], found[first:second], found[second:]
+    return outcomes[:first], outcomes[first:second], outcomes[second:]
 
 
-def finish(checks: list[Check], out: Path | None, console) -> int:
+def finish(checks: list[Check], out: Path | None, console: Console) -> int:
+    """Write the checks to `out`, print which targets are missed, and return the exit status."""
     if out is not None:
         rows = [
             {

@@ -1,4 +1,4 @@
-"""One line of the benchmark: what was measured, its target, and whether it is met."""
+"""A row of the benchmark: a measured value, its target, and whether the target is met."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Check:
+    """A measured value and its target."""
+
     name: str
     value: float
     low: float | None = None  # target: at least this
     high: float | None = None  # target: at most this
     form: str = ".2f"
-    beside: str = ""  # what the number means little without: interval widths, paired wins
+    note: str = ""  # numbers that belong to the value: interval widths, paired wins
 
     @property
     def passed(self) -> bool | None:
-        """None: there is no target, or nothing was there to measure."""
+        """Whether the target is met; None if there is no target or no value."""
         if (self.low is None and self.high is None) or np.isnan(self.value):
             return None
         return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)
 
     @property
     def target(self) -> str:
+        """The target as text."""
         if self.low is not None and self.high is not None:
             return f"{self.low:{self.form}} - {self.high:{self.form}}"
         if self.low is not None:
@@ -37,22 +40,24 @@ class Check:
 
 
 def share(values: Sequence[bool] | np.ndarray) -> float:
-    """Mean of booleans; NaN of none."""
+    """Return the mean of booleans; NaN if there are none."""
     return float(np.mean(values)) if len(values) else float("nan")
 
 
-def width(intervals: Sequence[float]) -> str:
+def width(intervals: Sequence[float] | np.ndarray) -> str:
+    """Return the median width of intervals as a note."""
     return f"median width {np.median(intervals):.1f}" if len(intervals) else ""
 
 
 def show(title: str, checks: Sequence[Check], console: Console) -> None:
+    """Print the checks as a Markdown table."""
     table = Table(title=title, box=box.MARKDOWN, title_justify="left")
-    for name in ("check", "value", "target", "", "beside"):
-        table.add_column(name, no_wrap=name != "beside")
+    for name in ("check", "value", "target", "", "note"):
+        table.add_column(name, no_wrap=name != "note")
     for check in checks:
         value = "-" if np.isnan(check.value) else f"{check.value:{check.form}}"
         table.add_row(
-            check.name, value, check.target, {None: "", True: "met", False: "MISSED"}[check.passed], check.beside
+            check.name, value, check.target, {None: "", True: "met", False: "MISSED"}[check.passed], check.note
         )
     console.print(table)
     console.print()

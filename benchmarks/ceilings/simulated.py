@@ -1,8 +1,9 @@
-"""Curves of known ceilings: what they are drawn from, and the fits of many of them.
+"""Simulated curves of known ceilings, and the fits of many of them.
 
-x = 1 .. n points, evenly spaced. B is log-normal (median 1.3, log sd 0.5), the gain D uniform in 2 to 14 points, P_sft uniform in 55 to 80
-and read with sd 0.5, eps 0 or (one in five) half-normal of scale 1.5. The noise is AR(1) along the points; `heavy` has innovations of
-Student's t of 3 degrees of freedom, at the same sd. None of these is the prior of the estimator.
+x is 1 .. n points, evenly spaced. B is log-normal (median 1.3, log sd 0.5), the gain D uniform in 2 to 14 points. P_sft
+is uniform in 55 to 80 and read with sd 0.5; eps is 0 or, for one curve in five, half-normal of scale 1.5. The noise is
+AR(1) along the points; `heavy` has innovations from a Student's t with 3 degrees of freedom, at the same sd. None of
+these is the prior of the estimator.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MAX_D = 14.0
 
 @dataclass(frozen=True)
 class Truth:
-    """How one curve was made. `range_c` is the largest x over C; `gain` is D, what the ceiling lies above L."""
+    """The parameters of one simulated curve. `range_c` is the largest x over C."""
 
     seed: tuple[int, ...]
     range_c: float
@@ -36,7 +37,7 @@ class Truth:
     no_gain: bool = False
 
     def curve(self) -> tuple[np.ndarray, np.ndarray, float, float, float]:
-        """x [n], scores [n], the reading of P_sft, the ceiling A and D."""
+        """Return x [n], scores [n], the reading of P_sft, the ceiling A, and the gain D of the ceiling over L."""
         rng = np.random.default_rng(self.seed)
         b = 1.3 * np.exp(0.5 * rng.normal())
         gain = rng.uniform(0.0, 1.0) if self.no_gain else rng.uniform(2.0, MAX_D)
@@ -58,6 +59,8 @@ class Truth:
 
 @dataclass(frozen=True)
 class Outcome:
+    """The fit of a simulated curve next to its truth."""
+
     truth: Truth
     a: float
     gain: float
@@ -68,45 +71,45 @@ class Outcome:
 
     @property
     def covered(self) -> bool:
+        """Whether the 90% interval contains the true ceiling."""
         return self.low <= self.a <= self.high
 
     @property
     def error(self) -> float:
+        """Distance of the estimate to the true ceiling, points."""
         return abs(self.a_post - self.a)
 
     @property
     def width(self) -> float:
+        """Width of the 90% interval, points."""
         return self.high - self.low
 
     @property
     def right(self) -> bool:
-        """Whether the verdict is true: `collapsed` and `too_short` never are, of curves that are long and do not collapse."""
-        return {"identified": self.error <= 1.5, "lower_bound": self.low <= self.a, "flat": self.gain <= 1.5}.get(
-            self.verdict, False
-        )
+        """Whether the verdict is true. `collapsed` and `too_short` never are: no curve collapses or is short."""
+        true = {"identified": self.error <= 1.5, "lower_bound": self.low <= self.a, "flat": self.gain <= 1.5}
+        return true.get(self.verdict, False)
 
 
 def truths(ranges: Iterable[float], draws: int, seed: int, no_gain: bool = False) -> list[Truth]:
-    """`draws` curves of each range / C, over all combinations of AR, noise, points and tails in turn, in a shuffled order."""
+    """Return `draws` curves of each range / C: all combinations of AR, noise, points and tails in turn, shuffled."""
     cells = [(ar, noise, points, tails) for ar in AR for noise in NOISE for points in POINTS for tails in TAILS]
-    made = []
-    for at, range_c in enumerate(ranges):
-        order = np.random.default_rng((seed, at, int(no_gain))).permutation(-(-draws // len(cells)) * len(cells))[
-            :draws
-        ]
-        made += [
-            Truth((seed, at, int(no_gain), i), range_c, *cells[int(cell) % len(cells)], no_gain)
-            for i, cell in enumerate(order)
-        ]
-    return made
+    rounds = -(-draws // len(cells))
+    truths = []
+    for place, range_c in enumerate(ranges):
+        group = (seed, place, int(no_gain))
+        order = np.random.default_rng(group).permutation(rounds * len(cells))[:draws]
+        truths += [Truth((*group, i), range_c, *cells[int(cell) % len(cells)], no_gain) for i, cell in enumerate(order)]
+    return truths
 
 
 def outcome(truth: Truth) -> Outcome:
+    """Fit one simulated curve."""
     x, scores, p_sft, a, gain = truth.curve()
     fit = fit_ceiling(x, scores, p_sft)
     return Outcome(truth, a, gain, fit.a_post, fit.a_post_low, fit.a_post_high, fit.verdict)
 
 
 def outcomes(curves: Iterable[Truth], workers: int | None = None) -> Iterator[Outcome]:
-    """Fits of all curves, in order, over the cores."""
+    """Fit all curves on all cores and yield the outcomes in order."""
     return map_in_order(outcome, curves, workers)

@@ -1,10 +1,13 @@
-"""Log-probability, entropy and losses of a language model's output, fused, vocabulary parallel over a `torch.distributed` group.
+"""Fused log-probability, entropy and losses of a language model's output, vocabulary parallel over a process group.
 
-Of given logits: `vocab_parallel_logprob_entropy`, `vocab_parallel_cross_entropy`.
-Of hidden states and the output head, where the logits of a batch never exist at once: `linear_logprob_entropy` (recomputed in backward:
-four matrix products), `linear_token_loss` (a sum over tokens of any per-token loss, gradients made in the forward pass: three), and that
-with the losses that come along, `linear_cross_entropy` and `linear_policy_loss`. `policy_loss` is the latter's function of one token.
-`reference` holds the definitions.
+From given logits: `vocab_parallel_logprob_entropy` and `vocab_parallel_cross_entropy`.
+
+From hidden states and the output head, without the logits of a batch ever existing at once: `linear_logprob_entropy`
+(recomputed in backward: four matrix products) and `linear_token_loss` (a sum over tokens of any per-token loss, with
+gradients made in the forward pass: three). `linear_cross_entropy` and `linear_policy_loss` are the latter with the
+losses of this package; `policy_loss` is the loss of one token.
+
+`reference` has the definitions in plain PyTorch.
 """
 
 from pctrain_kernels.linear_logprob import linear_logprob_entropy

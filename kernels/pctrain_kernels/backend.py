@@ -1,4 +1,4 @@
-"""Where the Triton kernels run, and where plain PyTorch does."""
+"""The choice between Triton kernels and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """True on a GPU, and with TRITON_INTERPRET=1 (set before Triton is imported) on a CPU too; float64 is always PyTorch's."""
-    return tensor.dtype != torch.float64 and (
-        tensor.is_cuda or tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    )
+    """Return True on a GPU, or with TRITON_INTERPRET=1 (set before Triton is imported); float64 is PyTorch's."""
+    if tensor.dtype == torch.float64:
+        return False
+    return tensor.is_cuda or (tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")

@@ -33,26 +33,44 @@ def linear_logprob_entropy(
     grad_weight_out: Tensor | None = None,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """logprob_i = log softmax(W h_i / temperature)[target_i] and entropy_i = -sum p log p, in nats; `reference.py` is the definition.
+    """Return logprob_i = log softmax(W h_i / temperature)[target_i] and entropy_i = -sum p log p, in nats.
 
-    hidden [T, H] and weight [V_l, H] share a dtype; target int64 [T]. Returns logprob [T] and entropy [T] (None unless `want_entropy`),
-    fp32 (float64 for float64 inputs), exact zeros where target is `ignore_index`; such rows cost nothing.
+    `reference.py` is the definition. The results are fp32 (float64 for float64 inputs) and exactly 0 where target is
+    `ignore_index`; such rows cost nothing. A target outside the vocabulary fails an assertion.
 
-    vocab_start     global index of the first row of `weight`
-    valid_vocab     global size of the vocabulary; columns from here on are padding and take no part (None: no padding)
-    group           ranks that hold the shards of the vocabulary, of any sizes; all call with the same target. The gradient of `hidden`
-                    is summed over them. Results are equal bit for bit on all ranks. One all-gather of [4, n] in forward.
-    chunk_tokens    rows whose logits exist at once (None: by memory)
-    grad_weight_out fp32 [V_l, H] (Megatron's `main_grad`): backward adds dW to it, sets `weight.grad_added_to_main_grad` and returns a
-                    dummy gradient for `weight`
-    sequence_parallel  hidden is this rank's [T / tp, H]; it is gathered inside and its gradient scattered back
+    Args:
+        hidden: [T, H], of the dtype of `weight`.
+        weight: [V_l, H], this rank's shard of the output matrix.
+        target: int64 [T].
+        vocab_start: global index of the first row of `weight`.
+        valid_vocab: global size of the vocabulary. Columns from there on are padding; None for no padding.
+        group: ranks that hold the shards of the vocabulary, of any sizes. All call with the same target, and get
+            results that are equal bit for bit. The gradient of `hidden` is summed over them. One all-gather of [4, n]
+            in forward.
+        temperature: divides the logits.
+        ignore_index: target of rows that are left out.
+        want_entropy: without it the entropy is None.
+        chunk_tokens: rows whose logits exist at once; None chooses by memory.
+        grad_weight_out: fp32 [V_l, H] (Megatron's `main_grad`). Backward adds dW to it, sets
+            `weight.grad_added_to_main_grad` and returns a dummy gradient for `weight`.
+        sequence_parallel: hidden is this rank's [T / tp, H]; it is gathered inside and its gradient scattered back.
 
-    Raises ValueError for shapes, dtypes or options that do not fit; a target outside the vocabulary fails an assertion.
+    Returns:
+        logprob [T], and entropy [T] or None.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit.
     """
     options = HeadOptions(
-        vocab_start=vocab_start, valid_vocab=valid_vocab, group=group, temperature=temperature, ignore_index=ignore_index,
-        want_entropy=want_entropy, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel,
-    )  # fmt: skip
+        vocab_start=vocab_start,
+        valid_vocab=valid_vocab,
+        group=group,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        want_entropy=want_entropy,
+        chunk_tokens=chunk_tokens,
+        sequence_parallel=sequence_parallel,
+    )
     options.check(hidden, weight, target, grad_weight_out)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         return _LinearLogprobEntropy.apply(hidden, weight, target, options, grad_weight_out)
@@ -62,7 +80,7 @@ def linear_logprob_entropy(
 
 
 def row_statistics(head: Head) -> RowStatistics:
-    """Statistics of the n rows with a target: all chunks of this rank, then one merge over the ranks."""
+    """Return the statistics of the n rows with a target: all chunks of this rank, then one merge over the ranks."""
     parts = []
     for piece in head.chunks(equal_on_all_ranks=False):
         chunk = head.chunk(piece)
@@ -73,7 +91,8 @@ def row_statistics(head: Head) -> RowStatistics:
 
 
 def _scattered(head: Head, row: RowStatistics) -> tuple[Tensor, Tensor | None]:
-    return head.scatter(row.logprob()), head.scatter(row.entropy()) if head.options.want_entropy else None
+    entropy = head.scatter(row.entropy()) if head.options.want_entropy else None
+    return head.scatter(row.logprob()), entropy
 
 
 class _LinearLogprobEntropy(torch.autograd.Function):
@@ -110,9 +129,9 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         for piece in head.chunks(equal_on_all_ranks=False):
             chunk = head.chunk(piece)
             chunk.multiply(shift=row.max[piece])
-            of_piece = RowStatistics(*(None if part is None else part[piece] for part in row))
+            piece_row = RowStatistics(*(None if part is None else part[piece] for part in row))
             chunk.add_gradients(
-                of_piece, dlogprob[piece], None if dentropy is None else dentropy[piece], grad_hidden, grad_weight
+                piece_row, dlogprob[piece], None if dentropy is None else dentropy[piece], grad_hidden, grad_weight
             )
 
         if grad_hidden is not None:

@@ -1,4 +1,4 @@
-"""`linear_token_loss` with the losses that come with the package: cross entropy and the policy loss."""
+"""`linear_token_loss` with the losses of this package: cross entropy and the policy loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pctrain_kernels.policy import PolicyLoss, given_streams
 
 
 class HeadKeywords(TypedDict, total=False):
-    """Keywords of `linear_token_loss` that say how the head is computed; its docstring explains them."""
+    """The keywords that say how the head is computed; `linear_token_loss` explains them."""
 
     vocab_start: int
     valid_vocab: int | None
@@ -34,9 +34,10 @@ def linear_cross_entropy(
     want_entropy: bool = False,
     **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, Streams]:
-    """loss = -sum_i token_weight_i logprob_i / denom, and its gradient made in the forward pass: `linear_token_loss` with that loss.
+    """Return the loss -sum_i token_weight_i logprob_i / denom and metrics; its gradient is made in the forward pass.
 
-    metrics: {"entropy": sum_i token_weight_i entropy_i} with `want_entropy`, which costs a pass over the logits; else {}.
+    This is `linear_token_loss` with that loss. The metrics are {"entropy": sum_i token_weight_i entropy_i} with
+    `want_entropy`, which costs a pass over the logits, else {}.
     """
     return linear_token_loss(
         hidden,
@@ -78,15 +79,22 @@ def linear_policy_loss(
     want_entropy: bool = True,
     **head: Unpack[HeadKeywords],
 ) -> tuple[Tensor, Streams]:
-    """sum_i token_weight_i loss_i / denom over labelled rows, loss_i and its keywords as in `policy_loss`: `linear_token_loss` with it.
+    """Return sum_i token_weight_i loss_i / denom over the rows with a target, and metrics.
 
-    Streams and token_weight [T]; hidden, weight, target, denom, head keywords and the sums of metrics as in `linear_token_loss`.
+    This is `linear_token_loss` with the loss and the keywords of `policy_loss`. The streams and token_weight are [T];
+    hidden, weight, target, denom, the keywords of the head and the sums of metrics are those of `linear_token_loss`.
     want_entropy=False saves a pass over the logits; the metric `entropy` is then absent.
     """
     loss = PolicyLoss(
-        clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip, kl_coef=kl_coef, kl_kind=kl_kind, entropy_coef=entropy_coef,
-        is_cap=is_cap, expert_shaping=expert_shaping,
-    )  # fmt: skip
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        kl_coef=kl_coef,
+        kl_kind=kl_kind,
+        entropy_coef=entropy_coef,
+        is_cap=is_cap,
+        expert_shaping=expert_shaping,
+    )
     streams = given_streams(advantage, old_logprob, ref_logprob, rollout_logprob, expert_mask)
     return linear_token_loss(
         hidden,

@@ -1,7 +1,7 @@
-"""Sum over tokens of any per-token loss of log-probability and entropy, on top of a linear head, with three matrix products.
+"""Sum over tokens of any per-token loss of log-probability and entropy, on top of a linear head: three matrix products.
 
-The denominator is known before the forward pass, so the derivative with respect to the logits is known as soon as the statistics of a row
-are: dX and dW are made in the forward pass, from the same logits, and backward only hands them on.
+The denominator is known before the forward pass, so the derivative with respect to the logits is known as soon as the
+statistics of a row are. dX and dW are made in the forward pass, from the same logits, and backward only returns them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,20 @@ from pctrain_kernels.merge import merge_shards
 from pctrain_kernels.parallel import reduce_hidden_gradient
 
 Streams = dict[str, Tensor]
-MAX = "max/"  # metrics whose names begin so are reduced by their maximum
+MAX = "max/"  # metrics with this prefix are reduced by their maximum
 
 
 class TokenLoss(Protocol):
-    """loss [n] and metrics {name: [n]} of n tokens, in PyTorch, each value of its own token's inputs alone (tokens come in chunks).
+    """A function of n tokens that returns their loss [n] and metrics {name: [n]}, in PyTorch.
 
-    logprob [n], entropy [n] (None without `want_entropy`) and streams {name: [n]} are detached; the first two are differentiated.
-    A metric whose name begins with `max/` is reduced by its maximum over tokens of weight above 0, any other by its weighted sum.
+    Each value may depend on its own token's inputs only, because tokens come in chunks. logprob [n], entropy [n] (None
+    without `want_entropy`) and streams {name: [n]} are detached; the first two are differentiated. A metric `max/...`
+    is reduced by its maximum over tokens with a weight above 0, any other by its weighted sum.
     """
 
-    def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Streams) -> tuple[Tensor, Streams]: ...
+    def __call__(self, logprob: Tensor, entropy: Tensor | None, streams: Streams) -> tuple[Tensor, Streams]:
+        """Return (loss, metrics)."""
+        ...
 
 
 def linear_token_loss(
@@ -53,32 +56,33 @@ def linear_token_loss(
     grad_weight_out: Tensor | None = None,
     sequence_parallel: bool = False,
 ) -> tuple[Tensor, Streams]:
-    """loss = sum_i token_weight_i loss_i / denom and metrics {name: sum_i token_weight_i value_i}: fp32 scalars, metrics detached.
+    """Return loss = sum_i token_weight_i loss_i / denom and metrics {name: sum_i token_weight_i value_i}, fp32 scalars.
 
-    Of a metric `max/...` it is the largest value_i with token_weight_i > 0 (-inf where there is none). Sums and maxima are over rows whose
-    target is not `ignore_index`; only those are passed to `token_loss`. streams {name: [T]}, token_weight [T]
-    or None (ones), denom a number or a scalar tensor. Everything else as in `linear_logprob_entropy`, but for:
+    Sums and maxima are over rows whose target is not `ignore_index`; `token_loss` gets only those. A metric
+    `max/...` is the largest value_i with token_weight_i > 0, or -inf if there is none. Without grad mode there is no
+    gradient work: one matrix product. `linear_logprob_entropy` explains the other arguments.
 
-    group           one all-gather of [4, n] a chunk; the default chunk size follows from the largest shard
-    want_entropy    False where the loss does not read the entropy: saves one pass and half of the chunk's memory
-    grad_weight_out dW is added in the FORWARD pass, if grad mode is on. An upstream gradient other than 1 can then no longer be
-                    honoured and fails an assertion in backward. So no activation recomputation around this call.
-
-    Without grad mode there is no gradient work: one matrix product.
+    Args:
+        streams: constants {name: [T]} that `token_loss` reads.
+        denom: a number or a scalar tensor.
+        token_weight: [T]; None for ones.
+        group: one all-gather of [4, n] per chunk; the default chunk size follows from the largest shard.
+        want_entropy: False if the loss does not read the entropy: saves one pass and half of a chunk's memory.
+        grad_weight_out: dW is added in the FORWARD pass, if grad mode is on. An upstream gradient other than 1 cannot
+            be honored then and fails an assertion in backward. So no activation recomputation around this call.
     """
     options = HeadOptions(
-        vocab_start=vocab_start, valid_vocab=valid_vocab, group=group, temperature=temperature, ignore_index=ignore_index,
-        want_entropy=want_entropy, chunk_tokens=chunk_tokens, sequence_parallel=sequence_parallel,
-    )  # fmt: skip
+        vocab_start=vocab_start,
+        valid_vocab=valid_vocab,
+        group=group,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        want_entropy=want_entropy,
+        chunk_tokens=chunk_tokens,
+        sequence_parallel=sequence_parallel,
+    )
     options.check(hidden, weight, target, grad_weight_out)
-    per_token = {f"stream {name!r}": stream for name, stream in streams.items()}
-    if token_weight is not None:
-        per_token["token_weight"] = token_weight
-    for name, tensor in per_token.items():
-        if tensor.shape != target.shape:
-            raise ValueError(f"expected {name} of shape {list(target.shape)}, as target has, got {list(tensor.shape)}")
-    if not isinstance(denom, Tensor) and not denom > 0:
-        raise ValueError(f"denom must be above 0, got {denom}")
+    _check_per_token(target, streams, token_weight, denom)
 
     # Inside Function.forward grad mode is always off, so what is to be differentiated is decided here.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -95,8 +99,22 @@ def linear_token_loss(
         return sums.loss / sums.denom, sums.metrics
 
 
+def _check_per_token(
+    target: Tensor, streams: Mapping[str, Tensor], token_weight: Tensor | None, denom: float | Tensor
+) -> None:
+    """Raise ValueError if a per-token tensor or the denominator does not fit."""
+    per_token = {f"stream {name!r}": stream for name, stream in streams.items()}
+    if token_weight is not None:
+        per_token["token_weight"] = token_weight
+    for name, tensor in per_token.items():
+        if tensor.shape != target.shape:
+            raise ValueError(f"expected {name} of shape {list(target.shape)}, as target has, got {list(tensor.shape)}")
+    if not isinstance(denom, Tensor) and not denom > 0:
+        raise ValueError(f"denom must be above 0, got {denom}")
+
+
 class _Sums:
-    """Calls `token_loss` on pieces of the rows and adds up loss and metrics."""
+    """Calls `token_loss` on pieces of the rows, and adds up loss and metrics."""
 
     def __init__(
         self,
@@ -115,14 +133,14 @@ class _Sums:
         self.metrics: Streams = {}
 
     def add(self, piece: slice, logprob: Tensor, entropy: Tensor | None) -> Tensor:
-        """-> loss [n], with its graph where grad mode is on."""
+        """Add a piece of the rows, and return its loss [n], with its graph if grad mode is on."""
         loss, metrics = self.token_loss(
             logprob, entropy, {name: stream[piece] for name, stream in self.streams.items()}
         )
         for name, value in (("the loss", loss), *metrics.items()):
             if value.shape != logprob.shape:
                 shapes = f"{list(value.shape)}, not {list(logprob.shape)}"
-                raise ValueError(f"token_loss must return one value a token: {name} has shape {shapes}")
+                raise ValueError(f"token_loss must return one value per token: {name} has shape {shapes}")
         self.loss = self.loss + self._weighted_sum(piece, loss)
         for name, value in metrics.items():
             if name.startswith(MAX):
@@ -133,7 +151,10 @@ class _Sums:
         return loss
 
     def add_differentiated(self, piece: slice, logprob: Tensor, entropy: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """-> derivatives [n] of sum weight * loss / denom with respect to logprob and entropy (None: it does not depend on entropy)."""
+        """Add a piece, and return the derivatives [n] of sum weight * loss / denom by logprob and entropy.
+
+        The latter is None if the loss does not depend on the entropy.
+        """
         leaves = [tensor.requires_grad_() for tensor in (logprob, entropy) if tensor is not None]
         with torch.enable_grad():
             loss = self.add(piece, logprob, entropy)
@@ -153,7 +174,7 @@ class _Sums:
         value = value.detach().to(self.dtype)
         if self.weights is not None:
             value = value.masked_fill(self.weights[piece] <= 0, -torch.inf)
-        # A piece may be empty, and then has no maximum of its own.
+        # A piece may be empty, and then has no maximum.
         return torch.cat([value, value.new_full((1,), -torch.inf)]).amax()
 
 
@@ -203,13 +224,14 @@ class _LinearTokenLoss(torch.autograd.Function):
     def backward(ctx: FunctionCtx, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if ctx.weight is not None:
-            message = "linear_token_loss added dW to grad_weight_out already: its loss must be the end of the graph (upstream gradient 1)"
+            message = (
+                "linear_token_loss has already added dW to grad_weight_out: its loss must be the end of the graph "
+                "(upstream gradient 1)"
+            )
             torch._assert_async(upstream == 1, message)
             grad_weight = dummy_weight_gradient(ctx.weight)
-        elif (
-            upstream.is_cuda or upstream != 1
-        ):  # a pass over both saved; looking costs nothing on a CPU, but would wait for a GPU
-            grad_hidden, grad_weight = (
-                None if grad is None else grad * upstream for grad in (grad_hidden, grad_weight)
-            )
+        elif upstream is not None and (upstream.is_cuda or upstream != 1):
+            # Skipping the multiplication saves a pass over both; comparing is free on a CPU, but would wait for a GPU.
+            grad_hidden = None if grad_hidden is None else grad_hidden * upstream
+            grad_weight = None if grad_weight is None else grad_weight * upstream
         return grad_hidden, grad_weight, *(None,) * 8

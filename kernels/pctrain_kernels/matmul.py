@@ -1,7 +1,7 @@
 """Matrix products of half or full precision operands with a full precision result.
 
-On a GPU they are cuBLAS's, which takes rows at any distance: the half precision gradient that lies in the memory of fp32 logits goes in
-without a copy.
+On a GPU they are cuBLAS's, which accepts any row stride: the half precision gradient in the memory of fp32 logits needs
+no copy.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def math_dtype(tensor: Tensor) -> torch.dtype:
-    """dtype of logits, softmax and losses: float64 for float64 inputs, else fp32."""
+    """Return the dtype of logits, softmax and losses: float64 for float64 inputs, else fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def operand(tensor: Tensor) -> Tensor:
-    """The tensor as the products below take it: as it is, but half precision on a CPU in fp32.
+    """Return the tensor as the products below take it: unchanged, except that half precision on a CPU becomes fp32.
 
     PyTorch's CPU product of half precision matrices rounds its result to half precision; CUDA's can return fp32.
     """
@@ -26,14 +26,14 @@ def operand(tensor: Tensor) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """out = a @ b; `out` is full precision."""
+    """Compute out = a @ b; `out` is full precision."""
     if a.dtype in HALF:
         return torch.mm(a, b, out_dtype=out.dtype, out=out)
     return torch.mm(a, b, out=out)
 
 
 def add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b; `accumulator` is full precision."""
+    """Compute accumulator += a @ b; `accumulator` is full precision."""
     if a.dtype in HALF:  # an fp32 accumulator: torch 2.10 and later (pytorch/pytorch#167931)
         torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
     else:

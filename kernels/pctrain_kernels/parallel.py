@@ -15,26 +15,29 @@ _largest_shards: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def gather_ranks(mine: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[...] of every rank -> [ranks, ...] on all, in rank order."""
+    """Return every rank's tensor [...] as one [ranks, ...], in rank order."""
     every = mine.new_empty(dist.get_world_size(group), *mine.shape)
     _all_gather(every.flatten(0, 1), mine.contiguous(), group=group)
     return every
 
 
 def gather_sequence(hidden: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[T / tp, H] of every rank -> [T, H] on all."""
+    """Return the whole sequence [T, H] from every rank's [T / tp, H]."""
     return gather_ranks(hidden, group).flatten(0, 1)
 
 
 def reduce_hidden_gradient(grad: Tensor, group: dist.ProcessGroup | None, sequence_parallel: bool) -> Tensor:
-    """Sum over the vocabulary shards of the full precision gradient [T, H]; with sequence parallelism this rank's rows [T / tp, H]."""
+    """Sum the full precision gradient [T, H] over the vocabulary shards.
+
+    With sequence parallelism the result is this rank's rows [T / tp, H].
+    """
     if group is None:
         return grad
     if not sequence_parallel:
         dist.all_reduce(grad, group=group)
         return grad
     mine = grad.unflatten(0, (dist.get_world_size(group), -1))[dist.get_rank(group)] if grad.numel() else grad
-    if dist.get_backend(group) == "gloo":  # its reduce-scatter is not there in every release
+    if dist.get_backend(group) == "gloo":  # not every release of it has a reduce-scatter
         dist.all_reduce(grad, group=group)
         return mine
     part = torch.empty_like(mine)
@@ -43,9 +46,9 @@ def reduce_hidden_gradient(grad: Tensor, group: dist.ProcessGroup | None, sequen
 
 
 def largest_shard(weight: Tensor, group: dist.ProcessGroup | None) -> int:
-    """Rows of the largest vocabulary shard of the group: equal on all ranks, so that chunk sizes follow from it.
+    """Return the rows of the group's largest vocabulary shard, from which all ranks derive the same chunk size.
 
-    Asked once for a weight (a parameter keeps its identity for a whole run), with one all-reduce that all ranks join.
+    The first call for a weight makes one all-reduce, which all ranks join; a parameter keeps its identity for a run.
     """
     if group is None:
         return weight.shape[0]

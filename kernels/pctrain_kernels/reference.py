@@ -1,9 +1,9 @@
 """The definition of every operation, in plain PyTorch on one process: full logits, autograd, no chunks.
 
-The arithmetic is fp32, or float64 where the inputs are float64. Tests compare the fused operations with this file.
-`weight` is the whole output matrix [V, H], `logits` are [T, V]; a shard has no meaning here.
-`policy.policy_loss` is per token, in plain PyTorch, and so its own definition; `linear_policy_loss` and `linear_cross_entropy` are
-`linear_token_loss` with that and with -logprob.
+The arithmetic is fp32, or float64 for float64 inputs. Tests compare the fused operations with this file. `weight` is
+the whole output matrix [V, H] and `logits` are [T, V]; there are no shards here. `policy.policy_loss` is plain PyTorch
+per token, and so its own definition; `linear_policy_loss` and `linear_cross_entropy` are `linear_token_loss` with that
+and with -logprob.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ def vocab_parallel_logprob_entropy(
     ignore_index: int = -100,
     want_entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Row i: logprob = log softmax(x_i / temperature)[target_i], entropy = -sum p log p, over columns below `valid_vocab`.
+    """Return logprob [T] = log softmax(x_i / temperature)[target_i] and entropy [T] = -sum p log p, or None.
 
-    logits x [T, V], target int64 [T] -> logprob [T], entropy [T] or None; both are 0 where target is `ignore_index`.
+    The softmax is over the columns of the logits x [T, V] below `valid_vocab`. Both results are 0 where target is
+    `ignore_index`.
     """
     log_p = torch.log_softmax(_full_precision(logits[:, :valid_vocab]) / temperature, dim=-1)
     labelled = target != ignore_index
@@ -45,7 +46,10 @@ def vocab_parallel_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """loss [T] = (1 - label_smoothing) (-log p[target]) + label_smoothing mean_j(-log p_j) + z_loss (log sum_j e^(x_j / temperature))^2."""
+    """Return the loss [T] = (1 - a) (-log p[target]) + a mean_j(-log p_j) + z_loss (log sum_j e^(x_j / temperature))^2.
+
+    a is label_smoothing.
+    """
     logprob, _ = vocab_parallel_logprob_entropy(
         logits, target, valid_vocab=valid_vocab, temperature=temperature, ignore_index=ignore_index, want_entropy=False
     )
@@ -68,9 +72,10 @@ def linear_logprob_entropy(
     ignore_index: int = -100,
     want_entropy: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """Row i: logprob = log softmax(W h_i / temperature)[target_i], entropy = -sum p log p, over columns below `valid_vocab`.
+    """Return logprob [T] = log softmax(W h_i / temperature)[target_i] and entropy [T] = -sum p log p, or None.
 
-    hidden [T, H], weight [V, H], target int64 [T] -> logprob [T], entropy [T] or None; both are 0 where target is `ignore_index`.
+    hidden is [T, H], weight [V, H] and target int64 [T]. The softmax is over the columns below `valid_vocab`. Both
+    results are 0 where target is `ignore_index`.
     """
     logits = _full_precision(hidden) @ _full_precision(weight[:valid_vocab]).T
     return vocab_parallel_logprob_entropy(
@@ -97,9 +102,9 @@ def linear_token_loss(
     ignore_index: int = -100,
     want_entropy: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss = sum_i token_weight_i loss_i / denom over the rows with a target; metrics: sum_i token_weight_i value_i, detached.
+    """Return loss = sum_i token_weight_i loss_i / denom over the rows with a target, and detached metrics.
 
-    Of a metric `max/...`: the largest value_i with token_weight_i > 0.
+    A metric is sum_i token_weight_i value_i, or for `max/...` the largest value_i with token_weight_i > 0.
     """
     logprob, entropy = linear_logprob_entropy(
         hidden,
@@ -119,11 +124,9 @@ def linear_token_loss(
     weights = torch.ones_like(loss) if token_weight is None else token_weight[labelled]
 
     def reduced(name: str, value: Tensor) -> Tensor:
+        if not name.startswith("max/"):
+            return (weights * value).sum().detach()
         counted = value.detach()[weights > 0].tolist()
-        return (
-            value.new_tensor(max(counted, default=-torch.inf))
-            if name.startswith("max/")
-            else (weights * value).sum().detach()
-        )
+        return value.new_tensor(max(counted, default=-torch.inf))
 
     return (weights * loss).sum() / denom, {name: reduced(name, value) for name, value in metrics.items()}

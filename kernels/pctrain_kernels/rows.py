@@ -1,4 +1,4 @@
-"""Which tokens of a call have a target."""
+"""The tokens of a call that have a target."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class LabelledRows:
-    """The n of T tokens that have one; target int64 [n], rows int64 [n] or None (all T)."""
+    """The n of T tokens that have a target: target int64 [n], rows int64 [n] or None for all T."""
 
     def __init__(self, target: Tensor, ignore_index: int) -> None:
         rows = (target != ignore_index).nonzero().squeeze(1)
@@ -16,15 +16,18 @@ class LabelledRows:
         self.target = self.select(target)
 
     def select(self, per_token: Tensor) -> Tensor:
-        """[T, ...] -> [n, ...]."""
+        """Return [n, ...], the rows with a target, from [T, ...]."""
         return per_token if self.rows is None else per_token.index_select(0, self.rows)
 
     def scatter(self, per_row: Tensor) -> Tensor:
-        """[n] -> [T], 0 on tokens without a target."""
+        """Return [T] from [n], with 0 on tokens without a target."""
         return per_row if self.rows is None else per_row.new_zeros(self._tokens).index_copy_(0, self.rows, per_row)
 
     def check_targets(self, vocab_start: int, columns: int, valid_vocab: int | None, *, sharded: bool) -> None:
-        """Fails on a target outside the vocabulary. With shards of unknown total size such a row gets log-prob -inf instead."""
+        """Fail on a target outside the vocabulary.
+
+        With shards of unknown total size such a row gets the log-prob -inf instead.
+        """
         first = 0 if sharded else vocab_start
         end = valid_vocab if sharded else first + columns
         if end is not None and self.target.numel():

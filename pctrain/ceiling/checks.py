@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from pctrain.common.errors import UserError
+from pctrain.files import json_file
 
 MAX_SCORE = 100.0  # percent
 LEAST_SE = 1e-4  # points; squares of smaller values lose their digits, and no test set is large enough to give them
@@ -90,38 +90,9 @@ def json_of(file: Path) -> object:
 def parsed(content: str, where: str) -> object:
     """Return the value of the JSON text `content`, which was read from `where`."""
     try:
-        return refuse_surrogates(json.loads(content), content, where)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from None
-    except (RecursionError, ValueError) as error:  # nested too deeply; numbers with more digits than Python converts
-        raise UserError(f"{where}: JSON that cannot be parsed ({error})") from None
-
-
-def json_lines(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (place, object) for each line of a JSON-lines file."""
-    records = []
-    for number_of_line, line in enumerate(text(file).splitlines(), start=1):
-        where = f"{file}, line {number_of_line}"
-        try:
-            records.append((where, mapping(refuse_surrogates(json.loads(line), line, where), where)))
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({error}). Each line must be one JSON object.") from None
-    return records
-
-
-def refuse_surrogates(value: object, content: str, where: str) -> object:
-    """Return `value`, parsed from `content`, unless it holds half of a surrogate pair.
-
-    JSON can hold such a half as an escape, but no terminal and no UTF-8 file accepts it.
-    """
-    if "\\ud" in content.lower():  # may be a whole pair, which is a character
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise UserError(
-                f"{where}: holds half of a surrogate pair (\\ud800 to \\udfff), which is not text. Write it again."
-            ) from None
-    return value
+        return json_file.parse(content)
+    except json_file.MalformedJSON as error:
+        raise UserError(f"{where}: not JSON ({error})") from None
 
 
 def mapping(value: object, where: str) -> dict[str, Any]:

@@ -62,7 +62,13 @@ def mean_over_seeds(readings: Sequence[Measured]) -> Measured:
 
 def difference(a: Measured, b: Measured) -> Measured:
     """Return a - b of two independent values, with Welch's degrees of freedom."""
-    se = math.hypot(a.se, b.se)
-    estimated = [side for side in (a, b) if side.se and math.isfinite(side.freedom)]
-    freedom = se**4 / math.fsum(side.se**4 / side.freedom for side in estimated) if estimated else math.inf
-    return Measured(a.value - b.value, se, freedom)
+    return contrast([(1.0, a), (-1.0, b)])
+
+
+def contrast(terms: Sequence[tuple[float, Measured]]) -> Measured:
+    """Return the sum of weight x value over independent values, with Welch and Satterthwaite's degrees of freedom."""
+    value = math.fsum(weight * term.value for weight, term in terms)
+    se = math.hypot(*(weight * term.se for weight, term in terms))
+    estimated = [(weight * term.se, term.freedom) for weight, term in terms if math.isfinite(term.freedom)]
+    squares = math.fsum(part**4 / freedom for part, freedom in estimated)
+    return Measured(value, se, se**4 / squares if squares else math.inf)

@@ -29,12 +29,11 @@ def _generate(call: Call[GenerateOptions]) -> None:
 def _check(call: Call[CheckOptions]) -> None:
     config = call.load_config()
     from pctrain.common.progress import make_console
-    from pctrain.data import check_report
     from pctrain.data.check import check
 
-    findings = check([Path(path) for path in call.operands], config)
-    check_report.show(findings, check_report.write(findings, call.options.out), make_console())
-    if not findings.passed:
+    result = check([Path(path) for path in call.operands], config)
+    result.show(result.write(call.options.out), make_console())
+    if not result.passed:
         raise SystemExit(1)
 
 

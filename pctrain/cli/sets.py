@@ -12,10 +12,10 @@ from pctrain.cli.command import Call, Command, Operands
 from pctrain.common.errors import UserError
 from pctrain.data.sets.candidates import read_candidates
 from pctrain.data.sets.options import (
+    CommandCall,
     DecontaminateOptions,
     DedupOptions,
     RankOptions,
-    Request,
     SelectOptions,
     SplitOptions,
     WinrateOptions,
@@ -48,7 +48,7 @@ _MODULES = {
 def _make_set(call: Call[Any]) -> None:
     config = call.load_config()
     module = import_module(_MODULES[call.command.name])
-    module.main(Request(call.command.name, call.arguments, call.operands, call.options, config))
+    module.main(CommandCall(call.command.name, call.arguments, call.operands, call.options, config))
 
 
 def _rank(call: Call[RankOptions]) -> None:
@@ -63,7 +63,7 @@ def _rank(call: Call[RankOptions]) -> None:
     config = call.load_config(f"--data.train={next(iter(candidates.values()))}")
     from pctrain.study.rank import main
 
-    main(Request(call.command.name, call.arguments, [], call.options, config), candidates)
+    main(CommandCall(call.command.name, call.arguments, [], call.options, config), candidates)
 
 
 COMMANDS = (

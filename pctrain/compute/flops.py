@@ -39,7 +39,7 @@ def paper_sft(shape: ModelShape, *, steps: float, batch: float, mean_length: flo
 
 
 def paper_grpo_step(shape: ModelShape, *, batch: float, group: float, mean_length: float) -> float:
-    """Return the FLOPs of a GRPO step, `batch` prompts x `group` rollouts: 4 B G S f, one f to sample, three to train."""
+    """Return the FLOPs of a GRPO step, `batch` prompts x `group` rollouts: 4 B G S f (1 to sample, 3 to train)."""
     return (1.0 + TRAINING_UNITS) * batch * group * mean_length * paper_forward_per_token(shape, mean_length)
 
 
@@ -61,7 +61,7 @@ def paper_luffy_step(
 
     A prompt has G rollouts and N expert trajectories.
 
-    Rollouts and expert trajectories differ in length, so a token costs the f of its own kind: f(S_on), f(S_off).
+    Rollouts and expert trajectories differ in length, so their tokens cost f(S_on) and f(S_off).
     """
     on_policy = paper_forward_per_token(shape, length) * length
     off_policy = paper_forward_per_token(shape, expert_length) * expert_length
@@ -82,7 +82,8 @@ def exact_forward(shape: ModelShape, lengths: ArrayLike) -> float:
 def exact_training(shape: ModelShape, lengths: ArrayLike, recompute: Recompute = "none") -> float:
     """Return the FLOPs of forward and backward passes over `lengths` [n] tokens, recomputation included.
 
-    `recompute` is `parallel.recompute`: `full` recomputes all layers but not the head; `selective` recomputes scores and values, inside attention.
+    `recompute` is `parallel.recompute`: `full` recomputes all layers but not the head;
+    `selective` recomputes scores and values, inside attention.
     """
     again = 0.0
     if recompute == "full":

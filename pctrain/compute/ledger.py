@@ -78,7 +78,7 @@ class Ledger:
         self._totals: dict[str, Sums] = {}
 
     def add(self, step: int, phase: str, lengths: Sequence[int] | np.ndarray, seconds: float) -> dict[str, Any]:
-        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks; return the ledger.jsonl entry."""
+        """Count sequences of `lengths` [n] tokens, prompt and response, over all ranks; return their ledger entry."""
         rule, lengths = PHASES[phase], np.asarray(lengths, dtype=np.int64)
         if (lengths <= 0).any():
             raise ValueError(f"ledger: a sequence of {lengths.min()} tokens ({phase}, step {step})")

@@ -1,4 +1,4 @@
-"""The sizes of a decoder-only transformer that its FLOPs depend on, without NumPy, since config checks read them too."""
+"""The sizes of a decoder-only transformer that its FLOPs depend on, without NumPy: config checks read them too."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class ModelShape:
     """The sizes of a decoder-only transformer with gated feed-forward blocks and grouped-query attention.
 
-    All are counts. In a mixture of experts a token passes only some experts: `ffn` is the width of these together, and `experts` is the
-    number that the router chooses from (0: dense).
+    All are counts. In a mixture of experts a token passes only some experts: `ffn` is the width of these together, and
+    `experts` is the number that the router chooses from (0: dense).
     """
 
     layers: int

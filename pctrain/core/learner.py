@@ -30,7 +30,7 @@ from pctrain_kernels import TokenLoss
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer update did. `loss` and `metrics` are from before the update.
+    """The result of one optimizer update. `loss` and `metrics` are from before the update.
 
     `loss` is a weighted sum over the batch's denominator; `metrics` are weighted means over the batch's loss tokens.
     `skipped` means that no rank updated anything, because the loss or the gradient norm (then NaN here) was not finite,
@@ -80,7 +80,7 @@ class Learner:
         # Weights first: an optimizer with master weights copies them.
         self._load_start()
         self._reference: Reference | None = None
-        self._head = step.Head(self.hf, par.sequence_parallel)
+        self._head = step.PackHead(self.hf, par.sequence_parallel)
         self.saver = checkpoint.Saver(background=on_gpu())
         self._optimizer: Any = None
         self._scheduler: Any = None

@@ -1,7 +1,7 @@
 """The reference model of a KL term: the weights that a run started from, used instead of the trained ones for a pass.
 
-There is no second module. For the time of the pass the parameters get other storage, and afterwards their own again. The
-buffers of the optimizer and of data parallelism, which the parameters are views of, are not touched.
+There is no second module. For the time of the pass the parameters get other storage, and afterwards their own again.
+The buffers of the optimizer and of data parallelism, which the parameters are views of, are not touched.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ class SkippedUpdates:
             return
         raise UserError(
             f"step {step}: {_cause(update)}, and {self.in_a_row} updates in a row were skipped for that "
-            f"(optimizer.max_skipped = {self.limit}). Lower the learning rate, or look at the samples of the last batch: "
-            f"{', '.join(dict.fromkeys(ids))}"
+            f"(optimizer.max_skipped = {self.limit}). Lower the learning rate, or look at the samples of the last "
+            f"batch: {', '.join(dict.fromkeys(ids))}"
         )
 
 

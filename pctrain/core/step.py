@@ -33,7 +33,7 @@ Prepare = Callable[[Pack], tuple[HeadFunction, Collect]]
 
 
 @dataclass(frozen=True)
-class Head:
+class PackHead:
     """Makes the head functions of packs; knows how the vocabulary is sharded."""
 
     hf: HFConfig
@@ -58,7 +58,7 @@ class Head:
         want_entropy: bool,
         metric_sums: dict[str, torch.Tensor],
     ) -> HeadFunction:
-        """Return a head that returns the pack's weighted loss sum and puts the metrics' sums or maxima in `metric_sums`."""
+        """Return a head that returns the pack's weighted loss sum and puts the metrics' sums in `metric_sums`."""
         # Tokens that are not trained on cost nothing in the head.
         labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(device())
 
@@ -108,7 +108,7 @@ class Head:
 
 def run_loss(
     chunks: list,
-    head: Head,
+    head: PackHead,
     spec: str,
     batch: PackedBatch,
     token_loss: TokenLoss,
@@ -120,9 +120,9 @@ def run_loss(
     """Return (loss, metrics) of the whole batch, on every rank.
 
     The loss is the weighted sum over all ranks' tokens / `batch.denominator`. A metric is a weighted sum /
-    `batch.loss_tokens`, or a maximum if its name begins with `max/`. With `backward`, main_grad holds the gradient of that
-    loss afterwards. A mixture of experts that is trained with its auxiliary loss adds that loss's gradient, and the
-    metrics contain its value.
+    `batch.loss_tokens`, or a maximum if its name begins with `max/`. With `backward`, main_grad holds the gradient of
+    that loss afterwards. A mixture of experts that is trained with its auxiliary loss adds that loss's gradient, and
+    the metrics contain its value.
 
     `chunks` is this rank's part of the model, one module per virtual pipeline stage.
     """
@@ -150,7 +150,7 @@ def run_loss(
 
 def run_logprob(
     chunks: list,
-    head: Head,
+    head: PackHead,
     spec: str,
     batch: PackedBatch,
     *,

@@ -99,7 +99,7 @@ def _draw(rng: random.Random, space: int, taken: set[int], count: int) -> list[i
 
 
 def _expression(number: int, terms: int, max_operand: int) -> tuple[list[int], str]:
-    """Decode a number into a problem: `terms` operands from 1 to `max_operand`, and a sign before each but the first."""
+    """Decode a number into a problem: `terms` operands from 1 to `max_operand`, and a sign before all but the first."""
     number, signs = divmod(number, 2 ** (terms - 1))
     operands = []
     for _ in range(terms):

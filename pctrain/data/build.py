@@ -1,4 +1,6 @@
-"""Tokenises files into a folder of the cache (`pctrain.data.store`), in worker processes, and goes on where a killed build was.
+"""Builds of the token cache: worker processes tokenize files into a folder (`pctrain.data.store`).
+
+A killed build is resumed.
 
     job = TokenJob(files, hf_dir, config.data, limit)
     folder = folder_of(cache, job)
@@ -6,9 +8,9 @@
         ...
     store = TokenStore(folder)
 
-Shard K is part K of the files (`sources.split_file`), whichever worker writes it and whenever: order and bytes do not
-depend on the workers. A shard is there when its .json is, which is written last; the folder is finished when its
-manifest is.
+Shard K holds chunk K of the files (`sources.split_file`), whichever worker writes it and whenever, so order and bytes
+do not depend on the workers. The .json of a shard is written last, so a shard is complete if it exists. A folder is
+finished once it has a manifest.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ import os
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any, TypedDict
 
 import numpy as np
 import tokenizers
@@ -39,15 +42,16 @@ from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_be
 from pctrain.files.lock import lock_folder
 from pctrain.hf.chat_template import load
 
-# A file changed within this time of being hashed may change again without a new time stamp: its hash is not remembered.
+# A file that was changed this recently may change again with the same time stamp, so its hash is not remembered.
 SETTLED_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class TokenJob:
-    """What is tokenised, and how.
+    """The files to tokenize, and how.
 
-    `files`: of `list_files`; `limit`: most tokens of a sample; the paths in `data` are not read.
+    `files` come from `list_files`. `limit` is the maximum number of tokens of a sample. The paths in `data` are not
+    used.
     """
 
     files: Sequence[Path]
@@ -58,7 +62,10 @@ class TokenJob:
 
 @dataclass(frozen=True)
 class Progress:
-    """Shards finished of those there are (0 of 0 while the files are looked through, or another process builds), records, tokens."""
+    """The number of finished shards, of all shards, of records and of tokens.
+
+    Both numbers of shards are 0 while the files are being split, or while another process builds.
+    """
 
     done: int
     total: int
@@ -70,18 +77,20 @@ Size = tuple[int, int]  # records and tokens of a shard
 
 
 class _Refused(UserError):
-    """A record that a policy stops at: what is built of this very data cannot be finished."""
+    """A record that the policies do not allow. The build of this data can never finish."""
 
 
 def folder_of(cache: Path, job: TokenJob) -> Path:
-    """Where the tokens of `job` lie, or will: named by all that they depend on (contents and names of the files, fields, Encoder.digest).
+    """Return the folder for the tokens of `job`.
 
-    Reads every byte of the files the first time; their hashes are remembered in the cache by size and time of change.
+    Its name is a hash of everything that the tokens depend on: contents and names of the files, the fields, and
+    Encoder.digest. The first call reads every byte of the files. Their hashes are remembered in the cache by size and
+    time of change.
     """
     hashes = _Hashes(Path(cache))
     parts = {
         "format": FORMAT,
-        "files": [[file.name, *map(hashes.of, list_disk_files(file))] for file in map(Path, job.files)],
+        "files": [[file.name, *map(hashes.look_up, list_disk_files(file))] for file in map(Path, job.files)],
         "fields": job.data.fields.model_dump(),
         "encoder": Encoder(job.hf_dir, job.data, job.limit).digest,
     }
@@ -93,13 +102,13 @@ def folder_of(cache: Path, job: TokenJob) -> Path:
 
 
 def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
-    """Makes `folder` (of `folder_of`) unless it is finished; the caller iterates to the end.
+    """Build `folder` (from `folder_of`) unless it is finished. The caller must iterate to the end.
 
-    One process builds, others wait for it.
+    If several processes call it, one builds and the others wait.
 
     Raises:
-        UserError: a record that a policy stops at (named), no usable record, a file that cannot be read or written, a
-            dead worker.
+        UserError: a policy does not allow a record (the message names it), no record is usable, a file cannot be read
+            or written, or a worker died.
     """
     if is_finished(folder):
         return
@@ -110,7 +119,7 @@ def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
             if not is_finished(folder):
                 yield from _build(job, folder)
         except _Refused:
-            shutil.rmtree(folder)  # nobody will go on with it: other data, or another policy, has another folder
+            shutil.rmtree(folder)  # nobody can resume it: other data, or another policy, has another folder
             raise
         finally:
             release()
@@ -120,88 +129,121 @@ def build(job: TokenJob, folder: Path) -> Iterator[Progress]:
 
 def _unwritable(folder: Path, error: OSError) -> UserError:
     return UserError(
-        f"{folder}: the tokens cannot be written: {error.strerror or error}; free space, or set data.cache"
+        f"{folder}: the tokens cannot be written: {error.strerror or error}. "
+        "Free some disk space, or set data.cache to another folder."
     )
 
 
-def _wait_for_lock(file: Path) -> Iterator[Progress]:
+def _wait_for_lock(file: Path) -> Generator[Progress, None, Callable[[], None]]:
     while True:
         try:
             return lock_folder(file)
-        except UserError:  # another process builds the same
+        except UserError:  # another process builds the same folder
             yield Progress(0, 0, 0, 0)
             time.sleep(HEARTBEAT)
 
 
 def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
-    parts: list[Chunk] = []
+    chunks: list[Chunk] = []
     for file in job.files:
-        for part in split_file(file, CHUNK_BYTES):
-            parts.append(part)
+        for chunk in split_file(file, CHUNK_BYTES):
+            chunks.append(chunk)
             yield Progress(0, 0, 0, 0)
     done = records = tokens = 0
-    for size in _shards(job, folder, parts):
+    for size in _write_shards(job, folder, chunks):
         if size is not None:
             done, records, tokens = done + 1, records + size[0], tokens + size[1]
-        yield Progress(done, len(parts), records, tokens)
-    _finish(job, folder, parts)
+        yield Progress(done, len(chunks), records, tokens)
+    _finish(job, folder, chunks)
 
 
-# ---- shards
-# ------------------------------------------------------------------------------------------------------------
+# ---- shards ----------------------------------------------------------------------------------------------------------
 
 
-def _shards(job: TokenJob, folder: Path, parts: list[Chunk]) -> Iterator[Size | None]:
-    """The size of each shard, in order, written where it is not there yet; None now and then while one is waited for."""
-    there = {number: size for number, part in enumerate(parts) if (size := _finished_shard(folder, number, part))}
-    missing = len(parts) - len(there)
-    workers = min(missing, job.data.workers or len(os.sched_getaffinity(0)))
-    if workers <= 1:  # starting a process takes longer than most small files
-        encoder = Encoder(job.hf_dir, job.data, job.limit) if missing else None
-        yield from (
-            there.get(number) or _write_shard(encoder, job.data, folder, number, part)
-            for number, part in enumerate(parts)
-        )
-        return
-    todo = [(number, part) for number, part in enumerate(parts) if number not in there]
-    written = in_processes(partial(_writer, job, folder), todo, workers)
-    for number in range(len(parts)):
-        if number in there:
-            yield there[number]
+class Dropped(TypedDict):
+    """A record that is not in the set, and why."""
+
+    where: str
+    cause: str
+    message: str
+
+
+@dataclass
+class _Shard:
+    """The content of a shard's .json: everything about its samples except the tokens."""
+
+    part: str  # the chunk that the shard was made from
+    dtype: str
+    ids: list[str] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    spans: list[list[list[int]]] = field(default_factory=list)
+    cut: int = 0
+    dropped: list[Dropped] = field(default_factory=list)
+
+    @property
+    def size(self) -> Size:
+        return len(self.ids), sum(self.lengths)
+
+
+def _write_shards(job: TokenJob, folder: Path, chunks: list[Chunk]) -> Iterator[Size | None]:
+    """Yield the size of each shard in order, after writing it if necessary. Yield None now and then while waiting."""
+    finished: dict[int, Size] = {}
+    for number, chunk in enumerate(chunks):
+        size = _finished_size(folder, number, chunk)
+        if size is not None:
+            finished[number] = size
+    todo = [(number, chunk) for number, chunk in enumerate(chunks) if number not in finished]
+    written = _write_missing(job, folder, todo)
+    for number in range(len(chunks)):
+        if number in finished:
+            yield finished[number]
             continue
-        while (size := next(written)) is None:
+        while (result := next(written)) is None:
             yield None
-        yield size[0]
+        yield result[0]
 
 
-def _writer(job: TokenJob, folder: Path) -> Callable[[tuple[int, Chunk]], Size]:
-    """What a worker process does with (number, part)."""
+def _write_missing(job: TokenJob, folder: Path, todo: list[tuple[int, Chunk]]) -> Iterator[tuple[Size] | None]:
+    """Yield (size,) of each missing shard after writing it, and None now and then while waiting."""
+    workers = min(len(todo), job.data.workers or len(os.sched_getaffinity(0)))
+    if workers > 1:
+        yield from in_processes(partial(_make_writer, job, folder), todo, workers)
+    elif todo:  # starting a process takes longer than tokenizing most small files
+        write = _make_writer(job, folder)
+        yield from ((write(item),) for item in todo)
+
+
+def _make_writer(job: TokenJob, folder: Path) -> Callable[[tuple[int, Chunk]], Size]:
+    """Return the function by which a process turns (number, chunk) into a shard."""
     encoder = Encoder(job.hf_dir, job.data, job.limit)
     return lambda item: _write_shard(encoder, job.data, folder, *item)
 
 
-def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, part: Chunk) -> Size:
-    """Writes the tokens of a part, then the .json with all else there is to know of it. Memory: one part of a file."""
+def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, chunk: Chunk) -> Size:
+    """Write the tokens of a chunk, then the .json with everything else. Memory use is bounded by one chunk."""
     tokens_file = shard_file(folder, number, "tokens")
-    beside = tokens_file.with_name(tokens_file.name + ".tmp")
+    temporary = tokens_file.with_name(tokens_file.name + ".tmp")
     dtype = np.dtype(np.uint16 if encoder.tokenizer.largest_id < 1 << 16 else np.int32)
-    about = {"part": repr(part), "dtype": dtype.name, "ids": [], "lengths": [], "spans": [], "cut": 0, "dropped": []}
-    with open(beside, "wb") as stream:
-        for id, sample in _samples(encoder, data, part, about["dropped"]):
+    shard = _Shard(repr(chunk), dtype.name)
+    with open(temporary, "wb") as stream:
+        for id, sample in _samples(encoder, data, chunk, shard.dropped):
             stream.write(sample.tokens.astype(dtype).tobytes())
-            about["ids"].append(id)
-            about["lengths"].append(len(sample.tokens))
-            about["spans"].append(sample.spans.tolist())
-            about["cut"] += sample.cut
-    fsync(beside)
-    os.replace(beside, tokens_file)
-    write_beside(shard_file(folder, number, "json"), json_line(about))
-    return len(about["ids"]), sum(about["lengths"])
+            shard.ids.append(id)
+            shard.lengths.append(len(sample.tokens))
+            shard.spans.append(sample.spans.tolist())
+            shard.cut += sample.cut
+    fsync(temporary)
+    os.replace(temporary, tokens_file)
+    write_beside(shard_file(folder, number, "json"), json_line(asdict(shard)))
+    return shard.size
 
 
-def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict]) -> Iterator[tuple[str, Sample]]:
-    """(id, sample) of every usable record of a part; the others go into `dropped`, or stop the work."""
-    for number, record in read_numbered(part, data.fields, need=("response",)):
+def _samples(encoder: Encoder, data: DataConfig, chunk: Chunk, dropped: list[Dropped]) -> Iterator[tuple[str, Sample]]:
+    """Yield (id, sample) for every usable record of a chunk.
+
+    Append the others to `dropped`, or raise, as the policies say.
+    """
+    for number, record in read_numbered(chunk, data.fields, need=("response",)):
         if isinstance(record, Fault):
             fault = record
         else:
@@ -209,127 +251,144 @@ def _samples(encoder: Encoder, data: DataConfig, part: Chunk, dropped: list[dict
                 yield record.id, encoder.encode(record)
                 continue
             except Unusable as error:
-                fault = Fault(f"{part.file}:{number}", error.cause, str(error))
+                fault = Fault(f"{chunk.file}:{number}", error.cause, str(error))
         if encoder.stops(fault.cause):
             raise _Refused(str(fault))
         dropped.append({"where": fault.where, "cause": fault.cause, "message": fault.message})
 
 
-def _finished_shard(folder: Path, number: int, part: Chunk) -> Size | None:
-    """The size of a shard that an earlier build finished, and of this very part."""
+def _finished_size(folder: Path, number: int, chunk: Chunk) -> Size | None:
+    """Return the size of a shard that an earlier build finished from this same chunk, or None if there is none."""
     if not shard_file(folder, number, "json").exists():
         return None
-    about = _about(folder, number)
-    return (len(about["ids"]), sum(about["lengths"])) if about["part"] == repr(part) else None
+    shard = _read_shard(folder, number)
+    return shard.size if shard.part == repr(chunk) else None
 
 
-def _about(folder: Path, number: int) -> dict:
-    return json.loads(shard_file(folder, number, "json").read_text(encoding="utf-8"))
+def _read_shard(folder: Path, number: int) -> _Shard:
+    return _Shard(**json.loads(shard_file(folder, number, "json").read_text(encoding="utf-8")))
 
 
-# ---- the finished folder
-# -----------------------------------------------------------------------------------------------
+# ---- the finished folder ---------------------------------------------------------------------------------------------
 
 
-def _finish(job: TokenJob, folder: Path, parts: list[Chunk]) -> None:
-    """Joins what the shards' .json say, one at a time, and writes the manifest last."""
-    shards, lengths, span_counts, spans = [], [], [], []
-    counts: Counter[str] = Counter()
-    records = dict.fromkeys(job.files, 0)
-    first_dropped = dtype = None
+@dataclass
+class _Index:
+    """What is known about the samples of all shards, in order."""
+
+    shards: list[int] = field(default_factory=list)  # records of each shard
+    lengths: list[np.ndarray] = field(default_factory=list)
+    span_counts: list[np.ndarray] = field(default_factory=list)
+    spans: list[np.ndarray] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)  # records by what happened to them
+    records: Counter[Path] = field(default_factory=Counter)  # records of each file
+    dtype: str | None = None
+    first_dropped: Dropped | None = None
+
+    def add(self, file: Path, shard: _Shard) -> None:
+        self.shards.append(len(shard.ids))
+        self.lengths.append(np.array(shard.lengths, np.int32))
+        self.span_counts.append(np.array([len(spans) for spans in shard.spans], np.int32))
+        flat = [span for spans in shard.spans for span in spans]
+        self.spans.append(np.array(flat, np.int32).reshape(-1, 2))
+        self.records[file] += len(shard.ids)
+        self.counts.update(dropped["cause"] for dropped in shard.dropped)
+        if shard.cut:
+            self.counts["cut"] += shard.cut
+        self.dtype = shard.dtype
+        if self.first_dropped is None and shard.dropped:
+            self.first_dropped = shard.dropped[0]
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        return {
+            "shards": np.array(self.shards, np.int64),
+            "lengths": np.concatenate(self.lengths),
+            "span_counts": np.concatenate(self.span_counts),
+            "spans": np.concatenate(self.spans),
+        }
+
+
+def _finish(job: TokenJob, folder: Path, chunks: list[Chunk]) -> None:
+    """Join the .json files of the shards, one at a time, and write the manifest last."""
+    index = _Index(records=Counter(dict.fromkeys(job.files, 0)))
     with (
         open(folder / "ids.jsonl", "w", encoding="utf-8") as ids,
         open(folder / "dropped.jsonl", "w", encoding="utf-8") as dropped,
     ):
-        for number, part in enumerate(parts):
-            about = _about(folder, number)
-            shards.append(len(about["ids"]))
-            lengths.append(np.array(about["lengths"], np.int32))
-            span_counts.append(np.array([len(of_record) for of_record in about["spans"]], np.int32))
-            spans.append(
-                np.array([span for of_record in about["spans"] for span in of_record], np.int32).reshape(-1, 2)
-            )
-            records[part.file] += len(about["ids"])
-            counts.update(fault["cause"] for fault in about["dropped"])
-            counts.update({"cut": about["cut"]} if about["cut"] else {})
-            dtype, first_dropped = about["dtype"], first_dropped or next(iter(about["dropped"]), None)
-            ids.writelines(map(json_line, about["ids"]))
-            dropped.writelines(map(json_line, about["dropped"]))
-    if not sum(shards):
-        raise _Refused(_nothing_left(job, counts, first_dropped))
-    index = {
-        "shards": np.array(shards, np.int64),
-        "lengths": np.concatenate(lengths),
-        "span_counts": np.concatenate(span_counts),
-        "spans": np.concatenate(spans),
-    }
-    write_beside(folder / "index.npz", _npz(index))
+        for number, chunk in enumerate(chunks):
+            shard = _read_shard(folder, number)
+            index.add(chunk.file, shard)
+            ids.writelines(map(json_line, shard.ids))
+            dropped.writelines(map(json_line, shard.dropped))
+    if not sum(index.shards):
+        raise _Refused(_nothing_left(job, index.counts, index.first_dropped))
+    arrays = index.arrays()
+    write_beside(folder / "index.npz", _npz(arrays))
     for name in ("ids.jsonl", "dropped.jsonl"):
         fsync(folder / name)
-    template = load(job.hf_dir, job.data.template)
-    write_beside(
-        folder / MANIFEST,
-        json.dumps(
-            plain(
-                {
-                    "format": FORMAT,
-                    "records": sum(shards),
-                    "tokens": index["lengths"].sum(dtype=np.int64),
-                    "loss_tokens": (index["spans"][:, 1] - index["spans"][:, 0]).sum(dtype=np.int64),
-                    "counts": counts,
-                    "dtype": dtype,
-                    "files": [{"path": file, "records": count} for file, count in records.items()],
-                    "columns": {str(part.file): chunk_columns(part, job.data.fields).describe() for part in parts},
-                    "template": template and template.where,
-                    "settings": {
-                        "limit": job.limit,
-                        **job.data.model_dump(include={"fields", "loss_on", "overlong", "unusable"}),
-                    },
-                    "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
-                }
-            ),
-            indent=1,
-        )
-        + "\n",
-    )
-    for number in range(len(parts)):  # all that they say is in the other files now
+    manifest = _manifest(job, chunks, index, arrays)
+    write_beside(folder / MANIFEST, json.dumps(plain(manifest), indent=1) + "\n")
+    for number in range(len(chunks)):  # the other files have all of their content now
         shard_file(folder, number, "json").unlink()
 
 
-def _nothing_left(job: TokenJob, counts: Counter[str], first: dict | None) -> str:
+def _manifest(job: TokenJob, chunks: list[Chunk], index: _Index, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    template = load(job.hf_dir, job.data.template)
+    spans = arrays["spans"]
+    return {
+        "format": FORMAT,
+        "records": sum(index.shards),
+        "tokens": arrays["lengths"].sum(dtype=np.int64),
+        "loss_tokens": (spans[:, 1] - spans[:, 0]).sum(dtype=np.int64),
+        "counts": index.counts,
+        "dtype": index.dtype,
+        "files": [{"path": file, "records": count} for file, count in index.records.items()],
+        "columns": {str(chunk.file): chunk_columns(chunk, job.data.fields).describe() for chunk in chunks},
+        "template": template and template.where,
+        "settings": {
+            "limit": job.limit,
+            **job.data.model_dump(include={"fields", "loss_on", "overlong", "unusable"}),
+        },
+        "versions": {"tokenizers": tokenizers.__version__, "numpy": np.__version__},
+    }
+
+
+def _nothing_left(job: TokenJob, counts: Counter[str], first: Dropped | None) -> str:
     names = ", ".join(str(file) for file in job.files)
     if first is None:
-        return f"{names}: the data set is empty; expected one record a line or row"
+        return f"{names}: the data set is empty; expected one record per line or row"
     causes = ", ".join(f"{count} {cause}" for cause, count in counts.most_common())
-    return f"{names}: none of the {counts.total()} records can be used ({causes}); the first: {first['where']}: {first['message']}"
+    return (
+        f"{names}: none of the {counts.total()} records can be used ({causes}). "
+        f"The first is {Fault(first['where'], first['cause'], first['message'])}"
+    )
 
 
 def _npz(arrays: dict[str, np.ndarray]) -> bytes:
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
-# ---- hashes of the files
-# -------------------------------------------------------------------------------------------------
+# ---- hashes of the files ---------------------------------------------------------------------------------------------
 
 
 class _Hashes:
-    """sha256 of files, remembered in `<cache>/hashes.json`: gigabytes are not read again at every start."""
+    """The sha256 of files, remembered in `<cache>/hashes.json` so that gigabytes are not read again at every start."""
 
     def __init__(self, cache: Path):
         self._file = cache / "hashes.json"
         try:
             self._known: dict[str, str] = json.loads(self._file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a memory, not a record: it is made again
+        except (OSError, ValueError):  # only a cache: it is made again
             self._known = {}
         self._new: dict[str, str] = {}
 
-    def of(self, file: Path) -> str:
+    def look_up(self, file: Path) -> str:
         try:
             state = file.stat()
         except OSError as error:
-            raise UserError(f"data file {file}: {error.strerror}") from None
+            raise UserError(f"data file {file} cannot be read: {error.strerror}") from None
         key = json.dumps([str(file.resolve()), state.st_size, state.st_mtime_ns, state.st_ino])
         digest = self._known.get(key) or fingerprint(file)
         if time.time() - state.st_mtime > SETTLED_SECONDS:

@@ -1,26 +1,34 @@
-"""`pctrain data check`: looks at every record of some files and says what is in them and what is wrong with them.
+"""`pctrain data check`: reads every record of some files, and reports what is in them and what is wrong with them.
 
-Texts pass by a part of a file at a time; what stays of a record is 44 bytes: hashes of its prompt and of the whole,
-lengths, and its place.
+Texts pass by one chunk of a file at a time. Of a record 44 bytes are kept: hashes of its prompt and of the whole,
+lengths, its place.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from array import array
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import Bar, progress
 from pctrain.config import check_layout as config_check
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, DataConfig
 from pctrain.data.encode import Encoder, Unusable
+from pctrain.data.lengths import Lengths
 from pctrain.data.records import Fault, Record
 from pctrain.data.sources import (
     Chunk,
@@ -31,62 +39,22 @@ from pctrain.data.sources import (
     read_numbered,
     split_file,
 )
+from pctrain.data.troubles import MOST_PLACES, Trouble, Troubles
+from pctrain.files.durable import plain, write_beside
 
-FIRST_PLACES = 5  # named of each trouble
-NO_LIMIT = 1 << 40  # tokens: lengths are measured here, and compared afterwards
-# A box opening, an escaped character (so that \{ and \} are no braces), or a brace.
+PICTURE, FIGURES = "lengths.png", "check.json"
+MOST_FILES = 20  # rows of the table in the terminal; check.json has all files
+NO_LIMIT = 1 << 40  # tokens; lengths are measured without a limit, and compared with the context afterwards
+# The start of a box, an escaped character (so that \{ and \} do not count as braces), or a brace.
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-# What to do about each trouble. The first ones make a record unusable, the others are worth a look.
-UNUSABLE = {
-    "unreadable_file": "the file cannot be read to its end; make or copy it again",
-    "empty_file": "there is no record in it; leave it out",
-    "not_utf8": "bytes that are no UTF-8; convert the file (iconv -f LATIN1 -t UTF-8)",
-    "malformed_json": "the line is no JSON; write one object a line (jq -c . FILE)",
-    "not_an_object": "the line is JSON, but no object; write one object a line (jq -c '.[]' FILE makes them of a list)",
-    "missing_field": "a column is not there; name the right one by data.fields",
-    "wrong_type": "a column holds something else than text; name the right one by data.fields, or mend it",
-    "surrogate": "half of a surrogate pair, which no tokenizer takes; encode the text again",
-    "empty_prompt": "nothing is asked; remove the record",
-    "empty_response": "nothing is answered; remove the record",
-    "empty_answer": "the gold answer is empty; fill it in or remove the record",
-    "bad_chat": "not a chat that ends with an assistant's turn; mend or remove the record",
-    "overlong": "longer than the model's context; shorten or remove it, or set data.overlong to drop or right",
-}
-TEMPLATE = "the chat template cannot write it so that it can be trained on; see docs/contracts.md, or set data.template"
-REMARKS = {
-    "duplicate_record": "the very same record again: it is trained on more than once",
-    "duplicate_prompt": "a prompt again (several trajectories of one prompt, or a leak between sets)",
-    "no_answer": "no gold answer, where other records of the file have one",
-    "unclosed_box": "\\boxed{ without its closing brace: the response may have been cut off, and its answer is not found",
-    "no_box": "an answer is given, but the response has no \\boxed{...} to read one from",
-    "overlong_policy": "longer than the model's context; data.overlong says what becomes of it",
-}
-
-
-@dataclass
-class Trouble:
-    """`unusable`: a record that has it cannot be used. `first`: (place, what is wrong there), at most FIRST_PLACES."""
-
-    kind: str
-    unusable: bool
-    count: int = 0
-    first: list[tuple[str, str]] = field(default_factory=list)
-
-    @property
-    def advice(self) -> str:
-        return UNUSABLE.get(self.kind) or REMARKS.get(self.kind) or TEMPLATE
-
-    def add(self, where: str, message: str = "") -> None:
-        self.count += 1
-        if len(self.first) < FIRST_PLACES:
-            self.first.append((where, message))
 
 
 @dataclass
 class FileCheck:
-    """`read_as`: trajectories (they need a response) or problems (they need an answer).
+    """What was found in one file.
 
-    `records` can be used, `unusable` cannot.
+    `read_as` is trajectories (which need a response) or problems (which need an answer). `records` counts usable
+    records, `unusable` the others.
     """
 
     path: Path
@@ -97,250 +65,331 @@ class FileCheck:
     unusable: int = 0
 
 
-class Check:
-    """What was found.
+@dataclass(frozen=True)
+class _Model:
+    """The model that samples are measured for."""
+
+    encoder: Encoder
+    context: int  # tokens
+
+    def count_tokens(self, record: Record, trajectory: bool) -> tuple[int, int]:
+        """Return the tokens of the prompt (not trained on) and of the response with EOS (0 for a problem)."""
+        if not trajectory:
+            return len(self.encoder.prompt_ids(record)), 0
+        sample = self.encoder.encode(record)
+        trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
+        return len(sample.tokens) - trained, trained
+
+
+def check(paths: Sequence[Path], config: Config) -> DataCheck:
+    """Check the files under a progress bar.
+
+    Args:
+        paths: files, globs, folders of data sets.
+        config: `data` and `model.path` are used. With a model, lengths are also counted in tokens, as SFT encodes them.
+
+    Raises:
+        UserError: a path names no file, a format is not supported, or the model cannot be read.
+    """
+    files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
+    model = None
+    if config.model.path is not None:
+        context = config_check.model_shape(config).context
+        model = _Model(Encoder(config.model.path, config.data, NO_LIMIT), context)
+    result = DataCheck(files, config.data, model)
+    sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]
+    with progress("checking", total=_megabytes(sum(sizes)), unit="MB") as bar:
+        for number in range(len(files)):
+            result.read_file(number, bar, sum(sizes[:number]))
+            result.advance(bar, sum(sizes[: number + 1]))
+    result.find_duplicates()
+    return result
+
+
+class DataCheck:
+    """The check of some files: reading them, and showing and writing what was found.
 
     Attributes:
-        files: one FileCheck each.
-        lengths: {"prompt, characters": int64 [n], "response, tokens": ..., ...} of the records that can be read, also
-            where they are too long, in order; -1: it has none.
-        file_of: int64 [n], the number of each record's file.
-        limit: the model's context, tokens; None without a model.
+        files: one FileCheck per file.
+        lengths: the lengths of all records that could be read, including records that are too long.
+        troubles: what is wrong with the records.
     """
 
-    def __init__(self, files: Sequence[Path], limit: int | None):
+    def __init__(self, files: Sequence[Path], data: DataConfig, model: _Model | None):
         self.files = [FileCheck(file) for file in files]
-        self.limit = limit
-        self._troubles: dict[str, Trouble] = {}
+        self.lengths = Lengths(None if model is None else model.context)
+        self.troubles = Troubles()
+        self._data, self._model = data, model
+        # One entry per record that could be read: the number of its file, its line or row, and hashes of its texts.
         self._file, self._number = array("i"), array("q")
         self._prompt_hash, self._record_hash = array("Q"), array("Q")
-        names = ["prompt, characters", "response, characters"]
-        names += ["prompt, tokens", "response, tokens", "sample, tokens"] if limit is not None else []
-        self._lengths = {name: array("q") for name in names}
-
-    @property
-    def lengths(self) -> dict[str, np.ndarray]:
-        return {name: np.array(values, np.int64) for name, values in self._lengths.items()}
-
-    @property
-    def file_of(self) -> np.ndarray:
-        return np.array(self._file, np.int64)
-
-    @property
-    def troubles(self) -> list[Trouble]:
-        """Those there are: what makes records unusable first, and the more frequent before the others."""
-        return sorted(self._troubles.values(), key=lambda trouble: (not trouble.unusable, -trouble.count))
 
     @property
     def records(self) -> int:
+        """The number of usable records."""
         return sum(file.records for file in self.files)
 
     @property
     def unusable(self) -> int:
+        """The number of unusable records."""
         return sum(file.unusable for file in self.files)
 
     @property
     def passed(self) -> bool:
-        return not any(trouble.unusable for trouble in self._troubles.values())
+        """Whether every file and every record can be used."""
+        return not self.troubles.any_unusable
 
-    def add_trouble(self, kind: str, where: str, message: str = "", *, unusable: bool) -> None:
-        self._troubles.setdefault(kind, Trouble(kind, unusable)).add(where, message)
+    # ---- reading -----------------------------------------------------------------------------------------------------
 
-    def put(self, trouble: Trouble) -> None:
-        """Joins what was gathered of one trouble elsewhere."""
-        if trouble.count:
-            known = self._troubles.setdefault(trouble.kind, Trouble(trouble.kind, trouble.unusable))
-            known.count += trouble.count
-            known.first = (known.first + trouble.first)[:FIRST_PLACES]
+    def read_file(self, number: int, bar: Bar, bytes_before: int) -> None:
+        """Read all records of the file with this number."""
+        file, answers = self.files[number], _Answers()
+        try:
+            for chunk in split_file(file.path):
+                if not file.columns:
+                    file.columns = chunk_columns(chunk, self._data.fields).describe()
+                    file.read_as = _detect_kind(chunk, self._data)
+                self._read_chunk(number, chunk, answers)
+                self.advance(bar, bytes_before + chunk.done)
+        except UserError as error:
+            self.troubles.add("unreadable_file", str(file.path), str(error), unusable=True)
+            return
+        if not file.records + file.unusable:
+            self.troubles.add("empty_file", str(file.path), unusable=True)
+        answers.report(self.troubles)
 
-    def add_fault(self, file: int, kind: str, where: str, message: str) -> None:
+    def advance(self, bar: Bar, done: int) -> None:
+        """Move the bar to `done` bytes of all files."""
+        bar.advance(_megabytes(done) - bar.done, records=self.records, unusable=self.unusable)
+
+    def _read_chunk(self, number: int, chunk: Chunk, answers: _Answers) -> None:
+        trajectories = self.files[number].read_as == "trajectories"
+        need = ("response",) if trajectories else ("answer",)
+        for line, record in read_numbered(chunk, self._data.fields, need):
+            where = f"{chunk.file}:{line}"
+            if isinstance(record, Fault):
+                self._add_unusable(number, record.cause, where, record.message)
+                continue
+            try:
+                tokens = None if self._model is None else self._model.count_tokens(record, trajectories)
+            except Unusable as error:
+                self._add_unusable(number, error.cause, where, str(error))
+                continue
+            self._add_record(number, line, record, tokens)
+            self._check_length(number, where, tokens)
+            answers.add(where, record)
+            if trajectories:
+                self._check_box(where, record)
+
+    def _add_unusable(self, file: int, kind: str, where: str, message: str) -> None:
         self.files[file].unusable += 1
-        self.add_trouble(kind, where, message, unusable=True)
+        self.troubles.add(kind, where, message, unusable=True)
 
-    def add_record(self, file: int, number: int, record: Record, tokens: tuple[int, int] | None) -> None:
-        """What stays of a record that can be read.
-
-        `tokens`: of the prompt and of the response with EOS (0: a problem has none).
-        """
+    def _add_record(self, file: int, number: int, record: Record, tokens: tuple[int, int] | None) -> None:
+        """Keep the lengths and hashes of a record that could be read."""
         self.files[file].chats += bool(record.messages)
         self._file.append(file)
         self._number.append(number)
-        texts = [text for m in record.messages for text in (m.role, m.content)] or [
-            record.prompt,
-            record.response or "",
-        ]
+        if record.messages:
+            texts = [text for message in record.messages for text in (message.role, message.content)]
+        else:
+            texts = [record.required("prompt"), record.response or ""]
         self._prompt_hash.append(_hash([record.question]))
         self._record_hash.append(_hash([*texts, record.answer or ""]))
-        measured = {"prompt, characters": len(record.question), "response, characters": _length(record.trajectory)}
-        if tokens is not None:
-            prompt, response = tokens
-            measured |= {
-                "prompt, tokens": prompt,
-                "response, tokens": response or -1,
-                "sample, tokens": prompt + response,
-            }
-        for name, length in measured.items():
-            self._lengths[name].append(length)
+        self.lengths.add(record.question, record.trajectory, tokens)
+
+    def _check_length(self, file: int, where: str, tokens: tuple[int, int] | None) -> None:
+        """Count the record as usable, unless it is longer than the context and that is an error."""
+        if self._model is not None and tokens is not None and sum(tokens) > self._model.context:
+            message = f"{sum(tokens)} tokens, more than {self._model.context}"
+            if self._data.overlong == "error":
+                self._add_unusable(file, "overlong", where, message)
+                return
+            policy = f"data.overlong = {self._data.overlong}"
+            self.troubles.add("overlong_policy", where, f"{message}; {policy}", unusable=False)
+        self.files[file].records += 1
+
+    def _check_box(self, where: str, record: Record) -> None:
+        response = record.required("trajectory")
+        unclosed = count_unclosed_boxes(response)
+        if unclosed is None and record.answer is not None:
+            self.troubles.add("no_box", where, f"the answer is {record.answer[:40]!r}", unusable=False)
+        elif unclosed:
+            self.troubles.add("unclosed_box", where, f"the response ends with {response[-40:]!r}", unusable=False)
 
     def find_duplicates(self) -> None:
-        """After the last record. A prompt counts where an earlier record, of any of the files, has it."""
-        repeated = self._repeated("duplicate_record", self._record_hash, np.zeros(len(self._file), bool))
-        self._repeated("duplicate_prompt", self._prompt_hash, repeated)  # the same record again is told once
+        """Find records and prompts that an earlier record, of any file, has too. Call it after the last record."""
+        none = np.zeros(len(self._file), bool)
+        duplicate_records = self._find_repeated("duplicate_record", self._record_hash, none)
+        self._find_repeated("duplicate_prompt", self._prompt_hash, duplicate_records)  # these are reported already
 
-    def _repeated(self, kind: str, hashes: array, known: np.ndarray) -> np.ndarray:
+    def _find_repeated(self, kind: str, hashes: array, reported: np.ndarray) -> np.ndarray:
         _, first, inverse = np.unique(np.array(hashes, np.uint64), return_index=True, return_inverse=True)
         original = first[inverse]
-        again = original != np.arange(len(original))
-        told = np.flatnonzero(again & ~known)
-        places = [(self._where(index), f"as {self._where(original[index])}") for index in told[:FIRST_PLACES]]
-        self.put(Trouble(kind, unusable=False, count=len(told), first=places))
-        return again
+        repeated = original != np.arange(len(original))
+        new = np.flatnonzero(repeated & ~reported)
+        places = [(self._place(index), f"as {self._place(original[index])}") for index in new[:MOST_PLACES]]
+        self.troubles.merge(Trouble(kind, unusable=False, count=len(new), first=places))
+        return repeated
 
-    def _where(self, index: int) -> str:
+    def _place(self, index: int) -> str:
         return f"{self.files[self._file[index]].path}:{self._number[index]}"
 
+    # ---- showing and writing -----------------------------------------------------------------------------------------
 
-def check(paths: Sequence[Path], config: Config) -> Check:
-    """Reads the files under a progress bar.
+    def write(self, folder: Path) -> list[Path]:
+        """Write `folder`/check.json, and `folder`/lengths.png if there is a record to measure. Return their paths."""
+        files = {FIGURES: json.dumps(self.as_json(), indent=1, ensure_ascii=False).encode() + b"\n"}
+        if len(self._file):
+            files[PICTURE] = self.lengths.picture(self._title())
+        try:
+            (folder / PICTURE).unlink(missing_ok=True)  # a picture of an earlier check would be taken for this one's
+            for name, content in files.items():
+                write_beside(folder / name, content)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: the results cannot be written ({error.strerror}). Name another folder with --out DIR."
+            ) from None
+        return [folder / name for name in sorted(files, reverse=True)]
 
-    Args:
-        paths: files, globs, folders of data sets.
-        config: `data` and `model.path` are read; with a model lengths are counted in tokens too, as SFT makes them.
-    Raises:
-        UserError: a path that names no file, or one of another format; a model that cannot be read.
+    def _title(self) -> str:
+        first, *others = [str(file.path) for file in self.files]
+        names = f"{first} and {len(others)} more" if others else first
+        return f"{names[-100:]}: {len(self._file):,} records"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of check.json."""
+        file_of = np.array(self._file, np.int64)
+        files = [
+            vars(file) | {"lengths": self.lengths.statistics(file_of == number)}
+            for number, file in enumerate(self.files)
+        ]
+        return plain(
+            {
+                "passed": self.passed,
+                "records": self.records,
+                "unusable": self.unusable,
+                "context": self.lengths.context,
+                "lengths": self.lengths.statistics(),
+                "files": files,
+                "troubles": [trouble.as_json() for trouble in self.troubles.sorted()],
+            }
+        )
+
+    def show(self, written: Sequence[Path], console: Console) -> None:
+        """Print what was found, and the files that were written."""
+        console.print(self._file_table())
+        for line in self._column_lines():
+            console.print(Text(line), soft_wrap=True)
+        if len(self._file):
+            console.print()
+            console.print(self.lengths.table())
+            console.print()
+            for line in self.lengths.histogram_lines():
+                console.print(Text(line))
+        for trouble in self.troubles.sorted():
+            console.print()
+            for line in trouble.lines():
+                console.print(Text(line), soft_wrap=True)
+        console.print()
+        console.print(Text(f"written: {', '.join(map(str, written))}"), soft_wrap=True)
+        console.print(Text(self.summary()), soft_wrap=True)
+
+    def summary(self) -> str:
+        """Return the verdict in one line."""
+        troubles = self.troubles.sorted()
+        files = f"{len(self.files)} file{'s' if len(self.files) > 1 else ''}"
+        remarks = ", ".join(f"{trouble.count:,} {trouble.kind}" for trouble in troubles if not trouble.unusable)
+        worth_a_look = f"; worth a look: {remarks}" if remarks else ""
+        if self.passed:
+            return f"all {self.records:,} records of {files} can be used{worth_a_look}"
+        faults = ", ".join(f"{trouble.count:,} {trouble.kind}" for trouble in troubles if trouble.unusable)
+        return (
+            f"NOT PASSED: {self.unusable:,} of {self.records + self.unusable:,} records of {files} cannot be used "
+            f"({faults}){worth_a_look}"
+        )
+
+    def _file_table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        table.add_column("file", overflow="fold")
+        table.add_column("read as", no_wrap=True)
+        for name in ("usable", "chats", "unusable"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for file in self.files[:MOST_FILES]:
+            counts = (f"{count:,}" for count in (file.records, file.chats, file.unusable))
+            table.add_row(Text(str(file.path)), file.read_as, *counts)
+        if len(self.files) > MOST_FILES:
+            table.add_row(f"and {len(self.files) - MOST_FILES} more (in {FIGURES})", "", "", "", "")
+        if len(self.files) > 1:
+            chats = sum(file.chats for file in self.files)
+            table.add_row("all", "", f"{self.records:,}", f"{chats:,}", f"{self.unusable:,}")
+        return table
+
+    def _column_lines(self) -> list[str]:
+        """Return one line for each choice of columns, with the files that it was made for."""
+        chosen = Counter(file.columns for file in self.files if file.columns)
+        lines = []
+        for columns, count in chosen.items():
+            files = ""
+            if len(chosen) > 1:
+                first = next(file.path for file in self.files if file.columns == columns)
+                files = f" ({first} and {count - 1} more)" if count > 1 else f" ({first})"
+            lines.append(f"columns: {columns}{files}")
+        return lines
+
+
+def _detect_kind(chunk: Chunk, data: DataConfig) -> str:
+    """Return trajectories if any record of the file's first chunk has a response, otherwise problems.
+
+    In a file of trajectories, a record without a response is a mistake, not a problem.
     """
-    files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
-    encoder = limit = None
-    if config.model.path is not None:
-        limit = config_check.model_shape(config.model).context
-        encoder = Encoder(config.model.path, config.data, NO_LIMIT)
-    found = Check(files, limit)
-    sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]
-    with progress("checking", total=_megabytes(sum(sizes)), unit="MB") as bar:
-        for number, file in enumerate(files):
-            _check_file(found, number, config, encoder, bar, sum(sizes[:number]))
-            bar.advance(_megabytes(sum(sizes[: number + 1])) - bar.done, records=found.records, unusable=found.unusable)
-    found.find_duplicates()
-    return found
-
-
-def _check_file(found: Check, number: int, config: Config, encoder: Encoder | None, bar: Bar, before: int) -> None:
-    file, answers = found.files[number], _Answers()
-    try:
-        for chunk in split_file(file.path):
-            if not file.columns:
-                file.columns = chunk_columns(chunk, config.data.fields).describe()
-                file.read_as = _read_as(chunk, config)
-            _check_chunk(found, number, chunk, config, encoder, answers)
-            bar.advance(_megabytes(before + chunk.done) - bar.done, records=found.records, unusable=found.unusable)
-    except UserError as error:
-        found.add_trouble("unreadable_file", str(file.path), str(error), unusable=True)
-        return
-    if not file.records + file.unusable:
-        found.add_trouble("empty_file", str(file.path), unusable=True)
-    answers.tell(found)
-
-
-def _read_as(chunk: Chunk, config: Config) -> str:
-    """Trajectories where any record of the file's first part has a response: what lacks one there is a mistake, not a problem."""
-    records = (record for record in read_chunk(chunk, config.data.fields, need=()) if isinstance(record, Record))
+    records = (record for record in read_chunk(chunk, data.fields, need=()) if isinstance(record, Record))
     return "trajectories" if any(record.trajectory for record in records) else "problems"
 
 
-def _check_chunk(
-    found: Check, number: int, chunk: Chunk, config: Config, encoder: Encoder | None, answers: _Answers
-) -> None:
-    trajectories = found.files[number].read_as == "trajectories"
-    for line, record in read_numbered(chunk, config.data.fields, need=("response",) if trajectories else ("answer",)):
-        where = f"{chunk.file}:{line}"
-        if isinstance(record, Fault):
-            found.add_fault(number, record.cause, where, record.message)
-            continue
-        try:
-            tokens = None if encoder is None else _tokens(encoder, record, trajectories)
-        except Unusable as error:
-            found.add_fault(number, error.cause, where, str(error))
-            continue
-        found.add_record(number, line, record, tokens)
-        _check_length(found, number, where, tokens, config.data.overlong)
-        answers.add(where, record)
-        if trajectories:
-            _check_box(found, where, record)
-
-
-def _tokens(encoder: Encoder, record: Record, trajectory: bool) -> tuple[int, int]:
-    """Tokens of the prompt (what is not trained on) and of the response with EOS; a problem has the first alone."""
-    if not trajectory:
-        return len(encoder.prompt_ids(record)), 0
-    sample = encoder.encode(record)
-    trained = int((sample.spans[:, 1] - sample.spans[:, 0]).sum())
-    return len(sample.tokens) - trained, trained
-
-
-def _check_length(found: Check, number: int, where: str, tokens: tuple[int, int] | None, policy: str) -> None:
-    overlong = tokens is not None and sum(tokens) > found.limit
-    message = f"{sum(tokens)} tokens, more than {found.limit}" if overlong else ""
-    if overlong and policy == "error":
-        found.add_fault(number, "overlong", where, message)
-        return
-    if overlong:
-        found.add_trouble("overlong_policy", where, f"{message}; data.overlong = {policy}", unusable=False)
-    found.files[number].records += 1
-
-
-def _check_box(found: Check, where: str, record: Record) -> None:
-    boxes = open_boxes(record.trajectory)
-    if boxes is None:
-        if record.answer is not None:
-            found.add_trouble("no_box", where, f"the answer is {record.answer[:40]!r}", unusable=False)
-    elif boxes:
-        found.add_trouble("unclosed_box", where, f"it ends with {record.trajectory[-40:]!r}", unusable=False)
-
-
-def open_boxes(text: str) -> int | None:
-    r"""How many `\boxed{` have no closing brace; None where there is no box at all."""
+def count_unclosed_boxes(text: str) -> int | None:
+    r"""Return the number of `\boxed{` without a closing brace, or None if there is no box."""
     if "\\boxed" not in text:
         return None
-    boxes, braces = 0, []  # of the open braces: whether it is a box's
+    boxes = 0
+    opens_box: list[bool] = []  # for each open brace, whether it opens a box
     for token in _BRACES.finditer(text):
         mark = token.group()
         if mark == "}":
-            if braces:
-                braces.pop()
-        elif mark == "{" or mark.startswith("\\boxed"):
-            boxes += mark != "{"
-            braces.append(mark != "{")
-    return sum(braces) if boxes else None
+            if opens_box:
+                opens_box.pop()
+        elif mark == "{":
+            opens_box.append(False)
+        elif mark.startswith("\\boxed"):
+            opens_box.append(True)
+            boxes += 1
+    return sum(opens_box) if boxes else None
 
 
 class _Answers:
-    """Records of a file without an answer are worth a word only where others have one."""
+    """The records of a file without an answer. They are reported only if other records have one."""
 
     def __init__(self) -> None:
-        self.some = False
-        self.without = Trouble("no_answer", unusable=False)
+        self._any_answer = False
+        self._without = Trouble("no_answer", unusable=False)
 
     def add(self, where: str, record: Record) -> None:
         if record.answer is None:
-            self.without.add(where)
+            self._without.add(where)
         else:
-            self.some = True
+            self._any_answer = True
 
-    def tell(self, found: Check) -> None:
-        if self.some:
-            found.put(self.without)
+    def report(self, troubles: Troubles) -> None:
+        if self._any_answer:
+            troubles.merge(self._without)
 
 
 def _megabytes(size: int) -> int:
     return math.ceil(size / 2**20)
 
 
-def _length(text: str | None) -> int:
-    return -1 if text is None else len(text)
-
-
 def _hash(texts: Sequence[str]) -> int:
-    """64 bits: among a million records two different ones have the same with a chance of 3e-8."""
+    """Return a hash of 64 bits. Among a million records, two different ones share a hash with a probability of 3e-8."""
     digest = hashlib.blake2b(digest_size=8)
     for text in texts:
         data = text.encode()

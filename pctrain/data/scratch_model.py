@@ -35,7 +35,11 @@ def make(config: ResolvedConfig) -> Path:
         for record in read_records(source.path, config.data.fields, need=("response",)):
             texts += [record.question, record.trajectory or ""]
     return make_hf_dir(
-        config.model.path, config.model.architecture, texts, vocab_size=config.data.problems.vocab_size, seed=config.run.seed
+        config.model.path,
+        config.model.architecture,
+        texts,
+        vocab_size=config.data.problems.vocab_size,
+        seed=config.run.seed,
     )
 
 

@@ -7,7 +7,6 @@ worker process most of a second.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 
 from pctrain.common.errors import UserError
 from pctrain.data.records import Unreadable
+from pctrain.files.json_file import read_object
 
 PIECE_ROWS = 4096
 # A row group of up to this many pieces is read as one piece, because it can only be decoded from its beginning.
@@ -27,6 +27,7 @@ PIECES_IN_A_GROUP = 8
 # Bytes of a column to read at once. Without a bound pyarrow reads a whole row group, which may be the whole file.
 READ_BYTES = 1 << 20
 BATCH_BYTES = 1 << 20  # text to turn into Python objects at once
+COPY_AGAIN = "Copy the data set again"
 _NAME = re.compile(r"(?!\.+$)[^/\0\ud800-\udfff]{1,255}")  # a file in the same folder
 Rows = Iterator[tuple[int, dict[str, Any] | Unreadable]]
 
@@ -220,7 +221,7 @@ def data_set_files(folder: Path) -> list[Path]:
     """
     dictionary = folder / "dataset_dict.json"
     if dictionary.is_file():
-        splits = _checked_names(_read_json(dictionary).get("splits", []), dictionary, "splits")
+        splits = _checked_names(read_object(dictionary, COPY_AGAIN).get("splits", []), dictionary, "splits")
         raise UserError(
             f"{folder} holds several splits; name one of them: {', '.join(str(folder / split) for split in splits)}"
         )
@@ -230,7 +231,7 @@ def data_set_files(folder: Path) -> list[Path]:
             f"To read the files in it, give a pattern such as {folder / '*.jsonl'}"
         )
     state = folder / "state.json"
-    names = _read_json(state).get("_data_files", [])
+    names = read_object(state, COPY_AGAIN).get("_data_files", [])
     if isinstance(names, list):
         names = [entry.get("filename") if isinstance(entry, dict) else None for entry in names]
     files = [folder / name for name in _checked_names(names, state, "_data_files")]
@@ -273,16 +274,6 @@ def _checked_names(names: Any, file: Path, key: str) -> list[str]:
             f"{file}: expected under {key!r} the names of files or folders next to it. Copy the data set again."
         )
     return names
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Copy the data set again.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object. Copy the data set again.")
-    return value
 
 
 # ---------------------------------------------------------------- rows as objects

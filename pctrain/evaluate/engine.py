@@ -1,4 +1,4 @@
-"""One rollout engine for all models of an evaluation: it starts with the first model and takes the others by weight updates."""
+"""One rollout engine for all models of an evaluation: it starts with one and takes the others by weight updates."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ import torch
 from pctrain.common.device import DTYPES
 from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
+from pctrain.core import session
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate.targets import Target
 from pctrain.hf.config import HFConfig
 from pctrain.hf.weight_files import HFReader
 from pctrain.hf.weight_names import EMBEDDING, LM_HEAD, is_constant
 from pctrain.rollout import RolloutEngine
-from pctrain.run import checkpoints, resume
+from pctrain.run import checkpoints
 
 if TYPE_CHECKING:
     from pctrain.core import Learner
@@ -81,7 +82,7 @@ class Engine:
             return hf_weights(target.hf_dir, DTYPES[self._config.model.dtype], self._hf.tied)
         from pctrain.core import Learner, checkpoint  # takes seconds, and Hugging Face directories do not need it
 
-        resume.verify(target.checkpoint, checkpoints.damaged_start)
+        session.verify(target.checkpoint, checkpoints.damaged_start)
         if self._learner is None:
             model = self._config.model.resolved(target.hf_dir, target.checkpoint)
             self._learner = Learner(
@@ -100,7 +101,7 @@ class Engine:
 
 
 def hf_weights(hf_dir: Path, dtype: torch.dtype, tied: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, full tensor) of a Hugging Face directory in the engine's order: a tied head follows the embedding."""
+    """Yield (name, full tensor) of a Hugging Face directory, with a tied head after the embedding."""
     with HFReader(hf_dir) as reader:
         for name in reader.files:
             if is_constant(name) or (tied and name == LM_HEAD):

@@ -1,7 +1,7 @@
-"""What sampling commands share: work in batches, kept line by line, so that a killed process goes on where it was.
+"""Sampling commands in batches, kept line by line, so that a killed process resumes where it was.
 
-What is sampled depends on weights, prompt, seed and settings, never on the batch: the lines of a process that was killed and started again
-are those of one that nobody killed.
+Samples depend on weights, prompt, seed and settings, never on the batch: a process that was killed and started again
+writes the same lines as one that nobody killed.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pctrain.config.tree import RolloutConfig
 from pctrain.distributed import parallel
 from pctrain.files.durable import json_line
 
-WAVES = (
-    4  # a batch fills the engines' sequences that many times; the next ones begin before it ends, so a kill costs a few
-)
+# A batch fills the engines' sequences this many times. The next batches begin before it ends, so a kill costs a few.
+WAVES = 4
 Item = TypeVar("Item")
 
 
 def requests_a_batch(rollout: RolloutConfig) -> int:
-    """Over all engines of this job."""
+    """Return the number of requests in a batch, over all engines of this job."""
     return WAVES * max(1, parallel.world_size() // rollout.tensor) * rollout.max_sequences
 
 
 def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield the items in lists of `size`; the last one may be shorter."""
     batch: list[Item] = []
     for item in items:
         batch.append(item)
@@ -39,29 +39,30 @@ def batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def append(stream: IO[str], values: Iterable[Any]) -> None:
-    """A line of JSON each, on the disk when it returns."""
+    """Append values as lines of JSON, and return when they are on the disk."""
     stream.write("".join(map(json_line, values)))
     stream.flush()
     os.fsync(stream.fileno())
 
 
-def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, what: str) -> None:
-    """UserError that says which settings of the call that began `folder` differ from this one's, with short values."""
+def refuse_other(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path, content: str) -> None:
+    """Raise UserError if the call that began `folder` had other settings; the message lists them, with short values."""
     changed = {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
     }
     if changed:
+        settings = ", ".join(_describe(key, old, new) for key, (old, new) in changed.items())
         raise UserError(
-            f"{folder} holds the {what} of a call with other {', '.join(_told(*one) for one in changed.items())}; repeat that "
-            "call to go on, delete the folder to begin anew, or name another --out"
+            f"{folder} holds the {content} of a call with other {settings}; repeat that call to resume it, delete the "
+            "folder to start over, or name another --out"
         )
 
 
-def _told(key: str, values: tuple[Any, Any]) -> str:
-    short = (
-        all(value is None or isinstance(value, (int, float, str)) for value in values)
-        and len("".join(map(str, values))) < 80
-    )
-    return f"{key} ({values[0]} there, {values[1]} now)" if short else key
+def _describe(key: str, old: Any, new: Any) -> str:
+    """Return a key, with its two values if they are short."""
+    plain = all(value is None or isinstance(value, (int, float, str)) for value in (old, new))
+    if plain and len(f"{old}{new}") < 80:
+        return f"{key} ({old} there, {new} now)"
+    return key

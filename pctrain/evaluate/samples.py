@@ -1,6 +1,7 @@
 """Samples of a model on a benchmark, each with the verdicts of two verifiers, kept one by one in `samples.jsonl`.
 
-While it grows it is `samples.jsonl.partial`; it gets its name when it is whole. Beside it `settings.json` says what decides its bytes.
+While the file grows its name is `samples.jsonl.partial`. `settings.json` next to it has everything that decides its
+bytes.
 """
 
 from __future__ import annotations
@@ -12,38 +13,47 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import Bar
 from pctrain.config.tree import Config, RewardConfig
+from pctrain.core import session
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate.benchmarks import Benchmark, Question
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
+from pctrain.files import json_file
 from pctrain.files.durable import cut_torn_line, json_line, write_beside
 from pctrain.reward import Verdict, VerifierPool
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
-from pctrain.run import resume
+from pctrain.rollout.queue import Completion
 
 SAMPLES, SETTINGS = "samples.jsonl", "settings.json"
+_ADVICE = "Delete the folder to sample again"
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """A benchmark as one model reads it: `ids[i]`, the tokens of question i."""
+    """A benchmark as one model reads it: `ids[i]` are the tokens of question i."""
 
     benchmark: Benchmark
     ids: list[list[int]]
 
     @property
     def samples(self) -> int:
+        """Number of samples over all questions."""
         return len(self.ids) * self.benchmark.samples
 
 
 def encode(benchmark: Benchmark, encoder: Encoder, context: int) -> Prompts:
-    """UserError where a prompt cannot be written by the model's chat template, or leaves the context no room for an answer."""
+    """Encode the questions of a benchmark for a model.
+
+    Raises:
+        UserError: the model's chat template cannot write a prompt, or a prompt leaves the context no room for an
+        answer.
+    """
     ids = []
     for question in benchmark.questions:
         try:
@@ -52,28 +62,31 @@ def encode(benchmark: Benchmark, encoder: Encoder, context: int) -> Prompts:
             raise UserError(f"{question.where}: {error}") from None
         if len(tokens) >= context:
             raise UserError(
-                f"{question.where}: the problem has {len(tokens)} tokens, which leaves no room for an answer in the model's "
-                f"context of {context}; remove it from eval.benchmarks.{benchmark.name}, for all models that are compared"
+                f"{question.where}: the problem has {len(tokens)} tokens, which leaves no room for an answer in the "
+                f"model's context of {context}; remove it from eval.benchmarks.{benchmark.name}, for all models that "
+                "are compared"
             )
         ids.append(tokens)
     return Prompts(benchmark, ids)
 
 
 class Verifiers:
-    """A pool of worker processes for each verifier, made when it is first asked for. A context manager."""
+    """Pools of worker processes, one for each verifier, made when it is first asked for. A context manager."""
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig) -> None:
+        """Make no pool yet."""
         self._config = config
         self._pools: dict[str, VerifierPool] = {}
 
     def start(self, key: str, verifier: str) -> None:
-        """UserError that names the key, where it is a function of the user's that cannot be imported."""
+        """Make the pool of a verifier. Raises UserError that names the config key if it cannot be imported."""
         try:
             self.pool(verifier)
         except UserError as error:
             raise UserError(str(error).replace("reward.verifier", key, 1)) from None
 
     def pool(self, verifier: str) -> VerifierPool:
+        """Return the pool of a verifier."""
         if verifier not in self._pools:
             levenshtein = self._config.levenshtein and verifier == self._config.verifier
             self._pools[verifier] = VerifierPool(
@@ -81,17 +94,25 @@ class Verifiers:
             )
         return self._pools[verifier]
 
-    def score(self, verifier: str, pairs: list[tuple[str, ...]]) -> list[Verdict]:
-        """Collective. A verdict for each (response, answer), or for a judge (response, answer, prompt); the ranks share them out."""
-        return parallel.map_over_ranks(self.pool(verifier).score, pairs)
+    def score(self, verifier: str, pairs: Sequence[tuple[str, ...]]) -> list[Verdict]:
+        """Return a verdict for each (response, answer), or for a judge (response, answer, prompt). Collective.
 
-    def both(self, verifier: str, pairs: list[tuple[str, str]]) -> tuple[list[Verdict], list[Verdict]]:
-        """Collective. Of the benchmark's verifier and of the lenient one, which is not asked about what strict has found right: it begins
-        with strict."""
-        strict = self.score(verifier, pairs)
-        asked = [not (verifier == "strict" and verdict.cause == "right") for verdict in strict]
-        lenient = iter(self.score("lenient", [pair for pair, ask in zip(pairs, asked, strict=True) if ask]))
-        return strict, [next(lenient) if ask else verdict for verdict, ask in zip(strict, asked, strict=True)]
+        The ranks share the work.
+        """
+        return parallel.map_over_ranks(self.pool(verifier).score, list(pairs))
+
+    def score_both(self, verifier: str, pairs: Sequence[tuple[str, str]]) -> tuple[list[Verdict], list[Verdict]]:
+        """Return the verdicts of the benchmark's verifier and of the lenient one. Collective.
+
+        The lenient verifier begins with `strict`, so it is not asked about answers that `strict` has accepted.
+        """
+        verdicts = self.score(verifier, pairs)
+        open_cases = [not (verifier == "strict" and verdict.cause == "right") for verdict in verdicts]
+        asked = [pair for pair, is_open in zip(pairs, open_cases, strict=True) if is_open]
+        lenient = iter(self.score("lenient", asked))
+        return verdicts, [
+            next(lenient) if is_open else verdict for verdict, is_open in zip(verdicts, open_cases, strict=True)
+        ]
 
     def __enter__(self) -> Verifiers:
         return self
@@ -102,69 +123,70 @@ class Verifiers:
 
 
 class SampleFile:
-    """The samples of one model on one benchmark. Rank 0 reads and writes; `done` is known to all."""
+    """The samples of one model on one benchmark. Rank 0 reads and writes; every rank knows `done`."""
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        """Begin the file, or continue an earlier one. Collective. Raises UserError if that one has other settings."""
         self.folder, self.path = folder, folder / SAMPLES
         self._partial = folder / f"{SAMPLES}.partial"
         self.done: int = parallel.from_rank_zero(lambda: self._begin(settings))
 
     def _begin(self, settings: dict[str, Any]) -> int:
-        """How many samples an earlier start left. UserError where that start sampled otherwise."""
+        """Return the number of samples that an earlier start left."""
         file = self.folder / SETTINGS
         if not file.exists():
             write_beside(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        refuse_other(
-            json.loads(file.read_text(encoding="utf-8")), json.loads(json_line(settings)), self.folder, "samples"
-        )
+        refuse_other(json_file.read_object(file, _ADVICE), json.loads(json_line(settings)), self.folder, "samples")
         if self.path.exists():
-            return sum(1 for _ in open(self.path, "rb"))
+            return _count_lines(self.path)
         cut_torn_line(self._partial)
-        return sum(1 for _ in open(self._partial, "rb")) if self._partial.exists() else 0
+        return _count_lines(self._partial) if self._partial.exists() else 0
 
     @property
     def complete(self) -> bool:
-        """On every rank; rank 0 alone gives the file its name."""
+        """True once all samples are there. Every rank asks; rank 0 alone gives the file its name."""
         return parallel.from_rank_zero(self.path.exists)
 
     def fill(self, lines: Iterator[list[dict[str, Any]]], bar: Bar) -> None:
-        """Collective. Appends batch after batch; the file has its name afterwards."""
-        with open(self._partial, "a", encoding="utf-8") if parallel.rank() == 0 else nullcontext() as stream:
+        """Append batch after batch, and give the file its final name. Collective."""
+        with self._open() as stream:
             for batch in lines:
                 if stream is not None:
                     append(stream, batch)
                 self.done += len(batch)
                 bar.advance(len(batch))
-                if resume.asked_to_stop():
+                if session.asked_to_stop():
                     raise ToBeContinued(
-                        f"to be continued: {self.folder} was asked to stop and has {self.done} samples; the same command "
-                        "goes on from there"
+                        f"to be continued: {self.folder} was asked to stop and has {self.done} samples; the same "
+                        "command resumes there"
                     )
         parallel.from_rank_zero(lambda: os.replace(self._partial, self.path))
+
+    def _open(self) -> IO[str] | nullcontext[None]:
+        return open(self._partial, "a", encoding="utf-8") if parallel.rank() == 0 else nullcontext()
 
 
 def draw(
     prompts: Prompts,
     done: int,
-    engine: RolloutEngine | None,
+    engine: RolloutEngine,
     verifiers: Verifiers,
     decode: Callable[[Sequence[int]], str],
     config: Config,
     max_response: int,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Collective. The lines of `samples.jsonl` from number `done` on, in batches. engine: None where all are done.
+    """Yield the lines of `samples.jsonl` from number `done` on, in batches. Collective.
 
-    The seeds are those of the scores in training: they depend on run.seed, the place in the benchmark and the sample, not on the model.
+    The seeds are those of the scores in training: they depend on run.seed, the place in the benchmark and the sample,
+    and not on the model.
     """
     benchmark = prompts.benchmark
-    if engine is None:
-        return
-    every = ((index, sample) for index in range(len(prompts.ids)) for sample in range(benchmark.samples))
-    asked = (
+    places = ((index, sample) for index in range(len(prompts.ids)) for sample in range(benchmark.samples))
+    requests = (
         ((index, sample), Request(prompts.ids[index], sampling_seed(config.run.seed, "eval", 0, index, sample)))
-        for index, sample in islice(every, done, None)
+        for index, sample in islice(places, done, None)
     )
-    ahead, todo = tee(batches(asked, requests_a_batch(config.rollout)))
+    ahead, todo = tee(batches(requests, requests_a_batch(config.rollout)))
     sampled = engine.generate_batches(
         ([request for _, request in batch] for batch in ahead),
         temperature=config.eval.temperature,
@@ -178,7 +200,7 @@ def draw(
         responses = [decode(completion.token_ids) for completion in completions]
         pairs = [(response, question.answer) for response, question in zip(responses, questions, strict=True)]
         with watchdog.phase("reward"):
-            verdicts = verifiers.both(benchmark.verifier, pairs)
+            verdicts = verifiers.score_both(benchmark.verifier, pairs)
         yield [
             _line(question, place, request.seed, response, completion, strict, lenient)
             for question, (place, request), response, completion, strict, lenient in zip(
@@ -188,28 +210,40 @@ def draw(
 
 
 def _line(
-    question: Question, place: tuple[int, int], seed: int, response: str, completion, strict: Verdict, lenient: Verdict
-) -> dict:
+    question: Question,
+    place: tuple[int, int],
+    seed: int,
+    response: str,
+    completion: Completion,
+    strict: Verdict,
+    lenient: Verdict,
+) -> dict[str, Any]:
+    index, sample = place
     return {
         "id": question.record.id,
-        "index": place[0],
-        "sample": place[1],
+        "index": index,
+        "sample": sample,
         "prompt": question.record.question,
         "response": response,
         "answer": question.answer,
-        "strict": verdict_of(strict),
-        "lenient": verdict_of(lenient),
+        "strict": verdict_fields(strict),
+        "lenient": verdict_fields(lenient),
         "tokens": len(completion.token_ids),
         "finish": completion.finish,
         "seed": seed,
     }
 
 
-def verdict_of(verdict: Verdict) -> dict[str, Any]:
-    """Reward and cause; what a fault says where there is one."""
+def verdict_fields(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict's reward and cause, and the message of a fault if there is one."""
     return {key: value for key, value in asdict(verdict).items() if value != ""}
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as stream:
-        yield from map(json.loads, stream)
+    """Yield the lines of samples.jsonl or disagreements.jsonl. Raises UserError for a malformed line."""
+    return (line for line, _ in json_file.read_lines(path, _ADVICE))
+
+
+def _count_lines(file: Path) -> int:
+    with open(file, "rb") as stream:
+        return sum(1 for _ in stream)

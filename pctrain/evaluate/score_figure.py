@@ -1,4 +1,4 @@
-"""scores.png: a panel for each benchmark and one for the mean over problems; in each a point and its interval for every model."""
+"""scores.png: a panel for each benchmark and for the mean over problems, with every model's point and interval."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ COLUMNS = 4
 
 
 def draw(scores: Mapping[str, Mapping[str, Scores]]) -> bytes:
-    """PNG; the same bytes for the same numbers. scores: {model: {benchmark: Scores}}."""
+    """Return a PNG; the same numbers give the same bytes. `scores`: {model: {benchmark: Scores}}."""
     names = list(next(iter(scores.values())))
-    panels = {name: {model: found[name].average() for model, found in scores.items()} for name in names}
+    panels = {name: {model: by_benchmark[name].average() for model, by_benchmark in scores.items()} for name in names}
     if len(names) > 1:
-        panels[MEANS["weighted"]] = {model: means(list(found.values()))["weighted"] for model, found in scores.items()}
+        panels[MEANS["weighted"]] = {
+            model: means(list(by_benchmark.values()))["weighted"] for model, by_benchmark in scores.items()
+        }
     columns = min(COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     with matplotlib.rc_context(STYLE):
@@ -32,14 +34,14 @@ def draw(scores: Mapping[str, Mapping[str, Scores]]) -> bytes:
             _panel(axes, name, by_model, headline=name == MEANS["weighted"])
         for axes in places[len(panels) :]:
             axes.remove()
-        figure.supxlabel("Percent right, 95 % interval", fontsize=9)
+        figure.supxlabel("Percent correct, 95% interval", fontsize=9)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _panel(axes: Axes, name: str, by_model: Mapping[str, Estimate], headline: bool) -> None:
-    """The first model at the top, as in the table."""
+    """Draw one panel, with the first model at the top, as in the table."""
     colour = PALETTE["vermillion" if headline else "blue"][0]
     places = range(len(by_model))
     values = [100 * estimate.value for estimate in by_model.values()]

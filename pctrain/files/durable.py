@@ -1,4 +1,4 @@
-"""Files that a kill cannot spoil: written whole beside and renamed, or appended a line at a time; and values as plain JSON."""
+"""Files that survive a kill: written complete and then renamed, or appended line by line. And values as plain JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pctrain.common.errors import UserError
 
 
 def write_beside(path: Path, content: str | bytes) -> None:
-    """Write `path` whole or not at all; text as UTF-8."""
+    """Write a file completely or not at all, by way of a temporary file next to it. Text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -33,45 +33,54 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sha256(file: Path) -> str:
+    """Return the sha256 of a file's bytes, in hex. Raises OSError if it cannot be read."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def fingerprint(file: Path) -> str:
-    """sha256 of a file's bytes, in hex. UserError where it cannot be read."""
+    """Return the sha256 of an input file's bytes, in hex. Raises UserError if it cannot be read."""
     try:
-        with open(file, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(file)
     except OSError as error:
         raise UserError(f"input file {file}: {error.strerror}; check the path in the config") from None
 
 
 def cut_torn_line(file: Path) -> None:
-    """Truncate a file to its last newline: what follows was being written when the process died."""
-    if file.exists():
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir"
-            ) from None
-        if not data.endswith(b"\n"):
-            os.truncate(file, data.rfind(b"\n") + 1)
+    """Truncate a file, if it exists, to its last newline: a process died while it wrote the rest."""
+    if not file.exists():
+        return
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir"
+        ) from None
+    if not data.endswith(b"\n"):
+        os.truncate(file, data.rfind(b"\n") + 1)
 
 
-def rewrite_lines(file: Path, keep: Callable[[list[str], Path], list[str]]) -> None:
-    """Replace a file, where it exists, by `keep(its lines with their newlines, file)`, whole or not at all."""
-    if file.exists():
-        try:
-            with open(
-                file, encoding="utf-8", newline="\n"
-            ) as stream:  # str.splitlines would cut at U+2028, which JSON strings may hold
-                lines = list(stream)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; mend it, or set another run.dir") from None
-        kept = keep(lines, file)
-        if kept != lines:
-            write_beside(file, "".join(kept))
+def rewrite_lines(file: Path, keep: Callable[[list[str]], list[str]]) -> None:
+    """Replace a file, if it exists, by `keep(its lines with their newlines)`, completely or not at all."""
+    if not file.exists():
+        return
+    try:
+        # str.splitlines would also split at U+2028, which JSON strings may contain.
+        with open(file, encoding="utf-8", newline="\n") as stream:
+            lines = list(stream)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; fix it, or set another run.dir") from None
+    kept = keep(lines)
+    if kept != lines:
+        write_beside(file, "".join(kept))
 
 
 def plain(value: Any) -> Any:
-    """JSON's own types from mappings, dataclasses, sequences, paths, NumPy and torch scalars; NaN and infinities become None."""
+    """Return JSON's own types for mappings, dataclasses, sequences, paths, and NumPy and torch scalars.
+
+    NaN and infinities become None.
+    """
     if value is None or isinstance(value, (str, bool, int)):
         return value
     if isinstance(value, float):
@@ -90,4 +99,5 @@ def plain(value: Any) -> Any:
 
 
 def json_line(values: Any) -> str:
+    """Return a value as one line of JSON."""
     return json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n"

@@ -39,8 +39,8 @@ def parse(text: str | bytes) -> Any:
     return value
 
 
-def read_object(file: Path, advice: str) -> dict[str, Any]:
-    """Return the JSON object that a file holds. `advice` ends every error message: it says what to do.
+def read_object(file: Path, advice: str = "") -> dict[str, Any]:
+    """Return the JSON object that a file holds. `advice` ends every error message and says what to do.
 
     Raises:
         UserError: the file is missing, cannot be read, or does not hold a JSON object.
@@ -48,13 +48,13 @@ def read_object(file: Path, advice: str) -> dict[str, Any]:
     try:
         value = parse(file.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{file}: not found. {advice}") from None
+        raise UserError(f"{file}: not found{_sentence(advice)}") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}). {advice}") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}){_sentence(advice)}") from None
     except MalformedJSON as error:
-        raise UserError(f"{file}: not valid JSON ({error}). {advice}") from None
+        raise UserError(f"{file}: not valid JSON ({error}){_sentence(advice)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {_kind(value)}. {advice}")
+        raise UserError(f"{file}: expected a JSON object, found {_kind(value)}{_sentence(advice)}")
     return value
 
 
@@ -78,14 +78,18 @@ def read_lines(file: Path, advice: str, *, torn_end: bool = False) -> Iterator[t
                 except MalformedJSON as error:
                     if torn_end and not line.endswith(b"\n"):
                         return
-                    raise UserError(f"{where}: not valid JSON ({error}). {advice}") from None
+                    raise UserError(f"{where}: not valid JSON ({error}){_sentence(advice)}") from None
                 if not isinstance(value, dict):
-                    raise UserError(f"{where}: expected a JSON object, found {_kind(value)}. {advice}")
+                    raise UserError(f"{where}: expected a JSON object, found {_kind(value)}{_sentence(advice)}")
                 yield value, where
     except FileNotFoundError:
-        raise UserError(f"{file}: not found. {advice}") from None
+        raise UserError(f"{file}: not found{_sentence(advice)}") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}). {advice}") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror}){_sentence(advice)}") from None
+
+
+def _sentence(advice: str) -> str:
+    return f". {advice}" if advice else ""
 
 
 def _kind(value: Any) -> str:

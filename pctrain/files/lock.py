@@ -1,4 +1,4 @@
-"""One process at a time in a folder: a lock that dies with its holder, however that dies."""
+"""A lock for folders that one process may use at a time. It dies with its holder, however that dies."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ _held_here: set[str] = set()
 
 
 def lock_folder(file: Path) -> Callable[[], None]:
-    """Take the lock on `file`, which is made where it is missing, for its folder; returns what releases it.
+    """Lock `file` for its folder, and return a function that releases the lock. The file is made if it is missing.
 
-    UserError naming the process that holds it.
+    Raises:
+        UserError: another process holds the lock; the message names it.
     """
     release = try_lock(file)
     if release is None:
+        owner = holder(file)
         raise UserError(
-            f"{file.parent} is in use by {(who := holder(file))}; wait for it to end or stop it (kill {who.split()[1]}), "
+            f"{file.parent} is in use by {owner}; wait for it to end or stop it (kill {owner.split()[1]}), "
             "or set another run.dir"
         )
     return release
 
 
 def try_lock(file: Path) -> Callable[[], None] | None:
-    """Take the lock on `file`, or None where somebody holds it.
+    """Lock `file` and return a function that releases the lock, or None if it is held already.
 
-    A POSIX record lock belongs to this process alone: it dies with it, and forked verifier workers do not keep it alive as they
-    would a flock. It does not tell two openings of one process apart, hence `_held_here`.
+    A POSIX record lock belongs to this process alone: it dies with it, and forked verifier workers do not keep it alive
+    as they would a flock. It does not protect against a second opening in the same process, hence `_held_here`.
     """
     key = os.path.realpath(file)
     if key in _held_here:
@@ -56,8 +58,8 @@ def try_lock(file: Path) -> Callable[[], None] | None:
 
 
 def holder(file: Path) -> str:
-    """`process 12 on host`: who holds the lock, by what it wrote there."""
-    if os.path.realpath(file) in _held_here:  # opening and closing the file would give the lock up
+    """Return the process that holds a lock, such as `process 12 on host`, as it wrote itself into the file."""
+    if os.path.realpath(file) in _held_here:  # opening and closing the file would release the lock
         return f"process {os.getpid()} on {socket.gethostname()}"
     pid, _, host = file.read_text().strip().partition(" ")
     return f"process {pid or 'unknown'}" + (f" on {host}" if host else "")

@@ -1,4 +1,4 @@
-"""Reading NumPy's .npz files: no pickles, and one kind of error for whatever is wrong with the bytes."""
+"""Reading NumPy's .npz files: no pickles, and one kind of error for everything that can be wrong with the bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-# How zipfile, zlib and NumPy meet bytes that none of them wrote; MemoryError: a header that promises more than there is.
+# What zipfile, zlib and NumPy raise for bytes that none of them wrote. MemoryError: a header promises more than there
+# is.
 _UNREADABLE = (
     OSError,
     EOFError,
@@ -29,7 +30,7 @@ _UNREADABLE = (
 
 
 def read(file: Path, names: Sequence[str]) -> list[np.ndarray]:
-    """The named arrays. FileNotFoundError; ValueError, in words, where they cannot be read."""
+    """Return the named arrays. Raises FileNotFoundError, and ValueError with a readable message for a damaged file."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return [arrays[name] for name in names]
@@ -40,7 +41,8 @@ def read(file: Path, names: Sequence[str]) -> list[np.ndarray]:
 
 
 def check(name: str, array: np.ndarray, kinds: str, shape: tuple[int | None, ...]) -> None:
-    """ValueError unless the array is of one of NumPy's `kinds` of dtype and of this shape (None: any length)."""
-    fits = array.ndim == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, array.shape))
+    """Raise ValueError unless an array has one of NumPy's `kinds` of dtype and this shape (None: any length)."""
+    fits = len(shape) == array.ndim
+    fits = fits and all(wanted in (None, length) for wanted, length in zip(shape, array.shape, strict=True))
     if array.dtype.kind not in kinds or not fits:
         raise ValueError(f"{name} is {array.dtype} {list(array.shape)}")

@@ -16,7 +16,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 import jinja2.ext
@@ -50,7 +50,7 @@ class ChatTemplate:
                 f"{where}: the chat template is broken at line {error.lineno}: {error.message}; "
                 "fix it, or give another one by data.template"
             ) from None
-        except (RecursionError, SyntaxError) as error:  # Jinja compiles to Python, which has limits of its own
+        except (RecursionError, SyntaxError) as error:  # Jinja compiles to Python, which has its own limits
             raise UserError(
                 f"{where}: the chat template cannot be compiled, most likely because it nests too deeply ({error}); "
                 "simplify it, or give another one by data.template"
@@ -164,7 +164,7 @@ class _Generation(jinja2.ext.Extension):
     The spans that are trained on come from the generation prompt, which RL samples after, and not from these marks.
     """
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it as an instance variable)
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         """Parse a block as if its tags were not there."""

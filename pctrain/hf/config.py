@@ -228,8 +228,8 @@ def _refuse_window(fields: _Fields, switched: bool) -> None:
         )
     if not switched and window is not None and window < context:
         raise UserError(
-            f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a window "
-            f"is not supported: set max_position_embeddings to {window}, up to which the window changes nothing"
+            f"{path}: sliding_window = {window} is below max_position_embeddings = {context}; attention within a "
+            f"window is not supported: set max_position_embeddings to {window}, up to which the window changes nothing"
         )
     layer_types = raw.get("layer_types") or []
     if switched and isinstance(layer_types, list) and "sliding_attention" in layer_types:
@@ -257,7 +257,7 @@ def _rope_scaling(rope: _Fields) -> Llama3Rope | None:
 
 
 def _experts_key(fields: _Fields) -> str:
-    """Return the key of the number of experts: transformers 5 writes num_local_experts, earlier versions num_experts."""
+    """Return the key of the number of experts: transformers 5 writes num_local_experts, earlier ones num_experts."""
     return "num_experts" if fields.raw.get("num_experts") is not None else "num_local_experts"
 
 
@@ -282,7 +282,7 @@ def _passed_feed_forward(fields: _Fields) -> tuple[int, int]:
     """Return (feed-forward width that a token passes, experts of a layer; 0: dense)."""
     if fields.raw.get("moe_intermediate_size") is None:
         return fields.count("intermediate_size"), 0
-    no_dense_layers = (
+    no_dense_layers: tuple[tuple[str, tuple[Any, ...]], ...] = (
         ("mlp_only_layers", ([], None)),
         ("decoder_sparse_step", (1, None)),
         ("shared_expert_intermediate_size", (0, None)),

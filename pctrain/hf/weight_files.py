@@ -64,7 +64,7 @@ class HFReader:
     def __getitem__(self, name: str) -> _Handle:
         return _Handle(self, name)
 
-    def slice(self, name: str) -> Any:
+    def lazy_slice(self, name: str) -> Any:
         """Return safetensors' own slice of a tensor. Only the header is read until it is indexed."""
         file = self.files[name]
         if file not in self._handles:
@@ -76,7 +76,7 @@ class HFReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor, from its file's header."""
-        return tuple(self.slice(name).get_shape())
+        return tuple(self.lazy_slice(name).get_shape())
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of all tensors that a model loads, from the headers alone."""
@@ -99,7 +99,7 @@ class HFReader:
         values = torch.empty((end - first, *widths), dtype=dtype)
         for begin in range(first, end, step):
             chunk = slice(begin, min(begin + step, end))
-            values[chunk.start - first : chunk.stop - first] = self.slice(name)[(chunk, *columns)]
+            values[chunk.start - first : chunk.stop - first] = self.lazy_slice(name)[(chunk, *columns)]
             self._read += (chunk.stop - chunk.start) * row_bytes
             if self._read >= _MAPPED_BYTES:
                 self._handles.clear()
@@ -110,7 +110,7 @@ class HFReader:
         """Return the dtype of a tensor. Raises UserError for a dtype that is not supported."""
         import torch
 
-        dtype = self.slice(name).get_dtype()
+        dtype = self.lazy_slice(name).get_dtype()
         if dtype not in DTYPES:
             raise UserError(
                 f"{self.directory / self.files[name]}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"

@@ -1,1 +1,1 @@
-"""What a study found: answers, charts, pages."""
+"""Reports: read run folders and curve files, answer questions about them, draw charts, and write pages and tables."""

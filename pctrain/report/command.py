@@ -1,9 +1,12 @@
-"""`pctrain report`: what a study, a run or a file of curves showed, and what it did not: one HTML page, PNG and CSV of its charts,
-study.json. findings.py has the sentences, charts.py the numbers of the charts, page.py the page; watch.py serves it while a run goes on.
+"""`pctrain report`: report what a study, a run or a file of curves shows, and what it does not show.
+
+The report is one HTML page, PNG and CSV files of its charts, and study.json. answers.py, findings.py and not_shown.py
+write the sentences, charts.py computes the charts, page.py renders the page; watch.py serves it during a run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 from dataclasses import dataclass
@@ -21,8 +24,9 @@ from pctrain.files.durable import plain, write_beside
 from pctrain.report import charts, curve_report, figures, findings, held_out, page
 from pctrain.report.answers import answers
 from pctrain.report.looks import ceiling_text
+from pctrain.report.not_shown import not_shown
 from pctrain.report.reading import read_study
-from pctrain.report.study_data import Study, as_json
+from pctrain.report.study_data import RLRun, Study, as_json
 
 PACKAGES = (
     "pctrain",
@@ -40,29 +44,32 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that is written or served, made once from one reading of the files."""
+    """The contents of a report, made from one reading of the files."""
 
     study: Study
     values: dict[str, Any]  # study.json
     charts: list[charts.Chart]
-    words: dict[str, Any]  # headline, held: what the page's template takes beside the numbers
+    words: dict[str, Any]  # headline and held: what the page's template takes besides the numbers
 
     def page(self, live: dict[str, Any] | None = None) -> str:
+        """Return the HTML page; `live` is for a page that is served while the run continues."""
         return page.render(self.study, self.values, self.charts, **self.words, live=live)
 
     def sections(self) -> dict[str, str]:
+        """Return the parts of the page that a refresh replaces."""
         return page.sections(self.study, self.values, self.charts, **self.words)
 
 
 def main(source: Path | str, out: Path | None = None) -> Path:
-    """Write report.html, figures/*.png, figures/*.csv and study.json, print the summary; returns the folder they are in.
+    """Write report.html, figures/*.png, figures/*.csv and study.json, print the summary, and return their folder.
 
-    `source`: a study folder or a run folder (default of `out`: `report` in it), or a file of curves (default: NAME-report here).
+    `source` is a study folder, a run folder or a file of curves. The default of `out` is `report` in the folder, or
+    NAME-report in the working directory for a file.
     """
     source = Path(source)
     out = out or (Path(f"{source.stem}-report") if source.is_file() else source / "report")
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: the report goes into a folder, and this is a file; give another --out")
+        raise UserError(f"{out}: is a file, and the report needs a folder. Give another --out.")
     report = make(source)
     pngs = figures.draw_all(report.charts)
     html = report.page()
@@ -79,7 +86,7 @@ def main(source: Path | str, out: Path | None = None) -> Path:
 
 
 def make(source: Path) -> Report:
-    """UserError names what is missing or malformed in `source`."""
+    """Make the report of `source`. The UserError names what is missing or malformed in it."""
     study = curve_report.read(source) if source.is_file() else read_study(source)
     held = {run.name: held_out.predict(run) for run in study.rl}
     values = contents(study)
@@ -87,53 +94,62 @@ def make(source: Path) -> Report:
 
 
 def contents(study: Study) -> dict[str, Any]:
-    """What study.json holds."""
+    """Return the contents of study.json."""
     return as_json(study) | {
         "answers": plain(answers(study)),
         "findings": findings.findings(study),
-        "not_shown": findings.not_shown(study),
+        "not_shown": not_shown(study),
         "versions": versions(),
     }
 
 
 def versions() -> dict[str, str]:
-    """Packages as installed where the report is written; read from their metadata, none is imported."""
-    found = {"python": platform.python_version()}
+    """Return the installed versions of PACKAGES from their metadata, without importing them."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def _print_summary(report: Report, out: Path, n_figures: int) -> None:
     console = make_console()
     study = report.study
-    title = Text(f"{study.name}: RL from each start, scores in percent ± standard error")
+    title = Text(f"{study.name}: RL from each start, scores in percent, gain ± standard error")
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name in ("start", "regime", "first", "last", "gain", "SFT alone*", "fit"):
         table.add_column(name, justify="left" if name in ("start", "regime", "fit") else "right", no_wrap=name != "fit")
     for run in study.rl:
-        first, last, alone = (
-            "-" if value is None else f"{value:.1f}"
-            for value in (run.first and run.first.score, run.last and run.last.score, run.sft_equal.value)
-        )
-        gain = "-" if run.gain.value is None else f"{run.gain.value:+.1f} ± {run.gain.se:.1f}"
-        table.add_row(
-            Text(run.label), run.start_regime or "-", first, last, gain, alone, ceiling_text(run).replace("\n", ", ")
-        )
+        table.add_row(*_summary_row(run))
     if study.rl:
         console.print(table)
         console.print("* score of the SFT run at the same total training compute", style="dim")
     console.print(report.words["headline"], highlight=False, markup=False)
-    missing = len(report.values["not_shown"])
+    limits = len(report.values["not_shown"])
     console.print(
-        f"What this does not show: {missing} {'point' if missing == 1 else 'points'} in the report.", highlight=False
+        f"The report lists {limits} {'thing' if limits == 1 else 'things'} that this does not show.", highlight=False
     )
     console.print(
-        f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in {out / 'figures'}.",
+        f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in "
+        f"{out / 'figures'}.",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
+
+
+def _summary_row(run: RLRun) -> list[Text | str]:
+    gain = run.gain
+    return [
+        Text(run.label),
+        run.start_regime or "-",
+        _one_decimal(run.first.score if run.first else None),
+        _one_decimal(run.last.score if run.last else None),
+        "-" if gain.value is None else f"{gain.value:+.1f} ± {gain.se:.1f}",
+        _one_decimal(run.sft_equal.value),
+        ceiling_text(run).replace("\n", ", "),
+    ]
+
+
+def _one_decimal(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

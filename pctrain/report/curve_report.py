@@ -7,13 +7,12 @@ against losses are made from them.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pctrain.ceiling import regimes
+from pctrain.ceiling import checks, regimes
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.fit import fit_curve
 from pctrain.ceiling.stats import Measured
@@ -32,7 +31,7 @@ NEAR_CHECKPOINT = 0.02  # share of the steps by which the compute of an `sft` en
 def read(file: Path) -> Study:
     """Read the file. The UserError names the place in it that is missing or malformed."""
     all_curves = curves.read_curves(file)
-    document = {} if file.suffix.lower() == ".csv" else json.loads(file.read_text(encoding="utf-8"))
+    document = {} if file.suffix.lower() == ".csv" else checks.mapping(checks.json_of(file), str(file))
     progress = track(all_curves, "fits", total=len(all_curves), unit="curve")
     if "meta" not in document:  # only curves, without benchmarks or SFT
         return Study(file.stem, file.parent, [], [_plain_run(file, curve) for curve in progress])
@@ -139,7 +138,8 @@ def _rl_run(
 ) -> RLRun:
     if curve.start_step is None or curve.eflops_sft is None:
         raise ValueError("a curve of the exchange format has a start step and the EFLOPs of SFT")
-    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - curve.eflops_sft))
+    eflops_sft = curve.eflops_sft
+    start = min(sft.scores, key=lambda p: abs(p.eflops_sft - eflops_sft))
     points = [RLPoint(0, 0.0, curve.p_sft, start.score_se, start.benchmarks)]
     for i, entry in enumerate(entries, 1):
         score, score_se = _score(entry["scores"], problems)
@@ -155,12 +155,12 @@ def _rl_run(
         varies=frozenset({"set"}),
         start_step=curve.start_step,
         algorithm="RL",
-        eflops_sft=curve.eflops_sft,
+        eflops_sft=eflops_sft,
         points=points,
         start_regime=regime_at.get(start.eflops_sft) if curve.start_step else None,
         p_sft=Measured(curve.p_sft, start.score_se),
         fit=fit_curve(curve),
-        sft_equal=sft.score_at(curve.eflops_sft + points[-1].eflops_rl),
+        sft_equal=sft.score_at(eflops_sft + points[-1].eflops_rl),
     )
 
 

@@ -1,12 +1,12 @@
-"""`pctrain fit CURVES`: the ceiling of every RL curve in a file, a run folder or a study, and what it says of compute not yet spent."""
+"""`pctrain fit CURVES`: the ceiling of every RL curve in a file, a run folder or a study, and forecasts from it."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -14,106 +14,89 @@ from rich.console import Console
 from pctrain.ceiling import collapse
 from pctrain.ceiling.curve import Curve
 from pctrain.ceiling.fit import VERDICTS, Fit, fit_curve
-from pctrain.ceiling.forecast import AtBudget, HeldOut, Reach, at_budgets, held_out, reach
+from pctrain.ceiling.forecast import at_budgets, held_out, reach
 from pctrain.ceiling.paper_fit import MIN_POINTS, PaperFit, paper_fit
 from pctrain.common.errors import UserError
-from pctrain.common.progress import make_console, progress
+from pctrain.common.progress import make_console, track
 from pctrain.files.durable import write_beside
 from pctrain.report import fit_tables
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import PAPER_SHARE, FitOptions
+from pctrain.report.fit_result import Result
 
-MIN_CURVE_POINTS = {"bayes": 2, "paper": MIN_POINTS}  # to fit; one reading after the joint is no curve
-
-
-@dataclass(frozen=True)
-class Result:
-    """All that was asked about one curve."""
-
-    curve: Curve
-    fit: Fit | PaperFit
-    held_out: HeldOut | None
-    reach: list[Reach]
-    budget: list[AtBudget]
-
-    def row(self) -> dict:
-        """The row of fits.json: plain JSON values, the keys of docs/contracts.md."""
-        row = self.fit.as_row(self.curve.dataset, self.curve.start_step)
-        if self.held_out is not None:
-            row["held_out"] = dataclasses.asdict(self.held_out)
-        for name in ("reach", "budget"):
-            if getattr(self, name):
-                row[name] = [dataclasses.asdict(entry) for entry in getattr(self, name)]
-        return row
+MIN_CURVE_POINTS = {"bayes": 2, "paper": MIN_POINTS}  # a single score after the switch point is not a curve
+DEFAULT_SHARE = {"bayes": 1.0, "paper": PAPER_SHARE}
+PAPER_OPTIONS = ("tau", "alpha", "eps")
 
 
-def main(path: Path | str, options: FitOptions, console: Console | None = None) -> list[dict]:
-    """Fit all curves below `path`, write the rows of docs/contracts.md as a JSON list to `options.out`, print tables; returns the rows."""
+def main(path: Path | str, options: FitOptions, console: Console | None = None) -> list[dict[str, Any]]:
+    """Fit all curves in `path`, write the rows of docs/contracts.md to `options.out`, print tables; return the rows."""
     path = Path(path)
     _check_options(options)
     _check_out(path, options.out)
-    share = options.points or {"bayes": 1.0, "paper": PAPER_SHARE}[options.method]
+    share = options.points or DEFAULT_SHARE[options.method]
     curves = read_curves(path)
     _check_scores(options.reach, curves)
-    fitted = [curve for curve in curves if curve.first(share) >= MIN_CURVE_POINTS[options.method]]
-    skipped = [curve for curve in curves if curve.first(share) < MIN_CURVE_POINTS[options.method]]
-    if not fitted:
-        more = f", or fit a larger share than --points={share:g}" if share < 1 else ""
+    least = MIN_CURVE_POINTS[options.method]
+    long_enough = [curve for curve in curves if curve.first(share) >= least]
+    skipped = [curve for curve in curves if curve.first(share) < least]
+    if not long_enough:
+        larger_share = f", or fit a larger share than --points={share:g}" if share < 1 else ""
         raise UserError(
-            f"{path}: no curve has {MIN_CURVE_POINTS[options.method]} points to fit after the joint; score the RL run more "
-            f"often (rl.eval_every){more}"
+            f"{path}: no curve has {least} points to fit after the switch point. Evaluate the RL run more often "
+            f"(rl.eval_every){larger_share}."
         )
 
-    results = []
-    with progress("fits", total=len(fitted), unit="curve") as bar:
-        for curve in fitted:
-            results.append(_result(curve, share, options))
-            bar.advance()
+    results = [
+        _fit(curve, share, options) for curve in track(long_enough, "fits", total=len(long_enough), unit="curve")
+    ]
     rows = [result.row() for result in results]
     try:
         write_beside(options.out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error})") from None
-    _print(results, skipped, share, options, console or make_console())
+    console = console or make_console()
+    fit_tables.show(results, options.method, console)
+    _print_summary(results, skipped, share, options, console)
     return rows
 
 
-def _result(curve: Curve, share: float, options: FitOptions) -> Result:
+def _fit(curve: Curve, share: float, options: FitOptions) -> Result:
     n = curve.first(share)
+    fit: Fit | PaperFit
     if options.method == "bayes":
         fit = fit_curve(curve, n)
     else:
-        given = {name: getattr(options, name) for name in ("tau", "alpha", "eps") if getattr(options, name) is not None}
+        given = {name: value for name in PAPER_OPTIONS if (value := getattr(options, name)) is not None}
         fit = paper_fit(curve.eflops[:n], curve.scores[:n], curve.p_sft, max_score=curve.max_score, **given)
     rest = None
     if n < len(curve.eflops):
-        end = _collapse_of(curve)
+        end = _collapse_start(curve)
         rest = held_out(fit, curve.eflops[n:end], curve.scores[n:end])
     return Result(curve, fit, rest, [reach(fit, score) for score in options.reach], at_budgets(fit, options.budget))
 
 
-def _collapse_of(curve: Curve) -> int | None:
-    """Index of the first point of a collapse of the whole curve: no method is asked to foresee it."""
+def _collapse_start(curve: Curve) -> int | None:
+    """Return the index of the first point of a collapse of the whole curve: no method is expected to foresee it."""
     return collapse.used_points(curve.scores, curve.p_sft, curve.score_se)[1]
 
 
-def _print(results: list[Result], skipped: list[Curve], share: float, options: FitOptions, console: Console) -> None:
-    fit_tables.show(results, options.method, console)
+def _print_summary(
+    results: Sequence[Result], skipped: Sequence[Curve], share: float, options: FitOptions, console: Console
+) -> None:
     for curve in skipped:
         n = len(curve.eflops)
-        of = f", {curve.first(share)} of them in the first {share:.0%}" if share < 1 else ""
+        in_share = f", {curve.first(share)} of them in the first {share:.0%}" if share < 1 else ""
         console.print(
-            f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the joint{of}; "
-            f"{MIN_CURVE_POINTS[options.method]} are needed",
+            f"not fitted: {curve.name} has {n} point{'s' if n != 1 else ''} after the switch point{in_share}; "
+            f"a fit needs {MIN_CURVE_POINTS[options.method]}",
             highlight=False,
             markup=False,
         )
-    said = ""
-    if options.method == "bayes":
-        count = Counter(result.fit.verdict for result in results)
-        said = f" ({', '.join(f'{count[verdict]} {verdict}' for verdict in VERDICTS if count[verdict])})"
+    count = Counter(result.fit.verdict for result in results if isinstance(result.fit, Fit))
+    verdicts = ", ".join(f"{count[verdict]} {verdict}" for verdict in VERDICTS if count[verdict])
     console.print(
-        f"{len(results)} curves fitted{said}, {len(skipped)} skipped -> {options.out}",
+        f"{len(results)} curves fitted{f' ({verdicts})' if verdicts else ''}, {len(skipped)} skipped -> {options.out}",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -121,10 +104,11 @@ def _print(results: list[Result], skipped: list[Curve], share: float, options: F
 
 
 def _check_options(options: FitOptions) -> None:
-    given = [name for name in ("tau", "alpha", "eps") if getattr(options, name) is not None]
+    given = [name for name in PAPER_OPTIONS if getattr(options, name) is not None]
     if given and options.method != "paper":
         raise UserError(
-            f"pctrain fit: --{given[0]} belongs to --method=paper; the Bayesian fit has no settings, the same for every curve"
+            f"pctrain fit: --{given[0]} belongs to --method=paper. The Bayesian fit has no options: it is the same for "
+            "every curve."
         )
     for name in ("reach", "budget"):
         for value in getattr(options, name):
@@ -132,16 +116,16 @@ def _check_options(options: FitOptions) -> None:
                 raise UserError(f"pctrain fit: --{name}: expected a finite number, 0 or more, got {value}")
 
 
-def _check_scores(scores: list[float], curves: list[Curve]) -> None:
-    top = max(curve.max_score for curve in curves)
+def _check_scores(scores: Sequence[float], curves: Sequence[Curve]) -> None:
+    highest = max(curve.max_score for curve in curves)
     for score in scores:
-        if score > top:
-            raise UserError(f"pctrain fit: --reach={score:g}: scores are in percent and end at {top:g}")
+        if score > highest:
+            raise UserError(f"pctrain fit: --reach={score:g}: scores are in percent and end at {highest:g}")
 
 
 def _check_out(path: Path, out: Path) -> None:
-    """Before any work: a result that cannot be written would be lost."""
+    """Refuse an output file that cannot be written before any work is done."""
     if out.is_dir() or not out.resolve().parent.is_dir():
-        raise UserError(f"{out}: the fits go into a file in a folder that exists; give --out FILE")
+        raise UserError(f"{out}: the fits need a file in a folder that exists; give --out FILE")
     if out.exists() and path.exists() and out.samefile(path):
         raise UserError(f"{out}: would overwrite the curves; give another --out")

@@ -1,4 +1,4 @@
-"""Options of `pctrain fit`. No NumPy here: `--help` must be fast."""
+"""Options of `pctrain fit`. This module does not import NumPy, because `--help` must be fast."""
 
 from __future__ import annotations
 
@@ -9,32 +9,38 @@ from pydantic import Field
 
 from pctrain.config.tree import Section
 
-PAPER_SHARE = 0.71  # of the points by index: the mean split of arXiv 2512.11470, appendix F
+PAPER_SHARE = 0.71  # share of the points, by index: the mean split of arXiv 2512.11470, appendix F
 
 
 class FitOptions(Section):
-    out: Path = Field(Path("fits.json"), description="where the fits go, a JSON list")
+    """The options of `pctrain fit`."""
+
+    out: Path = Field(Path("fits.json"), description="file for the fits, a JSON list")
     method: Literal["bayes", "paper"] = Field(
         "bayes",
-        description="bayes: posterior with interval, verdict and forecasts; paper: the pipeline of arXiv 2512.11470 (no uncertainty)",
+        description="bayes: posterior with interval, verdict and forecasts; "
+        "paper: the pipeline of arXiv 2512.11470, appendix F (no uncertainty)",
     )
     points: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="share of each curve's points to fit, from its start; the rest is predicted and compared (not given: all; paper 0.71)",
+        description="share of each curve's points to fit, from its start; the other points are compared with the "
+        "forecast (default: all; paper 0.71)",
     )
     reach: list[float] = Field(
         [],
-        description="score, percent: the RL compute that it takes, and the probability that any does; may be repeated",
+        description="score in percent: print the RL compute that it takes and the probability that any compute is "
+        "enough; may be repeated",
     )
     budget: list[float] = Field(
-        [], description="RL compute, EFLOPs from the joint: the score that it buys; may be repeated"
+        [],
+        description="RL compute in EFLOPs from the switch point: print the score that it buys; may be repeated",
     )
     tau: float | None = Field(
-        None, gt=0, description="paper: modified z-score beyond which a point is an outlier (not given: 3)"
+        None, gt=0, description="paper: modified z-score beyond which a point is an outlier (default: 3)"
     )
     alpha: float | None = Field(
-        None, ge=0.5, le=1, description="paper: share of the points that least trimmed squares keeps (not given: 0.75)"
+        None, ge=0.5, le=1, description="paper: share of the points that least trimmed squares keeps (default: 0.75)"
     )
-    eps: float | None = Field(None, ge=0, description="paper: jump at the joint, points (not given: 0)")
+    eps: float | None = Field(None, ge=0, description="paper: jump at the switch point, points (default: 0)")

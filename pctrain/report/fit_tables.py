@@ -1,9 +1,8 @@
-"""What `pctrain fit` prints: one line a curve, then held-out points and forecasts where they were asked for. 80 columns are enough."""
+"""The tables that `pctrain fit` prints: one row per curve, then held-out points and forecasts. They fit 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -12,79 +11,85 @@ from rich.text import Text
 
 from pctrain.ceiling.fit import Fit
 from pctrain.ceiling.paper_fit import PaperFit
+from pctrain.report.fit_result import Result
 
-if TYPE_CHECKING:
-    from pctrain.report.fit_command import Result
-
+BAYES_COLUMNS = ("P_sft", "A_post", "5 - 95%", "shift", "PL_rl", "points")
 BAYES_LEGEND = (
-    "A_post: median and 90 % interval of the posterior, percent. shift: points A_post moves by under wide priors, so what of it is theirs. "
-    "collapsed: EFLOPs from the joint; fitted to the points before. points: used/all where some were left out. lower_bound: only the lower "
-    "end of the interval means anything; flat: no gain yet, not a ceiling; too_short: the prior speaks. C_mid, B and eps: in the file."
+    "A_post: median and 90% interval of the posterior, percent. shift: change of A_post under wide priors, in points, "
+    "so how much the priors decide. points: used/all if some were left out. collapsed: EFLOPs of the collapse; the fit "
+    "uses the points before it. lower_bound: only the lower end of the interval carries information. flat: no gain "
+    "yet, so this is not a ceiling. too_short: mostly the prior. The file also has C_mid, B and eps."
 )
+PAPER_COLUMNS = ("P_sft", "A_post", "PL_rl", "C_mid", "B", "rmse", "points")
 PAPER_LEGEND = (
-    "The pipeline of arXiv 2512.11470, appendix F: no interval, no verdict; docs/ceilings.md says how far off it can be. points: "
-    "kept/given. rmse: of the points kept. A collapsed curve has no sigmoid: its ceiling is the best score before."
+    "The pipeline of arXiv 2512.11470, appendix F: no interval, no verdict. docs/ceilings.md says how far off it can "
+    "be. points: kept/given. rmse: of the points kept. A collapsed curve has no sigmoid: its ceiling is the best score "
+    "before the collapse."
+)
+HELD_OUT_LEGEND = (
+    "Points that the fit did not see, without those after a collapse. inside: share in the predictive 90% interval."
 )
 FORECAST_LEGEND = (
-    "Medians and 90 % intervals, EFLOPs from the joint. P: probability that any compute is enough. measured: one score, with its noise. "
-    "All of a curve that goes on as a sigmoid: no collapse and no second rise is foreseen."
+    "Medians and 90% intervals, EFLOPs from the switch point. P: probability that any compute is enough. measured: one "
+    "score, with its noise. All of this assumes a curve that continues as one sigmoid; it foresees no collapse and no "
+    "second rise."
 )
 
 
 def show(results: Sequence[Result], method: str, console: Console) -> None:
-    console.print((_bayes if method == "bayes" else _paper)(results))
-    console.print(BAYES_LEGEND if method == "bayes" else PAPER_LEGEND, style="dim", highlight=False)
+    """Print the tables of one or more results."""
+    console.print(_fits(results, method))
+    _print_legend(BAYES_LEGEND if method == "bayes" else PAPER_LEGEND, console)
     if any(result.held_out is not None for result in results):
         console.print(_held_out(results))
-        console.print(
-            "Points that the fit did not see, without those after a collapse. inside: share in the predictive 90 % interval.",
-            style="dim",
-            highlight=False,
-        )
-    asked = [table(results) for name, table in (("reach", _reach), ("budget", _budget)) if getattr(results[0], name)]
-    for table in asked:
-        console.print(table)
-    if asked:
-        console.print(FORECAST_LEGEND, style="dim", highlight=False)
+        _print_legend(HELD_OUT_LEGEND, console)
+    if results[0].reach:
+        console.print(_reach(results))
+    if results[0].budget:
+        console.print(_budget(results))
+    if results[0].reach or results[0].budget:
+        _print_legend(FORECAST_LEGEND, console)
 
 
-def _bayes(results: Sequence[Result]) -> Table:
-    table = _table(results, ("P_sft", "A_post", "5 - 95 %", "shift", "PL_rl", "points"), ("verdict",))
+def _print_legend(text: str, console: Console) -> None:
+    console.print(text, style="dim", highlight=False)
+
+
+# ---- tables
+
+
+def _fits(results: Sequence[Result], method: str) -> Table:
+    bayes = method == "bayes"
+    table = _table(results, BAYES_COLUMNS if bayes else PAPER_COLUMNS, ("verdict" if bayes else "",))
     for result in results:
-        fit = result.fit
-        assert isinstance(fit, Fit)
-        verdict = fit.verdict if fit.collapsed_at is None else f"{fit.verdict}, {fit.collapsed_at:.3g}"
-        table.add_row(
-            *_name(result),
-            f"{fit.p_sft:.1f}",
-            f"{fit.a_post:.1f}",
-            f"{fit.a_post_low:.1f}-{fit.a_post_high:.1f}",
-            f"{fit.prior_shift:+.1f}",
-            f"{fit.pl_rl:.1f}",
-            _points(fit),
-            verdict,
-        )
+        cells = _bayes_cells(result.fit) if isinstance(result.fit, Fit) else _paper_cells(result.fit)
+        table.add_row(*_name(result), *cells)
     return table
 
 
-def _paper(results: Sequence[Result]) -> Table:
-    table = _table(results, ("P_sft", "A_post", "PL_rl", "C_mid", "B", "rmse", "points"), ("",))
-    for result in results:
-        fit = result.fit
-        assert isinstance(fit, PaperFit)
-        collapsed = "" if fit.collapsed_at is None else f"collapsed, {fit.collapsed_at:.3g}"
-        table.add_row(
-            *_name(result),
-            f"{fit.p_sft:.1f}",
-            f"{fit.a_post:.1f}",
-            f"{fit.pl_rl:.1f}",
-            _number(fit.c_mid, ".3g"),
-            _number(fit.b, ".2f"),
-            _number(fit.train_rmse, ".2f"),
-            _points(fit),
-            collapsed,
-        )
-    return table
+def _bayes_cells(fit: Fit) -> list[str]:
+    return [
+        f"{fit.p_sft:.1f}",
+        f"{fit.a_post:.1f}",
+        f"{fit.a_post_low:.1f}-{fit.a_post_high:.1f}",
+        f"{fit.prior_shift:+.1f}",
+        f"{fit.pl_rl:.1f}",
+        _points(fit),
+        fit.verdict if fit.collapsed_at is None else f"{fit.verdict}, {fit.collapsed_at:.3g}",
+    ]
+
+
+def _paper_cells(fit: PaperFit) -> list[str]:
+    return [
+        f"{fit.p_sft:.1f}",
+        f"{fit.a_post:.1f}",
+        f"{fit.pl_rl:.1f}",
+        _number(fit.c_mid, ".3g"),
+        _number(fit.b, ".2f"),
+        _number(fit.train_rmse, ".2f"),
+        _points(fit),
+        "" if fit.collapsed_at is None else f"collapsed, {fit.collapsed_at:.3g}",
+    ]
 
 
 def _held_out(results: Sequence[Result]) -> Table:
@@ -97,11 +102,13 @@ def _held_out(results: Sequence[Result]) -> Table:
 
 
 def _reach(results: Sequence[Result]) -> Table:
-    table = _table(results, ("score", "P", "EFLOPs", "5 - 95 %"))
+    table = _table(results, ("score", "P", "EFLOPs", "5 - 95%"))
     for result in results:
         for entry in result.reach:
-            low, high = (_number(value, ".3g", "never") for value in (entry.eflops_low, entry.eflops_high))
-            interval = "" if entry.probability is None else "never" if entry.eflops_low is None else f"{low} - {high}"
+            interval = ""
+            if entry.probability is not None:
+                low, high = (_number(value, ".3g", "never") for value in (entry.eflops_low, entry.eflops_high))
+                interval = "never" if entry.eflops_low is None else f"{low} - {high}"
             table.add_row(
                 *_name(result),
                 f"{entry.score:g}",
@@ -113,7 +120,7 @@ def _reach(results: Sequence[Result]) -> Table:
 
 
 def _budget(results: Sequence[Result]) -> Table:
-    table = _table(results, ("EFLOPs", "score", "5 - 95 %", "measured"))
+    table = _table(results, ("EFLOPs", "score", "5 - 95%", "measured"))
     for result in results:
         for entry in result.budget:
             table.add_row(
@@ -126,22 +133,25 @@ def _budget(results: Sequence[Result]) -> Table:
     return table
 
 
-def _table(results: Sequence[Result], numbers: Sequence[str], words: Sequence[str] = ()) -> Table:
+# ---- cells
+
+
+def _table(results: Sequence[Result], number_columns: Sequence[str], text_columns: Sequence[str] = ()) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("data set", overflow="fold", min_width=8)
     if any(result.curve.start_step is not None for result in results):
-        numbers = ("step", *numbers)
-    for name in numbers:
+        number_columns = ("step", *number_columns)
+    for name in number_columns:
         table.add_column(name, justify="right", no_wrap=True)
-    for name in words:
+    for name in text_columns:
         table.add_column(name, no_wrap=True)
     return table
 
 
 def _name(result: Result) -> list[Text | str]:
-    """A name comes from a file: no markup in it is obeyed."""
-    step = result.curve.start_step
-    return [Text(result.curve.dataset), *([str(step)] if step is not None else [])]
+    """Return the cells that name the curve. A name comes from a file, so markup in it has no effect."""
+    name = Text(result.curve.dataset)
+    return [name] if result.curve.start_step is None else [name, str(result.curve.start_step)]
 
 
 def _points(fit: Fit | PaperFit) -> str:

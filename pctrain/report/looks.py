@@ -1,19 +1,21 @@
-"""How runs look in every figure and chart: a colour, a marker, and the words for compute. Figures (PNG) and page draw from here.
+"""How runs look in every figure and chart: colours, markers, and text for compute and ceilings.
 
-Colours are Okabe and Ito's (safe for the common kinds of colour blindness), each with a lighter form for dark pages; marker shape and a
-written label repeat what colour says. What varies most tells runs apart by colour: the set, else the algorithm, else the start.
+Colours are Okabe and Ito's (safe for the common kinds of color blindness), each with a lighter form for dark pages.
+Marker shapes and labels repeat what colors say. Runs are colored by set if sets differ, else by algorithm or start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
-if TYPE_CHECKING:  # SciPy comes with it
-    from pctrain.report.study_data import RLRun, Study
+if TYPE_CHECKING:  # importing it would import SciPy
+    from pctrain.report.study_data import FittedRun, RLRun, Study
 
-# name: (on light, on dark)
+Item = TypeVar("Item")
+
+# name: (on a light page, on a dark page)
 PALETTE = {
     "ink": ("#3d444d", "#d5dae0"),
     "blue": ("#0072b2", "#56a8e0"),
@@ -34,9 +36,9 @@ REGIME_COLOURS = {
 ROLE_COLOURS = {"early": "blue", "stable": "green", "overfit": "vermillion"}
 OTHER_COLOURS = ["purple", "orange", "blue", "green", "vermillion", "sky"]
 SET_COLOURS = ["blue", "vermillion", "green", "purple", "orange", "sky"]
-MARKERS = ("o", "s", "^", "D", "v", "P")  # matplotlib's; charts.js.j2 has plotly's in the same order
+MARKERS = ("o", "s", "^", "D", "v", "P")  # of matplotlib; charts.js.j2 has those of plotly in the same order
 INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
-STYLE = {  # of a figure, for matplotlib.rc_context
+STYLE = {  # for matplotlib.rc_context
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
@@ -59,7 +61,7 @@ STYLE = {  # of a figure, for matplotlib.rc_context
     "legend.frameon": False,
     "hatch.linewidth": 0.7,
     "savefig.dpi": 200,
-    "text.parse_math": False,  # names come from files: $ is a dollar
+    "text.parse_math": False,  # names come from files, so $ is only a dollar sign
 }
 PHASE_NAMES = {
     "sft_update": "SFT updates",
@@ -76,15 +78,15 @@ PHASE_NAMES = {
 
 @dataclass(frozen=True)
 class Look:
-    """`colour`: in a picture of all sets; `alone`: in one of this run's set only, where the sets need not be told apart."""
+    """The look of a run."""
 
-    colour: str
-    alone: str
-    marker: int
+    colour: str  # in a chart of all sets
+    alone: str  # in a chart of this run's set only, where colors need not separate sets
+    marker: int  # index into MARKERS
 
 
 def run_looks(study: Study) -> dict[str, Look]:
-    """`{run.name: Look}` of all runs. Seeds of one experiment look alike; RL without SFT is grey where sets have the colours."""
+    """Return `{run.name: Look}`. Seeds of an experiment look alike; RL without SFT is grey if sets have the colours."""
     sets = _distinct(run.set for run in study.runs if run.set)
     many_sets = len(sets) > 1
     starts = {
@@ -101,7 +103,7 @@ def run_looks(study: Study) -> dict[str, Look]:
 
 
 def flop_scale(eflops: float) -> tuple[float, str]:
-    """(factor, unit) so that `eflops * factor` reads as 1 to 999 of `unit`."""
+    """Return (factor, unit) so that `eflops * factor` reads as 1 to 999 of `unit`."""
     for power, prefix in ((21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if eflops >= 10.0 ** (power - 18):
             return 10.0 ** (18 - power), prefix + "FLOPs"
@@ -109,17 +111,18 @@ def flop_scale(eflops: float) -> tuple[float, str]:
 
 
 def flops_text(eflops: float) -> str:
+    """Return an amount of compute with a readable unit, such as "7.45 TFLOPs"."""
     factor, unit = flop_scale(eflops)
     return f"{eflops * factor:.3g} {unit}"
 
 
-def shows_ceiling(run: RLRun) -> bool:
-    """Whether the fit says anything about a ceiling; `flat` and `too_short` do not."""
+def shows_ceiling(run: RLRun) -> TypeGuard[FittedRun]:
+    """Return True if the run has a fit that says something about a ceiling; `flat` and `too_short` do not."""
     return run.fit is not None and run.fit.verdict in ("identified", "lower_bound", "collapsed")
 
 
 def ceiling_text(run: RLRun) -> str:
-    """Two short lines for the side of a bar."""
+    """Return two short lines on the fit of a run, for the side of a bar."""
     if run.fit is None:
         return f"no fit\n{run.fit_reason}"
     fit = run.fit
@@ -128,14 +131,14 @@ def ceiling_text(run: RLRun) -> str:
     if fit.verdict == "lower_bound":
         return f"lower bound only\nA_post at least {fit.a_post_low:.1f}"
     if fit.verdict == "collapsed":
-        return f"collapsed\nbefore it {fit.a_post:.1f} ({fit.a_post_low:.1f} to {fit.a_post_high:.1f})"
+        return f"collapsed\nbefore that {fit.a_post:.1f} ({fit.a_post_low:.1f} to {fit.a_post_high:.1f})"
     if fit.verdict == "flat":
         return "flat: no ceiling\nno rise to fit yet"
     return f"too short: no ceiling\n{fit.n_used} scores"
 
 
 def _colour_in_set(study: Study, run: RLRun) -> str:
-    """By algorithm where these differ, else by role, else by start."""
+    """Return the colour of a run within its set: by algorithm if these differ, else by role, else by start."""
     algorithms = _distinct(other.algorithm for other in study.rl)
     if len(algorithms) > 1:
         return _pick(SET_COLOURS, algorithms, run.algorithm)
@@ -150,9 +153,9 @@ def _colour_in_set(study: Study, run: RLRun) -> str:
     )
 
 
-def _distinct(values) -> list:
+def _distinct(values: Iterable[Item]) -> list[Item]:
     return list(dict.fromkeys(values))
 
 
-def _pick(colours: Sequence[str], keys: list, key: object) -> str:
+def _pick(colours: Sequence[str], keys: Sequence[Item], key: Item) -> str:
     return colours[keys.index(key) % len(colours)]

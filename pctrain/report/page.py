@@ -1,7 +1,8 @@
-"""report.html: one string with everything inside. It opens from the disk, loads nothing, and treats all text from files as hostile.
+"""Render report.html: one file with everything inside, which opens from the disk and loads nothing.
 
-Three walls against text that would run: the template escapes, the charts' texts are escaped once more for plotly, and the page's own
-Content-Security-Policy lets no script run but the two whose hashes it names.
+All text from files is treated as hostile. Three layers keep it from running as code: the template escapes it, chart
+texts are escaped once more for plotly, and the page's Content-Security-Policy allows only the two scripts whose hashes
+it names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import functools
 import hashlib
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,39 +21,38 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from pctrain.compute.ledger import PHASES
-from pctrain.report.charts import Chart
+from pctrain.report.charts.chart import Chart
 from pctrain.report.held_out import HeldOut
 from pctrain.report.looks import PALETTE, PHASE_NAMES, REGIME_COLOURS, ceiling_text, flops_text, run_looks
 from pctrain.report.study_data import Study
 
-SECTIONS = (
-    "summary",
-    "charts",
-    "tables",
-    "rollouts",
-    "config",
-)  # blocks of the template, each in an element `section-NAME`
+SECTIONS = ("summary", "charts", "tables", "rollouts", "config")  # template blocks, each in an element section-NAME
 _WAITING = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'"><meta name="color-scheme" content="light dark">
 <meta http-equiv="refresh" content="{{ seconds }}"><title>{{ name|e }}: waiting</title></head>
 <body><h1>{{ name|e }}</h1><p>Waiting for the first numbers of the run.</p><p>{{ why|e }}</p></body></html>
 """
-OPENING = 300  # characters of an answer that are shown at once, up to the end of a sentence; the rest is folded
-MOST_CARDS = 6  # runs; more of them are read in a table
+OPENING = 300  # characters of an answer shown at once, up to the end of a sentence; the rest is folded
+MAX_CARDS = 6  # with more runs than this the page has the table only, no cards
 
 
 def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: Any) -> str:
-    """The page. `values` is study.json; `more`: `headline` and `held` ({run name: HeldOut or None}).
+    """Return the page.
 
-    `live`: {tag, read, seconds, note} where the page is served and asks for newer data every `seconds`.
+    Args:
+        study: the study that the report is about.
+        values: the contents of study.json.
+        charts: the charts in their order.
+        more: the `headline`, the forecasts `held` ({run name: HeldOut or None}) and, if the page is served and polls
+            for newer data, `live` ({tag, read, seconds, note}).
     """
     variables = _variables(study, values, charts, **more)
     environment = _environment()
     script, css = (environment.get_template(name).render() for name in ("report.page.js.j2", "report.css.j2"))
     plotly = _plotly()
     connect = "; connect-src 'self'" if variables["live"] else ""
-    # Plotly sets style attributes, and adds a style element that is empty and is filled by rules.
+    # Plotly sets style attributes and adds an empty style element, which it fills through the rules API.
     policy = (
         f"default-src 'none'; script-src {_hash(plotly)} {_hash(script)}; style-src {_hash(css)} {_hash('')}; "
         f"style-src-attr 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'{connect}"
@@ -68,19 +69,19 @@ def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: An
 
 
 def sections(study: Study, values: dict[str, Any], charts: list[Chart], **more: Any) -> dict[str, str]:
-    """{name: HTML} of the parts of the page that a refresh replaces."""
+    """Return {name: HTML} of the parts of the page that a refresh replaces."""
     template = _environment().get_template("report.html.j2")
     context = template.new_context(_variables(study, values, charts, **more))
     return {name: "".join(template.blocks[name](context)) for name in SECTIONS}
 
 
 def waiting(name: str, why: str, seconds: float) -> str:
-    """A page that asks again, for a run that has nothing to show yet."""
+    """Return a page that reloads itself, for a run that has nothing to show yet."""
     return _environment().from_string(_WAITING).render(name=name, why=why, seconds=int(seconds))
 
 
 def page_data(charts: list[Chart], live: dict[str, Any] | None) -> dict[str, Any]:
-    """The JSON that the page's scripts draw from."""
+    """Return the JSON that the page's scripts draw from."""
     return {
         "charts": {chart.name: {"title": chart.title, "spec": chart.spec, "csv": chart.csv()} for chart in charts},
         "palette": PALETTE,
@@ -106,7 +107,7 @@ def _variables(
         "headline": headline,
         "held": held,
         "live": live,
-        "cards": study.rl if len(study.rl) <= MOST_CARDS else [],
+        "cards": study.rl if len(study.rl) <= MAX_CARDS else [],
         "looks": run_looks(study),
         "samples": any(run.samples for run in study.rl),
         "phases": phases,
@@ -127,30 +128,44 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters |= {
-        "flops": lambda value: flops_text(value / 1e18),
+    filters: dict[str, Callable[..., Any]] = {
+        "flops": _flops,
         "eflops": flops_text,
         "opening": _opening,
-        "numbers": lambda value: yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100),
+        "numbers": _numbers,
     }
+    environment.filters.update(filters)
     return environment
 
 
+def _flops(flops: float) -> str:
+    return flops_text(flops / 1e18)
+
+
+def _numbers(value: object) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100)
+
+
 def _opening(text: str) -> tuple[str, str]:
-    """A long text cut after a sentence, so that a card shows what fits in it: (opening, rest)."""
+    """Split a long text after a sentence, so that a card shows what fits in it: (opening, rest)."""
     if len(text) <= 1.5 * OPENING:
         return text, ""
-    cut = max(text.rfind(". ", OPENING // 4, OPENING), 0) or text.find(". ", OPENING)
+    cut = text.rfind(". ", OPENING // 4, OPENING)
+    if cut < 0:
+        cut = text.find(". ", OPENING)
     return (text[: cut + 1], text[cut + 1 :].strip()) if cut > 0 else (text, "")
 
 
 @functools.cache
 def _plotly() -> Markup:
-    return Markup(get_plotlyjs().replace("\r\n", "\n"))  # as a browser reads it, and hashes it
+    return Markup(get_plotlyjs().replace("\r\n", "\n"))  # line ends as a browser reads and hashes them
 
 
 def _style_ids() -> list[str]:
-    """Ids of style elements that plotly's bundle adds with text in them, unless there is an element of that id; [] in other versions."""
+    """Return the ids of style elements that plotly's bundle adds with text, unless an element of that id exists.
+
+    Other versions of plotly may have none.
+    """
     return re.findall(r'document\.getElementById\("([0-9a-f]{64})"\)', _plotly())
 
 

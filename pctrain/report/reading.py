@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 
 from pctrain.ceiling import checks, regimes
 from pctrain.ceiling.fit import Fit, fit_ceiling, fit_curve
 from pctrain.common.errors import UserError
-from pctrain.compute.ledger import PHASES
-from pctrain.files import yaml_text
 from pctrain.report import curves
 from pctrain.report.study_data import (
     LEDGER_KEYS,
@@ -35,11 +30,16 @@ from pctrain.report.study_data import (
     sum_ledgers,
     typical_se,
 )
+from pctrain.run import config_file
+from pctrain.run.config_file import has_config
+from pctrain.run.documents import is_finished, read_start, read_summary
 from pctrain.run.layout import find_runs
+from pctrain.run.names import CONFIG, METRICS, SUMMARY
+from pctrain.run.records import has_ledger, has_metrics, read_metrics, read_rollouts, rollout_files
+from pctrain.run.records import read_ledger as read_ledger_lines
 
 NO_FIRST_SCORE = "the checkpoint was not scored before RL"
 NO_SFT_RUN = "there is no SFT run in this folder"
-ROLES = ("early", "stable", "overfit", "none")
 SAMPLES = 6  # rollouts of a run that the report shows
 
 AnyRun = TypeVar("AnyRun", bound=Run)
@@ -63,7 +63,7 @@ def read_study(folder: Path) -> Study:
         rl = [read_rl(place.folder, sft, place.set) for place in recorded if place.kind == "rl"]
         return _name_runs(folder, sft, rl, just_begun)
     name = folder.resolve().name
-    if (folder / "metrics.jsonl").exists() or (folder / "config.yaml").exists():
+    if has_metrics(folder) or has_config(folder):
         if read_config(folder)[0]["kind"] == "rl":
             return Study(name, folder, [], [read_rl(folder, [])])
         return Study(name, folder, [read_sft(folder)], [])
@@ -75,9 +75,9 @@ def read_study(folder: Path) -> Study:
 
 def _has_recorded(run: Path) -> bool:
     """Return True if the run has made a step. From then on a missing file has been lost, not delayed."""
-    if (run / "ledger.jsonl").exists():
+    if has_ledger(run):
         return True
-    return (run / "metrics.jsonl").exists() and any(row["step"] > 0 for row, _ in _metrics(run))
+    return has_metrics(run) and any(row["step"] > 0 for row, _ in _metrics(run))
 
 
 def _name_runs(folder: Path, sft: Sequence[SFTRun], rl: Sequence[RLRun], just_begun: tuple[str, ...]) -> Study:
@@ -142,7 +142,7 @@ def _sft_losses(folder: Path, rows: Sequence[tuple[dict[str, Any], str]], delta:
     try:
         labels = regimes.classify(eflops, values, delta, delta2)
     except UserError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
+        raise UserError(f"{folder / METRICS}: {error}") from None
     return [SFTLoss(step, *loss, str(label)) for (step, loss), label in zip(ordered, labels, strict=True)]
 
 
@@ -163,14 +163,12 @@ def _sft_scores(rows: Sequence[tuple[dict[str, Any], str]]) -> list[SFTScore]:
 
 def _trajectories(folder: Path) -> int | None:
     """Return the size of the training set from the summary of a finished run."""
-    path = folder / "summary.json"
-    if not path.exists():
+    if not is_finished(folder):
         return None
-    document = checks.mapping(checks.json_of(path), str(path))
-    summary = checks.mapping(checks.need(document, "summary", str(path)), f"{path}: summary")
+    summary = read_summary(folder)["summary"]
     trajectories = summary.get("trajectories")
     if trajectories is not None and (isinstance(trajectories, bool) or not isinstance(trajectories, int)):
-        raise UserError(f"{path}: `trajectories` must be a whole number, found {trajectories!r:.60}")
+        raise UserError(f"{folder / SUMMARY}: `trajectories` must be a whole number, found {trajectories!r:.60}")
     return trajectories
 
 
@@ -180,9 +178,7 @@ def _difficulty(folder: Path, config: dict[str, Any]) -> str | None:
         sources = (config.get("data") or {}).get("train") or []
         manifests = [Path(f"{source['path']}.manifest.json") for source in sources]
     except (TypeError, KeyError, AttributeError):
-        raise UserError(
-            f"{folder / 'config.yaml'}: `data.train` must be a list of sources, each with its `path`"
-        ) from None
+        raise UserError(f"{folder / CONFIG}: `data.train` must be a list of sources, each with its `path`") from None
     taken = {_taken(path) if path.is_file() else None for path in manifests}
     return taken.pop() if len(taken) == 1 else None
 
@@ -203,15 +199,15 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
     """Read an RL run folder. It is compared with the run of its set and seed among `sft_runs`, those of the study."""
     config, text = read_config(folder)
     seed = int(_number_setting(folder, config, "run", "seed"))
-    start = _read_start(folder)
-    start_step, eflops_sft = int(start["start_step"]), float(start["eflops_sft"])
+    start = read_start(folder)
+    start_step, eflops_sft = start["start_step"], start["eflops_sft"]
     rows = list(_metrics(folder))
     evals = [(row, where) for row, where in rows if row["kind"] == "eval"]
     points = _rl_points(evals)
     try:
         fit, reason = _fit(points)
     except UserError as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: {error}") from None
+        raise UserError(f"{folder / METRICS}: {error}") from None
     sft = sft_of(sft_runs, set_name, seed)
     total = eflops_sft + (points[-1].eflops_rl if points else 0.0)
     samples_step, samples = _last_rollouts(folder)
@@ -226,7 +222,7 @@ def read_rl(folder: Path, sft_runs: Sequence[SFTRun], set_name: str = "") -> RLR
         set=set_name,
         seed=seed,
         start_step=start_step,
-        role=str(start["role"]),
+        role=start["role"],
         algorithm=_algorithm_name(folder, config),
         eflops_sft=eflops_sft,
         start_regime=_regime_at(sft, start_step),
@@ -316,15 +312,11 @@ def _counts(train: Sequence[dict[str, Any]], last_eval: dict[str, Any]) -> dict[
 
 def _last_rollouts(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
     """Return the last step with rollouts and up to SAMPLES of them: one of each cause first, in the file's order."""
-    files: dict[int, Path] = {}
-    for path in (folder / "rollouts").glob("step-*.jsonl"):
-        match = re.fullmatch(r"step-(\d+)\.jsonl", path.name)
-        if match:
-            files[int(match[1])] = path
+    files = rollout_files(folder)
     if not files:
         return None, []
     step = max(files)
-    rows = [row for row, _ in read_lines(files[step])]
+    rows = [row for row, _ in read_rollouts(files[step])]
     first_of_cause: dict[Any, int] = {}
     for i, row in enumerate(rows):
         first_of_cause.setdefault(row.get("cause"), i)
@@ -337,40 +329,9 @@ def _last_rollouts(folder: Path) -> tuple[int | None, list[dict[str, Any]]]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield `(object, "file:line")` of a JSON-lines file, without a last line that is still being written."""
-    try:
-        with path.open(encoding="utf-8", errors="strict") as lines:
-            for number, line in enumerate(lines, 1):
-                where = f"{path}:{number}"
-                try:
-                    row = checks.refuse_surrogates(json.loads(line), line, where)
-                except (ValueError, RecursionError) as error:
-                    if not line.endswith("\n"):
-                        return
-                    raise UserError(
-                        f"{where}: not JSON ({error}). Expected one object per line. If the run was killed here, "
-                        "start the same command again: it repairs its files."
-                    ) from None
-                yield checks.mapping(row, where), where
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}).") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-
-
 def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. The run has recorded nothing yet. "
-            "Start it again with the same command, then make the report."
-        )
-    for row, where in read_lines(path):
-        if row.get("kind") not in ("train", "val", "eval"):
-            raise UserError(f"{where}: `kind` must be train, val or eval, found {row.get('kind')!r}.")
-        if not isinstance(row.get("step"), int) or isinstance(row.get("step"), bool):
-            raise UserError(f"{where}: `step` must be a whole number, found {row.get('step')!r}.")
+    """Yield (line, "file:line") of metrics.jsonl, with the EFLOPs of each line checked."""
+    for row, where in read_metrics(folder):
         for key in ("eflops_sft", "eflops_rl"):
             row[key] = _number(row, key, where)
         yield row, where
@@ -378,20 +339,7 @@ def _metrics(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def read_config(folder: Path) -> tuple[dict[str, Any], str]:
     """Return the resolved config of a run, parsed and as text."""
-    path = folder / "config.yaml"
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing. Every run folder has the resolved config of its run. "
-            f"Check that {folder} is a run folder."
-        )
-    text = checks.text(path)
-    try:
-        config = yaml_text.parse(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML ({error}).") from None
-    if not isinstance(config, dict) or config.get("kind") not in ("sft", "rl"):
-        raise UserError(f"{path}: not the config of a run. Expected a tree of settings with `kind: sft` or `kind: rl`.")
-    return config, text
+    return config_file.read_tree(folder), config_file.read_text(folder)
 
 
 def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> Any:
@@ -399,7 +347,7 @@ def _setting(folder: Path, config: dict[str, Any], section: str, key: str) -> An
         return config[section][key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{folder / 'config.yaml'}: `{section}.{key}` is missing. A run writes its config resolved, with every key."
+            f"{folder / CONFIG}: `{section}.{key}` is missing. A run writes its config resolved, with every key."
         ) from None
 
 
@@ -410,32 +358,15 @@ def _algorithm_name(folder: Path, config: dict[str, Any]) -> str:
 
 def _number_setting(folder: Path, config: dict[str, Any], section: str, key: str) -> float:
     _setting(folder, config, section, key)
-    return _number(config[section], key, f"{folder / 'config.yaml'}: {section}")
+    return _number(config[section], key, f"{folder / CONFIG}: {section}")
 
 
 def read_ledger(folder: Path) -> dict[str, dict[str, float]]:
     """Return the ledger's sums by phase. A ledger is required: the x of every curve comes from it."""
-    path = folder / "ledger.jsonl"
-    if not path.exists():
-        raise UserError(f"{path}: missing. Every run folder has the ledger of its compute.")
     rows = []
-    for row, where in read_lines(path):
-        if row.get("phase") not in PHASES:
-            raise UserError(f"{where}: `phase` must be one of {', '.join(PHASES)}, found {row.get('phase')!r}.")
+    for row, where in read_ledger_lines(folder):
         rows.append({row["phase"]: {key: _number(row, key, where) for key in LEDGER_KEYS}})
     return sum_ledgers(rows)
-
-
-def _read_start(folder: Path) -> dict[str, Any]:
-    path = folder / "start.json"
-    if not path.exists():
-        raise UserError(f"{path}: missing. An RL run records there which checkpoint it started from.")
-    start = checks.mapping(checks.json_of(path), str(path))
-    if start.get("role") not in ROLES:
-        raise UserError(f"{path}: `role` must be one of {', '.join(ROLES)}, found {start.get('role')!r}.")
-    for key in ("start_step", "eflops_sft"):
-        _number(start, key, str(path))
-    return start
 
 
 def _number(row: dict[str, Any], key: str, where: str) -> float:

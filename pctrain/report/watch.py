@@ -1,12 +1,14 @@
-"""`pctrain report RUN --watch`: the report of a run that goes on, served on this machine alone.
+"""`pctrain report RUN --watch`: serve the report of a run in progress, on this machine only.
 
-Two addresses answer: the page, and data.json, which the page asks for every few seconds. The files are read again when they have changed,
-and no oftener than a tenth of the time that reading takes would allow: the run needs the processor more. What cannot be read at the moment
-(a line half written, a stage that is just beginning) leaves the last state on the page, with a note.
+There are two addresses: the page, and data.json, which the page fetches every few seconds. The files are read again
+after they change, but reading may use at most a tenth of the time, because the run needs the processor more. If a file
+cannot be read at the moment (a line is half written, a stage is just starting), the page keeps its last state, with a
+note.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import signal
@@ -23,20 +25,25 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.report import command as report
 from pctrain.report import page
+from pctrain.report.command import Report
 
-POLL_SECONDS = 3.0  # between two questions of the page
-READING_SHARE = 0.1  # of one processor, at most, goes into reading and fitting
+POLL_SECONDS = 3.0  # between two requests of the page
+READING_SHARE = 0.1  # largest share of one processor spent on reading and fitting
 WATCHED = ("metrics.jsonl", "ledger.jsonl", "config.yaml", "start.json", "step-*.jsonl")
 LOCALHOST = "127.0.0.1"
 
 
 def main(source: Path, port: int = 0) -> None:
-    """Serve until Ctrl-C (or SIGTERM). `port` 0: any free one. UserError where `source` is no folder or the port is taken."""
+    """Serve until Ctrl-C (or SIGTERM). Port 0 takes any free port.
+
+    Raises:
+        UserError: `source` is not a folder, or the port is taken.
+    """
     server = serve(source, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console = make_console()
     console.print(
-        f"Watching {source}: http://{LOCALHOST}:{server.server_port}/   (Ctrl-C ends it)",
+        f"Watching {source}: http://{LOCALHOST}:{server.server_port}/   (Ctrl-C stops it)",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -45,31 +52,32 @@ def main(source: Path, port: int = 0) -> None:
     try:
         server.serve_forever(poll_interval=0.2)
     except KeyboardInterrupt:
-        console.print("Stopped watching; the run itself is not touched.")
+        console.print("Stopped watching. The run itself is not affected.")
     finally:
         server.server_close()
 
 
 def serve(source: Path, port: int) -> _Server:
-    """A server that listens on this machine alone, and has yet to be set going."""
+    """Return a server that listens on this machine only; the caller starts it."""
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder; --watch takes the folder of a study or a run")
+        raise UserError(f"{source}: no such folder. --watch needs the folder of a study or a run.")
     try:
         server = _Server((LOCALHOST, port), _Handler)
     except OSError as error:
         raise UserError(
-            f"--port={port}: cannot be listened at ({error.strerror}); give another one, or none for any free port"
+            f"--port={port}: cannot listen on this port ({error.strerror}). Give another one, or leave out --port for "
+            "any free port."
         ) from None
-    server.watched = Watched(source)
+    server.watched = WatchedFolder(source)
     return server
 
 
 @dataclass
-class Watched:
-    """The newest report of a folder that could be made."""
+class WatchedFolder:
+    """A folder and the newest report that could be made of it."""
 
     source: Path
-    report: report.Report | None = None
+    report: Report | None = None
     note: str = ""
     read_at: str = ""
     _signature: str = ""
@@ -77,7 +85,7 @@ class Watched:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def refresh(self) -> None:
-        """Read again where a file has changed and the last reading is long enough ago."""
+        """Read again if a file has changed and the last reading is long enough ago."""
         with self._lock:
             now = time.monotonic()
             if now < self._not_before:
@@ -95,27 +103,32 @@ class Watched:
 
     @property
     def tag(self) -> str:
-        """ETag of the state: another one means other content."""
+        """ETag of the state; it changes with the content."""
         return '"' + hashlib.sha256(f"{self._signature} {self.note}".encode()).hexdigest()[:16] + '"'
 
     def live(self) -> dict[str, Any]:
+        """Return the fields that the page shows about its updates."""
         return {"tag": self.tag, "read": self.read_at, "seconds": POLL_SECONDS, "note": self.note}
 
     def page(self) -> str:
-        return self.report.page(self.live()) if self.report else page.waiting(self.source.name, self.note, POLL_SECONDS)
+        """Return the report, or a page that waits for one."""
+        if self.report is None:
+            return page.waiting(self.source.name, self.note, POLL_SECONDS)
+        return self.report.page(self.live())
 
-    def data(self) -> dict[str, Any]:
-        return page.page_data(self.report.charts, self.live()) | {"sections": self.report.sections()}
+    def data(self, newest: Report) -> dict[str, Any]:
+        """Return data.json of the newest report."""
+        return page.page_data(newest.charts, self.live()) | {"sections": newest.sections()}
 
 
 def _signature(source: Path) -> str:
-    """Sizes and times of all files that a report is made from."""
+    """Return a hash of the sizes and times of all files that a report is made from."""
     stats = []
     for pattern in WATCHED:
         for file in sorted(source.rglob(pattern)):
             try:
                 stat = file.stat()
-            except FileNotFoundError:  # renamed between the listing and here
+            except FileNotFoundError:  # renamed since it was listed
                 continue
             stats.append(f"{file} {stat.st_size} {stat.st_mtime_ns}")
     return hashlib.sha256("\n".join(stats).encode()).hexdigest()
@@ -123,36 +136,38 @@ def _signature(source: Path) -> str:
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
-    watched: Watched
+    watched: WatchedFolder
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
-    protocol_version = "HTTP/1.0"  # a connection a question: none outlives the server
-    timeout = 30  # seconds: a connection that says nothing does not hold a thread for ever
+    protocol_version = "HTTP/1.0"  # one request per connection: no connection outlives the server
+    timeout = 30  # seconds; an idle connection must not hold a thread forever
 
     def do_GET(self) -> None:
-        if not self._is_ours():
-            # A page from elsewhere can make its own name point here; it cannot change what the browser says it asked for.
-            return self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Ask for 127.0.0.1 or localhost.\n")
-        watched = self.server.watched
-        if self.path not in ("/", "/data.json"):
-            return self._answer(HTTPStatus.NOT_FOUND, "text/plain", "There is only the report here, at /.\n")
-        watched.refresh()
-        if self.path == "/":
-            return self._answer(HTTPStatus.OK, "text/html", watched.page())
-        if watched.report is None:
-            return self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", watched.note + "\n")
-        if self.headers.get("If-None-Match") == watched.tag:
-            return self._answer(HTTPStatus.NOT_MODIFIED, "application/json", "", tag=watched.tag)
-        self._answer(
-            HTTPStatus.OK,
-            "application/json",
-            json.dumps(watched.data(), ensure_ascii=False, allow_nan=False),
-            tag=watched.tag,
-        )
+        """Answer with the page or its data."""
+        if not self._names_this_machine():
+            # Another site can make its own name resolve to this machine, but the browser still sends that name.
+            self._answer(HTTPStatus.FORBIDDEN, "text/plain", "Use the address 127.0.0.1 or localhost.\n")
+        elif self.path == "/":
+            self.server.watched.refresh()
+            self._answer(HTTPStatus.OK, "text/html", self.server.watched.page())
+        elif self.path == "/data.json":
+            self.server.watched.refresh()
+            self._answer_data(self.server.watched)
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, "text/plain", "Only the report is served here, at /.\n")
 
-    def _is_ours(self) -> bool:
+    def _answer_data(self, watched: WatchedFolder) -> None:
+        if watched.report is None:
+            self._answer(HTTPStatus.SERVICE_UNAVAILABLE, "text/plain", watched.note + "\n")
+        elif self.headers.get("If-None-Match") == watched.tag:
+            self._answer(HTTPStatus.NOT_MODIFIED, "application/json", "", tag=watched.tag)
+        else:
+            text = json.dumps(watched.data(watched.report), ensure_ascii=False, allow_nan=False)
+            self._answer(HTTPStatus.OK, "application/json", text, tag=watched.tag)
+
+    def _names_this_machine(self) -> bool:
         port = self.server.server_port
         return self.headers.get("Host") in (f"{LOCALHOST}:{port}", f"localhost:{port}")
 
@@ -170,10 +185,8 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in (headers | ({"ETag": tag} if tag else {})).items():
             self.send_header(name, value)
         self.end_headers()
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the reader has closed the page
             self.wfile.write(body)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the reader has closed the page
 
     def log_message(self, format: str, *arguments: Any) -> None:
-        """Silent: a line every few seconds would push the address off the screen."""
+        """Log nothing: a line every few seconds would push the address off the screen."""

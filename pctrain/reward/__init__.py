@@ -1,4 +1,4 @@
-"""Rewards: what a response is worth against the gold answer, and the cause where it is worth nothing."""
+"""Rewards: the score of a response against the gold answer, and the cause if the score is 0."""
 
 from pctrain.reward.boxed import last_boxed
 from pctrain.reward.pool import VerifierPool

@@ -1,19 +1,20 @@
-r"""The answer a response commits to: what its last balanced `\boxed{...}` holds."""
+r"""The answer that a response commits to: the content of its last balanced `\boxed{...}`."""
 
 from __future__ import annotations
 
 import re
 
-# A box opening, an escaped character (so that \{ and \} are no braces), or a brace.
+# The start of a box, an escaped character (so that \{ and \} do not count as braces), or a brace.
 _TOKEN = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Content of the balanced `\boxed{...}` that starts last, stripped; None where there is none.
+    r"""Return the content, stripped, of the balanced `\boxed{...}` that starts last, or None if there is none.
 
-    A box that is never closed (a truncated response) does not count. One pass, so that a response of nothing but `\boxed{` stays cheap.
+    A box that is never closed (in a truncated response) does not count. It takes one pass, so a response of nothing but
+    `\boxed{` is cheap too.
     """
-    open_braces: list[int | None] = []  # where a box's content starts; None for an ordinary brace
+    open_braces: list[int | None] = []  # the start of a box's content; None for an ordinary brace
     last: tuple[int, int] | None = None
     for token in _TOKEN.finditer(text):
         mark = token.group()
@@ -29,6 +30,6 @@ def last_boxed(text: str) -> str | None:
 
 
 def gold_content(gold: str) -> str:
-    r"""A gold answer may be written bare or as `\boxed{...}`."""
+    r"""Return the content of a gold answer, which may be written bare or as `\boxed{...}`."""
     boxed = last_boxed(gold)
     return gold if boxed is None else boxed

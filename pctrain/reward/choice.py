@@ -1,12 +1,13 @@
-r"""choice: a letter from A to J.
+r"""choice: the verifier for multiple-choice answers, a letter from A to J.
 
-The last balanced `\boxed{...}` decides where there is one: it holds one letter and nothing else but brackets, a closing full stop or
-colon, and text commands: `\boxed{C}`, `\boxed{(c)}`, `\boxed{\textbf{(C)}}`. Anything else in it ("A or B", "A: 5") is wrong.
+If the response has a balanced `\boxed{...}`, the last one decides. It must hold one letter and nothing else but
+brackets, a closing period or colon, and text commands: `\boxed{C}`, `\boxed{(c)}`, `\boxed{\textbf{(C)}}`. Any other
+content ("A or B", "A: 5") is wrong.
 
-Without a box the last stated choice decides: "answer", "choice" or "option", then "is" or ":" or nothing, then a capital letter, in
-brackets or stars or bare; or a line of such a letter alone. A bare A or I has to end its sentence ("the answer is A bit long" states
-nothing). A second letter behind it ("answer: A or B", "A, B") makes it wrong. Nothing stated is `no_box`; a gold answer that
-is no letter `parse_error`.
+Without a box, the last stated choice decides: "answer", "choice" or "option", then "is" or ":" or nothing, then a
+capital letter that is bare or in brackets or stars; or a line with only such a letter. A bare A or I must end its
+sentence ("the answer is A bit long" states nothing). A second letter after it ("answer: A or B", "A, B") makes the
+response wrong. If nothing is stated, the verdict is `no_box`. If the gold answer is not a letter, it is `parse_error`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import re
 
 from pctrain.reward.boxed import gold_content, last_boxed
-from pctrain.reward.literals import normalise
+from pctrain.reward.literals import normalize
 from pctrain.reward.verdict import NO_BOX, PARSE_ERROR, RIGHT, WRONG, Verdict
 
 _WRAPPED = re.compile(r"(?:\\(?:text|textbf|textit|mathrm|mathbf|mbox|bf|rm) ?\{?|[({\[* ])*([A-Ja-j])[)}\]*.: ]*")
@@ -27,23 +28,25 @@ _ALONE = re.compile(r"[.)\]*: ]*$", re.MULTILINE)
 
 
 def settle(response: str, answer: str) -> Verdict:
-    """The verdict."""
-    gold = _WRAPPED.fullmatch(normalise(gold_content(answer)))
+    """Return the verdict."""
+    gold = _WRAPPED.fullmatch(normalize(gold_content(answer)))
     if gold is None:
         return PARSE_ERROR
     boxed = last_boxed(response)
-    if boxed is None:
-        chosen = stated_choice(response)
-        if chosen is None:
-            return NO_BOX
-    else:
-        match = _WRAPPED.fullmatch(normalise(boxed)) if len(boxed) < 100 else None
-        chosen = match[1] if match else ""
+    chosen = stated_choice(response) if boxed is None else _boxed_choice(boxed)
+    if chosen is None:
+        return NO_BOX
     return RIGHT if chosen.upper() == gold[1].upper() else WRONG
 
 
+def _boxed_choice(boxed: str) -> str:
+    """Return the letter in a box, or "" if the box holds anything else."""
+    match = _WRAPPED.fullmatch(normalize(boxed)) if len(boxed) < 100 else None
+    return match[1] if match else ""
+
+
 def stated_choice(response: str) -> str | None:
-    """The letter that is stated last; "" where that statement names several; None where nothing is stated."""
+    """Return the letter that is stated last, "" if that statement names several, or None if nothing is stated."""
     last = None
     for match in _STATED.finditer(response):
         letter = match["closed"] or match["bare"] or match["last"]

@@ -1,4 +1,7 @@
-r"""exact: the last balanced `\boxed{...}` is the gold answer, character by character; runs of white space count as one space."""
+r"""exact: the verifier that compares the last balanced `\boxed{...}` with the gold answer, character by character.
+
+Runs of white space count as one space.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from pctrain.reward.verdict import NO_BOX, RIGHT, WRONG, Verdict
 
 
 def settle(response: str, answer: str) -> Verdict:
-    """The verdict."""
+    """Return the verdict."""
     boxed = last_boxed(response)
     if boxed is None:
         return NO_BOX

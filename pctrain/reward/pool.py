@@ -1,4 +1,4 @@
-"""Verifier processes under a hard deadline: a hang or a crash costs one verdict, never the run."""
+"""A pool of verifier processes with hard deadlines: a hang or a crash costs one verdict, never the run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from pctrain.common import plugins
 from pctrain.common.errors import UserError
@@ -25,22 +25,26 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 WORKER = (sys.executable, "-m", "pctrain.reward.worker")
-GRACE = 1.0  # seconds; an async function is cancelled at its deadline by its own process, which is killed only where it does not answer
-DEATHS = 2  # of processes over one sample, until it is given up
+# Seconds. The process of an async function cancels it at its deadline, and is killed only if it does not answer by
+# then.
+GRACE = 1.0
+DEATHS = 2  # processes that may die over one sample before the pool gives up on it
 
 
 class VerifierPool:
-    """Scores responses against gold answers. A context manager: leaving it ends every worker.
+    """A context manager that scores responses against gold answers. Leaving it ends every worker.
 
-    What strings and numbers decide is settled here, in microseconds; workers start with the first answer that needs Math-Verify, so a run
-    on plain integers never pays for them. A user's function runs in workers only, and the first of them starts here, so that a wrong
-    name is a UserError before anything else has begun. `command` starts one worker that speaks the protocol of `pctrain.reward.worker`.
+    Verdicts that need only strings and numbers are settled in this process, in microseconds. Workers start with the
+    first answer that needs Math-Verify, so a run on plain integers never pays for them. A user's function runs only in
+    workers. The first of these starts at once, so that a wrong name is a UserError before anything else begins.
+    `command` starts one worker that speaks the protocol of `pctrain.reward.worker`.
     """
 
     def __init__(self, config: RewardConfig, *, command: Sequence[str] = WORKER):
         check_verifier(config)
         self._config = config
         self._users = plugins.is_own(config.verifier)
+        self._verifier = None if self._users else find(config)
         options = {
             "function": config.verifier if self._users else None,
             "timeout": config.timeout,
@@ -60,39 +64,45 @@ class VerifierPool:
     def __enter__(self) -> VerifierPool:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Ends every worker and waits for it."""
+        """End every worker and wait for it."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
 
     def score(self, pairs: Sequence[tuple[str, ...]]) -> list[Verdict]:
-        """One verdict per (response text, gold answer), in order. The same question within one call is asked once. For a user's function
-        the prompt may stand third.
+        """Return one verdict per (response, gold answer), in order.
 
-        Takes at most `timeout` seconds per different question divided by the workers, and a start per kill; a sample over which a process
-        died is asked once more. Raises UserError or RuntimeError where a worker does not start.
+        A user's function may get (response, gold answer, prompt).
+
+        Each different question is asked once per call. The call takes at most `timeout` seconds per different question
+        divided by the number of workers, plus one start per kill. A sample over which a process died is asked once
+        more.
+
+        Raises:
+            UserError: the user's function cannot be imported.
+            RuntimeError: a worker does not start.
         """
-        verdicts: list[Verdict | None] = [None] * len(pairs)
-        questions: dict[tuple[str, ...], list[int]] = {}
-        settle = None if self._users else find(self._config).settle
-        for index, pair in enumerate(pairs):
-            settled = settle(*pair) if settle else tuple(pair)
-            if isinstance(settled, Verdict):
-                verdicts[index] = settled
-            else:
-                questions.setdefault(settled, []).append(index)
-        for question, verdict in self._ask(list(questions)).items():
-            for index in questions[question]:
-                verdicts[index] = verdict
-        return verdicts
+        settled = [self._settle(pair) for pair in pairs]
+        questions = list(dict.fromkeys(answer for answer in settled if not isinstance(answer, Verdict)))
+        verdicts = self._ask(questions)
+        return [answer if isinstance(answer, Verdict) else verdicts[answer] for answer in settled]
+
+    def _settle(self, pair: tuple[str, ...]) -> Verdict | tuple[str, ...]:
+        """Return the verdict if this process can settle it, otherwise the question for a worker."""
+        if self._verifier is None:
+            return tuple(pair)
+        response, answer = pair
+        return self._verifier.settle(response, answer)
 
     def _ask(self, questions: list[tuple[str, ...]]) -> dict[tuple[str, ...], Verdict]:
-        """Hands the questions out to the workers until each has its verdict. An error or interrupt ends the workers: none stays in the
-        middle of a question that nobody waits for."""
+        """Give the questions to the workers until each has its verdict.
+
+        An error or interrupt ends the workers, so that none keeps working on a question that nobody waits for.
+        """
         verdicts: dict[tuple[str, ...], Verdict] = {}
         self._waiting = deque(Task(question) for question in questions)
         try:
@@ -103,9 +113,8 @@ class VerifierPool:
             while self._waiting or any(worker.open for worker in self._workers):
                 for worker in self._workers:
                     while self._waiting and worker.takes(self._waiting[0]):
-                        worker.ask(
-                            self._waiting.popleft(), self._config.timeout + (GRACE if worker.in_flight > 1 else 0)
-                        )
+                        grace = GRACE if worker.in_flight > 1 else 0
+                        worker.ask(self._waiting.popleft(), self._config.timeout + grace)
                 self._exchange(verdicts)
         except BaseException:
             self.close()
@@ -113,9 +122,11 @@ class VerifierPool:
         return verdicts
 
     def _exchange(self, verdicts: dict[tuple[str, ...], Verdict]) -> None:
-        """Waits for the next message, death or deadline of any worker, and acts on all there are."""
+        """Wait for the next message, death or deadline of any worker, and handle everything that has happened."""
         watchdog.beat()
-        with selectors.PollSelector() as selector:  # poll: select() ends at file 1024, and an engine has many open
+        with (
+            selectors.PollSelector() as selector
+        ):  # poll: select() fails from file number 1024, and an engine opens many
             for worker in self._workers:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
                 if worker.unsent:
@@ -147,15 +158,16 @@ class VerifierPool:
             task = worker.open.pop(message["id"])
             detail = f"{message['detail']}; {task}" if message["detail"] else ""
             verdicts[task.question] = Verdict(message["reward"], message["cause"], detail)
-            if (
-                message["cause"] == "memory"
-            ):  # what it had taken by then may not come back, and would be charged to others
+            if message["cause"] == "memory":  # memory that it does not give back would be charged to other questions
                 self._waiting.extendleft(reversed(worker.open.values()))
                 self._restart(worker, detail)
                 return
 
     def _lose(self, worker: VerifierProcess, cause: Cause, why: str, verdicts: dict[tuple[str, ...], Verdict]) -> None:
-        """The end of a worker that died or is late. One question open: it is to blame. Several: each is asked again by itself."""
+        """Replace a worker that died or is late.
+
+        If it had one open question, that question is to blame. If it had several, each is asked again by itself.
+        """
         if not worker.in_flight:
             self._raise_start(worker, cause)
         tasks = list(worker.open.values())
@@ -174,13 +186,12 @@ class VerifierPool:
         logger.warning("verifier worker restarted: %s%s", why, f"; it had printed: {printed[-300:]}" if printed else "")
         self._workers[self._workers.index(worker)] = VerifierProcess(self._command)
 
-    def _raise_start(self, worker: VerifierProcess, cause: Cause) -> None:
+    def _raise_start(self, worker: VerifierProcess, cause: Cause) -> NoReturn:
         printed = worker.kill()
-        reason = (
-            f"said nothing for {START_DEADLINE:.0f} s"
-            if cause == "timeout"
-            else f"ended with status {worker.process.returncode}"
-        )
+        if cause == "timeout":
+            reason = f"did not answer for {START_DEADLINE:.0f} s"
+        else:
+            reason = f"ended with status {worker.process.returncode}"
         if self._users:
             raise UserError(
                 f"reward.verifier = {self._config.verifier!r}: the worker that imports it {reason}:\n{printed}"

@@ -1,7 +1,8 @@
-"""The parent's end of one verifier process: questions out, verdicts in, nothing that blocks."""
+"""The parent's end of one verifier process: it sends questions and receives verdicts without ever blocking."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,17 +12,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 START_DEADLINE = 120.0  # seconds; importing Math-Verify takes half a second on an idle machine
 
 
 @dataclass(eq=False)
 class Task:
-    """A question (response or boxed answer, gold answer, and for a judge the prompt), and how often a process died over it."""
+    """A question, and how often a process died over it.
+
+    The question is the response or the boxed answer, then the gold answer, and for a judge also the prompt.
+    """
 
     question: tuple[str, ...]
     deaths: int = 0
-    alone: bool = False  # it was open when a process with several questions died or hung: it is asked again by itself
+    alone: bool = False  # a process with several open questions died or hung, so each is asked again by itself
     deadline: float = 0.0
 
     def __str__(self) -> str:
@@ -29,13 +34,16 @@ class Task:
 
 
 class VerifierProcess:
-    """One process of `pctrain.reward.worker`, in a session of its own, so that what a user's function starts is killed with it."""
+    """One process of `pctrain.reward.worker`.
+
+    It has its own session, so whatever a user's function starts is killed with it.
+    """
 
     def __init__(self, command: Sequence[str]):
-        # The child finds this very package, however the parent found it.
+        # The child must import this same package, however the parent found it.
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), root]))
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - it is read when the process is killed
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -45,11 +53,11 @@ class VerifierProcess:
             env={**os.environ, "PYTHONPATH": path},
             start_new_session=True,
         )
-        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        self.stdin, self.stdout = _pipe(self.process.stdin), _pipe(self.process.stdout)
         os.set_blocking(self.stdin.fileno(), False)
         os.set_blocking(self.stdout.fileno(), False)
         self.open: dict[int, Task] = {}
-        self.in_flight = 0  # questions it takes at once; 0 until it is ready
+        self.in_flight = 0  # the number of questions that it takes at once; 0 until it is ready
         self.unsent = b""
         self._unread = b""
         self._asked = 0
@@ -57,38 +65,39 @@ class VerifierProcess:
 
     @property
     def deadline(self) -> float:
-        """When to act, on the monotonic clock; infinite while it is idle."""
+        """The time to act, on the monotonic clock; infinite while the process is idle."""
         if not self.in_flight:
             return self._start_deadline
         return min((task.deadline for task in self.open.values()), default=float("inf"))
 
     def takes(self, task: Task) -> bool:
+        """Return whether the process can take this task now."""
         if task.alone or any(other.alone for other in self.open.values()):
             return self.in_flight > 0 and not self.open
         return len(self.open) < self.in_flight
 
     def ask(self, task: Task, timeout: float) -> None:
-        """The verdict is due `timeout` seconds from now."""
+        """Send a question. The verdict is due `timeout` seconds from now."""
         self._asked += 1
         self.open[self._asked] = task
         task.deadline = time.monotonic() + timeout
-        message = {"id": self._asked, **dict(zip(("response", "answer", "prompt"), task.question))}
-        self.unsent += json.dumps(message).encode() + b"\n"
+        named = zip(("response", "answer", "prompt"), task.question, strict=False)  # only a judge has a prompt
+        self.unsent += json.dumps({"id": self._asked, **dict(named)}).encode() + b"\n"
         self.write()
 
     def write(self) -> None:
-        """As much as the pipe takes now: a process that does not read must not stop its parent."""
+        """Send as much as the pipe takes now. A process that does not read must not block its parent."""
         try:
             while self.unsent:
                 sent = self.stdin.write(self.unsent)
                 if sent is None:  # the pipe is full
                     return
                 self.unsent = self.unsent[sent:]
-        except BrokenPipeError:  # it died just now; its stdout is at its end too
+        except BrokenPipeError:  # the process has just died; its stdout is at its end too
             self.unsent = b""
 
-    def read(self) -> list[dict] | None:
-        """The messages that have come; None where the process has ended."""
+    def read(self) -> list[dict[str, Any]] | None:
+        """Return the messages that have arrived, or None if the process has ended."""
         chunk = self.stdout.read(1 << 20)
         if chunk == b"":
             return None
@@ -96,11 +105,9 @@ class VerifierProcess:
         return [json.loads(line) for line in lines]
 
     def kill(self) -> str:
-        """Kills and reaps the process and what it started, closes the pipes. Returns the end of what it had printed."""
-        try:
+        """Kill and reap the process and what it started, and close the pipes. Return the end of its stderr."""
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
         if self._stderr.closed:
             return ""
@@ -110,3 +117,9 @@ class VerifierProcess:
         for stream in (self.stdin, self.stdout, self._stderr):
             stream.close()
         return tail
+
+
+def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
+    if stream is None:
+        raise RuntimeError("the verifier process was started without a pipe")
+    return stream

@@ -1,22 +1,23 @@
-r"""strict: the last balanced `\boxed{...}` against the gold answer, by the strings, by the numbers they are, else by Math-Verify.
+r"""strict: the verifier that compares the last balanced `\boxed{...}` with the gold answer, and pays for nothing else.
 
-What a policy could be paid for without solving anything, and the rule that stops it:
+It compares the strings, then the numbers that they are, and leaves the rest to Math-Verify. The table lists responses
+that a policy could be paid for without solving anything, and the rule that stops each:
 
 | response | rule |
 |---|---|
 | no box; an unclosed box; a number in prose | no_box: only a closed box commits to an answer |
-| several boxes | the one that starts last counts, so of nested ones the inner; whatever follows it does not |
-| `2+3`, `\frac{10}{2}`, `4,5`, `\{5\}`, `5 or 7`, prose, percent, units, bases for a literal number | the table of `literals` |
-| `1010_2` for `1010_3` or for 1010 | a base that is written is part of the answer |
-| `\int_0^1 2x\,dx`, `\sum`, `\lim`, `\binom`, `5!`, ... where the gold answer has none | an unevaluated expression is wrong |
-| `x+1=x+2`, `a=b=\sqrt{2}` where the gold answer has no `=` | at most one `=`, and a name before it |
-| `x+1 \text{ or } x+2`, `x+1, x+2`, sets and intervals that hold the gold answer | Math-Verify compares whole sets: wrong |
-| `\pm\sqrt{2}`, `\neq x+1`, `\approx`, `\text{not } x+1` where the gold answer has none | wrong: they say something else |
-| `$...$` or another box within the box, a LaTeX comment | wrong: Math-Verify would choose among several expressions |
+| several boxes | the box that starts last counts (the inner one if they are nested); text after it does not |
+| `2+3`, `\frac{10}{2}`, `4,5`, `\{5\}`, `5 or 7`, prose, percent, units, bases for a number | the table of `literals` |
+| `1010_2` for `1010_3` or for 1010 | a written base is part of the answer |
+| `\int_0^1 2x\,dx`, `\sum`, `\lim`, `\binom`, `5!`, ... if the gold answer has none | wrong: it is unevaluated |
+| `x+1=x+2`, `a=b=\sqrt{2}` if the gold answer has no `=` | at most one `=` is allowed, with a name before it |
+| `x+1 \text{ or } x+2`, `x+1, x+2`, sets and intervals with the gold answer | wrong: Math-Verify compares whole sets |
+| `\pm\sqrt{2}`, `\neq x+1`, `\approx`, `\text{not } x+1` if the gold answer has none | wrong: they say something else |
+| `$...$` or another box in the box, a LaTeX comment | wrong: Math-Verify would choose among several expressions |
 | NaN, `0/0`, 1/0 | equal to nothing |
-| digits or powers of other scripts (`٥`, `5²`) where the gold answer has none | wrong; full-width characters are read as ASCII ones |
-| more than 2,000 characters, braces nested deeper than 50 | wrong unless it is the same string: no gold answer looks like that |
-| a power tower such as `x+9^{9^9}` | wrong where the gold answer has none; what still hangs Math-Verify meets the worker's deadline |
+| digits or powers of other scripts (`\u0665`, `5²`) if the gold answer has none | wrong; full-width is read as ASCII |
+| more than 2,000 characters, braces nested deeper than 50 | wrong unless the strings are equal |
+| a power tower such as `x+9^{9^9}` | wrong if the gold answer has none; a hang of Math-Verify ends at the deadline |
 """
 
 from __future__ import annotations
@@ -24,37 +25,38 @@ from __future__ import annotations
 import re
 
 from pctrain.reward.boxed import gold_content, last_boxed
-from pctrain.reward.literals import normalise, read_number, same_number
+from pctrain.reward.literals import normalize, read_number, same_number
 from pctrain.reward.verdict import NO_BOX, PARSE_ERROR, RIGHT, WRONG, Verdict
 
 LONGEST = 2000  # characters
 DEEPEST = 50  # braces and brackets
 
 _IN_BASE = re.compile(r"([0-9A-Fa-f]{1,400})_(?:\{ ?(?:\\text ?\{ ?)?([A-Za-z0-9]{1,9}) ?\}? ?\}|(\d))")
-# A name may stand before an equals sign: y, f(x), A_1, \angle ABC.
+# A name that is allowed before an equals sign: y, f(x), A_1, \angle ABC.
 _NAME = re.compile(r"(?:[A-Za-z\\{}()', ]|_\{?\d{1,3}\}?)+")
-# What asks for a computation, or says something else than equality. Counted: an answer may have them where the gold answer has.
+# Marks that ask for a computation, or that say something else than equality. An answer may have only those of the gold
+# answer.
 _MARKS = re.compile(
     r"\\(?:i{1,3}nt|oint|sum|prod|lim|binom|dbinom|gcd|lcm|max|min|sup|inf|det|Pr|mod|bmod|pmod|pm|mp|neq|ne|not|neg|approx|sim|equiv|to"
     r"|frac ?\{ ?d ?\})(?![A-Za-z])|!|≠|≈|±"
     r"|\\(?:text|mathrm|mbox|operatorname) ?\{[^{}]*\b(?:not|except|about|approximately|or|mod|nan)\b[^{}]*\}",
     re.ASCII | re.IGNORECASE,
 )
-# A second expression within the box.
+# Marks of a second expression in the box.
 _SEVERAL = re.compile(r"\$|(?<!\\)%|\\boxed|\\fbox|\\\[|\\\(|\\begin ?\{ ?(?:equation|align|gather)")
 _NOT_A_NUMBER = re.compile(r"\bnan\b|\\frac ?\{[^{}]*\} ?\{ ?0+ ?\}|/ ?0+(?![\d.])|/ ?\( ?0+ ?\)", re.IGNORECASE)
 _TOWER = re.compile(r"\^ ?\{?[^{}^+]{0,40}\^|\^ ?\{? ?\d{5}|\d ?!")
 
 
 def settle(response: str, answer: str) -> Verdict | tuple[str, str]:
-    """The verdict where strings and numbers decide, else the question (boxed answer, gold), normalised, for `judge`."""
+    """Return the verdict if strings and numbers decide, otherwise the question (boxed answer, gold) for `judge`."""
     boxed = last_boxed(response)
     return NO_BOX if boxed is None else compare(boxed, gold_content(answer))
 
 
 def compare(answer: str, gold: str) -> Verdict | tuple[str, str]:
-    """`settle` for what stands in the box."""
-    answer, gold = normalise(answer), normalise(gold)
+    """Do the same as `settle` for the content of a box."""
+    answer, gold = normalize(answer), normalize(gold)
     if not gold:
         return PARSE_ERROR
     if answer == gold:
@@ -71,9 +73,12 @@ def compare(answer: str, gold: str) -> Verdict | tuple[str, str]:
 
 
 def judge(answer: str, gold: str) -> Verdict:
-    """Math-Verify's verdict. May hang, die or take any memory: run it in a worker, in the main thread.
+    """Return Math-Verify's verdict.
 
-    Its own time-outs are off: they are alarms that a long call in C can hold back, and they report a hang as a wrong answer.
+    It may hang, die or use any amount of memory: run it in a worker, in the main thread.
+
+    Math-Verify's own time-outs are off. They use alarms, which a long C call delays, and they report a hang as a wrong
+    answer.
     """
     from math_verify import parse, verify
 
@@ -90,7 +95,7 @@ def judge(answer: str, gold: str) -> Verdict:
 
 
 def _says_something_else(answer: str, gold: str) -> bool:
-    """The rules of the table for a gold answer that is no literal number."""
+    """Apply the rules of the table for a gold answer that is not a literal number."""
     if any(not c.isascii() and c.isnumeric() and c not in gold for c in answer):
         return True
     if _SEVERAL.search(answer) or _NOT_A_NUMBER.search(answer):
@@ -100,29 +105,31 @@ def _says_something_else(answer: str, gold: str) -> bool:
     if set(_MARKS.findall(answer)) - set(_MARKS.findall(gold)):
         return True
     if "=" in answer.replace("\\leq", "").replace("\\geq", "") and "=" not in gold:
-        # Items of a list may have a name each, "x = 1, y = 2" for a gold set: Math-Verify compares the whole list.
-        return any(
-            part.count("=") > 1 or "=" in part and not _NAME.fullmatch(part.partition("=")[0])
-            for part in answer.split(",")
-        )
+        # Each item of a list may have a name, "x = 1, y = 2" for a gold set: Math-Verify compares the whole list.
+        return not all(_is_named_once(item) for item in answer.split(","))
     return False
 
 
+def _is_named_once(item: str) -> bool:
+    """Return whether an item has no equals sign, or one with a name before it."""
+    name, equals, value = item.partition("=")
+    return not equals or ("=" not in value and _NAME.fullmatch(name) is not None)
+
+
 def _compare_bases(answer: str, gold: str) -> Verdict | None:
+    """Return the verdict if the answer or the gold answer has a written base, otherwise None."""
     given, expected = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(gold)
-    if given is None and expected is None:
-        return None
-    if given is None:  # the question names the base: the digits alone are an answer
-        return RIGHT if answer.lstrip("0") == expected[1].lstrip("0") else WRONG
     if expected is None:
-        return WRONG
-    same = (given[2] or given[3]) == (expected[2] or expected[3]) and given[1].lstrip("0").lower() == expected[
-        1
-    ].lstrip("0").lower()
-    return RIGHT if same else WRONG
+        return None if given is None else WRONG
+    digits = expected[1].lstrip("0")
+    if given is None:  # the question names the base, so the digits alone are an answer
+        return RIGHT if answer.lstrip("0") == digits else WRONG
+    same_base = (given[2] or given[3]) == (expected[2] or expected[3])
+    return RIGHT if same_base and given[1].lstrip("0").lower() == digits.lower() else WRONG
 
 
 def _depth(text: str) -> int:
+    """Return how deep braces and brackets are nested."""
     deepest = depth = 0
     for character in text:
         if character in "{([":
@@ -134,5 +141,5 @@ def _depth(text: str) -> int:
 
 
 def _only_text(parsed: list) -> bool:
-    """Where Math-Verify cannot make an expression of a string, it gives back the string alone."""
+    """Return whether Math-Verify could not make an expression of a string. It returns only the string then."""
     return all(isinstance(item, str) for item in parsed)

@@ -1,6 +1,7 @@
-"""A user's reward: `module:function`, called with (response, answer), returning a number in [0, 1] or a bool. For worker processes only.
+"""A user's reward function, `module:function`. Only worker processes import it.
 
-A judge may take the problem as well: where its third parameter is called `prompt`, it gets it (`eval.judge`).
+The function is called with (response, answer) and returns a number in [0, 1] or a bool. A judge (`eval.judge`) that has
+a parameter named `prompt` also gets the problem's prompt.
 """
 
 from __future__ import annotations
@@ -17,25 +18,31 @@ from pctrain.reward.verdict import RIGHT, WRONG, Verdict
 
 
 def load(name: str) -> Callable[[str, str], Any]:
-    """The function, from the current directory or PYTHONPATH. LoadError with the module's own error where there is none."""
+    """Import the function from the current directory or PYTHONPATH.
+
+    Raises:
+        LoadError: the module cannot be imported, or it has no such function.
+    """
     function = plugins.load(name, "functions", inspect.isfunction)
     if not callable(function):
-        raise LoadError(f"{name} is no function but {function!r:.80}")
+        raise LoadError(f"{name} is not a function but {function!r:.80}. Name a function as module:function.")
     return function
 
 
-def is_async(function: Callable) -> bool:
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))
+def is_async(function: Callable[..., Any]) -> bool:
+    """Return whether calling the function gives a coroutine."""
+    call = type(function).__call__  # an object may have an async __call__
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def asked_with(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, str]:
-    """What it is called with beside response and answer: the prompt, where the question has one and the function wants it."""
+def extra_arguments(function: Callable[..., Any], question: dict[str, Any]) -> dict[str, str]:
+    """Return the arguments besides response and answer: the prompt, if there is one and the function takes it."""
     wanted = "prompt" in question and "prompt" in inspect.signature(function).parameters
     return {"prompt": question["prompt"]} if wanted else {}
 
 
 def judge_with(function: Callable[..., Any]) -> Callable[..., Verdict]:
-    """`function` as (response, answer) -> Verdict."""
+    """Wrap `function` so that it returns a Verdict."""
 
     def judge(response: str, answer: str, **more: str) -> Verdict:
         try:
@@ -47,14 +54,16 @@ def judge_with(function: Callable[..., Any]) -> Callable[..., Verdict]:
 
 
 def verdict_of(value: Any) -> Verdict:
-    """right at 1 (or True), wrong at 0, partial between, else bad_value: a NaN, a string or None is no reward."""
-    # NumPy's bool is no Real, and both its scalars and one-element tensors have item().
-    plain = (
-        value.item()
-        if not isinstance(value, Real) and hasattr(value, "item") and getattr(value, "size", 1) in (1, ())
-        else value
-    )
-    if not isinstance(plain, Real) or not 0 <= plain <= 1:
+    """Return the verdict for a function's result: right for 1 or True, wrong for 0, partial between, else bad_value.
+
+    A NaN, a string and None are bad values.
+    """
+    plain: Any = value
+    # NumPy's bool is not a Real; NumPy scalars and one-element tensors have item().
+    if not isinstance(value, Real) and hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):
+        plain = value.item()
+    is_number = isinstance(plain, Real)
+    if not is_number or not 0 <= plain <= 1:
         return Verdict(0.0, "bad_value", f"the function returned {value!r:.80}, not a number in [0, 1]")
     reward = float(plain)
     if 0 < reward < 1:
@@ -63,7 +72,7 @@ def verdict_of(value: Any) -> Verdict:
 
 
 def verdict_of_error(error: BaseException) -> Verdict:
-    """What the function raised."""
+    """Return the verdict for an exception of the function."""
     if isinstance(error, MemoryError):
         return Verdict(0.0, "memory", "the function asked for more than reward.memory_mb")
     place = traceback.extract_tb(error.__traceback__)[-1]

@@ -1,4 +1,4 @@
-"""What a verifier says of one response, and how verdicts are counted."""
+"""The verdict of a verifier on one response, and counts of verdicts."""
 
 from __future__ import annotations
 
@@ -21,18 +21,23 @@ Cause = Literal[
     "bad_value",
 ]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-# The verifier did not do its work: the reward of 0 says nothing about the response.
+# The verifier failed, so the reward of 0 says nothing about the response.
 FAULTS: tuple[Cause, ...] = ("timeout", "crash", "memory", "error", "bad_value")
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """`reward` lies in [0, 1]: 1.0 where `cause` is right, between where it is partial (a user's function only), else 0.0.
+    """The reward of a response, in [0, 1], and its cause.
 
-    cause: right; partial; wrong; no_box (the response commits to no answer); parse_error (answer or gold could not be read);
-    truncated (the length limit cut the response, and `rl.truncated` counts that as wrong); and the faults of a verifier: timeout, crash
-    (its process died twice of this sample), memory (it asked for more than it may have), error (a user's function raised), bad_value (it
-    returned no number in [0, 1]). `detail` says more about a fault.
+    The reward is 1.0 if the cause is right, between 0 and 1 if it is partial (only from a user's function), and
+    otherwise 0.0.
+
+    * no_box: the response commits to no answer.
+    * parse_error: the answer or the gold answer could not be read.
+    * truncated: the length limit cut the response, and `rl.truncated` counts that as wrong.
+    * Faults of the verifier, with a `detail`: timeout; crash (its process died twice over this sample); memory (it
+      asked for
+      more than it may use); error (a user's function raised); bad_value (it did not return a number in [0, 1]).
     """
 
     reward: float
@@ -40,27 +45,28 @@ class Verdict:
     detail: str = ""
 
 
-RIGHT, WRONG, NO_BOX, PARSE_ERROR = (
-    Verdict(1.0, "right"),
-    Verdict(0.0, "wrong"),
-    Verdict(0.0, "no_box"),
-    Verdict(0.0, "parse_error"),
-)
+RIGHT = Verdict(1.0, "right")
+WRONG = Verdict(0.0, "wrong")
+NO_BOX = Verdict(0.0, "no_box")
+PARSE_ERROR = Verdict(0.0, "parse_error")
 TRUNCATED = Verdict(0.0, "truncated")
 
 
 def cause_counts(verdicts: Iterable[Verdict]) -> dict[str, int]:
-    """Metrics `verdicts/<cause>`, one for every cause there is: a column that comes and goes is hard to plot."""
+    """Return the metrics `verdicts/<cause>` for every possible cause: a column that comes and goes is hard to plot."""
     counts = Counter(verdict.cause for verdict in verdicts)
     return {f"verdicts/{cause}": counts[cause] for cause in CAUSES}
 
 
 def fault_line(verdicts: Sequence[Verdict]) -> str | None:
-    """One line for train.log where the verifier failed, with the first fault's own words; None where it did not."""
+    """Return one line for train.log about failures of the verifier, with the first detail, or None without any."""
     faults = [verdict for verdict in verdicts if verdict.cause in FAULTS]
     if not faults:
         return None
     counts = Counter(verdict.cause for verdict in faults)
     kinds = ", ".join(f"{counts[cause]} {cause}" for cause in FAULTS if counts[cause])
     first = f"; first: {' '.join(faults[0].detail.split())}" if faults[0].detail else ""
-    return f"warning: the verifier failed on {len(faults)} of {len(verdicts)} responses ({kinds}); their reward is 0{first}"
+    return (
+        f"warning: the verifier failed on {len(faults)} of {len(verdicts)} responses ({kinds}); "
+        f"their reward is 0{first}"
+    )

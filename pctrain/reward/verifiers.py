@@ -1,4 +1,4 @@
-"""The verifiers there are: one file each, and the table of their names."""
+"""The built-in verifiers: one file each, and the table of their names."""
 
 from __future__ import annotations
 
@@ -10,22 +10,24 @@ from pctrain.config.verifiers import VERIFIER_NAMES, VerifierName
 from pctrain.reward import choice, exact, lenient, strict
 from pctrain.reward.verdict import Verdict
 
-if TYPE_CHECKING:  # a worker imports this module; it has no use for pydantic
+if TYPE_CHECKING:  # a worker imports this module, and does not need pydantic
     from pctrain.config.tree import RewardConfig
 
 
 @dataclass(frozen=True)
 class Verifier:
-    """A function (response, answer) -> Verdict, called as such wherever a hang may be waited for.
+    """A verifier, in two steps. Call it as a function (response, answer) -> Verdict only where a hang is acceptable.
 
-    settle(response, answer): the verdict, or the question (boxed answer, gold) that is left for Math-Verify. Takes microseconds, a few
-    milliseconds for the longest responses, raises nothing, and so may run in the learner's process. `strict.judge` answers the question;
-    it may hang, die or take any memory: `pool.VerifierPool` runs it in a worker.
+    `settle(response, answer)` returns the verdict, or the question (boxed answer, gold) that is left for Math-Verify.
+    It takes microseconds (a few milliseconds for the longest responses) and raises nothing, so it may run in the
+    learner's process. `strict.judge` answers the question. It may hang, die or use any amount of memory, so
+    `pool.VerifierPool` runs it in a worker.
     """
 
     settle: Callable[[str, str], Verdict | tuple[str, str]]
 
     def __call__(self, response: str, answer: str) -> Verdict:
+        """Return the verdict."""
         settled = self.settle(response, answer)
         return settled if isinstance(settled, Verdict) else strict.judge(*settled)
 
@@ -40,5 +42,8 @@ VERIFIERS: dict[str, Verifier] = {name: Verifier(_SETTLE[name]) for name in VERI
 
 
 def find(config: RewardConfig) -> Verifier:
-    """The verifier of the table that `config` names, with its options. A user's function is none: `pctrain.reward.user` loads it."""
+    """Return the built-in verifier that the config names, with its options.
+
+    A user's function is not a Verifier; `pctrain.reward.user` loads it.
+    """
     return Verifier(lenient.settle_with_similarity) if config.levenshtein else VERIFIERS[config.verifier]

@@ -1,8 +1,9 @@
-"""A verifier process: reads questions, a line each, and answers each with a verdict. `python -m pctrain.reward.worker OPTIONS`.
+"""A verifier process: it reads one question per line and answers each with a verdict.
 
-OPTIONS is a JSON object: `function` (null for Math-Verify, or the user's module:function), `timeout` (seconds, for an async function),
-`memory_mb`. It runs one verdict at a time in its main thread, or an async function's in its event loop. The parent holds the clock and
-kills.
+Start it with `python -m pctrain.reward.worker OPTIONS`. OPTIONS is a JSON object: `function` (null for Math-Verify, or
+the user's module:function), `timeout` (seconds, for an async function) and `memory_mb`. The process runs one verdict at
+a time in its main thread, or those of an async function in its event loop. The parent keeps the deadlines and kills the
+process.
 """
 
 from __future__ import annotations
@@ -17,69 +18,80 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import IO, Any
 
 from pctrain.reward import strict, user
 from pctrain.reward.verdict import Verdict
 
-IN_FLIGHT = 32  # questions that an async function is given at once: enough to hide the latency of a remote judge, few to ask again alone
+# Questions that an async function gets at once: enough to hide the latency of a remote judge, and few to ask again one
+# by one.
+IN_FLIGHT = 32
 _PR_SET_PDEATHSIG = 1
 
 
-def main(options: dict) -> None:
-    """Serves until stdin (the parent) ends."""
-    with_parent()
-    # Whatever a library prints must not get between the verdicts.
+def main(options: dict[str, Any]) -> None:
+    """Serve until stdin ends, which is when the parent ends."""
+    die_with_parent()
+    # Output of libraries must not get between the verdicts.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     if options["function"] is None:
-        judge: Callable = strict.judge
-        logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
-        judge(
-            "1/2", "x"
-        )  # the first call costs a tenth of a second of lazy imports; the deadline of a verdict is not for that
+        serve_math_verify(options["memory_mb"], replies)
     else:
-        try:
-            judge = user.load(options["function"])
-        except user.LoadError as error:
-            reply(replies, {"error": str(error)})
-            return
-        if user.is_async(judge):
-            limit_memory(options["memory_mb"])
-            asyncio.run(serve_async(judge, options["timeout"], replies))
-            return
-        function, judge = judge, user.judge_with(judge)
-        limit_memory(options["memory_mb"])
-        serve(judge, replies, lambda question: user.asked_with(function, question))
+        serve_function(options["function"], options["timeout"], options["memory_mb"], replies)
+
+
+def serve_math_verify(memory_mb: int, replies: IO[str]) -> None:
+    """Answer with Math-Verify's verdicts."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
+    # The first call costs a tenth of a second of lazy imports, which must not count towards the deadline of a verdict.
+    strict.judge("1/2", "x")
+    limit_memory(memory_mb)
+    serve(strict.judge, replies)
+
+
+def serve_function(name: str, timeout: float, memory_mb: int, replies: IO[str]) -> None:
+    """Answer with the verdicts of a user's function."""
+    try:
+        function = user.load(name)
+    except user.LoadError as error:
+        reply(replies, {"error": str(error)})
         return
-    limit_memory(options["memory_mb"])
-    serve(judge, replies)
+    limit_memory(memory_mb)
+    if user.is_async(function):
+        asyncio.run(serve_async(function, timeout, replies))
+    else:
+        serve(user.judge_with(function), replies, lambda question: user.extra_arguments(function, question))
 
 
-def serve(judge: Callable[..., Verdict], replies, more: Callable[[dict], dict[str, str]] = lambda question: {}) -> None:
-    """One question at a time. `more`: what the judge is called with beside response and answer."""
+def serve(
+    judge: Callable[..., Verdict],
+    replies: IO[str],
+    extra_arguments: Callable[[dict[str, Any]], dict[str, str]] = lambda question: {},
+) -> None:
+    """Answer one question at a time. `extra_arguments` returns the judge's arguments besides response and answer."""
     reply(replies, {"ready": 1})
     for line in sys.stdin:
         question = json.loads(line)
         try:
-            verdict = judge(question["response"], question["answer"], **more(question))
-        except MemoryError:  # raised where it was being handled
+            verdict = judge(question["response"], question["answer"], **extra_arguments(question))
+        except MemoryError:  # raised while another MemoryError was being handled
             verdict = Verdict(0.0, "memory", "the verifier asked for more than reward.memory_mb")
         reply(replies, {"id": question["id"], **asdict(verdict)})
 
 
-async def serve_async(function: Callable, timeout: float, replies) -> None:
-    """Up to IN_FLIGHT questions at once; each has `timeout` seconds."""
-    stdin = asyncio.StreamReader(limit=1 << 30)  # a line is a whole response
+async def serve_async(function: Callable[..., Any], timeout: float, replies: IO[str]) -> None:
+    """Answer up to IN_FLIGHT questions at once. Each has `timeout` seconds."""
+    stdin = asyncio.StreamReader(limit=1 << 30)  # a line holds a whole response
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdin), sys.stdin)
     reply(replies, {"ready": IN_FLIGHT})
 
-    async def judge(question: dict) -> None:
+    async def judge(question: dict[str, Any]) -> None:
         try:
-            # A name of its own: a TimeoutError that the function raises is its error, not the deadline.
-            task = asyncio.ensure_future(
-                function(question["response"], question["answer"], **user.asked_with(function, question))
-            )
+            # `wait` rather than `wait_for`: a TimeoutError that the function raises is its own error, not our deadline.
+            arguments = user.extra_arguments(function, question)
+            task = asyncio.ensure_future(function(question["response"], question["answer"], **arguments))
             done, _ = await asyncio.wait([task], timeout=timeout)
             if done:
                 verdict = user.verdict_of(task.result())
@@ -97,16 +109,18 @@ async def serve_async(function: Callable, timeout: float, replies) -> None:
         task.add_done_callback(running.discard)
 
 
-def reply(stream, message: dict) -> None:
+def reply(stream: IO[str], message: dict[str, Any]) -> None:
+    """Send one message to the parent."""
     stream.write(json.dumps(message) + "\n")
     stream.flush()
 
 
 def limit_memory(megabytes: int) -> None:
-    """Lets the address space grow by `megabytes` beyond what is mapped now.
+    """Let the address space grow by `megabytes` beyond what is mapped now.
 
-    A limit of the kernel's: a power tower takes gigabytes within one call in C, faster than anyone who watches the resident size looks.
-    Counted from here, because libraries map far more than they use (NumPy's BLAS a buffer for each thread, torch several GB).
+    The kernel enforces the limit, because a power tower takes gigabytes within one C call, faster than anyone could
+    react who polls the resident size. The limit is relative, because libraries map far more than they use (NumPy's BLAS
+    maps a buffer per thread, torch several GB).
     """
     if sys.platform == "linux":
         with open("/proc/self/statm") as stream:
@@ -115,13 +129,16 @@ def limit_memory(megabytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
-def with_parent() -> None:
-    """End of stdin is not seen while a verdict hangs, so on Linux the kernel is asked to kill this process when its parent dies."""
+def die_with_parent() -> None:
+    """Ask the Linux kernel to kill this process when its parent dies.
+
+    The end of stdin is not noticed while a verdict hangs.
+    """
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request was in place
+    if os.getppid() != parent:  # the parent died before the call above
         os._exit(1)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -103,10 +104,10 @@ def add_streams_from_pass(
     return complete, passes
 
 
-def split(rows: Sequence[T], parts: int) -> list[Sequence[T]]:
+def split(rows: list[T], parts: int) -> list[list[T]]:
     """Return `parts` consecutive mini-batches of nearly equal size, or fewer if there are fewer rows."""
     bounds = np.linspace(0, len(rows), parts + 1).round().astype(int)
-    return [rows[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True) if end > start]
+    return [rows[start:end] for start, end in pairwise(bounds) if end > start]
 
 
 def pack(rows: Sequence[Row], learner: Learner, algorithm: Algorithm, token_budget: int) -> PackedBatch:

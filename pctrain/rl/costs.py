@@ -1,4 +1,4 @@
-"""What a step of RL costs: its entries in the compute ledger."""
+"""The entries of an RL step in the compute ledger."""
 
 from __future__ import annotations
 

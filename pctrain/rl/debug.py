@@ -1,4 +1,4 @@
-"""Half a step at a time: `pctrain rl --debug-rollout-only` samples, `--debug-train-only FILE` trains on such a sample."""
+"""Half a step at a time: `pctrain rl --debug-rollout-only` samples, `--debug-train-only FILE` trains on the sample."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from pctrain.config.tree import Config
+from pctrain.core.session import begin
 from pctrain.distributed import parallel
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
@@ -16,7 +17,6 @@ from pctrain.rl.session import build_algorithm, make_learner, open_session
 from pctrain.rl.update import Updates, train_on
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import begin
 
 
 def sample_only(config: Config) -> None:
@@ -41,7 +41,7 @@ def sample_only(config: Config) -> None:
 
 
 def train_only(config: Config, file: Path) -> None:
-    """Make the updates of one step on the rollouts in `file`. No engine is started and nothing is written. Collective."""
+    """Make the updates of one step on the rollouts in `file`. No engine starts, nothing is written. Collective."""
     algorithms.find(config.rl.algorithm.name)
     with begin(config) as prepared, RolloutWorker(prepared) as worker:
         rl = prepared.rl
@@ -57,8 +57,8 @@ def train_only(config: Config, file: Path) -> None:
     if parallel.rank() == 0:
         _print_updates(updates)
         print(
-            f"step {step} of {file}: {len(updates.made)} update(s) on {len(sampled.kept)} prompts in {seconds:.2f} s; nothing "
-            "was written"
+            f"step {step} of {file}: {len(updates.made)} update(s) on {len(sampled.kept)} prompts in {seconds:.2f} s; "
+            "nothing was written"
         )
 
 
@@ -70,8 +70,8 @@ def _say_where(run: RunFolder, sampled: Sampled, step: int) -> None:
         f"{sampled.mean_reward:.3f}: {path}"
     )
     run.say(
-        f"to train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; to continue the run: "
-        "the same command without --debug-rollout-only"
+        f"to train on them: pctrain rl --config {run.path / 'config.yaml'} --debug-train-only {path}; to continue the "
+        "run: the same command without --debug-rollout-only"
     )
 
 

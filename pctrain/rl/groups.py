@@ -1,4 +1,4 @@
-"""What a step samples: groups of rollouts with their verdicts, and which of them are trained on."""
+"""Groups of rollouts with their verdicts, and the rows of the batch that are made of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class RolloutMember:
 
     @property
     def completion(self) -> Completion:
-        """What the policy sampled."""
+        """The rollout."""
         return self.group.completions[self.index]
 
     @property
@@ -84,7 +84,7 @@ class RolloutMember:
 
     @property
     def truncated(self) -> bool:
-        """Whether the length limit cut the response."""
+        """True if the length limit cut the response."""
         return self.completion.finish == "length"
 
 

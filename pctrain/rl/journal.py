@@ -1,4 +1,4 @@
-"""What an RL run records of each step: ledger, metrics, rollouts with their advantages, a log line, scores."""
+"""The record of an RL run: for each step its ledger entries, metrics, rollouts, log line and scores."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config
 from pctrain.core import Learner
+from pctrain.core.session import record_ledger
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.distributed import parallel
 from pctrain.report.reading import fit_run
@@ -18,10 +19,9 @@ from pctrain.rl.update import Updates, mean_metrics
 from pctrain.rollout import WeightUpdate
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import record_ledger
 
 
-class Journal:
+class RLJournal:
     """The record of an RL run. Every rank holds one; rank 0 writes. A checkpoint stores its `state`."""
 
     def __init__(self, config: Config, run: RunFolder, worker: RolloutWorker, eflops_sft: float, state: dict):
@@ -106,7 +106,9 @@ class Journal:
         decode = self.worker.tokenizer.decode
         lines: list[dict[str, Any]] = []
         for number, group in enumerate(sampled.groups):
-            advantages = group.advantages or [None] * len(group.completions)
+            advantages: list[float | None] = [None] * len(group.completions)
+            if group.advantages is not None:
+                advantages = [*group.advantages]
             for prefix, completion, verdict, advantage in zip(
                 group.prefixes, group.completions, group.verdicts, advantages, strict=True
             ):

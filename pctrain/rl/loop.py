@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pctrain.common.progress import progress
 from pctrain.config.tree import Config, ResolvedConfig
+from pctrain.core.session import begin
 from pctrain.distributed import parallel
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
@@ -12,7 +13,6 @@ from pctrain.rl.sampling import GroupSampler
 from pctrain.rl.session import open_session
 from pctrain.rl.update import train_on
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import begin
 
 
 def main(config: Config) -> None:

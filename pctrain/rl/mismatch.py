@@ -1,8 +1,9 @@
-"""Learner against engine: how far their log-probs of the sampled tokens lie apart.
+"""Mismatch of learner and engine: how far apart their log-probs of the sampled tokens are.
 
-Two implementations round differently, so a batch sampled by the engine is slightly off the learner's policy even in the first update. The
-engine returns the log-prob of every token it samples, at the sampling temperature; as the stream `rollout_logprob` (NaN where it sampled
-nothing) it meets the learner's in the training forward pass itself, which costs no pass of its own.
+Two implementations round differently, so a batch that the engine sampled is slightly off the learner's policy even in
+the first update. The engine returns the log-prob of every token it samples, at the sampling temperature. As the stream
+`rollout_logprob` (NaN on tokens that it did not sample) it is compared with the learner's log-prob in the training
+forward pass itself, at no extra cost.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ Correction = Literal["none", "token", "sequence"]
 Streams = dict[str, torch.Tensor]
 
 MEAN, MAX, KL, BEYOND_2X = "mismatch/mean", "max/mismatch", "mismatch/kl", "mismatch/beyond_2x"
-METRICS_OF_SAMPLED = (MEAN, KL, BEYOND_2X)  # 0 on an expert's tokens: means over the others are quotients of sums
+# These are 0 on an expert's tokens, so that their mean over the sampled tokens is a quotient of sums.
+METRICS_OF_SAMPLED = (MEAN, KL, BEYOND_2X)
 
 
 def correction(setting: Correction | None, dtype: str) -> Correction:
     """Return `rl.algorithm.is_correction`, or if it is not given "token" in bfloat16 and "none" in float32.
 
-    On a small model ratios of 0.87 to 1.13 were measured in bfloat16; in float32 they are 1 to 1e-5, and weighting by them is noise.
+    On a small model ratios of 0.87 to 1.13 were measured in bfloat16. In float32 they are 1 to 1e-5, and weighting by
+    them is noise.
     """
     if setting is not None:
         return setting
@@ -32,15 +35,15 @@ def correction(setting: Correction | None, dtype: str) -> Correction:
 
 
 def measured(loss: TokenLoss) -> TokenLoss:
-    """`loss` with the metrics of the mismatch, where there is a stream `rollout_logprob`; without one it is `loss`.
+    """Return `loss` with the mismatch metrics, which it reports if there is a stream `rollout_logprob`.
 
-    The learner's log-prob is `old_logprob` where the rows have it (with several updates a step the policy moves away from the one that
-    sampled), else the one of this very forward pass. With d = learner - engine, per token, in nats:
+    The learner's log-prob is `old_logprob` if the rows have it (with several updates per step the policy moves away
+    from the one that sampled), else that of this forward pass. With d = learner - engine, per token, in nats:
 
         mismatch/mean        |d|
         max/mismatch         |d|, reduced by its maximum
-        mismatch/kl          exp(d) - 1 - d, the k3 estimate of KL(engine || learner) (http://joschu.net/blog/kl-approx.html)
-        mismatch/beyond_2x   1 where the ratio is above 2 or below 1/2
+        mismatch/kl          exp(d) - 1 - d, the k3 estimate of KL(engine || learner) (joschu.net/blog/kl-approx.html)
+        mismatch/beyond_2x   1 if the ratio is above 2 or below 1/2
 
     All are 0 where `rollout_logprob` is NaN.
     """

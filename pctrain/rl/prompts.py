@@ -38,8 +38,8 @@ class PromptStream:
         largest = max(state["carried"], default=0)
         if largest >= len(self.problems):
             raise UserError(
-                f"the saved state carries problem {largest}, but data.rl has only {len(self.problems)} problems: the state "
-                "belongs to another set. Set data.rl to the set that the run started with"
+                f"the saved state carries problem {largest}, but data.rl has only {len(self.problems)} problems: the "
+                "state belongs to another set. Set data.rl to the set that the run started with"
             )
         self.position = state["position"]
         self.carried = list(state["carried"])

@@ -76,7 +76,7 @@ def path_of(run: Path, step: int) -> Path:
 
 
 def read_step(run: RunFolder, prompts: PromptStream, step: int) -> Sampled | None:
-    """Return what an earlier start sampled for this step, and advance `prompts` past it; None if nothing. Collective."""
+    """Return what an earlier start sampled for this step, and advance `prompts` past it; or None. Collective."""
     path = path_of(run.path, step)
     if not parallel.from_rank_zero(path.exists):
         return None
@@ -157,7 +157,8 @@ def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:
         ) from None
     except ValueError as error:
         raise UserError(
-            f"{path} holds no rollouts of a step ({_reason(error)}). `pctrain rl --debug-rollout-only` writes such a file"
+            f"{path} holds no rollouts of a step ({_reason(error)}). "
+            "`pctrain rl --debug-rollout-only` writes such a file"
         ) from None
     bounds = np.concatenate([[0], np.cumsum(lengths)]).tolist()
     sampled = Sampled(
@@ -186,8 +187,8 @@ def _problem(path: Path, stored: _GroupRecord, problems: list[Problem]) -> Probl
     if stored.problem < len(problems) and problems[stored.problem].id == stored.id:
         return problems[stored.problem]
     raise UserError(
-        f"{path}: its problem {stored.id} is not number {stored.problem} of data.rl. Set data.rl to the set that it was "
-        "sampled from"
+        f"{path}: its problem {stored.id} is not number {stored.problem} of data.rl. Set data.rl to the set that it "
+        "was sampled from"
     )
 
 

@@ -31,7 +31,7 @@ class GroupSampler:
 
         Without dynamic sampling every group of one sampling round is kept. With it, sampling rounds of
         `rl.round_prompts` prompts follow each other, at most `rl.max_rounds`, until the batch has `rl.prompts` groups
-        with `rl.keep_low` to `rl.keep_high` right rollouts. If the rounds run out, the batch is smaller, possibly empty.
+        with `rl.keep_low` to `rl.keep_high` right rollouts. If the rounds run out, the batch is smaller or even empty.
         """
         sampled = Sampled()
         if self.algorithm.options.dynamic_sampling:

@@ -11,19 +11,22 @@ from typing import Any
 from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
+from pctrain.core.session import due, export, finished, leave, open_run, resume, save
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
 from pctrain.rl import replay
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.base import Algorithm
-from pctrain.rl.journal import Journal
+from pctrain.rl.journal import RLJournal
 from pctrain.rl.mismatch import correction
 from pctrain.rl.prompts import PromptStream
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.checkpoints import checkpoint_step, read_state
-from pctrain.run.folder import HF_FOLDER, RunFolder, best_step, read_values
-from pctrain.run.resume import due, export, finished, leave, open_run, resume, save
+from pctrain.run.checkpoint_state import read_state
+from pctrain.run.checkpoints import checkpoint_step
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import best_step, read_values
 from pctrain.run.stragglers import RankTimes
 
 
@@ -37,7 +40,7 @@ class Session:
     learner: Learner
     algorithm: Algorithm
     prompts: PromptStream
-    journal: Journal
+    journal: RLJournal
     ranks: RankTimes
     last_step: int
     resumed: bool
@@ -87,7 +90,9 @@ class Session:
         if scores:
             best = max(scores, key=lambda step: scores[step])
             summary["best score (%)"] = f"{scores[best]:.4g} at step {best}"
-            summary["best checkpoint"] = self.run.checkpoint_path(best_step(self.run.path, "rl"))
+        best_saved = best_step(self.run.path, "rl") if scores else None
+        if best_saved is not None:
+            summary["best checkpoint"] = self.run.checkpoint_path(best_saved)
         summary["final weights"] = self.run.path / HF_FOLDER
         return summary | self.ranks.summary()
 
@@ -114,14 +119,14 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
         run.say(f"problems: {len(problems)} to train on, {test_problems} to score on")
         if dropped:
             run.say(
-                f"{len(dropped)} more problems are too long and were dropped (data.overlong = {config.data.overlong}); the "
-                f"first: {dropped[0]}"
+                f"{len(dropped)} more problems are too long and were dropped (data.overlong = {config.data.overlong}); "
+                f"the first: {dropped[0]}"
             )
         prompts = PromptStream(problems, config.run.seed)
         first, state = resume(run, learner)
         if state:
             prompts.load_state_dict(state["prompts"])
-        journal = Journal(config, run, worker, start["eflops_sft"], state)
+        journal = RLJournal(config, run, worker, start["eflops_sft"], state)
         yield Session(
             config,
             run,
@@ -146,7 +151,7 @@ def build_algorithm(config: ResolvedConfig) -> Algorithm:
 
 
 def make_learner(config: ResolvedConfig, algorithm: Algorithm) -> Learner:
-    """Return the learner with the weights that RL starts from, and the reference model if the loss has a KL. Collective."""
+    """Return the learner with the weights that RL starts from, and the reference if there is a KL. Collective."""
     rl = config.rl
     learner = Learner(
         config.model,

@@ -235,8 +235,8 @@ class RolloutEngine:
     def _refuse_unusable(self) -> None:
         if not self._usable:
             raise RuntimeError(
-                "the rollout engine has no weights (it is asleep or closed, or a weight update failed): call load_weights "
-                "first"
+                "the rollout engine has no weights (it is asleep or closed, or a weight update failed): call "
+                "load_weights first"
             )
         self._refuse_leftovers()
 

@@ -1,8 +1,8 @@
-"""How vLLM is started inside the learner's process, and what is done so that the learner does not notice.
+"""Starting and stopping vLLM inside the learner's process, without the learner noticing.
 
-vLLM behaves as the owner of its process: it reseeds the generators, replaces `torch.set_num_threads`, rewrites environment variables
-(LOCAL_WORLD_SIZE, LD_PRELOAD, ...), and on shutdown destroys torch.distributed's default group. Every call into it goes through
-`guest()`, which puts all of that back.
+vLLM behaves as the owner of its process: it reseeds the generators, replaces `torch.set_num_threads`, rewrites
+environment variables (LOCAL_WORLD_SIZE, LD_PRELOAD, ...), and on shutdown destroys torch.distributed's default group.
+Every call into it goes through `guest()`, which restores all of that.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
 from pctrain.rollout.sharing import EngineGroups
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # importing vLLM takes seconds
     from vllm import LLM
 
 # Tokens of one forward pass on CPU: room for the prompts of a whole batch at once (256 prompts of 64 tokens).
@@ -40,7 +40,7 @@ _vllm_made_the_world = False  # torch.distributed was not initialised before the
 
 
 def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dtype: str, context: int) -> LLM:
-    """A vLLM engine with the weights of `hf_dir`. Collective. UserError where vLLM refuses the model or the sizes."""
+    """Start a vLLM engine with the weights of `hf_dir`. Collective. UserError if vLLM refuses the model or sizes."""
     global _running, _vllm_made_the_world
     if _running == 0:
         _vllm_made_the_world = not dist.is_initialized()
@@ -62,16 +62,16 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
     _running += 1
     step = llm.llm_engine.step
 
-    def living_step():
+    def step_with_beat() -> Any:
         watchdog.beat()
         return step()
 
-    llm.llm_engine.step = living_step
+    llm.llm_engine.step = step_with_beat
     return llm
 
 
 def stop_llm(llm: LLM, groups: EngineGroups) -> None:
-    """Shuts an engine down; with the last one, vLLM's own process groups go too. The learner's stay."""
+    """Shut an engine down, and with the last one vLLM's own process groups. The learner's groups stay."""
     global _running
     with guest(groups):
         llm.llm_engine.engine_core.shutdown()
@@ -84,28 +84,29 @@ def stop_llm(llm: LLM, groups: EngineGroups) -> None:
 
 
 def engine_options(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dtype: str, context: int) -> dict:
-    """Arguments of `vllm.LLM`."""
-    options = dict(
-        model=str(hf_dir),
-        dtype=dtype,
-        tensor_parallel_size=rollout.tensor,
-        max_model_len=context,
-        max_num_seqs=rollout.max_sequences,
-        seed=0,  # every request brings its own
-        skip_tokenizer_init=True,
-        generation_config="vllm",  # not the model's generation_config.json: its top_p, penalties and stop tokens are not the policy's
-        logprobs_mode="processed_logprobs",  # after the temperature, as the learner defines them
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-    )
+    """Return the arguments of `vllm.LLM`."""
+    options: dict[str, Any] = {
+        "model": str(hf_dir),
+        "dtype": dtype,
+        "tensor_parallel_size": rollout.tensor,
+        "max_model_len": context,
+        "max_num_seqs": rollout.max_sequences,
+        "seed": 0,  # every request has its own
+        "skip_tokenizer_init": True,
+        # Not the model's generation_config.json: its top_p, penalties and stop tokens are not the policy's.
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",  # after the temperature, as the learner defines them
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
     if groups.world > 1:
-        # One engine a rank (or a group of ranks) inside the learner's world. Not "uni" even for tensor=1:
-        # that would take GPU 0 on every rank.
+        # One engine per rank (or group of ranks) inside the learner's world. Not "uni" even for tensor=1: it would
+        # take GPU 0 on every rank.
         options["distributed_executor_backend"] = "external_launcher"
     if on_gpu():
         options.update(gpu_memory_utilization=rollout.gpu_memory, enable_sleep_mode=True)
     else:
-        # A prompt prefilled in pieces rewinds the request's generator, which CPU generators cannot do: whole prompts only.
+        # Whole prompts only: a prompt prefilled in pieces rewinds the request's generator, and CPU generators cannot.
         options.update(
             enforce_eager=True,
             kv_cache_memory_bytes=rollout.kv_cache_mb << 20,
@@ -117,10 +118,10 @@ def engine_options(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *
 
 @contextmanager
 def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
-    """Around every call into vLLM: gives it the environment it needs, and afterwards restores the learner's process state.
+    """Give vLLM the environment it needs for a call, and afterwards restore the learner's process state.
 
-    Restored: os.environ, the generators of Python, NumPy and torch (the current GPU's too), `torch.set_num_threads` and the number of
-    threads, float32 matmul precision, default dtype.
+    Restored are os.environ, the generators of Python, NumPy and torch (the current GPU's too), `torch.set_num_threads`
+    and the number of threads, the float32 matmul precision and the default dtype.
     """
     environment = dict(os.environ)
     generators = (
@@ -129,8 +130,10 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
         torch.get_rng_state(),
         torch.cuda.get_rng_state() if on_gpu() else None,
     )
-    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
-    precision, default_dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    set_num_threads = torch.set_num_threads
+    threads = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
+    default_dtype = torch.get_default_dtype()
     os.environ.update(_environment(groups))
     try:
         with _quiet_start() if starting else nullcontext():
@@ -153,7 +156,7 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
 
 def _environment(groups: EngineGroups) -> dict[str, str]:
     environment = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process: that is what makes the swap a copy
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine in this process makes the weight update a copy
         "VLLM_NO_USAGE_STATS": "1",  # no report to vLLM's server
         "RANK": str(groups.rank),  # what external_launcher reads; the learner may have been started without torchrun
         "LOCAL_RANK": os.environ.get("LOCAL_RANK", str(torch.cuda.current_device() if on_gpu() else groups.rank)),
@@ -165,9 +168,10 @@ def _environment(groups: EngineGroups) -> dict[str, str]:
 
 @contextmanager
 def _quiet_start() -> Iterator[None]:
-    """Shows only errors: vLLM's start-up warnings concern choices made here on purpose (eager mode, no tokenizer, no preloaded allocator).
+    """Show only errors while vLLM starts, and warnings afterwards.
 
-    Afterwards warnings are. A VLLM_LOGGING_LEVEL in the environment is obeyed instead.
+    Its start-up warnings concern choices made here on purpose (eager mode, no tokenizer, no preloaded allocator). A
+    VLLM_LOGGING_LEVEL in the environment is obeyed instead.
     """
     if "VLLM_LOGGING_LEVEL" in os.environ:
         yield
@@ -181,37 +185,37 @@ def _quiet_start() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(logging.WARNING)
-        logging.getLogger("vllm.renderers").setLevel(
-            logging.ERROR
-        )  # it would warn of the missing tokenizer at the first request
+        # It would warn about the missing tokenizer at the first request.
+        logging.getLogger("vllm.renderers").setLevel(logging.ERROR)
 
 
 def _keep_the_learners_groups() -> None:
-    """vLLM ends an engine (also at garbage collection and at exit) by destroying all of torch.distributed: not here."""
+    """Keep vLLM from destroying all of torch.distributed when an engine ends, is garbage-collected, or at exit."""
     import vllm.v1.engine.core as engine_core
 
     engine_core.cleanup_dist_env_and_memory = lambda *args, **kwargs: None
 
 
 def _check_head_size(hf_dir: Path) -> None:
-    """vLLM's CPU attention takes some head sizes only, and says so in the first forward pass, half-way through a batch."""
+    """Refuse a head size that vLLM's CPU attention cannot take; vLLM would fail midway through the first batch."""
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
     size = HFConfig.read(hf_dir).head_dim
     sizes = CPUAttentionBackend.get_supported_head_sizes()
     if size not in sizes:
         raise UserError(
-            f"{hf_dir}: the model's attention heads are {size} wide; vLLM on CPU supports {', '.join(map(str, sizes))}: "
-            "choose model.architecture.hidden / heads accordingly"
+            f"{hf_dir}: the model's attention heads are {size} wide; vLLM on CPU supports "
+            f"{', '.join(map(str, sizes))}. Choose model.architecture.hidden / heads accordingly"
         )
 
 
 @contextmanager
 def _private_shared_memory(groups: EngineGroups) -> Iterator[None]:
-    """Names the shared memory of tensor parallel CPU ranks after this very start, and unlinks it as soon as all ranks have mapped it.
+    """Give the shared memory of tensor parallel CPU ranks a unique name, and unlink it once all ranks have mapped it.
 
-    Under external_launcher vLLM gives it the same name in every job of the machine and never unlinks it: a second job, or a restart after
-    a SIGKILL, fails with "create shm in SHMManager failed". A mapping outlives its name, so a killed run now leaves nothing behind.
+    Under external_launcher vLLM gives it the same name in every job of the machine and never unlinks it: a second job,
+    or a restart after a SIGKILL, fails with "create shm in SHMManager failed". A mapping outlives its name, so a killed
+    run leaves nothing behind.
     """
     if on_gpu() or groups.tensor == 1:
         yield
@@ -225,7 +229,8 @@ def _private_shared_memory(groups: EngineGroups) -> Iterator[None]:
         lambda communicator: token[0] + vllms_name(communicator).replace("/", "")
     )
     try:
-        yield  # every rank is past its mapping when this returns: LLM() reduces the KV-cache size over all ranks after it
+        # When this returns, every rank has mapped the memory: LLM() reduces the KV-cache size over all ranks after it.
+        yield
     finally:
         _CPUSHMDistributed.make_group_name = staticmethod(vllms_name)
         for file in Path("/dev/shm").glob(f"{token[0]}*"):
@@ -233,7 +238,7 @@ def _private_shared_memory(groups: EngineGroups) -> Iterator[None]:
 
 
 def _destroy_vllms_groups() -> None:
-    """`cleanup_dist_env_and_memory` without the learner's default group, unless vLLM itself made it."""
+    """Do what `cleanup_dist_env_and_memory` does, except for the default group, unless vLLM itself made that."""
     from vllm.distributed import parallel_state
 
     parallel_state.destroy_model_parallel()

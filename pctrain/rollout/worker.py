@@ -47,9 +47,9 @@ class RolloutWorker:
     @cached_property
     def engine(self) -> RolloutEngine:
         """The rollout engine, started with the weights of `model.path`."""
-        config = self.config
+        model = self.config.model
         return RolloutEngine(
-            config.model.path, config.rollout, dtype=config.model.dtype, context=self.context, eos_id=self.tokenizer.eos_id
+            model.path, self.config.rollout, dtype=model.dtype, context=self.context, eos_id=self.tokenizer.eos_id
         )
 
     @property
@@ -150,8 +150,8 @@ class RolloutWorker:
             tolerance = VERIFY_TOLERANCE[self.config.model.dtype]
         if difference > tolerance:
             raise RuntimeError(
-                f"after the weight update the engine's log-probs differ from the learner's by {difference:.2e} nats per "
-                f"token, more than rollout.verify_tolerance = {tolerance:.0e}: "
+                f"after the weight update the engine's log-probs differ from the learner's by {difference:.2e} nats "
+                f"per token, more than rollout.verify_tolerance = {tolerance:.0e}: "
                 "the engine does not hold the learner's weights"
             )
 

@@ -1,100 +1,67 @@
-"""The run folder: everything a run writes, kept whole across SIGKILL and resume. docs/contracts.md lists the files.
+"""The run folder: everything a run writes, kept consistent across SIGKILL and resume. docs/contracts.md lists the
+files.
 
-Only rank 0 writes; the other ranks hold the same object, whose writing methods do nothing. The order that makes a resumed run
-equal an uninterrupted one: record everything of step N, then commit the checkpoint of step N. On resume:
+Only rank 0 writes. The other ranks hold the same object, whose writing methods do nothing. A resumed run equals an
+uninterrupted one because of the order: record everything of step N, then commit the checkpoint of step N. On resume:
 
-    with RunFolder.open(config, "sft", data_files, rank) as run:      # rank 0 first, then a barrier
-        checkpoint = run.latest_checkpoint()                          # None: from the start
-        run.rewind(step_of(checkpoint) if checkpoint else None)       # cuts what lies beyond it
+    with RunFolder.open(config, "sft", data_files, rank=rank) as run:  # rank 0 first, then a barrier
+        checkpoint = run.latest_checkpoint()                           # None: from the start
+        run.rewind(step_of(checkpoint) if checkpoint else None)        # cuts everything after it
 
 Neither torch nor megatron-core is imported here, so a study or a report can read run folders without them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import re
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-from pydantic import ValidationError
+from typing import Any
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
-from pctrain.config.load import dump
-from pctrain.config.tree import Config
-from pctrain.data.sources import content_hash
+from pctrain.config.tree import Config, RunConfig
 from pctrain.distributed.health import watchdog
-from pctrain.files import yaml_text
-from pctrain.files.durable import cut_torn_line, fsync, json_line, plain, rewrite_lines, write_beside
+from pctrain.files.durable import cut_torn_line, fingerprint, fsync, json_line, plain, write_beside
 from pctrain.files.lock import lock_folder
-from pctrain.run import checkpoints, tracking
+from pctrain.run import checkpoints, config_file, documents, records, tracking
+from pctrain.run.config_file import Kind, config_hash
+from pctrain.run.names import CHECKPOINTS, CONFIG, LEDGER, LOG, METRICS, ROLLOUTS, START, TO_BE_CONTINUED
 from pctrain.run.tracking import Trackers
 
-Kind = Literal["sft", "rl"]
-
-# What may differ between the starts of one run: where it and its inputs lie (what is in the inputs is compared, by fingerprint), how it
-# is spread over ranks and how its helpers are sized.
-FREE_ON_RESUME = {
-    "run.dir",
-    "run.tensorboard",
-    "run.wandb",
-    "run.keep_last",
-    "run.keep_every",
-    "parallel",
-    "reward.workers",
-    "reward.timeout",
-    "reward.memory_mb",
-    "rollout.kv_cache_mb",
-    "rollout.max_sequences",
-    "rollout.gpu_memory",
-    "rollout.verify_every",
-    "data.train.path",
-    "data.validation.path",
-    "data.test",
-    "data.rl",
-    "data.cache",
-    "data.workers",
-    "model.path",
-    "model.checkpoint",
-    "eval.benchmarks",
-    "eval.instruction",
-    "eval.judge",
-}
-# What may lie in a folder before it becomes a run folder: inputs made for this very run, and the traces of a start killed at once.
-TO_BE_CONTINUED = (
-    "to-be-continued"  # an empty file in run.dir of a command that was asked to stop, until it is started again
-)
+_LOCK = ".lock"
+# What a folder may hold before it becomes a run folder: inputs made for this very run, and traces of a start killed at
+# once.
 _BEFORE_OPEN = {
     "data",
     "model",
     "tokens",
-    "start.json",
-    ".lock",
+    START,
+    _LOCK,
     ".prepare.lock",
-    "config.yaml.tmp",
+    f"{CONFIG}.tmp",
     watchdog.FOLDER,
     TO_BE_CONTINUED,
 }
-HF_FOLDER = "hf"  # the final weights
-_LOG_STEP = re.compile(r"^\S+ step\s+(\d{1,18})\b")
 
 
 class RunFolder:
-    """One run's folder. Make it with `RunFolder.open`; it is a context manager, and `close()` releases the lock."""
+    """One run's folder. Make it with `RunFolder.open`. It is a context manager; `close()` releases the lock.
 
-    def __init__(self, path: Path, config: Config, kind: Kind, writes: bool) -> None:
-        self.path = path
-        self.config = config
+    path: the folder. kind: sft or rl. writes: whether this is rank 0. layout: the `parallel` section of this start.
+    """
+
+    def __init__(self, config: Config, kind: Kind, writes: bool) -> None:
+        """Hold a folder without touching it; `open` does the rest."""
+        self.path = Path(config.run.dir)
         self.kind: Kind = kind
         self.writes = writes
-        self._fingerprints: dict[str, str] = {}  # of the data files; rank 0 has them
+        self.layout: dict[str, Any] = config.parallel.model_dump(exclude={"timeout"})
+        self._settings: RunConfig = config.run
+        self._whole_config: dict[str, Any] = config.model_dump(mode="json")  # for W&B
+        self._identity: dict[str, Any] = {"kind": kind, "config_sha256": config_hash(config), "fingerprints": {}}
         self._appenders: dict[str, int] = {}  # file name -> descriptor opened with O_APPEND
         self._trackers: Trackers | None = None
         self._purge_step: int | None = None
@@ -110,90 +77,73 @@ class RunFolder:
         data_files: Iterable[Path],
         digests: Mapping[str, str] | None = None,
         rank: int = 0,
+        fingerprint_of: Callable[[Path], str] = fingerprint,
     ) -> RunFolder:
-        """Create `config.run.dir`, or open it where it already belongs to this config. Rank 0 checks, locks and writes.
+        """Create `config.run.dir`, or open it if it already belongs to this config. Rank 0 checks, locks and writes.
 
-        `digests`: fingerprints of further inputs that are known already, by path.
-
-        Errors (UserError): another process runs in the folder; the folder holds something else, another kind of run or another
-        config (every differing key is listed); a data file is missing or has changed. In each case nothing has been written.
+        Args:
+            config: the resolved config of the run.
+            kind: sft or rl.
+            data_files: the inputs that the run is bound to.
+            digests: fingerprints of further inputs that are known already, by path.
+            rank: this process; only rank 0 writes.
+            fingerprint_of: returns the sha256 of one of `data_files`.
+        Raises:
+            UserError: another process runs in the folder; the folder holds something else, another kind of run or
+            another
+                config (every differing key is listed); a data file is missing or has changed. Nothing has been written.
         """
-        path = Path(config.run.dir)
-        run = cls(path, config, kind, writes=rank == 0)
+        run = cls(config, kind, writes=rank == 0)
         if not run.writes:
             return run
-        _refuse_foreign_folder(path)
-        tracking.check(config)
-        run._fingerprints = fingerprints = {str(file): content_hash(file) for file in data_files} | dict(digests or {})
+        _refuse_foreign_folder(run.path)
+        tracking.check(config.run)
+        fingerprints = {str(file): fingerprint_of(file) for file in data_files} | dict(digests or {})
+        run._identity["fingerprints"] = fingerprints
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            run.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"run.dir {path}: cannot be created ({error.strerror}); set run.dir to a folder you may write to"
+                f"run.dir {run.path}: cannot be created ({error.strerror}); set run.dir to a folder you may write to"
             ) from None
-        run._release = weakref.finalize(run, lock_folder(path / ".lock"))
+        run._release = weakref.finalize(run, lock_folder(run.path / _LOCK))
         try:
-            if (path / "config.yaml").exists():
-                run._resume(fingerprints)
+            if config_file.has_config(run.path):
+                run._resume(config, fingerprints)
             else:
-                write_beside(path / "config.yaml", _config_text(config, kind, fingerprints))
+                config_file.write_config(run.path, config, kind, fingerprints)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _resume(self, fingerprints: dict[str, str]) -> None:
-        """Refuse another config, kind or data. Then mend what a kill left; nothing is touched in a finished run.
+    def _resume(self, config: Config, fingerprints: Mapping[str, str]) -> None:
+        """Refuse another config, kind or data. Then remove what a kill left. A finished run is not touched.
 
-        Where only free keys changed, config.yaml is rewritten: it says what the newest start ran with.
+        If only free keys changed, config.yaml is rewritten: it holds the config of the newest start.
         """
-        changed = self._changed_keys(fingerprints)
+        changed = config_file.compare(self.path, config, self.kind, fingerprints)
         if self.finished:
             return
-        self._sweep()
+        self._remove_leftovers()
         if changed:
-            write_beside(self.path / "config.yaml", _config_text(self.config, self.kind, fingerprints))
+            config_file.write_config(self.path, config, self.kind, fingerprints)
             self.log("resumed with " + ", ".join(f"{key} {old} -> {new}" for key, (old, new) in changed.items()))
 
-    def _changed_keys(self, fingerprints: dict[str, str]) -> dict[str, tuple[Any, Any]]:
-        """{dotted key: (value in config.yaml, value now)}, free keys only; any other difference is a UserError."""
-        file = self.path / "config.yaml"
-        old = _read_config_file(file)
-        if old.get("kind") != self.kind:
-            raise UserError(f"{self.path} holds a run of kind {old.get('kind')}, not {self.kind}; set another run.dir")
-        _refuse_changed_data(file, old["fingerprints"], fingerprints)
-        before = _flatten({key: value for key, value in old.items() if key not in ("kind", "fingerprints")})
-        now = _flatten(self.config.model_dump(mode="json"))
-        changed = {
-            key: (before.get(key, "(absent)"), now.get(key, "(absent)"))
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key, "(absent)") != now.get(key, "(absent)")
-        }
-        refused = {key: pair for key, pair in changed.items() if not _is_free(key)}
-        if refused:
-            lines = "\n".join(f"  {key}: {old_value} -> {new_value}" for key, (old_value, new_value) in refused.items())
-            raise UserError(
-                f"{self.path} belongs to another config; these keys differ (in {file} -> now):\n{lines}\n"
-                f"Set another run.dir, or put the old values back, or delete {self.path} to begin anew."
-            )
-        return changed
-
-    def _sweep(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Remove what a killed process left half done: temporary files and folders, and torn last lines."""
-        for leftover in [
-            *self.path.glob("*.tmp"),
-            *self.path.glob("checkpoints/*.tmp"),
-            *self.path.glob("rollouts/*.tmp"),
-        ]:
-            checkpoints.remove_folder(leftover) if leftover.is_dir() else leftover.unlink()
-        for name in ("metrics.jsonl", "ledger.jsonl", "train.log"):
+        for pattern in ("*.tmp", f"{CHECKPOINTS}/*.tmp", f"{ROLLOUTS}/*.tmp"):
+            for leftover in self.path.glob(pattern):
+                if leftover.is_dir():
+                    checkpoints.remove_folder(leftover)
+                else:
+                    leftover.unlink()
+        for name in (METRICS, LEDGER, LOG):
             cut_torn_line(self.path / name)
 
     def close(self) -> None:
-        """Close the files and release the lock. Called again, it does nothing."""
-        for descriptor in self._appenders.values():
-            os.close(descriptor)
-        self._appenders.clear()
+        """Close the files and release the lock. A second call does nothing."""
+        self._close_appenders()
         if self._trackers is not None:
             self._trackers.close()
             self._trackers = None
@@ -208,111 +158,118 @@ class RunFolder:
 
     # ---- recording -------------------------------------------------------------------------------------------------
 
-    def record(self, step: int, kind: Literal["train", "val", "eval"], values: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl and the same numbers to TensorBoard (and W&B) as `<kind>/<key>`.
+    def record(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl, and the same numbers to TensorBoard (and W&B) as `<kind>/<key>`.
 
-        `values` holds `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars, or words.
-        NaN and infinities are written as null.
+        Args:
+            step: the training step.
+            kind: train, val or eval.
+            values: `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars,
+            or
+                texts. NaN and infinities are written as null.
         """
-        if kind not in ("train", "val", "eval"):
+        if kind not in records.KINDS:
             raise ValueError(f"kind {kind!r}: expected train, val or eval")
         if not self.writes:
             return
         numbers = {key: plain(value) for key, value in values.items()}
         first = {key: numbers[key] for key in ("eflops_sft", "eflops_rl") if key in numbers}
-        self._append("metrics.jsonl", json_line({"step": step, "kind": kind, **first, **numbers}))
+        self._append(METRICS, json_line({"step": step, "kind": kind, **first, **numbers}))
         if self._trackers is None:
-            self._trackers = Trackers(self.path, self.config, self._purge_step)
+            self._trackers = Trackers(self.path, self._settings, self._whole_config, self._purge_step)
         self._trackers.write(step, kind, numbers)
 
     def record_ledger(self, entries: Iterable[Any]) -> None:
         """Append entries (mappings or dataclasses with the fields of docs/contracts.md) to ledger.jsonl, one a line."""
         if self.writes:
-            self._append("ledger.jsonl", "".join(json_line(plain(entry)) for entry in entries))
+            self._append(LEDGER, "".join(json_line(plain(entry)) for entry in entries))
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rollouts/step-N.jsonl: prompt, response, answer, reward, cause, finish, kept, why of every sample of that step."""
+        """Write rollouts/step-N.jsonl: prompt, response, answer, reward, cause, finish, kept, why of every sample."""
         if self.writes:
-            write_beside(self.path / "rollouts" / f"step-{step}.jsonl", "".join(json_line(plain(row)) for row in rows))
+            text = "".join(json_line(plain(row)) for row in rows)
+            write_beside(self.path / ROLLOUTS / f"step-{step}.jsonl", text)
 
     def log(self, line: str) -> None:
-        """Append a line to train.log, behind the time of day. A line about a step begins with `step N`: `rewind` cuts by that."""
+        """Append a line to train.log, after the time of day.
+
+        A line about a step begins with `step N`: `rewind` cuts the log by that.
+        """
         if self.writes:
-            self._append("train.log", f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
+            self._append(LOG, f"{datetime.now().isoformat(timespec='seconds')} {line}\n")
 
     def say(self, line: str) -> None:
-        """`log`, and print it."""
+        """Log a line, and print it."""
         self.log(line)
         if self.writes:
             make_console().print(line, markup=False, highlight=False)
 
     def _append(self, name: str, text: str) -> None:
-        """One write() to a descriptor in append mode: a killed process can tear the last line, never an earlier one."""
+        """Write text to a descriptor in append mode: a killed process can tear the last line, never an earlier one."""
         if name not in self._appenders:
             self._appenders[name] = os.open(self.path / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         data = text.encode()
         while data:
-            data = data[os.write(self._appenders[name], data) :]
+            written = os.write(self._appenders[name], data)
+            data = data[written:]
+
+    def _close_appenders(self) -> None:
+        for descriptor in self._appenders.values():
+            os.close(descriptor)
+        self._appenders.clear()
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def checkpoint_path(self, step: int) -> Path:
-        """Where the complete checkpoint of `step` lies, or will lie."""
-        return self.path / "checkpoints" / f"step-{step}"
+        """Return the path of the complete checkpoint of `step`, whether it exists yet or not."""
+        return checkpoints.checkpoint_path(self.path, step)
 
     def begin_checkpoint(self, step: int) -> Path:
-        """A new empty folder to write a checkpoint into. For rank 0 alone; the others are told its name."""
+        """Make a new empty folder to write a checkpoint into. For rank 0 alone; it tells the name to the others."""
         return checkpoints.begin(self.checkpoint_path(step))
 
     def commit_checkpoint(self, tmp_dir: Path, step: int, about: Mapping[str, Any]) -> Path:
-        """Complete the checkpoint and give it its final name, then delete what `run.keep_last` and `run.keep_every` do not keep.
+        """Complete the checkpoint and give it its final name, then delete those that `run.keep_*` does not keep.
 
-        For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json with the hash of the
-        config and the fingerprints of the data. A kill at any moment leaves the old state or the new one.
+        For rank 0, when every rank has finished writing. `about` (layout, ledger, versions) goes into manifest.json
+        with the hash of the config and the fingerprints of the data. A kill at any moment leaves the old state or the
+        new one.
         """
         if self._trackers is not None:
             self._trackers.flush()
-        for name in (
-            self._appenders
-        ):  # what the checkpoint counts as recorded must not be younger on the disk than the checkpoint
+        # What the checkpoint counts as recorded must reach the disk before the checkpoint does.
+        for name in self._appenders:
             fsync(self.path / name)
         final = self.checkpoint_path(step)
-        run = {"kind": self.kind, "config_sha256": config_hash(self.config), "fingerprints": self._fingerprints}
-        checkpoints.commit(Path(tmp_dir), final, {**run, **about})
-        keep = self.config.run
-        if dropped := checkpoints.retire(self.path, keep.keep_last, keep.keep_every, best_step(self.path, self.kind)):
+        checkpoints.commit(Path(tmp_dir), final, {**self._identity, **about})
+        keep = self._settings
+        best = records.best_step(self.path, self.kind)
+        dropped = checkpoints.retire(self.path, keep.keep_last, keep.keep_every, best)
+        if dropped:
             self.log(
-                f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): steps {dropped}"
+                f"checkpoints deleted (run.keep_last={keep.keep_last}, run.keep_every={keep.keep_every}): "
+                f"steps {dropped}"
             )
         return final
 
     def latest_checkpoint(self) -> Path | None:
-        """The newest checkpoint, its files all there with their sizes; None where there is none. A UserError names what is wrong.
+        """Return the newest checkpoint, or None if there is none. Its files exist and have their sizes.
 
-        `resume` proves the contents before it loads: that reads every byte, and is shared out over the ranks.
+        `core.session.resume` verifies the contents before it loads: that reads every byte, and all ranks share the
+        work.
+
+        Raises:
+            UserError: a file is missing or has another size.
         """
         return checkpoints.newest(self.path)
 
     def rewind(self, step: int | None) -> None:
-        """Cut metrics.jsonl, ledger.jsonl, train.log and rollouts/ back to `step` (None: to nothing), and TensorBoard's curves too."""
+        """Cut metrics, ledger, train.log, rollouts and TensorBoard's curves back to `step` (None: to nothing)."""
         if not self.writes:
             return
         last = -1 if step is None else step
-        for name, descriptor in self._appenders.items():
-            os.close(descriptor)  # the files are about to be replaced
-        self._appenders.clear()
-        for name in ("metrics.jsonl", "ledger.jsonl"):
-            rewrite_lines(
-                self.path / name,
-                lambda lines, file: [
-                    line for number, line in enumerate(lines, 1) if _step_of_line(line, file, number) <= last
-                ],
-            )
-        rewrite_lines(self.path / "train.log", lambda lines, _: _log_until(lines, last))
-        for rollouts in self.path.glob("rollouts/step-*.jsonl"):
-            step = rollouts.stem.removeprefix("step-")
-            if step.isdecimal() and int(step) > last:  # what has another name is not the run's
-                rollouts.unlink()
+        self._close_appenders()  # the files are about to be replaced
+        records.rewind(self.path, last)
         self._purge_step = last + 1
 
     # ---- start and end ---------------------------------------------------------------------------------------------
@@ -320,200 +277,43 @@ class RunFolder:
     def write_start(self, values: Mapping[str, Any]) -> None:
         """Write start.json of an RL run: start_step, role, sft_run, eflops_sft."""
         if self.writes:
-            write_beside(self.path / "start.json", json.dumps(plain(values), indent=1) + "\n")
+            documents.write_start(self.path, values)
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended: a second start says so (`say_finished`) and changes nothing."""
-        return (self.path / "summary.json").exists()
+        """True once the run has finished: a second start says so (`say_finished`) and changes nothing."""
+        return documents.is_finished(self.path)
 
     def finish(self, summary: Mapping[str, Any], next_command: str) -> None:
         """Write summary.json, print the closing summary with the next command, and close the folder."""
         if self.writes:
-            values = {"summary": plain(summary), "next_command": next_command}
-            write_beside(self.path / "summary.json", json.dumps(values, indent=1) + "\n")
-            _print_summary(f"{self.kind} run finished", self.path, values["summary"], next_command)
+            values = documents.write_summary(self.path, summary, next_command)
+            _print_summary(f"{self.kind} run finished", self.path, values)
         self.close()
 
     def say_finished(self) -> None:
-        """Print the closing summary of a run that had ended before this start."""
+        """Print the closing summary of a run that had finished before this start."""
         if self.writes:
-            values = _read_summary(self.path / "summary.json")
-            title = f"{self.kind} run had finished before; nothing was changed"
-            _print_summary(title, self.path, values["summary"], values["next_command"])
-
-
-# ---- reading run folders -----------------------------------------------------------------------------------------------
-
-
-def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:
-    """(config, kind, sha256 by data file) of a run folder. UserError where it is none."""
-    file = Path(folder) / "config.yaml"
-    old = _read_config_file(file)
-    kind, fingerprints = old.pop("kind"), old.pop("fingerprints")
-    try:
-        return Config.model_validate(old), kind, fingerprints
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise UserError(
-            f"{file}: {'.'.join(map(str, first['loc']))}: {first['msg']}; the config of a run is written whole"
-        ) from None
-
-
-def best_step(folder: Path, kind: Kind) -> int | None:
-    """Step of the checkpoint with the lowest validation loss (SFT) or the highest score (RL), the first of equals; None: not measured."""
-    steps = {checkpoints.checkpoint_step(path) for path in checkpoints.list_checkpoints(folder)}
-    losses = {step: value for step, value in read_values(folder, "val", "val_loss").items() if step in steps}
-    scores = {step: value for step, value in read_values(folder, "eval", "score").items() if step in steps}
-    if kind == "sft":
-        return min(losses, key=lambda step: (losses[step], step), default=None)
-    return max(scores, key=lambda step: (scores[step], -step), default=None)
-
-
-def read_values(folder: Path, kind: str, key: str) -> dict[int, float]:
-    """{step: value} of one metric of a run folder."""
-    file = Path(folder) / "metrics.jsonl"
-    lines = _read_lines(file) if file.exists() else []
-    found = {line["step"]: line[key] for line in lines if line.get("kind") == kind and line.get(key) is not None}
-    for value in [*found, *found.values()]:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise UserError(f"{file}: `step` and `{key}` must be numbers, found {value!r:.60}; mend or delete the line")
-    return found
-
-
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    lines = []
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{file}: cannot be read ({error.strerror}); put the file back, or set another run.dir"
-        ) from None
-    for number, line in enumerate(text.splitlines(), start=1):
-        try:
-            lines.append(json.loads(line))
-            lines[-1]["step"].__hash__()
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{file}, line {number}: expected a JSON object with `step`; "
-                f"mend or delete the line, or set another run.dir"
-            ) from None
-    return lines
-
-
-# ---- checks ------------------------------------------------------------------------------------------------------------
+            values = documents.read_summary(self.path)
+            _print_summary(f"{self.kind} run had finished before; nothing was changed", self.path, values)
 
 
 def _refuse_foreign_folder(path: Path) -> None:
-    """Raise unless `path` is free, or a run folder, or holds only what is made for a run before it starts."""
+    """Raise UserError unless `path` is free, is a run folder, or holds only what is made for a run before it starts."""
     if not path.exists():
         return
     if not path.is_dir():
         raise UserError(f"run.dir {path} is a file; set run.dir to a folder")
     names = {entry.name for entry in path.iterdir()}
-    if "config.yaml" not in names and names - _BEFORE_OPEN:
-        found = ", ".join(sorted(names - _BEFORE_OPEN)[:5])
+    foreign = sorted(names - _BEFORE_OPEN)
+    if CONFIG not in names and foreign:
         raise UserError(
-            f"run.dir {path} is no run folder and not empty (it holds {found}); set run.dir to a new folder"
+            f"run.dir {path} is not a run folder and not empty (it holds {', '.join(foreign[:5])}); set run.dir to a "
+            "new folder"
         )
 
 
-def _refuse_changed_data(file: Path, before: dict[str, str], now: dict[str, str]) -> None:
-    """Files are matched by path; a file of another path by its name, so that a folder that was moved goes on."""
-    by_name = {Path(name).name: digest for name, digest in before.items()}
-    for name, digest in now.items():
-        old = before.get(name, by_name.get(Path(name).name))
-        if old is None:
-            raise UserError(f"input file {name} is not among those this run began with ({file}); set another run.dir")
-        if old != digest:
-            raise UserError(
-                f"input file {name} has changed since this run began (sha256 {old[:12]}… in {file}, now {digest[:12]}…); "
-                f"put the old file back, or set another run.dir"
-            )
-
-
-def _read_config_file(file: Path) -> dict[str, Any]:
-    try:
-        tree = yaml_text.parse(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing: {file.parent} is no run folder") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(
-            f"{file} is not valid YAML ({str(error).splitlines()[0]}); "
-            f"this folder cannot be resumed: set another run.dir"
-        ) from None
-    if not isinstance(tree, dict) or "kind" not in tree:
-        raise UserError(f"{file} is not the config of a run (no `kind`); set another run.dir")
-    before = tree.get("fingerprints") or {}
-    if not isinstance(before, dict) or not all(isinstance(text, str) for text in [*before, *before.values()]):
-        raise UserError(
-            f"{file}: `fingerprints` must give the sha256 of each input file by its path; set another run.dir"
-        )
-    return {**tree, "fingerprints": before}
-
-
-def _read_summary(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-        json.dumps(values, ensure_ascii=False).encode()
-        values["summary"].items(), values["next_command"].strip()
-    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{file} is not the summary of a run as it was written; delete it, and the same command writes it anew"
-        ) from None
-    return values
-
-
-# ---- text -------------------------------------------------------------------------------------------------------------
-
-
-def _config_text(config: Config, kind: Kind, fingerprints: dict[str, str]) -> str:
-    return yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": fingerprints})
-
-
-def config_hash(config: Config) -> str:
-    """sha256 of the resolved config without the keys that may change on resume: the same for all checkpoints of a run."""
-    bound = {key: value for key, value in _flatten(config.model_dump(mode="json")).items() if not _is_free(key)}
-    return hashlib.sha256(json.dumps(bound, sort_keys=True).encode()).hexdigest()
-
-
-def _is_free(key: str) -> bool:
-    """Whether a dotted key, or a section above it, may differ between the starts of one run; numbers stand for any item of a list."""
-    parts = re.sub(r"\.\d+\b", "", key).split(".")
-    return any(".".join(parts[:length]) in FREE_ON_RESUME for length in range(1, len(parts) + 1))
-
-
-def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"sft.optimizer.lr": 1e-5, "data.train.0.path": ..., ...}; lists of plain values are values."""
-    if isinstance(tree, list) and tree and all(isinstance(item, dict) for item in tree):
-        tree = dict(enumerate(tree))
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {key: value for name, branch in tree.items() for key, value in _flatten(branch, f"{prefix}{name}.").items()}
-
-
-def _step_of_line(line: str, file: Path, number: int) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        raise UserError(
-            f"{file}, line {number}: expected a JSON object with `step`; "
-            f"mend or delete the line, or set another run.dir"
-        ) from None
-
-
-def _log_until(lines: list[str], last: int) -> list[str]:
-    """The log up to the first line of a later step; lines without a step belong to what stands before them."""
-    if last < 0:
-        return []
-    for index, line in enumerate(lines):
-        match = _LOG_STEP.match(line)
-        if match and int(match[1]) > last:
-            return lines[:index]
-    return lines
-
-
-def _print_summary(title: str, path: Path, summary: Mapping[str, Any], next_command: str) -> None:
+def _print_summary(title: str, path: Path, values: documents.Summary) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -522,10 +322,9 @@ def _print_summary(title: str, path: Path, summary: Mapping[str, Any], next_comm
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     table.add_row("run folder", Text(str(path)))
-    for key, value in summary.items():
+    for key, value in values["summary"].items():
         table.add_row(Text(key), Text(f"{value:.4g}" if isinstance(value, float) else str(value)))
     console.print(table)
     console.print("Next:", style="bold")
-    console.print(
-        f"  {next_command}", soft_wrap=True, markup=False
-    )  # never broken over lines: it is there to be copied
+    # Never broken over lines, so that it can be copied.
+    console.print(f"  {values['next_command']}", soft_wrap=True, markup=False)

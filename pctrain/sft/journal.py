@@ -1,4 +1,4 @@
-"""What an SFT run records, and what it concludes from it: metrics, ledger, loss spikes, monitor, when to stop."""
+"""The record of an SFT run and its conclusions: metrics, ledger, loss spikes, monitor, when to stop."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config
 from pctrain.core import Learner, Update
 from pctrain.core.peak import peak_flops
+from pctrain.core.session import due, record_ledger
 from pctrain.core.skipped import SkippedUpdates
 from pctrain.data.packing import PackedBatch
 from pctrain.data.trajectories import Trajectories
 from pctrain.distributed import parallel
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.run.folder import RunFolder
-from pctrain.run.resume import due, record_ledger
 from pctrain.sft.loss import source_means
 from pctrain.sft.spikes import Spikes
 from pctrain.sft.validation import validation_loss
@@ -36,7 +36,7 @@ class TrainedStep:
     waited: float
 
 
-class Journal:
+class SFTJournal:
     """The record of an SFT run. Every rank holds one and comes to the same conclusions; rank 0 writes.
 
     A checkpoint stores its `state`.
@@ -115,8 +115,8 @@ class Journal:
         flags += " | LOSS SPIKE" if is_spike else ""
         self.run.log(
             f"step {trained.step} loss {update.loss:.4f} grad_norm {update.grad_norm:.3f} lr {update.lr:.2e} "
-            f"tokens {trained.batch.tokens} {metrics['time/tokens_per_second']:.0f} tokens/s mfu {metrics['time/mfu']:.1%} "
-            f"padding {metrics['padding_share']:.1%}{flags}"
+            f"tokens {trained.batch.tokens} {metrics['time/tokens_per_second']:.0f} tokens/s "
+            f"mfu {metrics['time/mfu']:.1%} padding {metrics['padding_share']:.1%}{flags}"
         )
         if is_spike:
             self.run.log(f"step {trained.step} its samples: {', '.join(self._ids(trained.samples))}")

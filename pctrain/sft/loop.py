@@ -12,6 +12,7 @@ from pctrain.common.progress import progress
 from pctrain.config.check import schedule_problems
 from pctrain.config.tree import Config, ResolvedConfig, SFTConfig
 from pctrain.core import Learner
+from pctrain.core.session import begin, due, export, finished, leave, open_run, resume, save
 from pctrain.data.packing import PackedBatch
 from pctrain.data.prefetch import prefetch
 from pctrain.data.sampler import ShuffledSampler
@@ -19,10 +20,11 @@ from pctrain.data.trajectories import Trajectories
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.folder import HF_FOLDER, RunFolder, read_values
-from pctrain.run.resume import begin, due, export, finished, leave, open_run, resume, save
+from pctrain.run.folder import RunFolder
+from pctrain.run.names import HF_FOLDER
+from pctrain.run.records import read_values
 from pctrain.run.stragglers import RankTimes
-from pctrain.sft.journal import Journal, TrainedStep
+from pctrain.sft.journal import SFTJournal, TrainedStep
 from pctrain.sft.loss import cross_entropy_by_source
 from pctrain.sft.open_data import open_trajectories, prepare_sources
 
@@ -54,7 +56,7 @@ def train(config: ResolvedConfig, worker: RolloutWorker) -> None:
         )
         start, state = resume(run, learner)
         _say_data(run, data, held_out, test_problems)
-        journal = Journal(config, run, learner, worker, data, held_out, steps, state)
+        journal = SFTJournal(config, run, learner, worker, data, held_out, steps, state)
         if not state:
             journal.validate_and_evaluate_if_due(step=0)
 
@@ -115,7 +117,7 @@ def _say_data(run: RunFolder, data: Trajectories, held_out: Trajectories, test_p
 
 
 def _save_if_due(
-    run: RunFolder, learner: Learner, journal: Journal, ranks: RankTimes, step: int, stopped: bool
+    run: RunFolder, learner: Learner, journal: SFTJournal, ranks: RankTimes, step: int, stopped: bool
 ) -> None:
     """End a step. Collective. Raises ToBeContinued if the run was asked to stop, after a checkpoint."""
     sft = journal.config.sft

@@ -23,7 +23,7 @@ def cross_entropy_by_source(names: Sequence[str]) -> TokenLoss:
     """Return the cross entropy with the metrics `loss/<name>`: each source's part of it, 0 on the others' tokens.
 
     A metric is a mean over the tokens of all sources; `source_means` turns it into one over the source's own tokens.
-    The stream `source` tells which source a token belongs to.
+    The stream `source` has the number of each token's source.
     """
     if len(names) == 1:
         return cross_entropy

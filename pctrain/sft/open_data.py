@@ -26,7 +26,7 @@ class Prepared:
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digest of everything that a source's tokens depend on (contents, tokenizer, template, policies), by path."""
+        """The digests, by path, of what a source's tokens depend on: contents, tokenizer, template, policies."""
         return {str(source.path): folder.name for source, folder in zip(self.sources, self.folders, strict=True)}
 
 
@@ -78,7 +78,7 @@ def _build(job: TokenJob, folder: Path, purpose: str) -> None:
 def _open(folder: Path) -> TokenStore:
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: rank {parallel.rank()} does not see the tokens that rank 0 wrote. Set data.cache to a folder that all "
-            "nodes share"
+            f"{folder}: rank {parallel.rank()} does not see the tokens that rank 0 wrote. Set data.cache to a folder "
+            "that all nodes share"
         )
     return TokenStore(folder)

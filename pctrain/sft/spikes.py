@@ -22,7 +22,7 @@ class Spikes:
         self._losses = deque(window or [], maxlen=WINDOW)
 
     def add(self, loss: float) -> bool:
-        """Return whether `loss` is a spike. A spike does not join the window, so the next loss is compared without it."""
+        """Return whether `loss` is a spike. A spike does not join the window that later losses are compared with."""
         losses = np.array(self._losses)
         if not np.isfinite(loss):
             return True

@@ -33,8 +33,8 @@ class MeanLoss:
 class ValidationLoss:
     """The validation loss over all tokens (`whole`), over trajectories (`per_sample`) and by source.
 
-    `per_sample` is the mean over trajectories of each one's token mean. `sources` has a mean over its own tokens for each
-    source.
+    `per_sample` is the mean over trajectories of each one's token mean. `sources` has, for each source, the mean over
+    its own tokens.
     """
 
     whole: MeanLoss

@@ -13,6 +13,7 @@ from pathlib import Path
 from pctrain.common.errors import ToBeContinued, UserError
 from pctrain.common.progress import make_console
 from pctrain.config.tree import Config, DataConfig, ResolvedConfig
+from pctrain.core.session import asked_to_stop, begin
 from pctrain.data.records import Fault
 from pctrain.data.sources import iter_records, list_files
 from pctrain.distributed import parallel
@@ -23,7 +24,6 @@ from pctrain.report.reading import read_study
 from pctrain.rl import loop as rl
 from pctrain.rl.algorithms.registry import find
 from pctrain.rollout.worker import RolloutWorker
-from pctrain.run.resume import asked_to_stop, begin
 from pctrain.sft import loop as sft
 from pctrain.study.cost import print_plan
 from pctrain.study.jobs import Crew, lock_file

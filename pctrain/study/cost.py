@@ -7,7 +7,6 @@ step.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +32,7 @@ from pctrain.data.records import Record
 from pctrain.data.sources import iter_records
 from pctrain.hf.config import HFConfig
 from pctrain.report.looks import flops_text
+from pctrain.run.records import has_ledger, read_ledger
 from pctrain.study.stages import OnDisk, Stage, State, algorithm_of
 
 if TYPE_CHECKING:
@@ -225,8 +225,6 @@ def _steps_text(config: Config, stage: Stage) -> str:
 
 def spent_in(folder: Path | None) -> float:
     """Return the training FLOPs in the ledger of a run folder so far, 0 if there is none yet."""
-    if folder is None or not (folder / "ledger.jsonl").exists():
+    if folder is None or not has_ledger(folder):
         return 0.0
-    text = (folder / "ledger.jsonl").read_text(encoding="utf-8")
-    entries = [json.loads(line) for line in text.splitlines() if line.endswith("}")]  # the last may be half-written
-    return sum(entry["paper_flops"] for entry in entries if PHASES[entry["phase"]].axis is not None)
+    return sum(line["paper_flops"] for line, _ in read_ledger(folder) if PHASES[line["phase"]].axis is not None)

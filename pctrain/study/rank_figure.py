@@ -1,23 +1,23 @@
-"""The picture of `pctrain data rank`: the validation loss of each candidate, its band over seeds, its minimum."""
+"""The figure of `pctrain data rank`: the validation loss of each candidate, its band over seeds, its minimum."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
 from pctrain.report.looks import GRID, MARKERS, OTHER_COLOURS, PALETTE, STYLE
-
-if TYPE_CHECKING:
-    from pctrain.study.rank import Candidate
+from pctrain.study.ranking import Candidate
 
 
 def draw(ranked: Sequence[Candidate]) -> bytes:
-    """PNG; the same bytes for the same numbers. The line is the mean over seeds, the band goes from the lowest to the highest of them."""
+    """Return the figure as PNG, the same bytes for the same numbers.
+
+    Each line is the mean over seeds; its band spans the seeds.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 4.6), layout="constrained")
         axes = figure.add_subplot(
@@ -25,7 +25,8 @@ def draw(ranked: Sequence[Candidate]) -> bytes:
         )
         axes.grid(axis="y", color=GRID, lw=0.8)
         for number, candidate in enumerate(ranked):
-            colour, marker = PALETTE[OTHER_COLOURS[number % len(OTHER_COLOURS)]][0], MARKERS[number % len(MARKERS)]
+            colour, _ = PALETTE[OTHER_COLOURS[number % len(OTHER_COLOURS)]]
+            marker = MARKERS[number % len(MARKERS)]
             steps = sorted(set.intersection(*(set(probe.losses) for probe in candidate.probes)))
             losses = np.array([[probe.losses[step] for step in steps] for probe in candidate.probes])
             axes.fill_between(steps, losses.min(0), losses.max(0), color=colour, alpha=0.2, lw=0)
@@ -48,8 +49,12 @@ def draw(ranked: Sequence[Candidate]) -> bytes:
 
 
 def _bounds(curves: Sequence[dict[int, float]]) -> tuple[float, float]:
-    """Of the losses to show. Those of the first quarter of the steps, high above the rest, would press the differences together."""
-    seen = [loss for losses in curves for step, loss in losses.items() if step >= max(losses) / 4]
-    lowest, highest = min(min(losses.values()) for losses in curves), max(seen)
+    """Return the limits of the y axis.
+
+    Losses of the first quarter of the steps count for the lower limit only: they are high above the rest, and the
+    differences would be invisible.
+    """
+    lowest = min(min(losses.values()) for losses in curves)
+    highest = max(loss for losses in curves for step, loss in losses.items() if step >= max(losses) / 4)
     margin = 0.06 * (highest - lowest) or 0.01
     return lowest - margin, highest + margin

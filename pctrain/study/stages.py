@@ -20,7 +20,8 @@ from pctrain.config.algorithm import AlgorithmOptions, built_in, with_shared
 from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.run import layout
 from pctrain.run.checkpoints import checkpoint_step, list_checkpoints
-from pctrain.run.folder import read_values
+from pctrain.run.documents import is_finished
+from pctrain.run.records import read_values
 
 REPORT = "report"
 BASE = "base"  # the start of RL without SFT
@@ -191,7 +192,7 @@ class OnDisk:
         folder = self.folder(stage)
         if folder is None:
             return "left out"
-        return "done" if _is_finished(folder) else "to do"
+        return "done" if is_finished(folder) else "to do"
 
     def folder(self, stage: Stage) -> Path | None:
         """Return the run folder; None until the start step of RL is known, and if the stage is left out."""
@@ -199,13 +200,9 @@ class OnDisk:
         return None if step is None else stage.folder(self.root, step)
 
     def _is_known(self, stage: Stage) -> bool:
-        if stage.name not in self._steps and (not stage.needs or _is_finished(stage.sft_folder(self.root))):
+        if stage.name not in self._steps and (not stage.needs or is_finished(stage.sft_folder(self.root))):
             self._steps[stage.name] = start_step(self.config, stage, self.root)
         return stage.name in self._steps
-
-
-def _is_finished(folder: Path) -> bool:
-    return (folder / "summary.json").exists()
 
 
 def chosen(stages: Sequence[Stage], patterns: Sequence[str]) -> list[Stage]:

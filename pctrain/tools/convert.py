@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from pctrain.data.rows import make_row
 from pctrain.distributed import parallel
 from pctrain.hf import weight_files
 from pctrain.run import checkpoints
+from pctrain.run.checkpoint_state import STATE, state_text
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step
 
 # fp32 on both sides, another order of sums: 1e-6 on small models, below 1e-4 on large ones. A wrong layout is off by 0.1 and more.
@@ -112,7 +112,7 @@ def _refuse_incomplete(source: Path) -> None:
 
 def _commit(temporary: Path, out: Path, learner: Learner, source: Path) -> None:
     """A start has cost no compute of ours yet: its ledger is empty."""
-    (temporary / "state.json").write_text(json.dumps({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
+    (temporary / STATE).write_text(state_text({"ledger": Ledger(learner.hf.shape).state_dict()}) + "\n")
     checkpoints.commit(temporary, out, {"kind": "weights", "source": str(source)})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from itertools import groupby
 from pathlib import Path
 from types import NoneType
@@ -16,6 +14,7 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
+from pctrain.run.records import read_rollouts, rollout_files
 
 _NUMBER = (int, float)
 # What a line must have to be shown; `advantage` and `prefix` may be missing.
@@ -59,11 +58,7 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
 
 
 def _file_of(run: Path, step: int | None) -> Path:
-    steps = {
-        int(match[1]): path
-        for path in run.glob("rollouts/step-*.jsonl")
-        if (match := re.fullmatch(r"step-(\d+)\.jsonl", path.name))
-    }
+    steps = rollout_files(run)
     if not steps:
         raise UserError(f"{run} holds no rollouts (rollouts/step-N.jsonl); name the folder of an RL run")
     chosen = max(steps) if step is None else step
@@ -78,20 +73,13 @@ def _file_of(run: Path, step: int | None) -> Path:
 
 def _read(file: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(file.read_bytes().split(b"\n"), start=1):
-        if line:
-            try:
-                rows.append(json.loads(line))
-                json.dumps(rows[-1], ensure_ascii=False).encode()  # halves of surrogate pairs: no terminal takes them
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}:{number}: not valid JSON: {error}") from None
-            if not isinstance(rows[-1], dict) or not all(
-                isinstance(rows[-1].get(key), kind) for key, kind in _KINDS.items()
-            ):
-                raise UserError(
-                    f"{file}:{number}: no rollout that can be shown; expected {', '.join(_KINDS)}. It was written by an older "
-                    "version, or changed"
-                )
+    for row, where in read_rollouts(file):
+        if not all(isinstance(row.get(key), kind) for key, kind in _KINDS.items()):
+            raise UserError(
+                f"{where}: no rollout that can be shown; expected {', '.join(_KINDS)}. It was written by an older "
+                "version, or changed"
+            )
+        rows.append(row)
     if not rows:
         raise UserError(f"{file} is empty: the step has no rollouts")
     return rows

@@ -1,4 +1,4 @@
-"""Makes a Python process behave as on an x86 CPU with AVX2 and without AVX-512: put this folder first in PYTHONPATH.
+"""Make a Python process behave as on an x86 CPU with AVX2 and without AVX-512: put this folder first in PYTHONPATH.
 
 `launch/test.sh --avx2` runs the tests this way on a larger CPU. The environment variables limit torch, oneDNN and MKL, and
 processes that are started inherit them. vLLM chooses its library (`_C_AVX2`, which has no shared-memory communicator) by two

@@ -1,4 +1,4 @@
-"""Ceilings on the published curves, on simulated truth, and on the curves that break fits: short, flat, collapsed, with outliers."""
+"""Ceilings of published curves, of simulated truth, and of difficult curves: short, flat, collapsed, with outliers."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_published_ceilings_from_the_first_71_percent():
         fit = fit_ceiling(c.eflops[:n], c.scores[:n], c.p_sft)
         errors[c.name] = abs(fit.a_post - PUBLISHED[c.dataset, c.start_step])
         if fit.verdict == "identified":
-            # Published ceilings come from per-curve choices and a P_sft good to 0.9 points: agreement is a sanity check, no more.
+            # Published ceilings come from choices per curve and a P_sft with an error of 0.9 points: a sanity check.
             assert errors[c.name] < 1.5, c.name
     assert len(errors) == 16
     assert np.median(list(errors.values())) <= 0.7
@@ -58,7 +58,7 @@ def test_the_interval_holds_simulated_ceilings():
         fit = fit_ceiling(x, y, p + rng.normal() * 0.5)
         covered += fit.a_post_low <= p + gain <= fit.a_post_high
         close += abs(fit.a_post - p - gain) < 2
-    assert covered >= 32  # nominal 90 % of 40 is 36, sd 1.9: two sd below
+    assert covered >= 32  # nominal 90% of 40 is 36, sd 1.9: two sd below
     assert close >= 32
 
 
@@ -111,22 +111,22 @@ def test_isolated_outliers_are_left_out_and_move_nothing():
 
 def test_noise_alone_is_no_collapse_and_no_outlier():
     rng = np.random.default_rng(5)
-    false = 0
+    false_alarms = 0
     for _ in range(300):
         x = np.arange(1, 41) * 1.0
         y = curve(x, 60, 8, 8.0, sd=1.5, rng=rng)
-        false += collapse.onset(y, 60, collapse.noise_sd(y, 0.25)) is not None
-    assert false <= 9  # 3 %
+        false_alarms += collapse.onset(y, 60, collapse.noise_sd(y, 0.25)) is not None
+    assert false_alarms <= 9  # 3%
 
 
 def test_noise_that_remembers_is_no_collapse():
     """AR(1) noise hides from its nearest neighbours: by them alone one curve in ten would be called collapsed."""
     rng, x = np.random.default_rng(5), np.arange(1, 81) * 1.0
-    false = sum(
+    false_alarms = sum(
         collapse.used_points(curve(x, 60, 8, 8.0, sd=0.8, rho=0.6, rng=rng), 60, None)[1] is not None
         for _ in range(200)
     )
-    assert false <= 8  # 4 %
+    assert false_alarms <= 8  # 4%
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -172,14 +172,14 @@ def test_the_unit_of_compute_does_not_matter():
     )
 
 
-def test_the_shift_under_wide_priors_tells_the_prior_from_the_data():
+def test_the_shift_under_wide_priors_separates_the_prior_from_the_data():
     x = np.arange(1, 41) * 3.0
     seen, begun = (fit_ceiling(x, curve(x, 60, 10, c), 60) for c in (8.0, 240.0))
     assert abs(seen.prior_shift) < 0.2 and begun.prior_shift > 2
     assert seen.as_row("S1K", 62)["prior_shift"] == seen.prior_shift
 
 
-def test_no_draw_lies_above_the_highest_score_there_can_be():
+def test_no_draw_is_above_the_highest_possible_score():
     x = np.arange(1, 31) * 2.0
     y = np.minimum(curve(x, 60, 12, 20.0), 71.5)
     fit = fit_ceiling(x, y, 60, max_score=71.5)
@@ -187,7 +187,7 @@ def test_no_draw_lies_above_the_highest_score_there_can_be():
     assert fit_ceiling(x, y, 60).a_post_high > 71.5
 
 
-def test_a_fine_grid_where_the_posterior_lies_agrees_with_a_finer_one_over_all(monkeypatch):
+def test_a_fine_grid_around_the_posterior_agrees_with_a_finer_one_over_all(monkeypatch):
     x = np.arange(1, 31) * 2.0
     y = curve(x, 60, 10, 10.0)
     fit = fit_ceiling(x, y, 60)

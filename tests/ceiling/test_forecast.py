@@ -65,7 +65,7 @@ def test_more_takes_more_and_its_interval_is_that_of_the_curve(fit, one, other):
 def test_a_budget_buys_the_curve_and_a_measurement_is_less_sure(fit):
     budgets = [0.0, 10.0, 100.0, 1e6]
     found = at_budgets(fit, budgets)
-    median, low, high = fit.curve(budgets)
+    median, low, _ = fit.curve(budgets)
     assert [entry.score for entry in found] == median.tolist() and [entry.low for entry in found] == low.tolist()
     for entry in found:
         assert entry.measured_low < entry.low <= entry.score <= entry.high < entry.measured_high

@@ -1,4 +1,6 @@
-"""The SFT monitor on simulated noisy curves whose truth is known: it hardly ever stops too early, stops in time, and does not flip."""
+"""The SFT monitor on simulated noisy curves of known truth: it rarely stops too early, stops in time, does not flip."""
+
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def truth(kind: str, t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def noise(n: int, rng: np.random.Generator) -> np.ndarray:
-    """Relative: sd 0.1 to 0.8 %, AR(1) 0 to 0.6, in a part of the curves with heavy tails."""
+    """Relative noise: sd 0.1 to 0.8%, AR(1) 0 to 0.6, with heavy tails in some of the curves."""
     rho = rng.choice([0, 0.3, 0.6])
     shocks = rng.standard_t(4, n) / np.sqrt(2) if rng.random() < 0.3 else rng.standard_normal(n)
     values = np.zeros(n)
@@ -34,7 +36,7 @@ def noise(n: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def simulate(kind: str, seed: int):
-    """(index from which the true loss is above the stable band behind its minimum, or None; noisy losses; their standard error)."""
+    """Return the index where the true loss leaves the stable band after its minimum, noisy losses, relative se."""
     rng = np.random.default_rng(seed)
     n = int(rng.integers(15, 60))
     loss = truth(kind, np.linspace(0, 1, n), rng)
@@ -48,7 +50,7 @@ def watch(losses, share: float) -> list:
 
 
 def naive_stop(losses) -> int | None:
-    """Two validations in a row above the band of the minimum so far, without a thought of noise."""
+    """Two validations in a row above the band of the minimum so far, ignoring noise."""
     above = [loss > (1 + DELTA) * min(losses[: i + 1]) for i, loss in enumerate(losses)]
     low = int(np.argmin(losses[:5])) if len(losses) > 4 else 0
     return next(
@@ -82,7 +84,7 @@ def test_false_stops_are_below_two_percent(watched):
         for kind, curves in watched.items()
     }
     assert np.mean(list(rates.values())) < 0.01 and max(rates.values()) < 0.02, rates
-    # The curves are noisy enough to deceive who looks at them without a model.
+    # The curves are noisy enough to mislead a rule without a model.
     naive = [false_stop(left, naive_stop(losses)) for curves in watched.values() for left, _, losses in curves]
     assert np.mean(naive) > 0.05
 
@@ -103,14 +105,12 @@ def test_right_stops_come_in_time(watched):
 
 def test_the_word_does_not_flip(watched):
     for kind, most in (("falling", 0), ("plateau", 0), ("shallow", 0), ("overfit", 2)):
-        changes = [
-            sum(a.regime != b.regime for a, b in zip(readings, readings[1:])) for _, readings, _ in watched[kind]
-        ]
+        changes = [sum(a.regime != b.regime for a, b in pairwise(readings)) for _, readings, _ in watched[kind]]
         assert np.quantile(changes, 0.98) <= most, kind
 
 
-def test_confidence_is_told_before_the_band_is_left(watched):
-    """Keep comes before stop, and on a curve that falls hardly ever."""
+def test_confidence_comes_before_the_band_is_left(watched):
+    """`keep` comes before `stop`, and hardly ever on a curve that falls."""
     for _, readings, _ in watched["overfit"]:
         advice = [reading.advice for reading in readings]
         if "stop" in advice and "keep" in advice:
@@ -122,18 +122,18 @@ def test_confidence_is_told_before_the_band_is_left(watched):
 
 
 def test_confidence_is_calibrated():
-    """Over all validations of curves that fall and that overfit, AR noise and heavy tails among them: what it is sure of is so."""
-    said, so = [], []
+    """Stated probabilities match frequencies over falling and overfitting curves, with AR noise and heavy tails."""
+    stated, happened = [], []
     for place, kind in enumerate(("falling", "overfit", "shallow")):
         for i in range(EACH):
             rng = np.random.default_rng(10_000 + EACH * place + i)
             loss = truth(kind, np.linspace(0, 1, int(rng.integers(15, 60))), rng)
             readings = watch(loss * np.exp(noise(len(loss), rng)), rng.uniform(0.01, 0.04))
-            said += [reading.passed for reading in readings[8:]]
-            so += [loss[k] > loss[:k].min() for k in range(8, len(loss))]
-    said, so = np.array(said), np.array(so)
-    assert so[said >= 0.99].mean() > 0.98 and so[(said >= 0.95) & (said < 0.99)].mean() > 0.85
-    assert 0.4 < so[(said >= 0.5) & (said < 0.8)].mean() < 0.7 and so[said < 0.05].mean() < 0.1
+            stated += [reading.passed for reading in readings[8:]]
+            happened += [loss[k] > loss[:k].min() for k in range(8, len(loss))]
+    stated, happened = np.array(stated), np.array(happened)
+    assert happened[stated >= 0.99].mean() > 0.98 and happened[(stated >= 0.95) & (stated < 0.99)].mean() > 0.85
+    assert 0.4 < happened[(stated >= 0.5) & (stated < 0.8)].mean() < 0.7 and happened[stated < 0.05].mean() < 0.1
 
 
 def test_rl_starts_from_the_best_checkpoint():
@@ -141,7 +141,8 @@ def test_rl_starts_from_the_best_checkpoint():
     losses = [2.0, 1.0, 0.6, 0.5, 0.52, 0.51, 0.56, 0.6]
     saved = [False, True, False, False, True, True, False, True]
     starts = [
-        monitor.add(10 * i, i, loss, 0.01, checkpoint).start for i, (loss, checkpoint) in enumerate(zip(losses, saved))
+        monitor.add(10 * i, i, loss, 0.01, checkpoint).start
+        for i, (loss, checkpoint) in enumerate(zip(losses, saved, strict=True))
     ]
     assert starts == [None, 10, 10, 10, 40, 50, 50, 50]
 
@@ -195,13 +196,13 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_papers_regime_is_among_those_that_its_digits_allow(name):
-    """Each loss was read to two digits: the true one lies within 0.005. All ends of these intervals, and their middles."""
+    """Each loss was read to two digits, so the truth is within 0.005. Try all ends of these intervals and middles."""
     x, losses, shaded = PUBLISHED[name]
     ends = np.stack(np.meshgrid(*[[-0.0049, 0.0, 0.0049]] * len(x)), -1).reshape(-1, len(x))
-    found = [regimes.classify(x, np.array(losses) + shift) for shift in ends]
-    allowed = [set(column) for column in zip(*found)]
-    assert all(regime in point for regime, point in zip(shaded, allowed)), allowed
-    assert shaded in found  # all of them at once
+    classified = [regimes.classify(x, np.array(losses) + shift) for shift in ends]
+    allowed = [set(column) for column in zip(*classified, strict=True)]
+    assert all(regime in point for regime, point in zip(shaded, allowed, strict=True)), allowed
+    assert shaded in classified  # all of them at once
     differs = [i for i, regime in enumerate(regimes.classify(x, losses)) if regime != shaded[i]]
     assert differs == ([1] if name == "Easy102K" else [])
 

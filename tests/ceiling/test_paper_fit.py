@@ -32,7 +32,7 @@ def naive_least_squares(x, y, level):
 
 
 def naive_pipeline(x, y, level, tau, alpha):
-    """Appendix F, as it is written: modified z-score until no point is dropped, then C-steps until the kept set stays."""
+    """Appendix F as written: modified z-score until no point is dropped, then C-steps until the kept set stays."""
     kept = list(range(len(x)))
     while True:
         a, b, c = naive_least_squares(x[kept], y[kept], level)
@@ -106,7 +106,7 @@ def test_a_collapsed_curve_has_the_best_score_before_it_and_no_sigmoid():
     np.testing.assert_array_equal(fit.curve([1.0, 100.0]), [fit.a_post] * 2)
 
 
-def test_the_ceiling_ends_at_the_highest_score_there_can_be():
+def test_the_ceiling_ends_at_the_highest_possible_score():
     x = np.arange(1, 31) * 1.0
     y = 20 + 1.4 * x  # has not bent
     assert paper_fit(x, y, 20.0).a_post <= 100 and paper_fit(x, y, 20.0, max_score=80.0).a_post == pytest.approx(

@@ -22,7 +22,7 @@ def test_s1k_agrees_with_the_papers_shading():
 
 
 def test_easy102k_agrees_but_for_one_point_that_two_digits_cannot_decide():
-    # 0.45 / 0.44 = 1.023 is just outside the 2 % band.
+    # 0.45 / 0.44 = 1.023 is just outside the 2% band.
     assert regimes.classify(EASY_X, EASY) == ["adaptive", "adaptive", "stable", "mild", "mild", "mild", "severe"]
     # Losses that print as the same two digits (each within 0.005) give the shading at every point.
     within = [0.71, 0.449, 0.441, 0.46, 0.47, 0.47, 0.87]

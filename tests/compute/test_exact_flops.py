@@ -1,4 +1,4 @@
-"""The exact counts against what torch counts in real transformers models, dense and with experts, forward and backward."""
+"""The exact counts equal those of torch in real transformers models, dense and with experts, forward and backward."""
 
 import pytest
 import torch
@@ -38,9 +38,9 @@ LENGTHS = [5, 17, 12]
 
 
 def counted(config, backward: bool, again: bool = False) -> float:
-    """FLOPs of the matrix products of one pass over sequences of LENGTHS, less the table of the rotary angles, which is not the model's.
+    """Return the FLOPs of the matrix products of one pass over sequences of LENGTHS, without the rotary angles.
 
-    `again`: every layer is made again in the backward pass, whole (torch would stop before what nothing needs, megatron-core does not).
+    `again`: every layer is recomputed in the backward pass. (torch would stop early, megatron-core does not.)
     """
     config._attn_implementation = "eager"  # whole score matrices: what torch can count
     config._experts_implementation = "eager"
@@ -62,19 +62,19 @@ def counted(config, backward: bool, again: bool = False) -> float:
 
 
 def masked(shape: ModelShape) -> float:
-    """What eager attention computes above the diagonal: S (S - 1) / 2 keys of scores and of values."""
+    """Return the FLOPs of eager attention above the diagonal: S (S - 1) / 2 keys of scores and of values."""
     return sum(2 * 2 * shape.layers * shape.query_width * length * (length - 1) / 2 for length in LENGTHS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_exact_counts_are_torchs(name):
+def test_exact_counts_equal_those_of_torch(name):
     config = CONFIGS[name]()
     shape = model_shape(config.to_dict())
     assert flops.exact_forward(shape, LENGTHS) + masked(shape) == counted(config, backward=False)
     assert flops.exact_training(shape, LENGTHS) + 3 * masked(shape) == counted(config, backward=True)
 
 
-def test_making_all_layers_again_costs_what_torch_counts():
+def test_recomputing_all_layers_costs_what_torch_counts():
     config = CONFIGS["Qwen3"]()
     shape = model_shape(config.to_dict())
     assert flops.exact_training(shape, LENGTHS, "full") + 4 * masked(shape) == counted(

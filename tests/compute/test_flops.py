@@ -1,4 +1,4 @@
-"""The paper's formulas against the paper's own figures, and the exact counts against sums done by hand."""
+"""The formulas of arXiv 2512.11470 give its published figures, and the exact counts equal sums done by hand."""
 
 import pytest
 
@@ -30,7 +30,7 @@ QWEN_CONFIG = {
 )
 def test_sft_compute_equals_the_published_figures(steps, batch, mean_length, published):
     eflops = flops.paper_sft(QWEN2_5_7B, steps=steps, batch=batch, mean_length=mean_length) / EFLOP
-    # Published with one decimal, from mean lengths rounded to a token: 14080 steps carry that rounding 39 times further.
+    # Published with one decimal, from mean lengths rounded to a token: 14080 steps multiply that rounding by 39.
     assert eflops == pytest.approx(published, abs=0.05, rel=2e-4)
 
 
@@ -50,9 +50,7 @@ def test_rl_steps_are_forward_units_of_the_same_formula():
 def test_shape_from_hf_config():
     assert model_shape(QWEN_CONFIG) == QWEN2_5_7B
     assert QWEN2_5_7B.parameters == pytest.approx(7.615e9, rel=1e-3)  # 7.62B; norms and biases are left out
-    plain = model_shape(
-        {k: v for k, v in QWEN_CONFIG.items() if k != "num_key_value_heads"} | {"head_dim": None}
-    )
+    plain = model_shape({k: v for k, v in QWEN_CONFIG.items() if k != "num_key_value_heads"} | {"head_dim": None})
     assert plain.kv_heads == 28 and plain.head_dim == 128  # attention without groups; head_dim by default
     wide = model_shape(QWEN_CONFIG | {"head_dim": 256, "tie_word_embeddings": True})
     assert wide.query_width == 28 * 256 and wide.kv_width == 4 * 256
@@ -98,12 +96,10 @@ def test_a_step_of_every_algorithm_by_the_papers_formulas():
 MOE = {**QWEN_CONFIG, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
 
 
-def test_of_a_mixture_of_experts_what_a_token_passes_is_counted():
+def test_a_mixture_of_experts_counts_the_experts_that_a_token_passes():
     shape = model_shape(MOE)
     assert (shape.ffn, shape.experts) == (8 * 768, 128)
-    assert shape == model_shape(
-        {k: v for k, v in MOE.items() if k != "num_experts"} | {"num_local_experts": 128}
-    )
+    assert shape == model_shape({k: v for k, v in MOE.items() if k != "num_experts"} | {"num_local_experts": 128})
     assert shape.layer_weights == 3 * 3584 * 8 * 768 + 2 * 3584 * 3584 + 2 * 3584 * 512 + 3584 * 128
     for key, value in (("mlp_only_layers", [0]), ("decoder_sparse_step", 2), ("shared_expert_intermediate_size", 512)):
         with pytest.raises(UserError, match=key):

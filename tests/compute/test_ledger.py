@@ -25,7 +25,7 @@ def test_sft_updates_are_the_papers_sft_compute():
     assert ledger.totals()["sft_update"]["tokens"] == 362 * 512 * 3771
 
 
-def test_a_dapo_step_is_the_papers_dapo_step_and_starts_from_the_joint():
+def test_a_dapo_step_is_the_papers_dapo_step_and_starts_from_the_switch_point():
     ledger = Ledger(QWEN2_5_7B, eflops_sft=34.9)
     group, length = 8, 2000
     ledger.add(1, "rollout", [length] * 64 * group, 3.0)
@@ -68,7 +68,7 @@ def test_entries_have_the_fields_of_a_ledger_line():
     assert ledger.add(8, "rollout_rejected", [], 0.0)["paper_flops"] == 0  # nothing was rejected
 
 
-def test_what_is_made_again_in_the_backward_pass_is_counted_exactly_alone():
+def test_recomputation_is_only_in_the_exact_count():
     lengths = [10, 30]
     plain, full = (
         Ledger(SHAPE, recompute=recompute).add(1, "rl_update", lengths, 1.0) for recompute in ("none", "full")

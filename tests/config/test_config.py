@@ -470,10 +470,10 @@ LAUGHS = (
         ("0x" + "f" * 5000, "at most 64 bits"),
         ('"\\U00110000"', "not valid YAML"),
         ('"a\\0b"', "a zero byte"),
-        ('"\\ud800"', "no UTF-8"),
+        ('"\\ud800"', "not UTF-8"),
         ("!!binary aGk=", "kind bytes; leave out its tag"),
         ("{? !!timestamp 2001-01-01 : a}", "leave out its tag"),
-        ("&a [*a]", "an alias names what it stands in"),
+        ("&a [*a]", "an alias names what contains it"),
         ("[" * 60 + "]" * 60, "nested deeper than 50"),
         ("[" * 3000 + "]" * 3000, "nested deeper than 50"),
         (LAUGHS, "more than 100000 values"),
@@ -497,7 +497,7 @@ def test_hostile_keys_and_bases(write, tmp_path):
         ("? [a]\n: b\n", "expected the name of a key, found a list"),
         ('base: "a\\0b"\n', "base: expected a config file"),
         ("run: {dir: a\x00b}\n", "not valid YAML"),
-        ("base: &a [*a]\n", "an alias names what it stands in"),
+        ("base: &a [*a]\n", "an alias names what contains it"),
     ):
         with pytest.raises(UserError, match=words):
             load(write(text), [])

@@ -179,7 +179,7 @@ def test_torch_takes_the_call(fresh_options):
 
 def _begin(folder):
     from pctrain.config.tree import Config, RunConfig
-    from pctrain.run.resume import begin
+    from pctrain.core.session import begin
 
     with begin(Config(run=RunConfig(dir=folder), model=ModelConfig(spec="te"))):
         pass

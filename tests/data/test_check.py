@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from pctrain.cli import main as cli
 from pctrain.config.tree import ArchitectureConfig
-from pctrain.data import check_report
 from pctrain.data import scratch_model as hf_dir
-from pctrain.data.check import open_boxes
+from pctrain.data.check import count_unclosed_boxes
+from pctrain.data.lengths import bin_edges
 from pctrain.data.writing import write_records
 
 CHAT = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "\\boxed{2}"}]
@@ -224,7 +224,7 @@ def test_bad_arguments_end_with_2_and_write_nothing(run, tmp_path, arguments, me
 @given(st.lists(st.integers(1, 10**6), min_size=1, max_size=50), st.integers(1, 50))
 def test_every_length_falls_into_one_bin(values, bins):
     values = np.array(values)
-    edges = check_report._edges(values, bins)
+    edges = bin_edges(values, bins)
     counts, _ = np.histogram(values, edges)
     assert counts.sum() == len(values) and (np.diff(edges) > 0).all() and len(edges) <= 2 * bins + 2
 
@@ -246,4 +246,4 @@ def test_every_length_falls_into_one_bin(values, bins):
     ],
 )
 def test_boxes(text, expected):
-    assert open_boxes(text) == expected
+    assert count_unclosed_boxes(text) == expected

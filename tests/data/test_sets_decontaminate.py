@@ -118,7 +118,7 @@ def test_a_benchmark_that_cannot_be_read_is_an_error(tmp_path, benchmark, messag
 def test_all_records_contaminated_is_an_error_that_leaves_nothing(tmp_path):
     data = cli.write(tmp_path / "t.jsonl", FILLER)
     errors = cli.refused("decontaminate", data, f"--against={data}", f"--out={tmp_path / 'out.jsonl'}")
-    assert "nothing is left" in errors and "20 contaminated" in errors
+    assert "no record is left" in errors and "20 contaminated" in errors
     assert [entry.name for entry in tmp_path.iterdir()] == ["t.jsonl"]
 
 

@@ -105,15 +105,15 @@ def test_lengths_are_tokens_where_there_is_a_tokenizer(tmp_path):
     "options, message",
     [
         (["--take=hard", "--size=81"], "only 80 of 210 records qualify (120 not hard, 10 no win rate)"),
-        (["--take=uniform"], "needs --size=N"),
-        (["--prefer=longest"], "give --size=N"),
-        (["--min_length=5", "--max_length=4"], "nothing would qualify"),
-        ([], "nothing to select by"),
+        (["--take=uniform"], "draws evenly over the win rates. Set --size=N"),
+        (["--prefer=longest"], "Set --size=N"),
+        (["--min_length=5", "--max_length=4"], "no record would qualify"),
+        ([], "no criterion. Set --take"),
         (["--take=medium"], "--take: expected 'easy', 'uniform' or 'hard', got 'medium'"),
         (["--size=0"], "--size: expected greater than or equal to 1"),
-        (["--take=easy", "--by=rate"], "no column 'rate'; `pctrain data winrate` writes it"),
+        (["--take=easy", "--by=rate"], "no column 'rate'. Run `pctrain data winrate` to write it"),
         (["--take=easy", "--by=id"], "expected a share from 0 to 1, or null, got '0'"),
-        (["--min_length=9999"], "nothing is left"),
+        (["--min_length=9999"], "no record is left"),
     ],
 )
 def test_what_cannot_work_is_refused(rated, options, message):

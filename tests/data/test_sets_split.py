@@ -55,7 +55,7 @@ def test_the_manifest_says_what_went_in_and_came_out(tmp_path):
     with open(path, "a") as stream:
         stream.write("not json\n")
     printed = cli.run("split", path, f"--out={tmp_path / 'out'}", "--validation=0.1")
-    assert "0 (both sets read again)" in printed
+    assert "0 (both sets were read again)" in printed
     out = tmp_path / "out"
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["overlap"] == 0 and manifest["command"] == "data split"
@@ -101,12 +101,12 @@ def test_near_questions_stay_together_where_asked(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--validation=5"], "5 records to hold out, but there are 5"),
+        (["--validation=5"], "5 records to hold out, but there are only 5"),
         (["--validation=1.5"], "expected a whole number of records, or a share below 1"),
         (["--validation=x"], "--validation: expected a valid number, got 'x'"),
         (["--valdation=1"], "unknown option --valdation; did you mean --validation?"),
         (["--val-idation=1"], "did you mean --validation?"),
-        (["--data.fields.prompt=question", "--validation=1"], "no record can be used; the first one"),
+        (["--data.fields.prompt=question", "--validation=1"], "no record can be used; the first is"),
         (["--data.fields.promt=question"], "did you mean data.fields.prompt"),
         (["--validation"], "--validation needs a value"),
         (["--validation=1", "--validation=2"], "given more than once"),

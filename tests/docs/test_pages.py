@@ -59,7 +59,7 @@ def test_every_page_can_be_reached_from_the_readme():
 
 def test_the_readme_has_what_a_newcomer_looks_for():
     headings = re.findall(r"^## (.+)$", README, re.M)
-    assert headings[:2] == ["Two commands", "What there is"] and "Measured, and not yet run" in headings
+    assert headings[:2] == ["Two commands", "What you get"] and "Measured, and not yet run" in headings
     first = README.split("```bash\n")[1].split("```")[0].splitlines()
     assert len(first) == 2 and all(line.startswith("bash launch/") for line in first)
     assert re.search(r"!\[[^\]]+\]\(docs/images/[\w.]+\.png\)", README)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pctrain.distributed.health.watchdog import GRACE_SECONDS
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
 from tests.helpers import tiny
 from tests.helpers.forked import Forked
 from tests.helpers.tiny import rl_options

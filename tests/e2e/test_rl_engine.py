@@ -136,9 +136,9 @@ ALGORITHMS = {
 def _train_with_each(commands):
     """Two steps of every algorithm, with one engine for all of them."""
     from pctrain.config.load import load
+    from pctrain.core.session import begin
     from pctrain.rl import loop
     from pctrain.rollout.worker import RolloutWorker
-    from pctrain.run.resume import begin
 
     with begin(load(None, list(map(str, commands[0])))) as first, RolloutWorker(first) as worker:
         for command in commands:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
 from tests.helpers.forked import Forked
 from tests.helpers.tiny import rl_options
 

@@ -1,5 +1,7 @@
-r"""A model of two answers: it ends every prompt `i+j=` by `\boxed{1}` or `\boxed{2}`, about as often, so scores between 0 and 1 come of
-themselves."""
+r"""A model with two answers: it ends every prompt `i+j=` by `\boxed{1}` or `\boxed{2}`, equally often.
+
+Its scores are therefore between 0 and 1.
+"""
 
 import pytest
 

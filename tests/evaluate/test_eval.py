@@ -1,4 +1,4 @@
-r"""`pctrain eval` with a real engine: samples, verdicts, scores, the same files whether or not the process was stopped half-way."""
+r"""`pctrain eval` with a real engine: samples, verdicts, scores, and the same files if it is stopped half-way."""
 
 import csv
 import json
@@ -33,7 +33,10 @@ def judge(response, answer, prompt):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with three benchmarks and a config that names them. `percent`: the lenient verifier reads 1 as 100 %, the strict one not."""
+    """A folder with three benchmarks and a config that names them.
+
+    `percent`: only the lenient verifier reads 1 as 100%.
+    """
     tmp_path = tmp_path_factory.mktemp("place")
     cli.write(tmp_path / "gsm8k.jsonl", [{"question": p, "answer": "It is\n#### 1"} for p in PROMPTS[:20]])
     cli.write(tmp_path / "math.jsonl", [{"problem": p, "solution": r"\boxed{2}"} for p in PROMPTS[:6]])
@@ -46,7 +49,7 @@ def place(tmp_path_factory):
 
 
 def evaluate(folder, *arguments):
-    """(status, errors, the completions of each batch, engines started); in this process."""
+    """Return (status, errors, the completions of each batch, engines started); runs in this process."""
     from pctrain.rollout import RolloutEngine
 
     generate, start, calls, engines = RolloutEngine.generate_batches, RolloutEngine.__init__, [], []
@@ -97,7 +100,7 @@ def models(two_answers):
 
 @pytest.fixture(scope="module")
 def out(ranks, models, place):
-    """What a call that nobody disturbed left."""
+    """The folder of an uninterrupted call."""
     [(status, errors, calls, engines)] = ranks.run(
         evaluate, place, *models, "--out", "out", *COMMON, world=1, deadline=280
     )
@@ -107,7 +110,7 @@ def out(ranks, models, place):
 
 
 @pytest.mark.timeout(400)
-def test_every_sample_is_kept_with_verdicts_that_anybody_can_make_again(out):
+def test_every_sample_is_kept_with_verdicts_that_anybody_can_reproduce(out):
     for name in NAMES:
         samples = cli.read(out / name / "gsm8k" / "samples.jsonl")
         assert [(line["index"], line["sample"], line["prompt"]) for line in samples] == [
@@ -157,7 +160,7 @@ def test_the_figures_are_those_of_the_samples(out):
     assert (out / "scores.png").read_bytes().startswith(b"\x89PNG") and not (out / "curves.json").exists()
 
 
-def test_disagreements_are_listed_and_judged_but_where_the_judge_raised(out):
+def test_disagreements_are_listed_and_judged_unless_the_judge_raised(out):
     results = json.loads((out / "results.json").read_text())
     lines, disputed = (cli.read(out / "run" / "percent" / f"{name}.jsonl") for name in ("samples", "disagreements"))
     ones = [line for line in lines if line["response"] == r"\boxed{1}"]
@@ -174,7 +177,7 @@ def test_disagreements_are_listed_and_judged_but_where_the_judge_raised(out):
 
 
 @pytest.mark.timeout(400)
-def test_a_call_that_was_stopped_goes_on_to_the_same_files(ranks, models, place, out):
+def test_a_call_that_was_stopped_resumes_to_the_same_files(ranks, models, place, out):
     """In the second model, with half a line on the disk."""
     again = [*models, "--out", "again", *COMMON]
     [(status, _, calls, _)] = ranks.run(stopped, place, 6, *again, world=1, deadline=240)
@@ -189,7 +192,7 @@ def test_a_call_that_was_stopped_goes_on_to_the_same_files(ranks, models, place,
     assert contents(place / "again") == contents(out)
 
 
-def test_what_is_there_is_not_sampled_again_and_other_settings_are_refused(ranks, models, place, out):
+def test_finished_samples_are_not_drawn_again_and_other_settings_are_refused(ranks, models, place, out):
     before = contents(out)
     [(status, _, calls, engines)] = ranks.run(evaluate, place, *models, "--out", "out", *COMMON, world=1, deadline=240)
     assert (status, calls, engines) == (0, [], 0) and contents(out) == before
@@ -202,11 +205,11 @@ def test_what_is_there_is_not_sampled_again_and_other_settings_are_refused(ranks
     )
 
 
-# ---- what cannot be evaluated -----------------------------------------------------------------------------------------------------------
+# ---- what cannot be evaluated ------------------------------------------------------------------------------------
 
 
 def refused(ranks, place, *arguments):
-    [(status, errors, calls, engines)] = ranks.run(evaluate, place, *arguments, world=1)
+    [(status, errors, _, engines)] = ranks.run(evaluate, place, *arguments, world=1)
     assert status == 2 and engines == 0, errors
     return errors
 
@@ -242,7 +245,7 @@ def test_what_cannot_be_evaluated_is_refused_before_an_engine_starts(ranks, two_
     assert "has no nobody; its functions: judge" in message(*common, "--eval.judge=my_judge:nobody")
 
 
-# ---- against plain vLLM, on two ranks, killed -------------------------------------------------------------------------------------------
+# ---- against plain vLLM, on two ranks, killed --------------------------------------------------------------------
 
 
 @pytest.mark.full
@@ -271,7 +274,7 @@ def test_a_plain_vllm_script_has_the_same_answers_and_the_same_accuracy(two_answ
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_hugging_face_directories_on_two_ranks_of_their_own(two_answers, place, out):
+def test_hugging_face_directories_on_two_ranks(two_answers, place, out):
     """Without megatron-core, whose groups only checkpoints need."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -99,13 +99,13 @@ def read(path, **benchmark):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_published_layout_is_known_by_its_columns(tmp_path, layout):
+def test_a_published_layout_is_recognized_by_its_columns(tmp_path, layout):
     record, prompt, answer = LAYOUTS[layout]
     [question] = read(cli.write(tmp_path / "b.jsonl", [record])).questions
     assert (question.record.question, question.answer, question.where) == (prompt, answer, f"{tmp_path}/b.jsonl:1")
 
 
-def test_choices_of_gpqa_stand_in_an_order_made_from_the_record(tmp_path):
+def test_the_record_decides_the_order_of_gpqas_choices(tmp_path):
     records = [GPQA | {"Question": f"Which one, {i}?", "Record ID": f"rec{i}"} for i in range(40)]
     found = read(cli.write(tmp_path / "gpqa.jsonl", records))
     assert found.verifier == "choice" and found.questions[3].record.id == "rec3"
@@ -123,7 +123,8 @@ def test_choices_of_gpqa_stand_in_an_order_made_from_the_record(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "record", [ARC, ARC | {"choices": [{"text": t, "label": n} for t, n in zip(["sun", "moon", "rain"], "123")]}]
+    "record",
+    [ARC, ARC | {"choices": [{"text": t, "label": n} for t, n in zip(["sun", "moon", "rain"], "123", strict=True)]}],
 )
 def test_arc_keeps_its_order_and_has_letters(tmp_path, record):
     [question] = read(cli.write(tmp_path / "arc.jsonl", [record]), instruction="").questions
@@ -151,7 +152,8 @@ def test_every_form_of_file_is_read(tmp_path):
 def test_fields_instruction_samples_and_verifier_come_from_the_config(tmp_path):
     path = cli.write(tmp_path / "own.jsonl", [{"task": {"q": "Say."}, "gold": ["x", "y"], "id": "k"}])
     text = (
-        f"eval:\n  samples: 3\n  instruction: 'In a box.'\n  benchmarks:\n    short: {cli.write(tmp_path / 's.jsonl', [GPQA])}\n"
+        "eval:\n  samples: 3\n  instruction: 'In a box.'\n  benchmarks:\n"
+        f"    short: {cli.write(tmp_path / 's.jsonl', [GPQA])}\n"
         f"    own: {{path: {path}, samples: 5, verifier: exact, fields: {{prompt: task.q, answer: gold.1}}}}\n"
     )
     (tmp_path / "c.yaml").write_text(text)
@@ -187,7 +189,7 @@ def test_fields_instruction_samples_and_verifier_come_from_the_config(tmp_path):
         ([], "eval.benchmarks.it has no record"),
     ],
 )
-def test_a_record_that_is_none_is_told_with_its_place(tmp_path, records, message):
+def test_a_record_without_a_known_layout_is_named_with_its_place(tmp_path, records, message):
     with pytest.raises(UserError) as error:
         read(cli.write(tmp_path / "b.jsonl", records))
     assert message in str(error.value) and str(tmp_path / "b.jsonl") in str(error.value)
@@ -216,7 +218,7 @@ def test_a_wrong_benchmark_of_the_config_is_named(benchmarks, message):
 
 
 def test_the_judge_is_a_function():
-    with pytest.raises(UserError, match="eval.judge = 'strict': expected module:function"):
+    with pytest.raises(UserError, match=r"eval.judge = 'strict': expected module:function"):
         load(None, ["--eval.judge=strict"], sections=("eval",))
 
 

@@ -28,7 +28,7 @@ def test_pass_at_k_of_many_samples_is_the_papers_product():
     for right, k in [(1, 1), (3, 100), (150, 7), (0, 200), (200, 1)]:
         product = 1.0 if 200 - right < k else 1 - np.prod(1 - k / np.arange(200 - right + 1, 201))
         assert statistics.pass_at_k(200, right, k) == pytest.approx(product, abs=1e-12)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="pass@5 of 4 samples"):
         statistics.pass_at_k(4, 1, 5)
 
 
@@ -59,7 +59,7 @@ def test_an_interval_holds_the_score_and_is_never_a_point(values):
 
 
 @given(shares, st.randoms(use_true_random=False))
-def test_a_difference_holds_its_value_is_never_a_point_and_turns_round(values, random):
+def test_an_interval_holds_the_difference_is_never_a_point_and_changes_sign_with_it(values, random):
     others = random.sample(values, len(values))
     found, back = statistics.difference(values, others), statistics.difference(others, values)
     assert -1 <= found.low <= found.value + 1e-12 and found.value <= found.high + 1e-12 and found.high <= 1
@@ -79,7 +79,7 @@ def test_one_sample_a_problem_is_agresti_and_mins_interval(both, gained, lost, n
     assert (found.low, found.high) == pytest.approx(((b - c) / n - reach, (b - c) / n + reach))
 
 
-def test_a_mean_of_benchmarks_joins_the_distances_to_their_bounds():
+def test_a_mean_of_benchmarks_combines_the_distances_to_their_bounds():
     parts = [Estimate(0.9, 0.8, 0.94), Estimate(0.2, 0.15, 0.3)]
     found = statistics.combined(parts, [300, 100])
     assert found.value == pytest.approx(0.725)
@@ -92,7 +92,7 @@ def test_a_mean_of_benchmarks_joins_the_distances_to_their_bounds():
 @pytest.mark.parametrize(
     "problems, samples, a, b", [(25, 1, 1, 9), (25, 16, 0.2, 1), (262, 1, 3, 3), (60, 4, 8, 0.6), (30, 8, 20, 20)]
 )
-def test_95_percent_of_simulated_benchmarks_lie_in_their_intervals(problems, samples, a, b):
+def test_95_percent_of_simulated_benchmarks_are_in_their_intervals(problems, samples, a, b):
     """Difficulties from a Beta distribution: rare and frequent successes, all alike and all or nothing."""
     rng = np.random.default_rng(0)
     truth, inside, turns = a / (a + b), 0, 1500
@@ -103,7 +103,7 @@ def test_95_percent_of_simulated_benchmarks_lie_in_their_intervals(problems, sam
     assert inside / turns > 0.935
 
 
-def test_95_percent_of_simulated_differences_and_means_lie_in_their_intervals():
+def test_95_percent_of_simulated_differences_and_means_are_in_their_intervals():
     rng = np.random.default_rng(1)
     turns, inside = 1000, np.zeros(2)
     for _ in range(turns):

@@ -1,4 +1,4 @@
-"""What `pctrain eval` is given: three kinds of folders, their names, and the curves of RL runs among them."""
+"""The models that `pctrain eval` takes: three kinds of folders, their names, and the curves of RL runs."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def run(two_answers, tmp_path):
     return tmp_path / "a" / "run"
 
 
-def test_what_the_three_kinds_are(run):
+def test_the_three_kinds_of_models(run):
     folder = run / "checkpoints" / "step-25"
     hf, checkpoint, whole = find([run / "model", folder, run], None)
     assert (hf.name, hf.hf_dir, hf.checkpoint, hf.step) == ("model", run / "model", None, None)
@@ -39,11 +39,11 @@ def test_a_checkpoint_that_was_moved_away_from_its_run_takes_model_path(run, tmp
     [target] = find([moved], run / "hf")
     own = find([run / "checkpoints" / "step-25"], None)[0]
     assert (target.hf_dir, target.run, target.eflops_sft) == (run / "hf", None, own.eflops_sft)
-    with pytest.raises(UserError, match="names its model; model.path = .*nowhere has no config.json"):
+    with pytest.raises(UserError, match=r"names its model; model.path = .*nowhere has no config.json"):
         find([moved], tmp_path / "nowhere")
 
 
-def test_names_take_as_many_parts_as_tell_them_apart(run, tmp_path):
+def test_names_take_as_many_parts_as_it_takes_to_be_distinct(run, tmp_path):
     shutil.copytree(run, tmp_path / "b" / "run")
     names = [
         target.name for target in find([run, tmp_path / "b" / "run" / "hf", run / "checkpoints" / "step-25"], None)
@@ -51,7 +51,7 @@ def test_names_take_as_many_parts_as_tell_them_apart(run, tmp_path):
     assert names == ["a-run", "b-run", "a-run-step-25"]
 
 
-def test_a_folder_that_is_none_is_told_of(run, tmp_path):
+def test_a_folder_that_is_no_model_is_refused(run, tmp_path):
     def refused(*paths):
         with pytest.raises(UserError) as error:
             find(paths, None)
@@ -66,7 +66,7 @@ def test_a_folder_that_is_none_is_told_of(run, tmp_path):
         in refused(run)
     )
     (run / "checkpoints" / "step-25" / "state.json").write_text("{")
-    assert "manifest.json or state.json is damaged" in refused(run / "checkpoints" / "step-25")
+    assert "step-25/state.json: not valid JSON (line 1, column 2: " in refused(run / "checkpoints" / "step-25")
     (run / "config.yaml").unlink()
     assert "has no config.yaml that names its model; give its Hugging Face directory by --model.path" in refused(
         run / "checkpoints" / "step-50"
@@ -74,7 +74,7 @@ def test_a_folder_that_is_none_is_told_of(run, tmp_path):
 
 
 def rl_run(sft, folder, steps, flops):
-    """An RL run from step 50 of `sft`, as its files say; nothing of its weights."""
+    """Make the files of an RL run from step 50 of `sft`, without weights."""
     config = (sft / "config.yaml").read_text().replace("kind: sft", "kind: rl")
     assert "checkpoint: null" in config
     (folder / "checkpoints").mkdir(parents=True)
@@ -103,8 +103,8 @@ def test_checkpoints_of_rl_runs_become_curves_that_fit_reads(run, tmp_path, caps
         "run": Estimate(0.5, 0.48, 0.52),
     }
     for start in (run / "checkpoints" / "step-50", run):  # the checkpoint, or the run whose last one it is
-        curves, said = rl_curves.curves_of(find([*paths, start], None), scores)
-        assert said == [] and [curve["name"] for curve in curves] == ["rl-one", "rl-two"]
+        curves, messages = rl_curves.curves_of(find([*paths, start], None), scores)
+        assert messages == [] and [curve["name"] for curve in curves] == ["rl-one", "rl-two"]
         assert curves[0]["eflops"] == pytest.approx([10, 20, 40, 80]) and curves[0]["scores"] == pytest.approx(
             [55, 60, 70, 90]
         )
@@ -119,11 +119,11 @@ def test_checkpoints_of_rl_runs_become_curves_that_fit_reads(run, tmp_path, caps
     assert "not fitted: rl-two has 1 point" in capsys.readouterr().out
 
 
-def test_a_curve_without_its_start_is_left_out_and_said(run, tmp_path):
+def test_a_curve_without_its_start_is_left_out_with_a_message(run, tmp_path):
     rl = rl_run(run, tmp_path / "rl", [5], 1.0)
-    curves, said = rl_curves.curves_of(
+    curves, messages = rl_curves.curves_of(
         find([rl / "checkpoints" / "step-5"], None), {"rl-step-5": Estimate(0.5, 0.4, 0.6)}
     )
-    assert curves == [] and said == [
+    assert curves == [] and messages == [
         f"rl: no curve, for its start {run}/checkpoints/step-50 is not among the models: give it as well"
     ]

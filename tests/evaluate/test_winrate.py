@@ -1,4 +1,4 @@
-r"""`pctrain data winrate`: rates of a real engine, kept record by record, the same whether or not the process was stopped half-way."""
+r"""`pctrain data winrate` with a real engine: rates, and the same files if the process is stopped half-way."""
 
 import json
 import os
@@ -22,21 +22,21 @@ ENGINE = [
 ]  # 8 records of 4 attempts a batch
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(two_answers):
     """A Hugging Face directory."""
     return two_answers / "hf"
 
 
-@pytest.fixture
-def records(tmp_path):
-    """30 that can be rated, a third by their trajectory's box; one without an answer, one too long for the context, one malformed."""
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """33 records: 30 to rate, a third by their trajectory's box; one unanswered, one too long, one malformed."""
     values = [
         {"prompt": p, "answer": 1, "n": i} if i % 3 else {"prompt": p, "response": r"\boxed{3} no, \boxed{1}", "n": i}
         for i, p in enumerate(PROMPTS)
     ]
     path = cli.write(
-        tmp_path / "all.jsonl",
+        tmp_path_factory.mktemp("records") / "all.jsonl",
         [*values, {"prompt": "1=", "response": "no box"}, {"prompt": "1+" * 60 + "1=", "answer": 1}],
     )
     with open(path, "a") as stream:
@@ -49,7 +49,7 @@ def winrate(records, out, model, *options):
 
 
 def stopped_after(batches: int, arguments: list[str]) -> int:
-    """Runs the command in this process until the engine has one batch more; the number of records it had rated."""
+    """Run the command in this process until the engine has one more batch; return the number of rated records."""
     from pctrain.rollout import RolloutEngine
 
     generate, calls = RolloutEngine.generate_batches, []
@@ -69,24 +69,36 @@ def stopped_after(batches: int, arguments: list[str]) -> int:
     return sum(calls) // 4
 
 
-def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
-    out = tmp_path / "rated.jsonl"
+@pytest.fixture(scope="module")
+def rated(ranks, model, records, tmp_path_factory):
+    """The output of an uninterrupted call."""
+    out = tmp_path_factory.mktemp("rated") / "rated.jsonl"
     [(status, errors)] = ranks.run(tiny.cli, "data", *winrate(records, out, model), world=1, deadline=120)
     assert status == 0, errors
-    rated, manifest = cli.read(out), cli.manifest(out)
-    assert [{k: r[k] for k in r if k not in ("win_rate", "attempts", "win_rate_model")} for r in rated] == [
+    return out
+
+
+def test_every_record_has_its_rate(records, model, rated):
+    rows = cli.read(rated)
+    assert [{k: r[k] for k in r if k not in ("win_rate", "attempts", "win_rate_model")} for r in rows] == [
         json.loads(line) for line in records.read_text().splitlines()[:-1]
     ]
-    assert {r["win_rate_model"] for r in rated} == {str(model)}
-    rates = [r["win_rate"] for r in rated[:30]]
-    assert all(r["attempts"] == 4 and r["win_rate"] in (0, 0.25, 0.5, 0.75, 1) for r in rated[:30])
+    assert {r["win_rate_model"] for r in rows} == {str(model)}
+    rates = [r["win_rate"] for r in rows[:30]]
+    assert all(r["attempts"] == 4 and r["win_rate"] in (0, 0.25, 0.5, 0.75, 1) for r in rows[:30])
     assert 0.2 < sum(rates) / 30 < 0.9 and len(set(rates)) > 2
-    assert [(r["win_rate"], r["attempts"]) for r in rated[30:]] == [(None, 0), (None, 0)]
+    assert [(r["win_rate"], r["attempts"]) for r in rows[30:]] == [(None, 0), (None, 0)]
+
+
+def test_the_manifest_counts_the_records(rated):
+    manifest = cli.manifest(rated)
     assert manifest["answers"] == {"own": 21, "boxed": 10, "none": 1} and manifest["prompts_too_long"] == 1
     assert manifest["records"] == {"read": 33, "kept": 32, "dropped": {"unusable: malformed_json": 1}}
     assert sum(manifest["win_rates"].values()) == 30 and len(manifest["model"]["model.safetensors"]) == 64
 
-    # Stopped after two of four batches, in the middle of writing the second: the same file, and only the rest is sampled.
+
+def test_a_call_that_was_stopped_resumes_to_the_same_rates(ranks, model, records, rated, tmp_path):
+    """It is stopped after two of four batches, in the middle of writing the second; only the rest is sampled again."""
     again = tmp_path / "again.jsonl"
     [done] = ranks.run(stopped_after, 2, winrate(records, again, model), world=1, deadline=120)
     progress = tmp_path / "again.jsonl.partial" / "progress.jsonl"
@@ -101,7 +113,7 @@ def test_rates_and_where_they_come_from(ranks, model, records, tmp_path):
     assert status == 2 and message in errors
     [rest] = ranks.run(stopped_after, 99, winrate(records, again, model), world=1, deadline=120)
     assert rest == 17
-    assert again.read_bytes() == out.read_bytes() and not progress.parent.exists()
+    assert again.read_bytes() == rated.read_bytes() and not progress.parent.exists()
 
 
 @pytest.mark.parametrize(

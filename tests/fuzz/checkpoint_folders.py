@@ -62,11 +62,11 @@ METRICS = [
 
 def make(folder: Path) -> None:
     """A run with two checkpoints, tokens, a model."""
+    from pctrain.core import session
     from pctrain.data.build import TokenJob, build, folder_of
     from pctrain.data.rows import make_row
     from pctrain.data.scratch_model import make_hf_dir
     from pctrain.distributed import parallel
-    from pctrain.run import resume
     from pctrain.run.folder import RunFolder
     from pctrain.sft.loss import cross_entropy
 
@@ -89,7 +89,7 @@ def make(folder: Path) -> None:
         opened.record_ledger([{"step": 1, "phase": "sft_update", "tokens": 80}])
         opened.say("step 1 loss 2")
         for step in (1, 2):
-            resume.save(opened, step, learner, {**STATE, "step": step})
+            session.save(opened, step, learner, {**STATE, "step": step})
         opened.write_rollouts(2, [ROLLOUT])
     job = TokenJob(
         (Path("a.jsonl"),), Path("model"), settings.data.model_copy(update={"template": "none", "workers": 1}), 64

@@ -22,8 +22,9 @@ from pctrain.cli import main as cli
 from pctrain.common.errors import UserError
 from pctrain.config.load import load, read
 from pctrain.config.tree import ParallelConfig
-from pctrain.run import checkpoints
+from pctrain.run import checkpoints, config_file, records
 from pctrain.run import folder as runfolder
+from pctrain.run.checkpoint_state import read_state
 from tests.fuzz.case import Case
 from tests.fuzz.checkpoint_folders import METRICS, ROLLOUT, RUN_OPTIONS, STATE, config, make, make_core
 from tests.fuzz.mutate import ODD_VALUES, edited_bytes, edited_trees, json_files, json_text
@@ -493,8 +494,8 @@ CASES = st.one_of(
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
+    import pctrain.core.session
     import pctrain.rl.loop
-    import pctrain.run.resume
     import pctrain.sft.journal
     import pctrain.tools.show  # noqa: F401
 
@@ -542,8 +543,8 @@ _loaded: Any = None  # one core a process: making it takes as long as a hundred 
 
 
 def _load(case: Case, folder: Path) -> None:
+    from pctrain.core import session
     from pctrain.distributed import parallel
-    from pctrain.run import resume
 
     global _loaded
     if _loaded is None:
@@ -564,8 +565,8 @@ def _load(case: Case, folder: Path) -> None:
         }
         (path / "manifest.json").write_text(json.dumps(manifest))
     newest = checkpoints.newest(folder / "run")
-    resume.verify(newest, checkpoints.damaged)
-    resume.verify(newest, checkpoints.damaged_start)
+    session.verify(newest, checkpoints.damaged)
+    session.verify(newest, checkpoints.damaged_start)
     _loaded.load(newest)
 
 
@@ -578,7 +579,7 @@ def _state(case: Case, folder: Path) -> None:
     from pctrain.rl.session import _switch_point
     from pctrain.sft.spikes import Spikes
 
-    state = checkpoints.read_state(folder / STEP, "prompts")
+    state = read_state(folder / STEP, "prompts")
     shape = HFConfig.read(folder / "model").shape
     ledger = Ledger(shape)
     ledger.load_state_dict(state["ledger"])
@@ -602,17 +603,17 @@ def _open(case: Case, folder: Path) -> None:
             return
         newest = opened.latest_checkpoint()
         opened.rewind(checkpoints.checkpoint_step(newest))
-        runfolder.best_step(opened.path, "sft")
-        runfolder.best_step(opened.path, "rl")
-    runfolder.read_config(Path("run"))
+        records.best_step(opened.path, "sft")
+        records.best_step(opened.path, "rl")
+    config_file.read_config(Path("run"))
 
 
 def _show(case: Case, folder: Path) -> None:
     if case.arguments:
         cli.run_command(["show", "run", *case.arguments])
     else:
-        runfolder.read_config(Path("run"))
-        runfolder.read_values(Path("run"), "val", "val_loss")
+        config_file.read_config(Path("run"))
+        records.read_values(Path("run"), "val", "val_loss")
         load(Path("run/config.yaml"), [])
 
 
@@ -675,7 +676,7 @@ def _model(case: Case, folder: Path) -> None:
 
 def _tensors(reader_class: Any) -> None:
     with reader_class(Path("model")) as reader:
-        expected = {name: tuple(reader.slice(name).get_shape()) for name in list(reader.files)[:50]}
+        expected = {name: reader.shape(name) for name in list(reader.files)[:50]}
         reader.check(expected, "LlamaForCausalLM")
         for name, shape in expected.items():
             if shape:

@@ -432,7 +432,7 @@ CASES = st.one_of(command_cases(), encoder_cases())
 
 
 def prepare(folder: Path) -> Mapping[str, Path]:
-    import pctrain.data.check_report
+    import pctrain.data.check
     import pctrain.data.sets.decontaminate
     import pctrain.data.sets.dedup
     import pctrain.data.sets.select

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-_WHERE = ("*.md", "docs/*.md", "configs/**/*.md", "kernels/*.md", "benchmarks/*.md")
+_WHERE = ("*.md", "docs/**/*.md", "configs/**/*.md", "kernels/*.md", "benchmarks/*.md")
 PAGES = sorted(path for pattern in _WHERE for path in ROOT.glob(pattern))
 GUIDES = [page for page in PAGES if page.parent.name != "benchmarks"]  # those say how something was measured, once
 # What a command line begins with, behind settings of environment variables.

@@ -1,4 +1,7 @@
-"""Groups of random rollouts, and an algorithm's loss and gradient on them for given log-probs: what the naive versions are held to."""
+"""Random groups of rollouts, and an algorithm's loss and gradient on them for given log-probs.
+
+The tests compare them with naive versions of each algorithm.
+"""
 
 from __future__ import annotations
 
@@ -39,8 +42,10 @@ def group(
 
 
 def random_groups(seed: int, *, prompts: int = 4, size: int = 4, prefix: bool = False) -> list[Group]:
-    """Rewards 0 and 1 (the first group all wrong, the second all right), responses of 1 to 6 tokens; with `prefix` the last of each group
-    continues up to 6 tokens of its expert's 8."""
+    """Return groups with rewards 0 and 1 and responses of 1 to 6 tokens; the first is all wrong, the second all right.
+
+    With `prefix` the last rollout of each group continues up to 6 tokens of its expert's 8.
+    """
     rng = np.random.default_rng(seed)
     groups = []
     for i in range(prompts):
@@ -64,7 +69,7 @@ class Tokens:
 
 
 def random_tokens(lengths: list[int], seed: int, old: bool = True) -> list[Tokens]:
-    """Of each response; values that float32 holds exactly. `old` False: the policy has not moved."""
+    """Return values for each response, exact in float32. Without `old` the policy has not moved."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for n in lengths:
@@ -79,7 +84,7 @@ def response_lengths(rows: list[Row]) -> list[int]:
 
 
 def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
-    """The rows with the streams of the pass without gradients. (On the prompt NaN, which nothing may read.)"""
+    """Return the rows with the streams of the pass without gradients; NaN on the prompt, which nothing may read."""
     named = {"old_logprob": "old", "ref_logprob": "ref", "entropy": "entropy"}
     full = []
     for row, of_row in zip(rows, tokens, strict=True):
@@ -95,12 +100,14 @@ def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
 
 
 def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch.Tensor, dict[str, float]]:
-    """(loss, metrics) of the rows as one update: all tokens in one tensor, weights and denominator as `core.step` has them."""
+    """Return (loss, metrics) of the rows as one update: all tokens in one tensor, weighted as in `core.step`."""
     rows, denominator = normalise(rows, algo.options.normaliser, algo.max_response)
     own = [row.weights > 0 for row in rows]
-    weights = torch.from_numpy(np.concatenate([row.weights[k] for row, k in zip(rows, own)])).double()
+    weights = torch.from_numpy(np.concatenate([row.weights[k] for row, k in zip(rows, own, strict=True)])).double()
     streams = {
-        name: torch.from_numpy(np.concatenate([row.streams[name][k] for row, k in zip(rows, own)])).double()
+        name: torch.from_numpy(
+            np.concatenate([row.streams[name][k] for row, k in zip(rows, own, strict=True)])
+        ).double()
         for name in rows[0].streams
     }
     loss, metrics = algo.loss(torch.cat([t.logprob for t in tokens]), torch.cat([t.entropy for t in tokens]), streams)
@@ -110,14 +117,14 @@ def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch
 
 
 def gradients(loss: torch.Tensor, tokens: list[Tokens]) -> list[np.ndarray]:
-    """Of every response d loss / d logprob, then d loss / d entropy."""
+    """Return d loss / d logprob and d loss / d entropy of every response, in turn."""
     leaves = [leaf for t in tokens for leaf in (t.logprob, t.entropy)]
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [np.zeros(len(leaf)) if g is None else g.numpy() for g, leaf in zip(found, leaves, strict=True)]
 
 
 def compare(algo: Algorithm, groups: list[Group], naive, seed: int, moved: bool = True) -> dict[str, float]:
-    """Loss and gradients of `algo` equal those of `naive(groups, tokens by row)`; returns the metrics."""
+    """Assert that loss and gradients of `algo` equal those of `naive(groups, tokens by row)`; return the metrics."""
     rows = algo.rows(groups)
     tokens = random_tokens(response_lengths(rows), seed, old=moved)
     needed = set(algo.streams_from_pass) | ({"old_logprob"} if moved else set())

@@ -1,4 +1,4 @@
-"""Run folders of a study as files alone, made by hand: for what reads them."""
+"""Write run folders of a study by hand, without training, for tests of what reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step: the size of the quick start
+STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step, about those of the quick start
 # (step, validation loss): adaptive, stable with one transient point, mild, severe.
 LOSSES = [
     (0, 4.0),
@@ -58,7 +58,7 @@ def ledger_row(step: int, phase: str, paper: float, exact: float) -> dict:
 
 
 def make_sft(folder: Path, scores: dict[int, float], seed: int = 3, shift: float = 0.0) -> None:
-    """`shift`: added to every validation loss."""
+    """Write an SFT run folder; `shift` is added to every validation loss."""
     rows = [{"step": s, "kind": "train", "eflops_sft": s * STEP_SFT, "eflops_rl": 0.0, "loss": 1.0} for s in (10, 20)]
     rows += [
         {
@@ -108,80 +108,54 @@ def make_rl(
     seed: int = 3,
     algorithm: str = "grpo",
 ) -> None:
-    joint = start * STEP_SFT
+    """Write an RL run folder with one score per `every` steps; `hostile` is text in its rollouts."""
+    eflops_sft = start * STEP_SFT
     rows = []
     for i, score in enumerate(scores):
-        step = i * every
+        axes = {"eflops_sft": eflops_sft, "eflops_rl": i * every * STEP_RL}
         if i:
-            rows.append(
-                {
-                    "step": step,
-                    "kind": "train",
-                    "eflops_sft": joint,
-                    "eflops_rl": step * STEP_RL,
-                    "reward": 0.5,
-                    "kept_prompts": 32,
-                    "dropped_prompts": 10,
-                    "carried_prompts": 6,
-                    "rounds": 2,
-                    "truncated_share": 0.01,
-                }
-            )
-        rows.append(
-            {
-                "step": step,
-                "kind": "eval",
-                "eflops_sft": joint,
-                "eflops_rl": step * STEP_RL,
-                "score": score,
-                "score_se": binomial_se(score),
-                "problems": 512,
-                "truncated_share": 0.08,
-                "no_box_share": 0.02,
-            }
-        )
+            rows.append({"step": i * every, "kind": "train", **axes, **TRAIN})
+        rows.append({"step": i * every, "kind": "eval", **axes, "score": score, "score_se": binomial_se(score), **EVAL})
     write_lines(folder / "metrics.jsonl", rows)
     phases = ("rollout", "rollout_rejected", "logprob", "rl_update", "evaluation")
     write_lines(folder / "ledger.jsonl", [ledger_row(1, phase, 2e10, 3e10) for phase in phases])
-    write_lines(
-        folder / "rollouts" / "step-2.jsonl",
-        [
-            {
-                "prompt": "an old step",
-                "response": "",
-                "answer": "",
-                "reward": 0.0,
-                "cause": "wrong",
-                "finish": "stop",
-                "kept": True,
-                "why": "",
-            }
-        ],
-    )
-    write_lines(
-        folder / "rollouts" / "step-10.jsonl",
-        [
-            {
-                "prompt": hostile,
-                "response": f"7-1=6;6+9=15 so \\boxed{{15}} {hostile}",
-                "answer": "15",
-                "reward": float(c == "right"),
-                "cause": c,
-                "finish": "stop",
-                "kept": c != "no_box",
-                "why": "" if c != "no_box" else "all wrong",
-            }
-            for c in ["right"] * 6 + ["wrong", "no_box"]
-        ],
-    )
+    old = rollout("an old step", "", "wrong") | {"answer": ""}
+    write_lines(folder / "rollouts" / "step-2.jsonl", [old])
+    response = f"7-1=6;6+9=15 so \\boxed{{15}} {hostile}"
+    causes = ["right"] * 6 + ["wrong", "no_box"]
+    write_lines(folder / "rollouts" / "step-10.jsonl", [rollout(hostile, response, cause) for cause in causes])
     (folder / "config.yaml").write_text(yaml.safe_dump(config("rl", seed, algorithm)))
-    (folder / "start.json").write_text(
-        json.dumps({"start_step": start, "role": role, "sft_run": "../sft", "eflops_sft": joint})
-    )
+    start_json = {"start_step": start, "role": role, "sft_run": "../sft", "eflops_sft": eflops_sft}
+    (folder / "start.json").write_text(json.dumps(start_json))
+
+
+TRAIN = {
+    "reward": 0.5,
+    "kept_prompts": 32,
+    "dropped_prompts": 10,
+    "carried_prompts": 6,
+    "rounds": 2,
+    "truncated_share": 0.01,
+}
+EVAL = {"problems": 512, "truncated_share": 0.08, "no_box_share": 0.02}
+
+
+def rollout(prompt: str, response: str, cause: str) -> dict:
+    kept = cause != "no_box"
+    return {
+        "prompt": prompt,
+        "response": response,
+        "answer": "15",
+        "reward": float(cause == "right"),
+        "cause": cause,
+        "finish": "stop",
+        "kept": kept,
+        "why": "" if kept else "all wrong",
+    }
 
 
 def rising(first: float, top: float, n: int = 26) -> list[float]:
-    """A sigmoid in compute with a fixed wobble below the binomial noise."""
+    """Return scores along a sigmoid in compute, with a fixed wobble smaller than the binomial noise."""
     return [
         round(first + (top - first) / (1 + (5 / i) ** 2) + 0.6 * math.sin(3 * i), 2) if i else first for i in range(n)
     ]

@@ -19,6 +19,8 @@ ROOT = HERE.parents[1]
 
 FILES = [
     "test_triton_softmax.py",
+    "test_triton_head.py",
+    "test_triton_mutations.py",
     "test_linear_logprob.py",
     "test_linear_token_loss.py",
     "test_vocab_parallel.py",

@@ -269,7 +269,7 @@ def test_the_logits_of_the_batch_never_exist_at_once() -> None:
         ({"streams": {"advantage": torch.zeros(7)}}, r"stream 'advantage' of shape \[8\]"),
         ({"token_weight": torch.zeros(8, 1)}, "token_weight"),
         ({"denom": 0}, "denom"),
-        ({"token_loss": lambda logprob, entropy, streams: (-logprob.sum(), {})}, "one value a token: the loss"),
+        ({"token_loss": lambda logprob, entropy, streams: (-logprob.sum(), {})}, "one value per token: the loss"),
         ({"token_loss": lambda logprob, entropy, streams: (-logprob, {"kl": entropy.mean()})}, "kl"),
         ({"token_loss": lambda logprob, entropy, streams: (torch.zeros_like(logprob), {})}, "nothing to differentiate"),
     ],

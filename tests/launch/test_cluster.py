@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pctrain.run.folder import read_values
+from pctrain.run.records import read_values
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,7 +72,7 @@ def test_several_nodes(venv):
 @pytest.mark.parametrize(
     ("arguments", "environment", "told"),
     [
-        ([], {}, "which command?"),
+        ([], {}, "no command given"),
         (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
         (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
     ],
@@ -106,7 +106,7 @@ mkdir -p "$run"; [[ -z "${{STOPPED:-}}" ]] || touch "$run/to-be-continued"; exit
 
 def test_slurm_starts_every_node_and_asks_for_its_place_again(slurm, tmp_path):
     status, told = script(SBATCH, "sft", "--config", "x.yaml", STOPPED="1", **slurm)
-    assert status == 0 and "back into the queue" in told
+    assert status == 0 and "to be continued: requeued" in told
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [
         "scontrol show hostnames node[7-8]",
@@ -130,7 +130,7 @@ def test_an_array_is_one_run_a_seed(slurm, tmp_path):
     ("left_out", "arguments", "told"),
     [
         ("RUN_DIR", ["sft"], "set RUN_DIR"),
-        ("", [], "which command?"),
+        ("", [], "no command given"),
         ("PCTRAIN_ROOT", ["sft"], "submit from the checkout"),
     ],
 )

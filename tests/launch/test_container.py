@@ -64,7 +64,7 @@ def test_bases_are_pinned_as_the_doctor_knows_them():
     assert arguments["CUDA"] == doctor.CUDA and re.fullmatch(r"3\.11\.\d+", arguments["PYTHON"])
     bases = [text.split(" AS ")[0] for word, text in STEPS if word == "FROM"]
     assert bases == ["python:${PYTHON}-slim-bookworm", "python", "nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04"]
-    assert not re.search(r"==\d", FILE.read_text())  # of packages the versions stand in setup.py and setup.sh alone
+    assert not re.search(r"==\d", FILE.read_text())  # the versions of packages are in pyproject.toml and setup.sh alone
 
 
 @pytest.mark.parametrize("step", RUNS, ids=range(len(RUNS)))
@@ -114,7 +114,7 @@ def test_what_is_copied_exists_and_reaches_the_builder():
 
 
 def test_the_environments_files_are_copied_before_the_code():
-    """What setup.sh and setup.py read at that point is there: packaging works with no more than these files."""
+    """What setup.sh and the packaging read at that point is there: packaging works with no more than these files."""
     steps = stages()["cpu"]
     install = steps.index(("RUN", "bash launch/setup.sh"))
     early = [text for word, text in steps[:install] if word == "COPY"]
@@ -144,7 +144,7 @@ def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
     ]
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    shutil.copy(ROOT / "pctrain" / "errors.py", tmp_path / "checkout" / "pctrain")  # the code comes later
+    shutil.copytree(ROOT / "pctrain" / "common", tmp_path / "checkout" / "pctrain" / "common")  # the code comes later
     program = (
         f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.common.errors as e; import importlib.util as u; "
         "print(e.__file__, u.find_spec('pctrain_kernels').origin)"

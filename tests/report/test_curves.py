@@ -1,6 +1,7 @@
 """Reading curves from both sources, the errors a user meets, and `pctrain fit` as a whole."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_scores_are_weighted_by_problems_and_p_sft_is_the_nearest_entry(tmp_path
 
 
 def test_the_model_of_the_curves_sets_their_compute(tmp_path):
-    """At half the width a step costs a third (attention shrinks less), so the checkpoint sits elsewhere on the SFT curve."""
+    """At half the width a step costs a third (attention shrinks less), so the checkpoint moves along the SFT curve."""
     model = {
         "num_hidden_layers": 28,
         "hidden_size": 1792,
@@ -109,7 +110,7 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        ('{\n"meta": ,\n}', r"curves.json, line 2, column 9: not JSON"),
+        ('{\n"meta": ,\n}', r"curves.json: not JSON \(line 2, column 9: "),
         ([1], r"curves.json: must be a JSON object"),
         (changed(["meta"], ...), "`meta` is missing"),
         (changed(["meta", "benchmarks"], {}), "meta.benchmarks"),
@@ -133,7 +134,7 @@ def test_checkpoint_steps_that_match_the_sft_entries_one_to_one_need_no_model(tm
         ),
         (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], 101), r"at most 100"),
         (changed(["datasets", "A", "rl", "62", 0, "scores", "hard"], float("nan")), r"finite"),
-        (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: `num_attention_heads`"),
+        (changed(["meta", "model"], {"hidden_size": 8}), r"meta.model: key 'num_attention_heads'"),
     ],
 )
 def test_a_malformed_file_names_the_place_and_writes_nothing(tmp_path, document, says):
@@ -204,18 +205,21 @@ def test_errors_of_run_folders(tmp_path):
         read_curves(tmp_path)
     broken = run_folder(tmp_path / "broken", EVALS)
     with (broken / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "kind": "ev')
-    with pytest.raises(UserError, match="metrics.jsonl, line 6: not JSON"):
+        file.write('{"step": 9, "kind": "ev')  # being written: left out
+    assert len(read_curves(broken)) == 1
+    with (broken / "metrics.jsonl").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl:6: not valid JSON"):
         read_curves(broken)
-    with pytest.raises(UserError, match="eflops_rl = 0, the joint"):
+    with pytest.raises(UserError, match="eflops_rl = 0, the switch point"):
         read_curves(run_folder(tmp_path / "no-joint", EVALS[1:]))
     with pytest.raises(UserError, match="with eflops_rl > 0"):
         read_curves(run_folder(tmp_path / "only-joint", EVALS[:1]))
-    with pytest.raises(UserError, match=r"line 4: `score` must be a finite number"):
+    with pytest.raises(UserError, match=r"metrics.jsonl:4: `score` must be a finite number"):
         read_curves(run_folder(tmp_path / "no-score", [*EVALS[:2], (0.02, None, 2.0)]))
     sft = run_folder(tmp_path / "sft", EVALS)
     (sft / "start.json").unlink()
-    with pytest.raises(UserError, match="start.json: missing; give the folder of an RL run"):
+    with pytest.raises(UserError, match=r"start.json: missing; give the folder of an RL run"):
         read_curves(sft)
 
 
@@ -223,7 +227,7 @@ def test_errors_of_run_folders(tmp_path):
 
 
 def test_fit_writes_one_row_a_curve_and_says_what_it_skipped(tmp_path):
-    out, console = tmp_path / "fits.json", Console(width=80, record=True, file=open("/dev/null", "w"))
+    out, console = tmp_path / "fits.json", Console(width=80, record=True, file=io.StringIO())
     rows = fit_command.main(written(tmp_path, DOCUMENT), FitOptions(out=out), console)
     assert json.loads(out.read_text()) == rows
     assert [(r["dataset"], r["start_step"], r["verdict"], r["n_points"]) for r in rows] == [
@@ -247,7 +251,7 @@ def test_fit_of_a_run_folder_uses_its_standard_errors(tmp_path):
 def test_fit_refuses_an_output_that_cannot_be_or_must_not_be_written(tmp_path):
     file = written(tmp_path, DOCUMENT)
     for out in (tmp_path, tmp_path / "missing" / "fits.json", file):
-        with pytest.raises(UserError, match="--out FILE|another --out"):
+        with pytest.raises(UserError, match=r"--out FILE|another --out"):
             fit_command.main(file, FitOptions(out=out))
     assert json.loads(file.read_text()) == DOCUMENT
 

@@ -70,7 +70,7 @@ def test_a_csv_may_hold_several_curves_with_standard_errors_and_a_bom(fit):
     lines = ["curve, eflops, score, score_se"]
     for name, gain in (("a", 0.0), ("b", 1.0)):
         lines += [f"{name}, 0, 60, 2.0", *(f"{name}, {a}, {b + gain}, 2.0" for a, b in zip(X, Y, strict=True)), ""]
-    status, out, _, rows = fit(b"\xef\xbb\xbf" + "\r\n".join(lines).encode(), name="both.csv")
+    status, _, _, rows = fit(b"\xef\xbb\xbf" + "\r\n".join(lines).encode(), name="both.csv")
     assert status == 0 and [row["dataset"] for row in rows] == ["a", "b"]
     (curve, _) = read_curves("both.csv")
     assert (curve.p_sft, curve.p_sft_se, curve.score_se, len(curve.eflops)) == (60.0, 2.0, 2.0, 30)
@@ -199,8 +199,8 @@ BAD = {
     ),
     "csv: no header": (csv_text().removeprefix("eflops,score\n"), "the header must name"),
     "csv: no joint": (csv_text().replace("0,60.0\n", "", 1), "no row at 0 EFLOPs"),
-    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, the header 2"),
-    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the joint"),
+    "csv: ragged": (csv_text() + "200,71,5\n", "has 3 values, but the header has 2"),
+    "csv: only the joint": ("eflops,score\n0,60\n", "no row after the switch point"),
     "csv: only a header": ("eflops,score\n", "a header and no rows"),
 }
 
@@ -234,7 +234,7 @@ def test_bad_curves_have_a_clear_answer_and_write_nothing(fit, case):
     ],
 )
 def test_bad_options_have_a_clear_answer_and_write_nothing(fit, options, says):
-    status, out, err, rows = fit(csv_text(), *options, name="mine.csv")
+    status, _, err, rows = fit(csv_text(), *options, name="mine.csv")
     assert status == 2 and says in err and rows is None and "Traceback" not in err
 
 
@@ -310,12 +310,14 @@ def read(file, content):
     try:
         curves = read_curves(file)
     except UserError as error:
-        assert str(error)
+        message = str(error)
+        if not message:
+            pytest.fail("a UserError without a message")
         return None
     for curve in curves:
         assert isinstance(curve, Curve) and len(curve.eflops) == len(curve.scores) > 0
         assert np.isfinite([*curve.eflops, *curve.scores, curve.p_sft]).all() and (np.diff(curve.eflops) > 0).all()
-        assert 0 <= min(curve.scores) and max(*curve.scores, curve.p_sft) <= curve.max_score <= 100
+        assert min(curve.scores) >= 0 and max(*curve.scores, curve.p_sft) <= curve.max_score <= 100
     return curves
 
 

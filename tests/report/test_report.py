@@ -1,4 +1,4 @@
-"""The report, from run folders made here: files, numbers against hand-made ones, escaping, errors that name file and line."""
+"""The report of run folders made here: files, numbers, sentences, escaping, and errors that name file and line."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -55,7 +56,7 @@ def drawn(folder: Path) -> dict[str, charts.Chart]:
     return {chart.name: chart for chart in report.make(folder).charts}
 
 
-# -- what is written ---------------------------------------------------------------------------------------------------------------
+# -- what is written ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------------------
+# -- numbers -----------------------------------------------------------------------------------------------------------
 
 
 def test_gain_and_its_standard_error(study_folder: Path) -> None:
@@ -105,7 +106,8 @@ def test_gain_and_its_standard_error(study_folder: Path) -> None:
 
 def test_pure_sft_at_equal_total_compute(study_folder: Path) -> None:
     early, stable, overfit = numbers(study_folder)["rl"]
-    # early: 120 + 200 GFLOPs, between scores of 40 at 240 and 48 at 360; stable: 300 + 200, between 48 at 360 and 50 at 540.
+    # early: 120 + 200 GFLOPs, between scores of 40 at 240 and 48 at 360.
+    # stable: 300 + 200 GFLOPs, between 48 at 360 and 50 at 540.
     assert early["sft_at_equal_total"] == pytest.approx(40 + 8 * 80 / 120)
     assert stable["sft_at_equal_total"] == pytest.approx(48 + 2 * 140 / 180)
     w = 140 / 180
@@ -138,16 +140,16 @@ def test_bands_cover_the_whole_run_without_gaps(losses: list[float]) -> None:
     points = [SFTLoss(i, x[i], losses[i], 0.0, regime) for i, regime in enumerate(regimes.classify(x, losses))]
     bands = SFTRun("sft", Path("sft"), {}, "", {}, losses=points).bands()
     assert bands[0]["from"] == x[0] and bands[-1]["to"] == x[-1]
-    assert all(a["to"] == b["from"] and a["regime"] != b["regime"] for a, b in zip(bands, bands[1:]))
+    assert all(a["to"] == b["from"] and a["regime"] != b["regime"] for a, b in pairwise(bands))
     for point in points:
         assert point.regime in {b["regime"] for b in bands if b["from"] <= point.eflops_sft <= b["to"]}
 
 
-# -- figures -----------------------------------------------------------------------------------------------------------------------
+# -- figures -----------------------------------------------------------------------------------------------------------
 
 
 def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> None:
-    figure = figures.validation_loss(drawn(study_folder)["validation_loss"])
+    figure = figures.validation_loss.draw(drawn(study_folder)["validation_loss"])
     shaded = {patch.get_gid() for patch in figure.axes[0].patches}
     assert shaded == {f"regime-{name}" for name in ("adaptive", "stable", "mild", "severe", "transient")}
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
@@ -155,13 +157,13 @@ def test_every_regime_is_shaded_and_every_start_marked(study_folder: Path) -> No
 
 
 def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
-    with matplotlib.rc_context(figures.STYLE):
-        texts = [text.get_text() for text in figures.ceilings(drawn(study_folder)["ceilings"]).axes[0].texts]
+    with matplotlib.rc_context(looks.STYLE):
+        texts = [text.get_text() for text in figures.ceilings.draw(drawn(study_folder)["ceilings"]).axes[0].texts]
     assert any(t.startswith("identified") for t in texts) and any(t.startswith("too short: no ceiling") for t in texts)
 
 
 def test_phases_are_named_beside_their_bars(study_folder: Path) -> None:
-    axes = figures.compute(drawn(study_folder)["compute"]).axes[0]
+    axes = figures.compute.draw(drawn(study_folder)["compute"]).axes[0]
     names = [
         "SFT updates",
         "Rollouts",
@@ -184,21 +186,22 @@ def test_compute_is_written_with_a_readable_prefix(eflops: float, text: str) -> 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=8))
 def test_labels_keep_their_order_and_distance(values: list[float]) -> None:
-    placed = figures._spread(values, 6.0, 0.0, 100.0)
+    placed = figures.score_vs_compute.spread_out(values, 6.0, 0.0, 100.0)
     order = sorted(range(len(values)), key=lambda i: values[i])
-    assert all(placed[b] - placed[a] >= 6.0 - 1e-9 for a, b in zip(order, order[1:]))  # sums of a few floats below 100
+    assert all(placed[b] - placed[a] >= 6.0 - 1e-9 for a, b in pairwise(order))  # sums of a few floats below 100
 
 
-# -- sentences ---------------------------------------------------------------------------------------------------------------------
+# -- sentences ---------------------------------------------------------------------------------------------------------
 
 
-def test_differences_within_two_standard_errors_are_not_called_settled(study_folder: Path) -> None:
-    said = " ".join(numbers(study_folder)["not_shown"])
+def test_differences_whose_interval_includes_zero_are_not_called_settled(study_folder: Path) -> None:
+    text = " ".join(numbers(study_folder)["not_shown"])
     assert (
-        "Which start ends highest is not settled" in said
-        and "the direction the paper reports, but within two standard errors" in said
+        "Which start ends highest is not settled: RL from step 270 (overfit) is statistically indistinguishable" in text
     )
-    assert "step 270 (overfit), which has 5 scores; a fit needs 12" in said and "EFLOPs" in said and "seed 3" in said
+    assert "This is the direction that the paper (arXiv 2512.11470) reports, but the two are statistically" in text
+    assert "step 270 (overfit), which has 5 scores. A fit needs 12 scores" in text
+    assert "EFLOPs" in text and "seed 3" in text
 
 
 def test_an_overfit_start_that_ends_higher_is_said_to_contradict_the_paper(study_folder: Path) -> None:
@@ -206,7 +209,8 @@ def test_an_overfit_start_that_ends_higher_is_said_to_contradict_the_paper(study
     study = numbers(study_folder)
     assert any("Not here" in s and "not below it" in s for s in study["not_shown"])
     assert any(
-        "highest last score came from step 270" in s and "more than two standard errors" in s for s in study["findings"]
+        "RL from step 270 (overfit) has the highest last score" in s and "The interval excludes zero" in s
+        for s in study["findings"]
     )
 
 
@@ -221,10 +225,10 @@ def test_a_flat_curve_is_never_worded_as_a_ceiling(study_folder: Path) -> None:
     assert [run["fit"]["verdict"] for run in study["rl"]] == ["flat"] * 3
     assert not any("eiling" in s for s in study["findings"])
     assert sum("is flat over the range" in s for s in study["not_shown"]) == 3
-    assert any("cannot be told from no change" in s for s in study["findings"])
+    assert any("statistically indistinguishable from no change" in s for s in study["findings"])
 
 
-def test_a_collapse_is_told(study_folder: Path) -> None:
+def test_a_collapse_is_reported(study_folder: Path) -> None:
     scores = rising(45.0, 60.0, 30)
     make_rl(study_folder / "rl-step-150", 150, "stable", scores[:20] + [30.0 - i for i in range(10)])
     study = numbers(study_folder)
@@ -234,7 +238,7 @@ def test_a_collapse_is_told(study_folder: Path) -> None:
     )
 
 
-# -- hostile text ------------------------------------------------------------------------------------------------------------------
+# -- hostile text ------------------------------------------------------------------------------------------------------
 
 
 def test_text_from_files_cannot_execute(written: Path) -> None:
@@ -264,7 +268,7 @@ def test_text_from_files_cannot_execute(written: Path) -> None:
     assert "an old step" not in page  # samples are of the last step
 
 
-# -- other folders, bad input ------------------------------------------------------------------------------------------------------
+# -- other folders, bad input ------------------------------------------------------------------------------------------
 
 
 def test_single_run_folders(study_folder: Path) -> None:
@@ -303,8 +307,8 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
 @pytest.mark.parametrize(
     "file, text, expected",
     [
-        ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not JSON"),
-        ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: must be a JSON object"),
+        ("sft/metrics.jsonl", '{"step": 1, "kind": "val"', "metrics.jsonl:2: not valid JSON"),
+        ("sft/metrics.jsonl", "[1, 2]", "metrics.jsonl:2: expected a JSON object"),
         (
             "sft/metrics.jsonl",
             '{"step": 1, "kind": "test", "eflops_sft": 0, "eflops_rl": 0}',
@@ -321,7 +325,7 @@ def test_losses_that_are_not_finite_are_counted(study_folder: Path) -> None:
             "metrics.jsonl:2: `score_se`",
         ),
         ("rl-step-60/ledger.jsonl", '{"step": 1, "phase": "dreaming"}', "ledger.jsonl:2: `phase` must be one of"),
-        ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not JSON"),
+        ("rl-step-60/rollouts/step-10.jsonl", "{", "step-10.jsonl:2: not valid JSON"),
     ],
 )
 def test_a_malformed_line_is_named_and_nothing_is_written(

@@ -1,4 +1,4 @@
-"""The report's page in headless Chromium: what a reader sees and does, and what hostile text in a run's files must not do."""
+"""The report's page in headless Chromium: what a reader sees and does, and what hostile text must not do."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# Each of them sets `hurt` where it runs.
+# Each of them sets `hurt` if it runs.
 HOSTILE = (
-    "</script><script>window.hurt='script'</script><img src=x onerror=\"window.hurt='img'\"><svg onload=\"window.hurt='svg'\">"
+    "</script><script>window.hurt='script'</script><img src=x onerror=\"window.hurt='img'\">"
+    "<svg onload=\"window.hurt='svg'\">"
     "<a href=\"javascript:window.hurt='link'\">a link</a>]]>--></textarea></style>{{ 7*7 }} %{x} & ' \" \u2028"
 )
 HOSTILE_SET = "<img src=x onerror=window.hurt=1> & <b>hard"
@@ -131,20 +132,21 @@ def test_every_chart_has_its_points(opened: Opened) -> None:
     assert drawn == 26 + 26 + 6 + 4 + 2  # and two diamonds
 
 
-def test_hover_tells_the_value(opened: Opened) -> None:
+def test_hover_shows_the_value(opened: Opened) -> None:
     node = opened.page.locator("#chart-score_vs_compute")
     node.scroll_into_view_if_needed()
     x, y = opened.page.evaluate(
         """() => { const gd = document.getElementById('chart-score_vs_compute'), {xaxis, yaxis} = gd._fullLayout;
-        const t = gd.data.find(t => t.name === 'RL from step 270 (overfit)'), box = gd.querySelector('.nsewdrag').getBoundingClientRect();
+        const t = gd.data.find(t => t.name === 'RL from step 270 (overfit)');
+        const box = gd.querySelector('.nsewdrag').getBoundingClientRect();
         return [box.x + xaxis.l2p(t.x[3]), box.y + yaxis.l2p(t.y[3])]; }"""
     )
     opened.page.mouse.move(x - 3, y - 3)
     opened.page.mouse.move(x, y)
     opened.page.wait_for_selector("#chart-score_vs_compute .hoverlayer .hovertext")
-    told = opened.page.locator("#chart-score_vs_compute .hoverlayer").text_content()
-    assert "RL from step 270 (overfit)" in told and "RL step 30" in told
-    assert f"63.0 % ± {binomial_se(63.0):.1f}" in told
+    hover = opened.page.locator("#chart-score_vs_compute .hoverlayer").text_content()
+    assert "RL from step 270 (overfit)" in hover and "RL step 30" in hover
+    assert f"63.0% ± {binomial_se(63.0):.1f}" in hover
 
 
 def test_a_button_of_the_legend_hides_its_run_and_shows_it_again(opened: Opened) -> None:
@@ -177,7 +179,7 @@ def test_held_out_points_are_hollow(opened: Opened) -> None:
     symbols = opened.named("score_vs_compute", "RL from step 150 (stable)")["marker"]["symbol"]
     assert [s.endswith("-open") for s in symbols] == [False] * 18 + [
         True
-    ] * 8  # the joint, the first 71 % of 25, the rest
+    ] * 8  # the start of RL, the first 71% of 25, the rest
     opened.page.get_by_role("button", name="all points").click()
     assert not any(
         s.endswith("-open") for s in opened.named("score_vs_compute", "RL from step 150 (stable)")["marker"]["symbol"]
@@ -197,7 +199,7 @@ def test_csv_and_png_of_a_chart(opened: Opened, folder: Path) -> None:
     assert opened.said == []
 
 
-# -- hostile text ------------------------------------------------------------------------------------------------------------------
+# ---- hostile text
 
 
 def test_hostile_text_is_read_and_does_not_run(opened: Opened) -> None:
@@ -251,7 +253,7 @@ def test_names_of_sets_are_text_in_charts_and_controls(chromium, tmp_path: Path)
     two.context.close()
 
 
-# -- light and dark, large and small -----------------------------------------------------------------------------------------------
+# ---- light and dark, large and small
 
 CONTRAST = """() => {
   const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -277,11 +279,13 @@ CONTRAST = """() => {
   for (const node of document.querySelectorAll('body *')) {
     const written = [...node.childNodes].some(child => child.nodeType === 3 && child.textContent.trim());
     if (!written || !node.offsetParent || node.closest('svg, script, [aria-hidden]')) continue;
-    if (ratio(rgba(getComputedStyle(node).color), behind(node)) < 4.5) bad.push(`${node.className}: ${node.textContent.slice(0, 40)}`);
+    const text = node.textContent.slice(0, 40);
+    if (ratio(rgba(getComputedStyle(node).color), behind(node)) < 4.5) bad.push(`${node.className}: ${text}`);
   }
   for (const node of document.querySelectorAll('.chart text')) {
     if (node.closest('.barlayer')) continue;  // on a bar, not on the panel
-    if (ratio(rgba(getComputedStyle(node).fill), behind(node.closest('figure'))) < 4.5) bad.push(`in a chart: ${node.textContent}`);
+    const panel = behind(node.closest('figure'));
+    if (ratio(rgba(getComputedStyle(node).fill), panel) < 4.5) bad.push(`in a chart: ${node.textContent}`);
   }
   return bad; }"""
 
@@ -335,7 +339,7 @@ def test_a_phone_scrolls_in_one_direction_only(chromium, folder: Path) -> None:
     phone.context.close()
 
 
-# -- while a run goes on -------------------------------------------------------------------------------------------------------------
+# ---- while a run continues
 
 
 def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(
@@ -351,7 +355,8 @@ def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         live.drag("score_vs_compute", (0.3, 0.2), (0.9, 0.8))
         page.locator("[data-legend='score_vs_compute'] .chip", has_text="step 60 (early)").click()
-        where = "document.getElementById('chart-score_vs_compute').getBoundingClientRect().top"  # the text above may grow or shrink
+        # The text above the chart may grow or shrink.
+        where = "document.getElementById('chart-score_vs_compute').getBoundingClientRect().top"
         zoom, place = live.range("score_vs_compute"), page.evaluate(where)
         row = {
             "step": 60,
@@ -372,9 +377,7 @@ def test_the_page_follows_a_run_and_keeps_what_the_reader_chose(
         assert {
             t["visible"] for t in live.data("score_vs_compute") if t["legendgroup"] == "RL from step 60 (early)"
         } == {False}
-        assert (
-            "88.8 %" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
-        )
+        assert "88.8%" in page.locator("#section-summary").inner_text() and "live" in page.locator("#live").inner_text()
         assert page.locator("#rollouts-3").get_attribute("open") is not None
         assert live.said == [] and {url.split("/")[2] for url in live.asked} == {f"127.0.0.1:{serving.port}"}
     finally:

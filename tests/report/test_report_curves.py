@@ -1,4 +1,4 @@
-"""`pctrain report` on a file of curves, on studies of several sets, algorithms and seeds, and the tables: what is in them."""
+"""`pctrain report` of files of curves and of studies with several sets, algorithms and seeds, and its tables."""
 
 from __future__ import annotations
 
@@ -35,7 +35,10 @@ def entry(eflops: float, score: float, **more: float) -> dict:
 
 
 def make_file(path: Path, losses: bool = True) -> Path:
-    """Two sets of two checkpoints; RL from step 0 is the same curve in both. Hard has the lower loss and the higher ceiling."""
+    """Two sets with two checkpoints each; RL from step 0 is the same curve in both.
+
+    The hard set has the lower loss and the higher ceiling.
+    """
 
     def data(top: float, shift: float) -> dict:
         sft = [
@@ -55,7 +58,7 @@ def make_file(path: Path, losses: bool = True) -> Path:
 
 
 def test_plain_curves_of_any_trainer(tmp_path):
-    """A CSV without standard errors: the noise that the fit finds stands for them."""
+    """A CSV has no standard errors, so each is the noise that the fit finds."""
     csv_file = tmp_path / "mine.csv"
     scores = rising(50.0, 70.0, 30)
     csv_file.write_text("curve,eflops,score\n" + "".join(f"a,{i},{y}\nb,{i},{y - 10}\n" for i, y in enumerate(scores)))
@@ -74,7 +77,7 @@ def two_sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, charts.Chart
     return drawn(make_file(tmp_path_factory.mktemp("curves") / "two.json"))
 
 
-# P_sft of PAPER.md 7, by step.
+# P_sft of arXiv 2512.11470, figure 3, by step.
 FIGURE_3 = {
     "S1K": {62: 68.6, 124: 70.9, 186: 72.9, 248: 74.1, 310: 73.1},
     "Easy102K": {360: 70.7, 720: 73.3, 1080: 74.2, 1440: 74.8, 1800: 74.4},
@@ -160,7 +163,7 @@ def test_a_loss_that_is_none_is_refused_by_its_place(tmp_path: Path, value: obje
     assert not (tmp_path / "out").exists()
 
 
-# -- several sets, algorithms and seeds ----------------------------------------------------------------------------------------------
+# -- several sets, algorithms and seeds --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +193,7 @@ def test_seeds_of_one_experiment_are_one_group_with_a_mean(wide: dict) -> None:
     assert all(s["seeded"] for s in spec["series"]) and sum(s["first"] for s in spec["series"]) == 4 + 2
     mean = next(m for m in spec["means"] if m["group"] == "RL from hard step 150 (stable), luffy")
     by_seed = [rising(45.0, 70.0 + seed, 4) for seed in (1, 2, 3)]
-    assert mean["y"] == pytest.approx([sum(ys) / 3 for ys in zip(*by_seed)]) and mean["seeds"] == 3
+    assert mean["y"] == pytest.approx([sum(ys) / 3 for ys in zip(*by_seed, strict=True)]) and mean["seeds"] == 3
     spread = [by_seed[seed][3] for seed in range(3)]
     se = (sum((y - sum(spread) / 3) ** 2 for y in spread) / 2) ** 0.5 / 3**0.5
     assert mean["high"][3] - mean["y"][3] == pytest.approx(se)
@@ -213,7 +216,7 @@ def test_eval_lines_with_benchmarks_make_a_chart(tmp_path: Path) -> None:
     assert chart.spec["series"][0]["y"]["aime"][:3] == [5.0, 7.0, 9.0]  # every other line is a train line
 
 
-# -- the ledger in the terminal ------------------------------------------------------------------------------------------------------
+# -- the ledger in the terminal ----------------------------------------------------------------------------------------
 
 
 def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
@@ -229,12 +232,10 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
         "GFLOPs",
         "100",
         "GFLOPs",
-        "18.1",
-        "%",
+        "18.1%",
         "1.0",
         "2.0",
-        "11.1",
-        "%",
+        "11.1%",
     ] in lines
     whole = lines[next(i for i, line in enumerate(lines) if line[:2] == ["all", "runs"]) :]
     assert [
@@ -245,14 +246,12 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
         "GFLOPs",
         "551",
         "GFLOPs",
-        "100.0",
-        "%",
+        "100.0%",
         "9.0",
         "18.0",
-        "100.0",
-        "%",
+        "100.0%",
     ] in whole
-    assert ["Evaluation", "*", "2,400", "60", "GFLOPs", "90", "GFLOPs", "16.3", "%", "1.5", "3.0", "16.7", "%"] in whole
+    assert ["Evaluation", "*", "2,400", "60", "GFLOPs", "90", "GFLOPs", "16.3%", "1.5", "3.0", "16.7%"] in whole
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_reading_takes_a_tenth_of_the_time_at_most(run: Path, monkeypatch: pytes
         return None
 
     monkeypatch.setattr(watch.report, "make", make)
-    watched = watch.Watched(run)
+    watched = watch.WatchedFolder(run)
     for _ in range(60):
         with (run / "metrics.jsonl").open("a") as lines:
             lines.write("\n")
@@ -155,7 +155,7 @@ def test_it_ends_cleanly_on_ctrl_c_and_refuses_a_taken_port(serving: Serving, ru
         process.send_signal(signal.SIGINT)
         out, error = process.communicate(timeout=20)
     assert (process.returncode, error) == (0, "") and "Stopped watching" in out
-    with pytest.raises(UserError, match=f"--port={serving.port}: cannot be listened at"):
+    with pytest.raises(UserError, match=f"--port={serving.port}: cannot listen on this port"):
         watch.main(run, serving.port)
     with pytest.raises(UserError, match="no such folder"):
         watch.main(run / "nowhere")

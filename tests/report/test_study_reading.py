@@ -1,4 +1,4 @@
-"""A study of several sets, algorithms and seeds as it is read from its folders."""
+"""Reading a study of several sets, algorithms and seeds from its folders."""
 
 from pathlib import Path
 
@@ -33,15 +33,15 @@ def test_every_run_knows_its_set_algorithm_and_seed(wide: Study) -> None:
         ("hard", 1, "seed-1/sets/hard/sft"),
     ]
     assert [run.seed for run in wide.sft] == [1, 1, 10, 10]  # by number, not by name
-    found = [(run.set, run.algorithm, run.seed, run.start_step) for run in wide.rl]
+    runs = [(run.set, run.algorithm, run.seed, run.start_step) for run in wide.rl]
     of_seed = [
         ("", "grpo", 0),
         *((name, algorithm, 150) for name in ("easy-1.0", "hard") for algorithm in ("grpo", "luffy")),
     ]
-    assert found == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
+    assert runs == [(name, algorithm, seed, step) for seed in (1, 10) for name, algorithm, step in of_seed]
 
 
-def test_an_rl_run_is_set_against_the_sft_run_that_it_came_from(wide: Study) -> None:
+def test_an_rl_run_is_compared_with_the_sft_run_it_started_from(wide: Study) -> None:
     easy, hard = (run for run in wide.rl if (run.algorithm, run.seed) == ("luffy", 10))
     assert [wide.sft_of(run).name for run in (easy, hard)] == ["seed-10/sets/easy-1.0/sft", "seed-10/sets/hard/sft"]
     assert easy.sft_equal.value == pytest.approx(45 + 5 * (300 + 6 * 4 - 300) / 240)
@@ -74,19 +74,23 @@ SFT = b"kind: sft\nrun: {seed: 1}\nceiling: {delta: 0.1, delta2: 0.2}\n"
 @pytest.mark.parametrize(
     "file, content, words",
     [
-        ("summary.json", b"{", "not JSON"),
-        ("summary.json", b'{"summary": {"trajectories": "x"}}', "`trajectories` must be a whole number"),
+        ("summary.json", b"{", "not valid JSON"),
+        (
+            "summary.json",
+            b'{"summary": {"trajectories": "x"}, "next_command": ""}',
+            "`trajectories` must be a whole number",
+        ),
         ("config.yaml", b"\xff", "cannot be read as text"),
         ("config.yaml", SFT.replace(b"1}", b"x}"), "`seed` must be"),
         ("config.yaml", SFT.replace(b"0.1", b".nan"), "`delta` must be a finite number"),
         ("config.yaml", SFT + b"data: {train: [3]}\n", "`data.train` must be a list of sources"),
-        ("metrics.jsonl", b"[" * 100_000 + b"\n", "not JSON"),
+        ("metrics.jsonl", b"[" * 100_000 + b"\n", "not valid JSON"),
         ("metrics.jsonl", b'{"kind": "val", "step": 1, "eflops_sft": 1' + b"0" * 400 + b"}\n", "one too large"),
         ("metrics.jsonl", b'{"kind": "\\ud800"}\n', "half of a surrogate pair"),
     ],
 )
 def test_files_that_no_run_wrote(tmp_path: Path, file: str, content: bytes, words: str) -> None:
-    """Found by fuzzing: each ended in a traceback."""
+    """Fuzzing found these files; each once ended in a traceback."""
     root = make_study(tmp_path / "study")
     (root / "sft" / file).write_bytes(content)
     with pytest.raises(UserError, match=words):

@@ -145,7 +145,7 @@ def test_a_callable_object_may_be_async(folder):
         ("no_module_here:judge", ["no_module_here cannot be imported", "ModuleNotFoundError", "PYTHONPATH"]),
         ("broken_rewards:judge", ["no_such_package", "broken_rewards.py, line 2"]),
         ("own_rewards:juge", ["own_rewards.py has no juge", "judge, remote"]),
-        ("own_rewards:number", ["number is no function but 5"]),
+        ("own_rewards:number", ["number is not a function but 5"]),
         ("own_rewards:", ["expected module:function"]),
         ("own-rewards:judge", ["expected module:function"]),
         (":judge", ["expected module:function"]),

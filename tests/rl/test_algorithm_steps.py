@@ -1,4 +1,4 @@
-"""A whole `core.step` with packed rows, on one rank and two, against the naive loss of log-probs that the core itself tells."""
+"""A whole training step with packed rows, on one rank and two, against the naive loss of the learner's log-probs."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ BUDGET = 48
 
 
 def _step(directory, layout, name, normaliser):
-    """Loss of the second of two updates, its metrics and gradient norm, and the naive one; the phases that the passes were counted in."""
+    """Return the second of two updates, the naive loss of the same, and the phases and sizes of the passes."""
     model = small.learner(directory, layout)
     model.keep_reference()
     own = {"gamma": 1, "sft_coef": 0.3} if name == "upt" else {}
@@ -44,7 +44,8 @@ def _step(directory, layout, name, normaliser):
     def of(values):
         return torch.from_numpy(values[3:]).double()
 
-    # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the other tests.
+    # SRFT's and Prefix-RFT's entropies are those before the update, the bonus takes the present ones: it is left to the
+    # other tests.
     tokens = [
         rl_cases.Tokens(of(lp), of(row.streams.get("entropy", h)), of(row.streams["old_logprob"]), of(lp))
         for row, lp, h in zip(finished, logprobs, entropies, strict=True)

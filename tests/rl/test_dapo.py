@@ -1,4 +1,4 @@
-"""DAPO_d and DAPO_dc: the clips by hand and sample by sample, and what of DAPO each of them is. (Against TRL: test_grpo.py.)"""
+"""DAPO_d and DAPO_dc: the clips by hand and sample by sample, and the settings of each. (Against TRL: test_grpo.py.)"""
 
 import math
 
@@ -9,9 +9,9 @@ from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
-    # Two prompts, 3 tokens: rewards 1, 0 with one token each, and a prompt with rewards 1, 0 of which the second sampled nothing.
-    # A = +-1/2 / (sample standard deviation sqrt(1/4 + 1/4) = 0.70711) = +-0.70711 (+ 1e-6 in the divisor).
-    # Ratios 1.4, 1.4, 1.1 with A = +, -, +:
+    # Two prompts, 3 tokens: rewards 1, 0 with one token each, and a prompt with rewards 1, 0 of which the second
+    # sampled nothing. A = +-1/2 / (sample standard deviation sqrt(1/4 + 1/4) = 0.70711) = +-0.70711 (+ 1e-6 in the
+    # divisor). Ratios 1.4, 1.4, 1.1 with A = +, -, +:
     #   +: min(1.4, 1.28) = 1.28, clipped   -: min(-1.4, -1.28) = -1.4   +: 1.1
     # Loss = -0.70711 (1.28 - 1.4 + 1.1) / 3 = -0.70711 x 0.98 / 3 = -0.230988; gradient = 0.70711 x (0, 1.4, -1.1) / 3.
     groups = [rl_cases.group(0, [1, 0], [[10], [11]]), rl_cases.group(1, [1, 0], [[12], []])]
@@ -21,7 +21,7 @@ def test_by_hand():
         [0.7071058, -0.7071058, 0.7071058, -0.7071058], abs=1e-6
     )
     tokens = rl_cases.random_tokens([1, 1, 1, 0], seed=0, old=False)
-    for of_row, ratio in zip(tokens, (1.4, 1.4, 1.1)):
+    for of_row, ratio in zip(tokens, (1.4, 1.4, 1.1), strict=True):
         of_row.old[0] -= math.log(ratio)
     loss, metrics = rl_cases.total(algorithm, rl_cases.with_pass(rows, tokens, {"old_logprob"}), tokens)
     assert loss.item() == pytest.approx(-0.230988, abs=1e-5)

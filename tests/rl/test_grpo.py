@@ -14,8 +14,8 @@ CLIP = 0.2
 
 
 def test_by_hand():
-    # Two prompts of two rollouts; 3 trained tokens in all of the first prompt's right rollout (2) and wrong one (1), and 2 of the second's.
-    # Prompt 0: rewards 1, 0: mean 1/2, A = +1/2, -1/2.   Prompt 1: rewards 1, 1: A = 0.
+    # Two prompts of two rollouts; 3 trained tokens in all of the first prompt's right rollout (2) and wrong one (1),
+    # and 2 of the second's. Prompt 0: rewards 1, 0: mean 1/2, A = +1/2, -1/2.   Prompt 1: rewards 1, 1: A = 0.
     groups = [rl_cases.group(0, [1, 0], [[10, 2], [11]]), rl_cases.group(1, [1, 1], [[12], [13]])]
     algorithm = rl_cases.algorithm("grpo", entropy_coef=0.0, updates=2)
     rows = algorithm.rows(groups)
@@ -72,7 +72,9 @@ def test_at_ratio_one_the_gradient_is_reinforce():
     rows = algorithm.rows(groups)
     tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 3)
     loss, metrics = rl_cases.total(algorithm, rows, tokens)
-    reinforce = sum(-(row.streams["advantage"][-1].item() * t.logprob).sum() for row, t in zip(rows, tokens))
+    reinforce = sum(
+        -(row.streams["advantage"][-1].item() * t.logprob).sum() for row, t in zip(rows, tokens, strict=True)
+    )
     reinforce = reinforce / sum(len(t.logprob) for t in tokens)
     for ours, theirs in zip(rl_cases.gradients(loss, tokens), rl_cases.gradients(reinforce, tokens), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=0)
@@ -80,7 +82,7 @@ def test_at_ratio_one_the_gradient_is_reinforce():
 
 
 def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
-    """TRL's GRPOTrainer._compute_loss on right-padded tensors, with advantages of its own formula; -> loss with its graph to `tokens`."""
+    """Return the loss of TRL's GRPOTrainer._compute_loss on right-padded tensors, with its graph to `tokens`."""
     pytest.importorskip("accelerate")
     pytest.importorskip("trl")
     from trl.trainer.grpo_trainer import GRPOTrainer
@@ -97,24 +99,40 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     high = algorithm.options.clip_high if algorithm.options.name == "dapo_dc" else algorithm.options.clip_low
     trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None), aux_loss_enabled=False,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level="token", beta=beta,
-        epsilon_low=algorithm.options.clip_low, epsilon_high=high, loss_type=loss_type, use_vllm=False,
-        max_completion_length=rl_cases.MAX_RESPONSE, vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1,
-        _entropy_bonus_enabled=False, model=SimpleNamespace(training=True),
+        _get_per_token_logps_and_entropies=lambda *a, **k: (padded("logprob"), torch.zeros_like(mask), None),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level="token",
+        beta=beta,
+        epsilon_low=algorithm.options.clip_low,
+        epsilon_high=high,
+        loss_type=loss_type,
+        use_vllm=False,
+        max_completion_length=rl_cases.MAX_RESPONSE,
+        vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        model=SimpleNamespace(training=True),
         args=SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1),
         accelerator=SimpleNamespace(reduce=lambda x, reduction: x, gather=lambda x: x, num_processes=1),
         _metrics=defaultdict(lambda: defaultdict(list)),
-    )  # fmt: skip
+    )
     inputs = {
-        "prompt_ids": torch.zeros(len(mask), 1), "prompt_mask": torch.ones(len(mask), 1), "completion_ids": torch.zeros_like(mask),
-        "completion_mask": mask, "advantages": advantages.flatten(), "old_per_token_logps": padded("old"),
-        "ref_per_token_logps": padded("ref"), "num_items_in_batch": mask.sum(),
-    }  # fmt: skip
+        "prompt_ids": torch.zeros(len(mask), 1),
+        "prompt_mask": torch.ones(len(mask), 1),
+        "completion_ids": torch.zeros_like(mask),
+        "completion_mask": mask,
+        "advantages": advantages.flatten(),
+        "old_per_token_logps": padded("old"),
+        "ref_per_token_logps": padded("ref"),
+        "num_items_in_batch": mask.sum(),
+    }
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
-# TRL's names: bnpo and dapo divide by the tokens of the batch, grpo by sequence, dr_grpo by responses x longest response.
+# TRL's names: bnpo and dapo divide by the tokens of the batch, grpo by sequence, dr_grpo by responses x longest
+# response.
 @pytest.mark.parametrize(
     "normaliser, loss_type", [("token", "bnpo"), ("token", "dapo"), ("sequence", "grpo"), ("fixed", "dr_grpo")]
 )

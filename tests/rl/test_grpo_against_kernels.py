@@ -1,7 +1,7 @@
 """The loss of `grpo.py`, which training uses, is `pctrain_kernels.policy_loss` to the last bit.
 
-The kernels stand alone with torch and triton, so they have a definition of their own. Both do the same operations in the
-same order, and nothing is rounded in between: equality is exact, for values and for gradients.
+The kernels stand alone with torch and triton, so they have a definition of their own. Both do the same operations in
+the same order, and nothing is rounded in between: equality is exact, for values and for gradients.
 """
 
 import numpy as np

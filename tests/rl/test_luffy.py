@@ -14,7 +14,8 @@ def test_by_hand():
     # Prompt 0: rewards 0 and the expert's 1: A = -1/2, +1/2.   Prompt 1: rewards 1 and 1: A = 0, 0.
     # p = 0.5 for the wrong rollout (ratio 1), p = 0.1 for the expert's token: r_hat = 0.1 / 0.2 = 0.5,
     # d r_hat / d log p = p x 0.1 / (p + 0.1)^2 = 0.1 x 0.1 / 0.04 = 0.25.
-    # Loss = (+1/2 x 1 - 1/2 x 0.5 + 0) / 5 tokens = 0.25 / 5 = 0.05.  Gradient: +1/2 / 5 = 0.1;  -1/2 x 0.25 / 5 = -0.025;  0.
+    # Loss = (+1/2 x 1 - 1/2 x 0.5 + 0) / 5 tokens = 0.25 / 5 = 0.05.  Gradient: +1/2 / 5 = 0.1;  -1/2 x 0.25 / 5 =
+    # -0.025;  0.
     groups = [rl_cases.group(0, [0], [[10]], expert=[20]), rl_cases.group(1, [1], [[11]], expert=[21, 22])]
     algorithm = rl_cases.algorithm("luffy", group=2, entropy_coef=0.0)
     rows = algorithm.rows(groups)
@@ -45,7 +46,7 @@ def test_is_the_naive_version(seed, moved):
     assert metrics["clip_share"] == 0
 
 
-def test_the_expert_takes_a_place_of_the_group():
+def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("luffy")
     assert algorithm.options.needs_expert and not algorithm.options.dynamic_sampling
     assert algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7

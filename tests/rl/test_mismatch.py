@@ -60,7 +60,7 @@ def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
 
 
 def _first_step(directory, layout, tensor):
-    """Samples with a real engine and updates on that: (metrics of the first step, its grad_norm and loss, rows, core's log-probs)."""
+    """Sample with a real engine and update on that: (the first update, rows, the learner's log-probs, weights)."""
     from pctrain.rollout import RolloutEngine
 
     model = small.learner(directory, layout)
@@ -114,7 +114,7 @@ def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory,
         assert 0 <= metrics["mismatch/mean"] <= metrics["max/mismatch"]
         assert math.expm1(metrics["max/mismatch"]) < 1e-4  # every ratio is 1
         assert abs(metrics["mismatch/kl"]) < 1e-8 and metrics["mismatch/beyond_2x"] == 0
-        # And what the training pass measured is what a pass of its own measures.
+        # The training pass measures the same as a separate pass.
         worst = max(
             np.abs(lp - row.streams["rollout_logprob"])[row.weights > 0].max()
             for row, lp in zip(rows, logprobs, strict=True)
@@ -128,7 +128,7 @@ def test_one_temperature_for_engine_logprobs_entropy_and_loss(ranks, directory):
 
     ((update, rows, logprobs, weights),) = ranks.run(_first_step, directory, {}, 1, world=1, deadline=240)
     model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
-    model.load_state_dict({name: tensor for name, tensor in weights.items()}, strict=False)
+    model.load_state_dict(dict(weights), strict=False)
     total, entropy, tokens = 0.0, 0.0, 0
     for row, ours in zip(rows, logprobs, strict=True):
         ids, sampled = torch.from_numpy(row.tokens), torch.from_numpy(row.weights[1:] > 0)
@@ -137,7 +137,7 @@ def test_one_temperature_for_engine_logprobs_entropy_and_loss(ranks, directory):
         np.testing.assert_allclose(
             row.streams["rollout_logprob"][1:][sampled], logprob.detach(), atol=1e-4
         )  # the engine's
-        np.testing.assert_allclose(ours[1:][sampled], logprob.detach(), atol=1e-4)  # of a pass of its own
+        np.testing.assert_allclose(ours[1:][sampled], logprob.detach(), atol=1e-4)  # of a separate pass
         total = total - (logprob * row.streams["advantage"][0]).sum()
         entropy -= (scores.exp() * scores).sum(-1)[sampled].sum().item()
         tokens += int(sampled.sum())

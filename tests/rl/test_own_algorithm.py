@@ -1,4 +1,4 @@
-"""An algorithm of the user's own: what a wrong name says before anything is written, and that a run is bound to its file."""
+"""A user's own algorithm: a wrong name is an error before anything is written, and a run is bound to the file."""
 
 import sys
 
@@ -44,7 +44,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_it_overrides_what_is_its_own():
+def test_it_overrides_what_differs():
     rewards = np.array([1.0, 0.0])
     plain, own = (
         rl_cases.algorithm(name, std_normalise=False).advantages(rewards) for name in ("grpo", "own_algorithms:Halved")
@@ -64,7 +64,7 @@ def test_it_overrides_what_is_its_own():
         ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
     ],
 )
-def test_what_is_wrong_is_told_before_anything_is_written(folder, capsys, name, told):
+def test_a_wrong_name_is_an_error_before_anything_is_written(folder, capsys, name, told):
     before = sorted(folder.rglob("*"))
     assert main(["rl", f"--rl.algorithm={name}"]) == 2
     said = capsys.readouterr().err
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_told_before_anything_is_written(folder, capsys, name, 
 @pytest.mark.parametrize("name", ["ppo", "a:b:c", "a b:C", ":C", "a:"])
 def test_a_name_of_another_form_is_refused_with_what_there_is(name):
     with pytest.raises(
-        UserError, match="rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"
+        UserError, match=r"rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"
     ):
         load(None, [f"--rl.algorithm={name}"])
 
@@ -85,7 +85,7 @@ def test_a_run_is_bound_to_the_file_of_its_algorithm(folder):
     assert algorithms.source_files("grpo") == [] and algorithms.find("grpo") is GRPO
 
 
-def test_a_study_takes_it_and_its_folder_can_be_found_again(tmp_path):
+def test_a_study_accepts_it_and_finds_its_folder_again(tmp_path):
     from pctrain.run import layout
 
     config = load(

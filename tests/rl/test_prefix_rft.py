@@ -11,9 +11,10 @@ from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
-    # Prompt 0: a wrong rollout of one token; and one that continues the expert's [20, 21] by [30] and is right. A = -1/2, +1/2.
-    # Prompt 1: both right: A = 0. Of the prefix's two tokens ceil(0.5 x 2) = 1 keeps its advantage, the one with entropy 0.9.
-    # Ratio 1: losses +1/2; -0, -1/2, -1/2; 0, 0: sum -1/2 over 6 tokens = -0.083333. Gradients (+1/2, 0, -1/2, -1/2, 0, 0) / 6.
+    # Prompt 0: a wrong rollout of one token; and one that continues the expert's [20, 21] by [30] and is right. A =
+    # -1/2, +1/2. Prompt 1: both right: A = 0. Of the prefix's two tokens ceil(0.5 x 2) = 1 keeps its advantage, the one
+    # with entropy 0.9. Ratio 1: losses +1/2; -0, -1/2, -1/2; 0, 0: sum -1/2 over 6 tokens = -0.083333. Gradients (+1/2,
+    # 0, -1/2, -1/2, 0, 0) / 6.
     groups = [
         rl_cases.group(0, [0, 1], [[10], [30]], [[], [20, 21]], [20, 21, 22]),
         rl_cases.group(1, [1, 1], [[11], [12]], expert=[23]),
@@ -54,9 +55,9 @@ def test_the_lower_share_falls_on_a_cosine():
 
 def test_prefixes_are_a_function_of_seed_step_and_problem():
     algorithm = rl_cases.algorithm("prefix_rft")
-    problems = [Problem(f"p{i}", i, "x", [3], "1", list(range(100, 200)) + [2]) for i in range(300)]
+    problems = [Problem(f"p{i}", i, "x", [3], "1", [*range(100, 200), 2]) for i in range(300)]
     *plain, first = algorithm.prefixes(problems[0], 1, 50, seed=1)
-    assert plain == [[]] * 7 and first == problems[0].expert_ids[:95]  # at the first step the share is 95 %
+    assert plain == [[]] * 7 and first == problems[0].expert_ids[:95]  # at the first step the share is 95%
     lengths = [len(algorithm.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]
     assert lengths == [len(algorithm.prefixes(p, 50, 50, seed=1)[-1]) for p in problems]
     assert lengths != [len(algorithm.prefixes(p, 49, 50, seed=1)[-1]) for p in problems]

@@ -1,4 +1,4 @@
-"""What a step of each algorithm puts into the ledger: the paper's formula of that algorithm, from the numbers of tokens of the step."""
+"""The ledger's entries of a step of each algorithm, against the paper's formula for the tokens of that step."""
 
 import contextlib
 
@@ -44,7 +44,7 @@ class PretendLearner:
 
 
 def step_of(name, rewards, dropped=0, prefix=0, **options):
-    """The ledger after one step: `rewards`, a list for each kept group; all rollouts have ON tokens, the expert's trajectory OFF."""
+    """Return the ledger after one step. `rewards` has a list per kept group; rollouts have ON tokens, experts OFF."""
 
     def group(i, of_group):
         prefixes = [[] for _ in of_group[1:]] + [list(range(10, 10 + prefix))]

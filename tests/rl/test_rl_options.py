@@ -1,4 +1,4 @@
-"""The options that algorithms share: advantages, normalisers, KL in the reward, dual clip, overlong penalty, importance weights."""
+"""The options that algorithms share: advantages, normalisers, KL, dual clip, overlong penalty, importance weights."""
 
 import math
 
@@ -70,7 +70,7 @@ def test_normalisers_by_hand():
     found = {}
     for kind in ("token", "sequence", "fixed", "published"):
         scaled, denominator = normalise(rows, kind, rl_cases.MAX_RESPONSE)
-        total = sum((row.weights * loss).sum() for row, loss in zip(scaled, losses))
+        total = sum((row.weights * loss).sum() for row, loss in zip(scaled, losses, strict=True))
         found[kind] = total / (sum(row.weights.sum() for row in scaled) if denominator is None else denominator)
     assert found == pytest.approx({"token": 2, "sequence": 2.25, "fixed": 0.25, "published": 0.5})
 
@@ -89,25 +89,25 @@ def test_overlong_penalty_by_hand():
     assert [row.streams["advantage"][-1] for row in rows] == [0.125, -0.125]
 
 
-def test_k1_is_taken_off_the_reward():
-    # Two rollouts, rewards 1 and 0; sum of old - ref: (-0.5 + 1.0) = 0.5 over one token, and -1.5 + 0.25 = -1.25 over another.
-    # Rewards 1 - 0.1 x 0.5 = 0.95 and 0 + 0.1 x 1.25 = 0.125: A = +-0.4125.
+def test_k1_is_subtracted_from_the_reward():
+    # Two rollouts, rewards 1 and 0; sum of old - ref: (-0.5 + 1.0) = 0.5 over one token, and -1.5 + 0.25 = -1.25 over
+    # another. Rewards 1 - 0.1 x 0.5 = 0.95 and 0 + 0.1 x 1.25 = 0.125: A = +-0.4125.
     groups = [rl_cases.group(0, [1, 0], [[10], [11]])]
     algorithm = rl_cases.algorithm("grpo", kl_coef=0.1, kl_kind="k1", entropy_coef=0.0)
     assert algorithm.streams_from_pass == {"old_logprob", "ref_logprob"}
     rows, tokens = algorithm.rows(groups), rl_cases.random_tokens([1, 1], seed=0)
-    for of_row, old, ref in zip(tokens, (-0.5, -1.5), (-1.0, -0.25)):
+    for of_row, old, ref in zip(tokens, (-0.5, -1.5), (-1.0, -0.25), strict=True):
         of_row.old[0], of_row.ref[0] = old, ref
     finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
     assert [row.streams["advantage"][-1] for row in finished] == pytest.approx([0.4125, -0.4125])
     # And it is no loss: with the ratio at 1 the loss is -A, and its gradient too.
     for of_row in tokens:
         of_row.old[0] = of_row.logprob[0].item()
-    for row, of_row in zip(finished, tokens):
+    for row, of_row in zip(finished, tokens, strict=True):
         row.streams["old_logprob"][-1] = of_row.logprob[0].item()
     loss, metrics = rl_cases.total(algorithm, finished, tokens)
     assert np.concatenate(rl_cases.gradients(loss, tokens)[::2]) == pytest.approx([-0.4125 / 2, 0.4125 / 2], rel=1e-5)
-    assert metrics["kl"] > 0  # k3, told of
+    assert metrics["kl"] > 0  # k3, as a metric
 
 
 def test_k1_of_a_prefix_is_not_the_policys():
@@ -184,7 +184,7 @@ def test_what_an_expert_wrote_has_no_importance_weight(name, level):
         rows = algorithm.rows(groups)
         tokens = rl_cases.random_tokens(rl_cases.response_lengths(rows), 5)
         if correction != "none":
-            for row, of_row in zip(rows, tokens):
+            for row, of_row in zip(rows, tokens, strict=True):
                 engine = row.streams["rollout_logprob"]
                 sampled = ~np.isnan(engine)
                 assert not (sampled & (row.streams["expert"] > 0)).any()

@@ -40,7 +40,7 @@ class Worker:
 
 
 class Algorithm:
-    """`prefix`: expert tokens that the last rollout of a prompt goes on from."""
+    """`prefix`: expert tokens that the last rollout of a prompt continues."""
 
     def __init__(self, dynamic, group=GROUP, prefix=()):
         self.options, self.group, self.prefix = SimpleNamespace(dynamic_sampling=dynamic), group, list(prefix)
@@ -118,7 +118,7 @@ def test_without_dynamic_sampling_every_prompt_is_kept():
     assert len(sampled.kept) == 4 and not sampled.rejected and sampled.rounds == 1
 
 
-def test_a_restored_stream_goes_on_where_it_was():
+def test_a_restored_stream_continues_where_it_was():
     whole, halves = PromptStream(PROBLEMS, seed=7), PromptStream(PROBLEMS, seed=7)
     halves.take(13)
     halves.carry(PROBLEMS[2:4])
@@ -141,7 +141,7 @@ class Half:
         return [Verdict(float(int(text) % GROUP < int(answer) % 5), "right") for text, answer in items]
 
 
-def test_a_window_by_the_number_right():
+def test_groups_are_selected_by_the_number_of_right_rollouts():
     sampled = sampler(worker=Worker(verifier=Half()), keep_low=2, keep_high=3, max_rounds=2, prompts=8).sample_groups(
         PromptStream(PROBLEMS, seed=1), 1
     )
@@ -163,7 +163,7 @@ def test_a_response_that_was_cut_is_wrong_or_judged():
     assert right == {"wrong": [0, 0], "masked": [2, 2]}
 
 
-def test_a_rollout_that_goes_on_from_a_prefix():
+def test_a_rollout_that_continues_a_prefix():
     worker, prefix = Worker(), [7, 8, 9]
     groups = sampler(dynamic=False, worker=worker, prefix=prefix, prompts=2)
     sampled = groups.sample_groups(PromptStream(PROBLEMS, seed=1), 1)
@@ -188,10 +188,10 @@ def test_rollouts_come_back_from_the_disk_bit_for_bit(tmp_path):
     assert asdict(again) == asdict(sampled)
 
 
-def test_rollouts_of_other_problems_and_files_that_are_none(tmp_path):
+def test_rollouts_of_other_problems_and_damaged_files(tmp_path):
     stream, path = PromptStream(PROBLEMS, seed=1), tmp_path / "step-1.replay.npz"
     replay.save(path, 1, sampler().sample_groups(stream, 1), stream.state_dict())
-    with pytest.raises(UserError, match="is not number .* of data.rl"):
+    with pytest.raises(UserError, match=r"is not number .* of data.rl"):
         replay.load(path, PROBLEMS[::-1])
     with pytest.raises(UserError, match="does not exist"):
         replay.load(tmp_path / "none.npz", PROBLEMS)
@@ -202,7 +202,7 @@ def test_rollouts_of_other_problems_and_files_that_are_none(tmp_path):
 
 
 def test_rollouts_that_do_not_fit_each_other(tmp_path):
-    """Found by fuzzing: tokens would be those of another rollout, or the error came later and said nothing of the file."""
+    """Found by fuzzing: tokens belonged to another rollout, or the error came later and did not name the file."""
     stream, path = PromptStream(PROBLEMS, seed=1), tmp_path / "step-1.replay.npz"
     replay.save(path, 1, sampler().sample_groups(stream, 1), stream.state_dict())
     with np.load(path) as archive:
@@ -232,7 +232,7 @@ def test_rollouts_that_do_not_fit_each_other(tmp_path):
         stream.load_state_dict({"position": 0, "carried": [10**6]})
 
 
-def test_what_a_checkpoint_covers_is_forgotten(tmp_path):
+def test_what_a_checkpoint_covers_is_deleted(tmp_path):
     for step in (1, 2, 10):
         replay.path_of(tmp_path, step).parent.mkdir(exist_ok=True)
         replay.path_of(tmp_path, step).write_bytes(b"")

@@ -11,9 +11,9 @@ from tests.helpers import naive_losses, rl_cases
 
 def test_by_hand():
     # Two prompts with an expert's trajectory of one token each; the wrong rollout of prompt 0 has one token.
-    # Expert 0: H = ln 2, w1 = 0.5 exp(-ln 2) = 0.25; A = 1 - 1/2 = 1/2; p = 0.1: r_hat = 0.5, its derivative 0.25 (see LUFFY).
-    #   loss = 0.25 (-ln 0.1) - 0.25 x 0.5 x 0.5 = 0.575646 - 0.0625 = 0.513146;  gradient = -0.25 - 0.25 x 0.5 x 0.25 = -0.28125
-    # Wrong rollout: +log p = ln 0.5 = -0.693147; gradient +1.
+    # Expert 0: H = ln 2, w1 = 0.5 exp(-ln 2) = 0.25; A = 1 - 1/2 = 1/2; p = 0.1: r_hat = 0.5, its derivative 0.25 (see
+    # LUFFY).   loss = 0.25 (-ln 0.1) - 0.25 x 0.5 x 0.5 = 0.575646 - 0.0625 = 0.513146;  gradient = -0.25 - 0.25 x 0.5
+    # x 0.25 = -0.28125 Wrong rollout: +log p = ln 0.5 = -0.693147; gradient +1.
     # Expert 1: with a right rollout A = 0; H = 0, w1 = 0.5, p = 0.5: loss = 0.5 x 0.693147 = 0.346574; gradient -0.5.
     # The right rollout of prompt 1 has no token.
     # Mean over the 3 tokens: (0.513146 - 0.693147 + 0.346574) / 3 = 0.055524; gradients / 3.
@@ -38,6 +38,6 @@ def test_is_the_naive_version(seed):
     rl_cases.compare(rl_cases.algorithm("srft"), rl_cases.random_groups(seed), naive_losses.srft, seed)
 
 
-def test_the_expert_takes_a_place_of_the_group():
+def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("srft")
     assert algorithm.options.needs_expert and algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7

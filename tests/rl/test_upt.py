@@ -10,9 +10,9 @@ from tests.helpers import naive_losses, rl_cases
 
 
 def test_by_hand():
-    # Prompt 0: none of two right: SFT on the expert's one token, p = 0.25: 0.3 x -ln 0.25 = 0.3 x 1.386294 = 0.415888, gradient -0.3.
-    # Prompt 1: one of two right, one token each, ratio 1: A = +-1/2: loss -1/2 and +1/2, gradients the same.
-    # Mean over the 3 tokens: 0.415888 / 3 = 0.138629; gradients -0.1, -1/6, +1/6.
+    # Prompt 0: none of two right: SFT on the expert's one token, p = 0.25: 0.3 x -ln 0.25 = 0.3 x 1.386294 = 0.415888,
+    # gradient -0.3. Prompt 1: one of two right, one token each, ratio 1: A = +-1/2: loss -1/2 and +1/2, gradients the
+    # same. Mean over the 3 tokens: 0.415888 / 3 = 0.138629; gradients -0.1, -1/6, +1/6.
     groups = [
         rl_cases.group(0, [0, 0], [[10], [11]], expert=[20]),
         rl_cases.group(1, [1, 0], [[12], [13]], expert=[21]),
@@ -68,7 +68,7 @@ def test_advantages_with_k1_leave_the_experts_rows_alone():
     assert [row.streams["advantage"][-1] for row in finished if row.member.is_expert] == [0]
 
 
-def test_a_step_that_learns_from_experts_alone_tells_nothing_of_ratios():
+def test_a_step_that_trains_on_experts_alone_reports_no_ratios():
     """From a base model no rollout is right: every update is SFT, and a mean over what was sampled does not exist."""
     from pctrain.core import Update
     from pctrain.rl.update import mean_metrics

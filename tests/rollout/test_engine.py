@@ -1,4 +1,4 @@
-"""One engine in the learner's process: weight swaps that are checked, reproducible samples, an undisturbed learner."""
+"""One engine in the learner's process: checked weight updates, reproducible samples, an undisturbed learner."""
 
 import os
 import random
@@ -14,7 +14,8 @@ from pctrain.config.tree import RolloutConfig
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 
 EOS, CONTEXT, TEMPERATURE = 2, 256, 0.7  # a temperature other than 1, so that forgetting it shows
-# fp32 noise of two implementations: know-how on this stack measures 1.1e-5; wrong weights or a stale cache give more than 0.1.
+# fp32 noise of two implementations: know-how on this stack measures 1.1e-5; wrong weights or a stale cache give more
+# than 0.1.
 CLOSE, WRONG = 1e-4, 0.1
 DRAW = random.Random(0)
 LONG = [DRAW.randrange(3, 320) for _ in range(200)]  # longer than a cache block (128)
@@ -47,7 +48,7 @@ class Rig:
         self.engine = RolloutEngine(directory, rollout, dtype="float32", context=CONTEXT, eos_id=EOS)
         self.state_kept = process_state() == before
 
-    def swap(self, seed):
+    def update_weights(self, seed):
         self.model = self.tiny.build(self.tied, seed)
         return self.engine.load_weights(self.tiny.stream(self.model))
 
@@ -87,21 +88,21 @@ def tokens(completions):
     return [completion.token_ids for completion in completions]
 
 
-def test_logprobs_follow_the_swapped_weights(rig):
+def test_logprobs_follow_the_updated_weights(rig):
     assert rig.difference() < CLOSE  # the weights of the directory; fills the prefix cache with the long prompts
     for seed in (1, 2):
-        swap = rig.swap(seed)
+        update = rig.update_weights(seed)
         assert rig.difference() < CLOSE
-    assert swap.bytes == sum(tensor.nbytes for _, tensor in rig.tiny.stream(rig.model)) and swap.seconds > 0
+    assert update.bytes == sum(tensor.nbytes for _, tensor in rig.tiny.stream(rig.model)) and update.seconds > 0
 
 
 def test_a_stale_prefix_cache_is_noticed(rig, monkeypatch):
     rig.difference()
     with monkeypatch.context() as patch:
         patch.setattr(rig.engine._llm, "reset_prefix_cache", lambda: True)
-        rig.swap(3)
+        rig.update_weights(3)
         assert rig.difference() > WRONG
-    rig.swap(3)
+    rig.update_weights(3)
     assert rig.difference() < CLOSE
 
 
@@ -115,7 +116,7 @@ def test_a_stale_tied_head_is_noticed_and_refused(tied):
     tied.engine._usable = True  # past the refusal, the check by log-probs sees it too
     tied.model = new
     assert tied.difference() > WRONG
-    tied.swap(4)
+    tied.update_weights(4)
     assert tied.difference() < CLOSE
 
 
@@ -128,15 +129,15 @@ def test_bad_streams_are_refused_by_name(tied):
         for name, tensor in tied.tiny.stream(model):
             yield name, scratch[: tensor.numel()].view_as(tensor).copy_(tensor)
 
-    with pytest.raises(UserError, match="'model.layers.9.x', which the rollout engine's model does not have"):
+    with pytest.raises(UserError, match=r"'model.layers.9.x', which the rollout engine's model does not have"):
         tied.engine.load_weights(chain(tied.tiny.stream(model), [("model.layers.9.x", torch.zeros(1))]))
-    with pytest.raises(UserError, match="'model.norm.weight' twice"):
+    with pytest.raises(UserError, match=r"'model.norm.weight' twice"):
         tied.engine.load_weights(chain(tied.tiny.stream(model), [("model.norm.weight", torch.zeros(128))]))
     with pytest.raises(UserError, match=r"'model.norm.weight' has shape \(7,\), .* expects \(128,\)"):
         tied.engine.load_weights((name, shapes.get(name, tensor)) for name, tensor in tied.tiny.stream(model))
-    with pytest.raises(ValueError, match="lies in the storage of"):
+    with pytest.raises(ValueError, match="shares the storage of"):
         tied.engine.load_weights(reused_buffer())
-    tied.swap(5)  # and none of it is remembered
+    tied.update_weights(5)  # and none of it is remembered
     assert tied.difference() < CLOSE
 
 
@@ -218,13 +219,13 @@ def test_batches_left_half_way_are_not_mixed_into_the_next_call(tied):
     next(taken)
     for act in (
         lambda: tied.engine.generate(requests(1), temperature=1.0, max_response=2),
-        lambda: tied.swap(7),
+        lambda: tied.update_weights(7),
         tied.difference,
     ):
         with pytest.raises(RuntimeError, match="left requests behind"):
             act()
     list(taken)
-    tied.swap(7)
+    tied.update_weights(7)
     assert tied.difference() < CLOSE
 
 
@@ -261,7 +262,7 @@ def test_top_p_is_for_evaluation_alone(tied):
 
 
 def test_more_prompts_than_one_pass_takes(tied):
-    """100 x 200 tokens exceed one forward pass; a prompt cut in two would need to rewind its generator, which a CPU cannot."""
+    """100 x 200 tokens exceed one forward pass; a prompt cut in two would have to rewind its generator."""
     batch = requests(100, length=200)
     together = tied.engine.generate(batch, temperature=1.0, max_response=3)
     assert together[90] == tied.engine.generate([batch[90]], temperature=1.0, max_response=3)[0]
@@ -271,7 +272,7 @@ def test_the_learners_process_is_left_alone(rig):
     assert rig.state_kept, "starting the engine changed the process"
     before = process_state()
     rig.engine.generate(requests(3), temperature=1.0, max_response=3, logprobs=True)
-    rig.swap(6)
+    rig.update_weights(6)
     assert process_state() == before
 
 
@@ -310,5 +311,5 @@ def test_a_head_size_that_vllm_cannot_compute(rigs, tiny, tmp_path):
 
 def test_a_context_beyond_the_models(rigs, tiny, tmp_path):
     tiny.build(True, 0).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="vLLM refuses .* context 512"):
+    with pytest.raises(UserError, match=r"vLLM refuses .* context 512"):
         RolloutEngine(tmp_path, RolloutConfig(), dtype="float32", context=512, eos_id=EOS)

@@ -47,9 +47,9 @@ def engine(monkeypatch, tiny, tmp_path):
     return engine
 
 
-def test_order_of_calls_around_a_swap(engine):
+def test_order_of_calls_around_a_weight_update(engine):
     names = [name for name, _ in engine.stream()]
-    swap = [
+    weight_update = [
         "the learner's cache is emptied",
         ("wake_up", ["weights"]),
         ("reload_weights", names),
@@ -57,12 +57,12 @@ def test_order_of_calls_around_a_swap(engine):
         "reset_prefix_cache",
     ]
     engine.load_weights(engine.stream())
-    assert engine._llm.calls == [("sleep", 2), *swap]
+    assert engine._llm.calls == [("sleep", 2), *weight_update]
     engine._llm.calls.clear()
     engine.sleep()
     engine.sleep()  # asleep already
     engine.load_weights(engine.stream())
-    assert engine._llm.calls == [("sleep", 2), *swap]
+    assert engine._llm.calls == [("sleep", 2), *weight_update]
 
 
 def test_no_sampling_while_asleep(engine):

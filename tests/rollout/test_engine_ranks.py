@@ -1,4 +1,4 @@
-"""Rollouts under torchrun, beside megatron-core's groups, at one engine a rank and at tensor parallel 2."""
+"""Rollouts under torchrun, next to megatron-core's groups, with one engine per rank and at tensor parallel 2."""
 
 import json
 import os
@@ -49,13 +49,13 @@ def results(request, tiny, tmp_path_factory):
 
 
 @pytest.mark.parametrize("tensor", ["1", "2"])
-def test_swapped_weights_are_the_learners_on_every_engine(results, tensor):
+def test_updated_weights_are_the_learners_on_every_engine(results, tensor):
     assert results[tensor]["difference"] < 1e-4  # fp32 noise of two implementations
 
 
 def test_layouts_sample_the_same_tokens(results):
     assert results["1"]["first"] == results["2"]["first"]
-    assert results["1"]["swapped"] == results["2"]["swapped"] != results["1"]["first"]
+    assert results["1"]["updated"] == results["2"]["updated"] != results["1"]["first"]
     one, two = (np.concatenate(results[tensor]["logprobs"]) for tensor in "12")
     assert np.abs(one - two).max() < 1e-4  # a sum over two shards is rounded otherwise
 
@@ -64,10 +64,10 @@ def test_completions_come_back_in_the_order_of_the_requests(results, tiny):
     """Scored by the oracle under the request's own prompt: a completion in another's place would be far off."""
     model = tiny.build(True, seed=1)
     prompts = [[5 + (7 * i + 3 * j) % 300 for j in range(12)] for i in range(9)]
-    for prompt, tokens, logprobs in zip(prompts, results["1"]["swapped"], results["1"]["logprobs"], strict=False):
+    for prompt, tokens, logprobs in zip(prompts, results["1"]["updated"], results["1"]["logprobs"], strict=False):
         (row,) = tiny.oracle(model, 1.0)([prompt + tokens])
         assert np.abs(row[len(prompt) :] - logprobs).max() < 1e-4
-    assert len(results["1"]["swapped"]) == 10
+    assert len(results["1"]["updated"]) == 10
 
 
 def test_sharing_out_is_undone_for_any_number_of_engines(monkeypatch):

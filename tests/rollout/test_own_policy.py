@@ -1,4 +1,4 @@
-"""What is sampled from is the learner's policy, whole: the model's own advice on sampling is not taken, nor is any cut of its tail."""
+"""Rollouts come from the learner's full policy: no sampling settings of the model, and no cut of the tail."""
 
 import json
 import random
@@ -12,7 +12,7 @@ EOS = 2
 
 
 def test_a_models_generation_config_is_not_obeyed(tiny, tmp_path):
-    """Published models come with top_p, penalties and the stop tokens of a chat: a part of the policy that the learner knows nothing of."""
+    """Published models come with top_p, penalties and stop tokens: a part of the policy unknown to the learner."""
     model = tiny.build(True, seed=0)
     model.save_pretrained(tmp_path)
     advice = {

@@ -14,7 +14,10 @@ CONTEXT = 256
 
 @pytest.fixture
 def make(hf_dirs, tmp_path, monkeypatch):
-    """make(**options) -> RolloutWorker of problems whose prompts have 3, 5 and 9 tokens; its engine is the options it would be started with."""
+    """Return make(**options) -> RolloutWorker of problems with prompts of 3, 5 and 9 tokens.
+
+    Its engine is the options that it would be started with.
+    """
     monkeypatch.setattr(module, "RolloutEngine", lambda path, rollout, **options: options)
     lines = [
         {"prompt": prompt, "answer": "1", "response": response}
@@ -67,14 +70,14 @@ def test_so_are_experts_whose_trajectory_is_longer_than_a_response(make):
     assert "rl.jsonl:2: the expert's response has 13 tokens with EOS" in left_out[0]
     assert lengths(worker.training_problems(with_expert=False)[0]) == [3, 5, 9]
     with pytest.raises(
-        UserError, match="rl.jsonl:2: the expert's response has 13 tokens with EOS; .* rollout.max_response = 8"
+        UserError, match=r"rl.jsonl:2: the expert's response has 13 tokens with EOS; .* rollout.max_response = 8"
     ):
         make(max_response=8).training_problems(with_expert=True)
 
 
 def test_whatever_is_sampled_fits_into_a_pack(make):
     with pytest.raises(
-        UserError, match="the prompt has 9 tokens, more than rl.token_budget less rollout.max_response of 8"
+        UserError, match=r"the prompt has 9 tokens, more than rl.token_budget less rollout.max_response of 8"
     ):
         make(token_budget=24).training_problems(with_expert=False)
     assert lengths(make(token_budget=25).training_problems(with_expert=False)[0]) == [3, 5, 9]
@@ -82,9 +85,9 @@ def test_whatever_is_sampled_fits_into_a_pack(make):
 
 def test_a_test_problem_is_never_left_out(make):
     assert lengths(make(max_prompt=9, overlong="drop").problems) == [3, 5, 9]
-    with pytest.raises(UserError, match="the prompt has 9 tokens, more than rollout.max_prompt of 8"):
+    with pytest.raises(UserError, match=r"the prompt has 9 tokens, more than rollout.max_prompt of 8"):
         make(max_prompt=8, overlong="drop").problems  # noqa: B018
     with pytest.raises(
-        UserError, match="every problem is too long, for example .*rl.jsonl:3: the prompt has 9 tokens"
+        UserError, match=r"every problem is too long, for example .*rl.jsonl:3: the prompt has 9 tokens"
     ):
         make(max_prompt=2, overlong="drop").training_problems(with_expert=False)

@@ -39,7 +39,7 @@ def test_an_engine_that_goes_wrong_later_is_detected(worker):
     worker.difference = 0.5
     worker.update_weights(worker.learner)
     worker.update_weights(worker.learner)
-    message = "differ from the learner's by 5.00e-01 nats per token, more than rollout.verify_tolerance = 2e-05"
+    message = r"differ from the learner's by 5.00e-01 nats per token, more than rollout.verify_tolerance = 2e-05"
     with pytest.raises(RuntimeError, match=message):
         worker.update_weights(worker.learner)
 
@@ -58,5 +58,5 @@ def test_a_tolerance_that_is_set_holds_for_every_dtype(worker, dtype):
     worker.config.model.dtype, worker.config.rollout.verify_tolerance, worker.difference = dtype, 0.01, 0.005
     worker.update_weights(worker.learner)
     worker._weight_updates, worker.difference = 0, 0.05
-    with pytest.raises(RuntimeError, match="more than rollout.verify_tolerance = 1e-02"):
+    with pytest.raises(RuntimeError, match=r"more than rollout.verify_tolerance = 1e-02"):
         worker.update_weights(worker.learner)

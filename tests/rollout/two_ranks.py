@@ -1,4 +1,6 @@
-"""Two ranks under torchrun: rollouts beside a megatron-core learner, one engine a rank, then one over both. See test_engine_ranks.py.
+"""Two ranks under torchrun: rollouts next to a megatron-core learner, with one engine per rank, then one over both.
+
+See test_engine_ranks.py.
 
 torchrun --nproc-per-node 2 two_ranks.py MODEL_DIR OUT.json
 """
@@ -6,6 +8,7 @@ torchrun --nproc-per-node 2 two_ranks.py MODEL_DIR OUT.json
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,10 +47,10 @@ def layout(tensor: int) -> dict:
     rollout = RolloutConfig(tensor=tensor, kv_cache_mb=64, temperature=0.7)
     engine = RolloutEngine(DIRECTORY, rollout, dtype="float32", context=256, eos_id=tiny.EOS)
     check_groups(tensor)
-    # Two ranks of one engine talk through shared memory where vLLM's library has it (with AVX-512), else over gloo. The memory is mapped
-    # but has no name any more: a killed run leaves nothing that the next one would trip over.
+    # Two ranks of one engine talk through shared memory where vLLM's library has it (with AVX-512), else over gloo. The
+    # memory is mapped but has no name any more: a killed run leaves nothing that the next one would trip over.
     has_shared_memory = hasattr(torch.ops._C, "init_shm_manager")
-    mapped = [line for line in open("/proc/self/maps") if "cpushm" in line]
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if "cpushm" in line]
     assert bool(mapped) == (tensor == 2 and has_shared_memory), mapped
     assert all(line.rstrip().endswith("(deleted)") for line in mapped), mapped
     first = engine.generate(REQUESTS, temperature=1.0, max_response=12, logprobs=True)
@@ -58,7 +61,7 @@ def layout(tensor: int) -> dict:
     engine.load_weights(tiny.stream(model))
     difference = engine.verify(tiny.oracle(model, 0.7), [*PROMPTS[:3], LONG], tiny.EOS)
     check_groups(tensor)
-    swapped = engine.generate(REQUESTS, temperature=1.0, max_response=12, logprobs=True)
+    updated = engine.generate(REQUESTS, temperature=1.0, max_response=12, logprobs=True)
     engine.close()
     check_groups(tensor)
     assert dict(os.environ) == environment
@@ -67,8 +70,8 @@ def layout(tensor: int) -> dict:
         "has_shared_memory": has_shared_memory,
         "difference": difference,
         "first": [c.token_ids for c in first],
-        "swapped": [c.token_ids for c in swapped],
-        "logprobs": [c.logprobs for c in swapped],
+        "updated": [c.token_ids for c in updated],
+        "logprobs": [c.logprobs for c in updated],
     }
 
 

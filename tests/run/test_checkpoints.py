@@ -1,4 +1,4 @@
-"""Checkpoint folders: what makes one complete, what is found wrong with one, and which are kept."""
+"""Checkpoint folders: what makes one complete, what can be wrong with one, and which are kept."""
 
 import json
 import os
@@ -11,8 +11,10 @@ import time
 import pytest
 
 from pctrain.common.errors import UserError
+from pctrain.compute.ledger import SUMS
 from pctrain.config.tree import Config
 from pctrain.run import checkpoints
+from pctrain.run.checkpoint_state import read_state
 from pctrain.run.checkpoints import checkpoint_fault, checkpoint_step, list_checkpoints
 from pctrain.run.folder import RunFolder
 
@@ -38,7 +40,7 @@ def test_the_newest_checkpoint_is_found_by_number(config):
         assert [checkpoint_step(path) for path in list_checkpoints(run.path)] == [9, 50, 100]
 
 
-def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
+def test_the_manifest_describes_the_checkpoint(config, tmp_path):
     data = tmp_path / "train.jsonl"
     data.write_text("{}\n")
     with RunFolder.open(config, "sft", [data]) as run:
@@ -54,8 +56,8 @@ def test_the_manifest_says_what_the_checkpoint_is(config, tmp_path):
     }
 
 
-def test_the_hash_of_the_config_is_that_of_the_run_not_of_its_layout(config):
-    from pctrain.run.folder import config_hash
+def test_the_hash_of_the_config_does_not_depend_on_the_layout(config):
+    from pctrain.run.config_file import config_hash
 
     before = config_hash(config)
     config.parallel.tensor, config.run.keep_last = 2, 3
@@ -77,29 +79,29 @@ def damage(path, how):
 
 
 @pytest.mark.parametrize(
-    "how, said",
+    "how, message",
     [
         ("missing", "weights.bin is missing"),
         ("truncated", "weights.bin has 4 bytes, expected 14"),
         ("manifest", "manifest.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, said):
+def test_a_damaged_checkpoint_is_named_with_a_way_out(config, how, message):
     with RunFolder.open(config, "sft", []) as run:
         for step in (100, 150, 200):
             add_checkpoint(run, step)
         damage(run.checkpoint_path(200), how)
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             run.latest_checkpoint()
-        assert "delete step-200 to go on from step-150" in str(error.value)
+        assert "delete step-200 to resume from step-150" in str(error.value)
         damage(run.checkpoint_path(150), how)
-        with pytest.raises(UserError, match="delete step-150 and step-200 to go on from step-100"):
+        with pytest.raises(UserError, match="delete step-150 and step-200 to resume from step-100"):
             run.latest_checkpoint()
         for step in (150, 200):
             shutil.rmtree(run.checkpoint_path(step))
         assert run.latest_checkpoint() == run.checkpoint_path(100)
         damage(run.checkpoint_path(100), how)
-        with pytest.raises(UserError, match="delete step-100 to begin this run anew"):
+        with pytest.raises(UserError, match="delete step-100 to start this run over"):
             run.latest_checkpoint()
 
 
@@ -111,7 +113,7 @@ def test_an_altered_file_is_named_and_never_offered(config):
             damage(run.checkpoint_path(step), "altered")
         fault = checkpoint_fault(run.checkpoint_path(200))
         assert "step-200/weights.bin was altered" in fault
-        assert "go on from step-100" in str(checkpoints.damaged(run.checkpoint_path(200), fault))
+        assert "resume from step-100" in str(checkpoints.damaged(run.checkpoint_path(200), fault))
         assert f"such as {run.checkpoint_path(100)}" in str(checkpoints.damaged_start(run.checkpoint_path(200), fault))
 
 
@@ -162,7 +164,7 @@ def test_a_writer_that_outlives_its_run_cannot_reach_the_next_attempt(config):
         assert old != new
         checkpoints.remove_folder(old)
         with pytest.raises(FileNotFoundError):
-            open(old / "weights.bin", "wb")
+            (old / "weights.bin").write_bytes(b"x")
 
 
 def test_a_folder_is_deleted_though_something_still_writes_into_it(tmp_path):
@@ -190,7 +192,8 @@ KILLED = """
 import sys
 from pctrain.config.tree import Config
 from pctrain.run.folder import RunFolder
-run = RunFolder.open(Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False, "keep_last": 3}}), "sft", [])
+config = Config.model_validate({"run": {"dir": sys.argv[1], "tensorboard": False, "keep_last": 3}})
+run = RunFolder.open(config, "sft", [])
 print("open", flush=True)
 step = 0
 while True:
@@ -228,7 +231,7 @@ def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, second
 
 
 def test_a_state_that_no_run_wrote_is_named(tmp_path):
-    sums = dict.fromkeys(sorted(checkpoints.LEDGER_SUMS), 1.0)
+    sums = dict.fromkeys(sorted(SUMS), 1.0)
     state = {
         "ledger": {"joint": 0.0, "totals": {"sft_update": sums}},
         "validations": [[1, 0.1, 2.0, 0.1, True]],
@@ -237,26 +240,27 @@ def test_a_state_that_no_run_wrote_is_named(tmp_path):
     }
     file = tmp_path / "state.json"
     file.write_text(json.dumps(state))
-    assert checkpoints.read_state(tmp_path) == state
+    assert read_state(tmp_path) == state
     for changed, words in (
         ({"ledger": 3}, "`ledger.totals` is missing"),
-        ({"ledger": {"joint": None, "totals": {}}}, "one of its numbers"),
+        ({"ledger": {"joint": None, "totals": {}}}, "a number in"),
         ({"ledger": {"joint": 0, "totals": {"a": {}}}}, "`ledger.totals` must have"),
         ({"prompts": []}, "`prompts` must have"),
-        ({"prompts": {"position": 1.5, "carried": []}}, "no whole number"),
+        ({"prompts": {"position": 1.5, "carried": []}}, "not a whole number"),
         ({"validations": [[1]]}, "list of lists of 5"),
-        ({"recent_losses": [float("nan")]}, "one of its numbers"),
-        ({"skipped_in_a_row": "x"}, "no whole number"),
+        ({"recent_losses": [float("nan")]}, "a number in"),
+        ({"skipped_in_a_row": "x"}, "not a whole number"),
     ):
         file.write_text(json.dumps(state | changed))
         with pytest.raises(UserError, match=f"{file}: .*{words}"):
-            checkpoints.read_state(tmp_path)
+            read_state(tmp_path)
     file.write_text(json.dumps({"ledger": state["ledger"]}))
-    assert checkpoints.read_state(tmp_path).keys() == {"ledger"}
+    assert read_state(tmp_path).keys() == {"ledger"}
     with pytest.raises(UserError, match="`prompts` is missing"):
-        checkpoints.read_state(tmp_path, "prompts")
+        read_state(tmp_path, "prompts")
     file.write_text("[" * 100_000)
-    with pytest.raises(UserError, match=f"{file} cannot be read"):
-        checkpoints.read_state(tmp_path)
+    with pytest.raises(UserError, match=f"{file}: not valid JSON"):
+        read_state(tmp_path)
     (tmp_path / "manifest.json").write_text("[" * 100_000)
-    assert checkpoint_fault(tmp_path) == f"{tmp_path / 'manifest.json'} is not a manifest"
+    fault = checkpoint_fault(tmp_path)
+    assert fault == f"{tmp_path / 'manifest.json'}: not valid JSON (it is nested too deeply)"

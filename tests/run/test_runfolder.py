@@ -1,8 +1,9 @@
-"""The run folder: what a user finds in it, what is refused, and what a kill may leave."""
+"""The run folder: its files, what is refused, and what a kill may leave."""
 
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from hypothesis import strategies as st
 
 from pctrain.common.errors import UserError
 from pctrain.config.tree import Config
-from pctrain.run import folder as runfolder
-from pctrain.run.folder import RunFolder, read_config
+from pctrain.run.config_file import read_config
+from pctrain.run.folder import RunFolder
+from pctrain.run.records import best_step
 
 
 @pytest.fixture
@@ -38,7 +40,7 @@ def lines(file):
 
 
 def tree(folder):
-    """Every file with its bytes, but for the lock."""
+    """Return every file with its bytes, except the lock."""
     files = (path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != ".lock")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
@@ -96,7 +98,7 @@ def test_layout_and_sizes_of_helpers_may_change(config, data, key, value):
     assert key in (config.run.dir / "train.log").read_text()
 
 
-def test_a_moved_folder_goes_on(config, data, tmp_path):
+def test_a_moved_folder_resumes(config, data, tmp_path):
     RunFolder.open(config, "sft", [data]).close()
     moved = config.run.dir.rename(tmp_path / "elsewhere")
     config.run.dir = moved
@@ -113,12 +115,12 @@ def test_a_changed_data_file_is_named(config, data):
     RunFolder.open(config, "sft", [data]).close()
     with data.open("a") as stream:
         stream.write("\n")
-    with pytest.raises(UserError, match="train.jsonl has changed"):
+    with pytest.raises(UserError, match=r"train.jsonl has changed"):
         RunFolder.open(config, "sft", [data])
 
 
 def test_a_missing_data_file_leaves_nothing_behind(config, data):
-    with pytest.raises(UserError, match="nothere.jsonl: No such file"):
+    with pytest.raises(UserError, match=r"nothere.jsonl: No such file"):
         RunFolder.open(config, "sft", [data, data.with_name("nothere.jsonl")])
     assert not config.run.dir.exists()
 
@@ -126,7 +128,7 @@ def test_a_missing_data_file_leaves_nothing_behind(config, data):
 def test_a_folder_with_other_things_is_refused_and_left_alone(config, data):
     config.run.dir.mkdir()
     (config.run.dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="thesis.tex"):
+    with pytest.raises(UserError, match=r"thesis.tex"):
         RunFolder.open(config, "sft", [data])
     assert os.listdir(config.run.dir) == ["thesis.tex"]
 
@@ -140,8 +142,31 @@ def test_generated_data_and_model_may_be_there_before(config, data):
 def test_a_damaged_config_is_refused(config, data):
     RunFolder.open(config, "sft", [data]).close()
     (config.run.dir / "config.yaml").write_text("kind: [sft")
-    with pytest.raises(UserError, match="config.yaml is not valid YAML"):
+    with pytest.raises(UserError, match=r"config.yaml is not valid YAML"):
         RunFolder.open(config, "sft", [data])
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda text: text.replace("sft:", "sft:\n  clip_of_an_older_version: 3"), "sft.clip_of_an_older_version"),
+        (lambda text: re.sub(r"\n  steps: \d+", "", text, count=1), ".steps"),
+    ],
+    ids=["a key that no longer exists", "a key that did not exist yet"],
+)
+def test_the_run_of_another_version_is_refused_with_a_way_out(config, data, change, named):
+    RunFolder.open(config, "sft", [data]).close()
+    file = config.run.dir / "config.yaml"
+    file.write_text(change(file.read_text()))
+    before = tree(config.run.dir)
+    for use in (lambda: RunFolder.open(config, "sft", [data]), lambda: read_config(config.run.dir)):
+        with pytest.raises(UserError) as error:
+            use()
+        message = str(error.value)
+        assert message.startswith(f"{config.run.dir} is the run of another version of pctrain: its config.yaml ")
+        assert f"{named}. This version does not resume it." in message
+        assert "Finish the run with the version that began it, or set another run.dir to start over" in message
+    assert tree(config.run.dir) == before
 
 
 def test_other_ranks_write_nothing(config, data):
@@ -227,7 +252,7 @@ def test_metrics_are_one_json_object_a_line(config):
     )
 
 
-def test_what_is_no_number_is_an_error_not_a_line(config):
+def test_a_value_that_is_not_a_number_is_an_error_and_writes_no_line(config):
     with RunFolder.open(config, "sft", []) as run:
         with pytest.raises(TypeError, match="object"):
             run.record(1, "train", {"loss": object()})
@@ -273,7 +298,7 @@ def without_times(files):
 
 
 @pytest.mark.parametrize("checkpoint", [3, 1, None])
-def test_rewinding_and_going_on_equals_a_run_that_was_not_killed(config, tmp_path, checkpoint):
+def test_rewinding_and_resuming_equals_a_run_that_was_not_killed(config, tmp_path, checkpoint):
     with RunFolder.open(config, "rl", []) as run:
         write_steps(run, 1, 5)
     with RunFolder.open(config, "rl", []) as run:
@@ -310,7 +335,7 @@ def test_a_damaged_line_is_named(config):
         file = run.path / "metrics.jsonl"
         text = file.read_text().splitlines()
         file.write_text("\n".join([text[0], "{oops", text[2], ""]))
-        with pytest.raises(UserError, match="metrics.jsonl, line 2"):
+        with pytest.raises(UserError, match=r"metrics.jsonl:2"):
             run.rewind(1)
 
 
@@ -318,7 +343,10 @@ def test_a_damaged_line_is_named(config):
 
 
 def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys):
-    command = "pctrain rl --config configs/some-rather-long-name-of-a-config.yaml --model.checkpoint=runs/a/checkpoints/step-540 --seed=1"
+    command = (
+        "pctrain rl --config configs/some-rather-long-name-of-a-config.yaml "
+        "--model.checkpoint=runs/a/checkpoints/step-540 --seed=1"
+    )
     with RunFolder.open(config, "sft", []) as run:
         run.write_start({"start_step": 3})
         write_steps(run, 1, 2)
@@ -335,7 +363,10 @@ def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys)
 
 
 def test_neither_torch_nor_megatron_is_imported():
-    program = "import sys, pctrain.run.folder, pctrain.common.progress; sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
+    program = (
+        "import sys, pctrain.run.folder, pctrain.hf.weight_files, pctrain.hf.chat_template, pctrain.compute.ledger; "
+        "sys.exit(any(name in sys.modules for name in ('torch', 'megatron')))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -344,7 +375,7 @@ def test_neither_torch_nor_megatron_is_imported():
     )
 
 
-# ---- found by fuzzing -----------------------------------------------------------------------------------------------------
+# ---- found by fuzzing --------------------------------------------------------------------------------------------
 
 
 def test_hostile_files_of_a_run_are_named(config, data):
@@ -356,18 +387,18 @@ def test_hostile_files_of_a_run_are_named(config, data):
         ("kind: sft\nfingerprints: {a: 3}\n", "`fingerprints` must give"),
         ("kind: !!int x\n", "not valid YAML"),
         ('kind: "\\ud800"\n', "half of a surrogate pair"),
-        ("kind: &a [*a]\n", "an alias names what it stands in"),
+        ("kind: &a [*a]\n", "an alias names what contains it"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=words):
             RunFolder.open(config, "sft", [data])
     file.write_text(whole.replace("seed: 0", "seed: x"))
-    with pytest.raises(UserError, match="config.yaml: run.seed: "):
-        runfolder.read_config(config.run.dir)
+    with pytest.raises(UserError, match=r"config.yaml: run.seed: "):
+        read_config(config.run.dir)
     file.write_text(whole)
     with RunFolder.open(config, "sft", [data]) as run:
         (run.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 1e999}\n')
-        with pytest.raises(UserError, match="metrics.jsonl, line 2: expected a JSON object with `step`"):
+        with pytest.raises(UserError, match=r"metrics.jsonl:2: expected a JSON object with `step`"):
             run.rewind(1)
         (run.path / "metrics.jsonl").write_text("")
         (run.path / "rollouts").mkdir()
@@ -376,11 +407,11 @@ def test_hostile_files_of_a_run_are_named(config, data):
         run.rewind(1)
         assert (run.path / "rollouts" / "step-x.jsonl").exists()
         (run.path / "metrics.jsonl").write_bytes(b"\xff\n")
-        with pytest.raises(UserError, match="metrics.jsonl: not UTF-8 at byte 1"):
+        with pytest.raises(UserError, match=r"metrics.jsonl: not UTF-8 at byte 1"):
             run.rewind(1)
         (run.path / "metrics.jsonl").write_text('{"step": 1, "kind": "val", "val_loss": "low"}\n')
-        with pytest.raises(UserError, match="`val_loss` must be numbers, found 'low'"):
-            runfolder.best_step(run.path, "sft")
+        with pytest.raises(UserError, match=r"metrics.jsonl:1: `val_loss` must be a number, found 'low'"):
+            best_step(run.path, "sft")
         (run.path / "summary.json").write_text('{"summary": []}')
-        with pytest.raises(UserError, match="summary.json is not the summary of a run"):
+        with pytest.raises(UserError, match=r"summary.json is not the summary of a run"):
             run.say_finished()

@@ -165,7 +165,7 @@ def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
         assert len(times.run.said) == (step >= 2 * STEPS)
     [text] = times.run.said
     assert text.startswith(
-        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of its own work a step, "
+        f"step {2 * STEPS} rank 2 (node1, data 2) holds up the others in phase update: 1.5 s of work per step, "
         "the others 1 s"
     )
     for step in range(STEPS):
@@ -199,7 +199,7 @@ def test_the_table_has_the_slowest_rank_of_every_phase(times):
     for step in range(1, 5):
         times.at(step, own([1.0, 1.0, 1.5, 1.0], [2.0, 1.0, 1.0, 1.0]))
     summary = times.summary()["slowest rank"]
-    assert summary == "rollout rank 0, 2 s a step (the others 1); update rank 2, 1.5 s a step (the others 1)"
+    assert summary == "rollout rank 0, 2 s per step (the others 1); update rank 2, 1.5 s per step (the others 1)"
     written = json.loads((times.run.path / "ranks.json").read_text())
     assert written["steps"] == 4 and written["own_seconds"]["update"] == [1.0, 1.0, 1.5, 1.0]
     console = Console(width=100, record=True, file=io.StringIO())

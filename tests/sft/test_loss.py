@@ -17,7 +17,7 @@ def test_each_source_gets_the_mean_over_its_own_tokens():
     assert torch.equal(loss, cross_entropy(logprob, None, {})[0])
     means = {
         key: float(value.mean()) for key, value in metrics.items()
-    }  # what the core reports of a metric, all weights 1
+    }  # what the learner reports for a metric, all weights 1
     found = source_means({**means, "other": 5.0}, ["a", "b", "c"], [int((source == i).sum()) for i in range(3)])
     assert found == {
         "other": 5.0,
@@ -26,7 +26,7 @@ def test_each_source_gets_the_mean_over_its_own_tokens():
     }
 
 
-def test_one_source_has_no_loss_of_its_own():
+def test_a_single_source_has_no_separate_loss():
     assert cross_entropy_by_source(["a"]) is cross_entropy
     assert source_means({"x": 1.0}, ["a"], [10]) == {"x": 1.0}
 
@@ -51,8 +51,8 @@ def test_spikes_wait_for_a_window_and_a_flat_curve_has_room():
     assert run([1.0, float("nan")]) == [1]
 
 
-def test_the_state_goes_on():
-    losses = list(np.random.default_rng(0).normal(1, 0.1, 70)) + [9.0]
+def test_the_window_survives_a_resume():
+    losses = [*np.random.default_rng(0).normal(1, 0.1, 70), 9.0]
     first = Spikes()
     for loss in losses[:60]:
         first.add(loss)

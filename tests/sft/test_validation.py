@@ -66,10 +66,19 @@ def by_transformers(hf_dirs, rows):
     return out
 
 
-@pytest.mark.parametrize("world, layout, budget, packs", [
-    (1, {}, 128, 16), (1, {}, 128, 1), (1, {}, 1024, 16), (2, {}, 256, 1), (2, {"tensor": 2}, 128, 2), (2, {"pipeline": 2}, 256, 16),
-    (4, {}, 256, 16), (4, {"tensor": 2}, 128, 16),
-], ids=["one rank, small packs", "a pack at a time", "one rank, one pack", "DP2", "TP2", "PP2", "DP4", "TP2 x DP2"])  # fmt: skip
+@pytest.mark.parametrize(
+    "world, layout, budget, packs",
+    [
+        pytest.param(1, {}, 128, 16, id="one rank, small packs"),
+        pytest.param(1, {}, 128, 1, id="a pack at a time"),
+        pytest.param(1, {}, 1024, 16, id="one rank, one pack"),
+        pytest.param(2, {}, 256, 1, id="DP2"),
+        pytest.param(2, {"tensor": 2}, 128, 2, id="TP2"),
+        pytest.param(2, {"pipeline": 2}, 256, 16, id="PP2"),
+        pytest.param(4, {}, 256, 16, id="DP4"),
+        pytest.param(4, {"tensor": 2}, 128, 16, id="TP2 x DP2"),
+    ],
+)
 def test_exact_at_every_layout_and_packing(ranks, hf_dirs, rows, by_transformers, world, layout, budget, packs):
     expected = sum(s for s, _ in by_transformers) / sum(n for _, n in by_transformers)
     for result in ranks.run(_validation_loss, hf_dirs[True], layout, rows, budget, 1, packs, world=world):

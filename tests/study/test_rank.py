@@ -1,12 +1,13 @@
-"""`pctrain data rank`: a plainly better set comes first, what cannot be told apart is called so, a second start trains nothing again."""
+"""`pctrain data rank`: a better set comes first, equal sets are indistinguishable, a second start trains nothing."""
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 from scipy import stats
 
-from pctrain.study.rank import Candidate, Probe, compare, rank
+from pctrain.study.ranking import Candidate, Probe, compare, rank
 from tests.helpers import sets_cli as cli
 from tests.helpers import tiny
 
@@ -44,11 +45,12 @@ def candidate(name: str, *minima: float) -> Candidate:
     ],
 )
 def test_candidates_differ_where_welchs_interval_excludes_zero(one, other, apart):
-    found = compare(candidate("a", *one), candidate("b", *other))
-    assert found.told_apart is apart
+    comparison = compare(candidate("a", *one), candidate("b", *other))
+    assert comparison.interval.excludes_zero is comparison.as_json()["told_apart"] is apart
+    assert ("statistically indistinguishable" in str(comparison)) is not apart
     if len(set(one)) > 1:
         interval = stats.ttest_ind(other, one, equal_var=False).confidence_interval(0.95)
-        assert (found.low, found.high) == pytest.approx(tuple(interval))
+        assert (comparison.interval.low, comparison.interval.high) == pytest.approx(tuple(interval))
 
 
 def test_the_lowest_mean_minimum_comes_first_and_every_pair_is_compared():
@@ -56,12 +58,14 @@ def test_the_lowest_mean_minimum_comes_first_and_every_pair_is_compared():
     assert [c.name for c in ranked] == ["b", "a", "c"]
     assert [(d.better, d.worse) for d in differences] == [("b", "a"), ("b", "c"), ("a", "c")]
     [alone] = rank([candidate("a", 0.5), candidate("b", 0.6)])[1]
-    assert alone.told_apart is None and alone.difference == pytest.approx(0.1)  # one seed proves nothing
+    assert (
+        alone.interval is None and alone.as_json()["told_apart"] is None and alone.difference == pytest.approx(0.1)
+    )  # one seed proves nothing
 
 
 @pytest.fixture
 def sets(tmp_path):
-    """The answer is always 1: one set says so, one gives a random digit."""
+    """Two sets of problems whose answer is always 1: one has that answer, the other a random digit."""
     draw = random.Random(0)
     good = [{"prompt": f"{i % 10}=", "response": r"\boxed{1}"} for i in range(80)]
     bad = [{**record, "response": rf"\boxed{{{draw.randrange(10)}}}"} for record in good]
@@ -69,6 +73,17 @@ def sets(tmp_path):
         name: cli.write(tmp_path / f"{name}.jsonl", records)
         for name, records in (("bad", bad), ("good", good), ("held", good[:20]))
     }
+
+
+def check_probe(probe: dict, folder: Path) -> None:
+    """Check the entry of a probe in rank.json against its run folder."""
+    losses = {line["step"]: line["val_loss"] for line in tiny.metrics(folder, "val")}
+    assert probe["losses"] == {str(step): loss for step, loss in losses.items()}
+    assert sorted(losses) == [0, 10, 20, 30, 40]
+    assert probe["minimum"] == min(losses.values()) and losses[probe["step"]] == probe["minimum"]
+    assert probe["too_short"] == (probe["step"] == 40) and probe["steps"] == 40
+    updates = [line["paper_flops"] for line in tiny.ledger(folder) if line["phase"] == "sft_update"]
+    assert probe["eflops"] == pytest.approx(sum(updates) / 1e18)
 
 
 def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, sets, tmp_path):
@@ -93,20 +108,7 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
     rows = {row["name"]: row for row in result["ranking"]}
     for name in ("good", "bad"):
         for seed, probe in enumerate(rows[name]["probes"]):
-            folder = out / name / f"seed-{seed}"
-            losses = {line["step"]: line["val_loss"] for line in tiny.metrics(folder, "val")}
-            assert probe["losses"] == {str(step): loss for step, loss in losses.items()} and sorted(losses) == [
-                0,
-                10,
-                20,
-                30,
-                40,
-            ]
-            assert probe["minimum"] == min(losses.values()) and losses[probe["step"]] == probe["minimum"]
-            assert probe["too_short"] == (probe["step"] == 40) and probe["steps"] == 40
-            assert probe["eflops"] == pytest.approx(
-                sum(line["paper_flops"] for line in tiny.ledger(folder) if line["phase"] == "sft_update") / 1e18
-            )
+            check_probe(probe, out / name / f"seed-{seed}")
     starts = {probe["losses"]["0"] for row in rows.values() for probe in row["probes"]}
     assert len(starts) == 1  # every probe begins at the same weights
     assert len({probe["minimum"] for probe in rows["good"]["probes"]}) == 2  # and the seed changes something

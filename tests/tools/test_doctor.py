@@ -58,7 +58,7 @@ def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
 
 
 def test_setup_installs_what_is_known_good():
-    setup, script = (ROOT / "setup.py").read_text(), (ROOT / "launch" / "setup.sh").read_text()
+    setup, script = (ROOT / "pyproject.toml").read_text(), (ROOT / "launch" / "setup.sh").read_text()
     pins = dict(re.findall(r'"([a-z-]+)(?:\[[^]]+\])?==([^"]+)"', setup))
     for package in doctor.PACKAGES:
         if package.on_gpu and package.name != "triton":  # torch asks for it

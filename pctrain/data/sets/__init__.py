@@ -1,1 +1,1 @@
-"""Trajectory sets: split, deduplicate, decontaminate, select. Each command writes what it dropped, and why, beside its output."""
+"""Trajectory sets: split, deduplicate, decontaminate, select. Each command writes which records it dropped, and why."""

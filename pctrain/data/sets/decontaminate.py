@@ -1,20 +1,22 @@
-"""`pctrain data decontaminate`: records that hold a benchmark's problem, word for word, are dropped.
+"""`pctrain data decontaminate`: drops records that contain a benchmark's problem word for word.
 
-Prompts are compared as `text.words` (white space, case, punctuation and typesetting do not matter; a paraphrase is another text):
+Prompts are compared as `text.words`: white space, case, punctuation and typesetting do not matter, but a paraphrase is
+not detected.
 
-* a benchmark prompt of n words or more is found by any of its n-grams of words;
-* a shorter one by the whole of it, where the text around does not go on with its formula (`2+3` is not in `2+3*4`);
-* one of fewer than SHORT words only by a question that is equal to it: "2+3=" stands in many a question.
+* A benchmark prompt of at least n words matches a text that contains any of its n-grams of words.
+* A shorter prompt matches a text that contains all of it, unless the text continues its formula (`2+3` is not in
+`2+3*4`).
+* A prompt of fewer than SHORT words matches only a question that equals it, because many questions contain "2+3=".
 
-An n-gram that BOILERPLATE of a benchmark's prompts share ("put your final answer within ...") says nothing about a problem: it is not
-looked for, and counted. A prompt that has no other n-gram is found by the whole of it.
+An n-gram that a share BOILERPLATE of a benchmark's prompts have ("put your final answer within ...") says nothing about
+a problem. It is not searched for, but counted. A prompt that has no other n-gram matches only as a whole.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,24 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.config.tree import FieldsConfig
 from pctrain.data.records import Fault, Record
-from pctrain.data.sets.options import DecontaminateOptions, Request
+from pctrain.data.sets.options import CommandCall, DecontaminateOptions
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.text import in_formula, ngram_hashes, word_hashes, words
 
 SHORT = 5
-BOILERPLATE, BOILERPLATE_AT_LEAST = 0.1, 3  # share of a benchmark's prompts, and their number
+BOILERPLATE, BOILERPLATE_AT_LEAST = 0.1, 3  # share of a benchmark's prompts, and their minimum number
 
 
-def main(request: Request[DecontaminateOptions]) -> None:
-    options, fields = request.options, request.config.data.fields
-    data = Data(request.paths, fields)
+def main(call: CommandCall[DecontaminateOptions]) -> None:
+    """Run the command."""
+    options, fields = call.options, call.config.data.fields
+    data = Data(call.paths, fields)
     benchmarks = [read_benchmark(path, fields, options.n) for path in options.against]
     search = Search(benchmarks, options.n)
-    with Outputs(request, [*data.files, *(file for benchmark in benchmarks for file in benchmark.files)]) as outputs:
-        counts = Counter()
-        outputs.write(_kept(data, search, options, outputs, counts))
+    with Outputs(call, [*data.files, *(file for benchmark in benchmarks for file in benchmark.files)]) as outputs:
+        counts: Counter[str] = Counter()
+        outputs.write(_keep(data, search, options, outputs, counts))
         manifest = outputs.finish(counts["read"], benchmarks=[benchmark.summary() for benchmark in benchmarks])
         outputs.report(manifest)
         _print_benchmarks(benchmarks)
@@ -48,28 +51,33 @@ def main(request: Request[DecontaminateOptions]) -> None:
 
 @dataclass
 class Benchmark:
-    """The prompts of one benchmark, as words. `records`: records dropped for it; `found`: which of its prompts they hold."""
+    """The prompts of one benchmark, as words, and what was found of it in the data."""
 
     name: str
     files: list[Path]
     ids: list[str]
     prompts: list[list[str]]
-    boilerplate: set[int]  # hashes of n-grams not looked for
-    records: int
-    found: set[int]
+    boilerplate: set[int]  # hashes of n-grams that are not searched for
+    records_dropped: int = 0
+    prompts_found: set[int] = field(default_factory=set)
 
     def summary(self) -> dict[str, Any]:
+        """Return the entry of the manifest."""
         return {
             "benchmark": self.name,
             "prompts": len(self.prompts),
-            "prompts_found": len(self.found),
-            "records_dropped": self.records,
+            "prompts_found": len(self.prompts_found),
+            "records_dropped": self.records_dropped,
             "boilerplate_ngrams": len(self.boilerplate),
         }
 
 
 def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
-    """Raises UserError where there is no record, or one that cannot be read: it could not be looked for."""
+    """Read the prompts of a benchmark.
+
+    Raises:
+        UserError: there is no record, or a record cannot be read, so it could not be searched for.
+    """
     data = Data([path], fields)
     ids, prompts = [], []
     for item in data.items(f"benchmark {path.name}"):
@@ -80,66 +88,72 @@ def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
     data.refuse_empty(len(prompts), None)
     seen = Counter(gram for prompt in prompts for gram in set(ngram_hashes(word_hashes(prompt), n).tolist()))
     limit = max(BOILERPLATE_AT_LEAST, BOILERPLATE * len(prompts))
-    return Benchmark(
-        str(path), data.files, ids, prompts, {gram for gram, count in seen.items() if count >= limit}, 0, set()
-    )
+    boilerplate = {gram for gram, count in seen.items() if count >= limit}
+    return Benchmark(str(path), data.files, ids, prompts, boilerplate)
 
 
 @dataclass(frozen=True)
 class Match:
+    """A benchmark's prompt that a text contains."""
+
     benchmark: int
     prompt: int
     text: str  # the words that both have
 
 
+Place = tuple[int, int]  # a prompt: the number of its benchmark, and its number there
+
+
 class Search:
-    """All prompts of all benchmarks, looked for in one text at a time."""
+    """A search for all prompts of all benchmarks in one text at a time."""
 
     def __init__(self, benchmarks: list[Benchmark], n: int):
         self.benchmarks, self.n = benchmarks, n
-        grams: dict[int, tuple[int, int]] = {}  # n-gram -> (benchmark, prompt)
-        self._whole: dict[int, dict[int, list[tuple[int, int]]]] = {}  # words -> hash of the whole prompt -> prompts
-        self._equal: dict[tuple[str, ...], tuple[int, int]] = {}
+        self._by_gram: dict[int, Place] = {}
+        self._by_whole: dict[int, dict[int, list[Place]]] = {}  # number of words -> hash of the whole prompt -> prompts
+        self._by_words: dict[tuple[str, ...], Place] = {}
         for b, benchmark in enumerate(benchmarks):
             for p, prompt in enumerate(benchmark.prompts):
-                hashes = word_hashes(prompt)
-                own = [gram for gram in ngram_hashes(hashes, n).tolist() if gram not in benchmark.boilerplate]
-                for gram in own:
-                    grams.setdefault(gram, (b, p))
-                if not own and len(prompt) >= SHORT:
-                    key = int(ngram_hashes(hashes, len(prompt))[0])
-                    self._whole.setdefault(len(prompt), {}).setdefault(key, []).append((b, p))
-                elif not own and prompt:
-                    self._equal.setdefault(tuple(prompt), (b, p))
-        self._grams = np.array(sorted(grams), np.uint64)
-        self._owner = grams
-        self._wholes = {length: np.array(sorted(keys), np.uint64) for length, keys in self._whole.items()}
+                self._add((b, p), prompt, benchmark.boilerplate)
+        self._grams = np.array(sorted(self._by_gram), np.uint64)
+        self._wholes = {length: np.array(sorted(keys), np.uint64) for length, keys in self._by_whole.items()}
+
+    def _add(self, place: Place, prompt: list[str], boilerplate: set[int]) -> None:
+        hashes = word_hashes(prompt)
+        grams = [gram for gram in ngram_hashes(hashes, self.n).tolist() if gram not in boilerplate]
+        for gram in grams:
+            self._by_gram.setdefault(gram, place)
+        if not grams and len(prompt) >= SHORT:
+            key = int(ngram_hashes(hashes, len(prompt))[0])
+            self._by_whole.setdefault(len(prompt), {}).setdefault(key, []).append(place)
+        elif not grams and prompt:
+            self._by_words.setdefault(tuple(prompt), place)
 
     def find(self, text: list[str]) -> Match | None:
-        """The first match in the words of a text: by an n-gram, then by a whole prompt."""
+        """Return the first match in the words of a text: by an n-gram, otherwise by a whole prompt."""
         hashes = word_hashes(text)
         for start, gram in _hits(ngram_hashes(hashes, self.n), self._grams):
             shared = text[start : start + self.n]
-            b, p = self._owner[gram]
-            if _holds(self.benchmarks[b].prompts[p], shared):
+            b, p = self._by_gram[gram]
+            if _contains(self.benchmarks[b].prompts[p], shared):
                 return Match(b, p, " ".join(shared))
         for length, known in self._wholes.items():
             for start, key in _hits(ngram_hashes(hashes, length), known):
-                if _goes_on(text, start, length):
+                if _formula_continues(text, start, length):
                     continue
-                for b, p in self._whole[length][key]:
+                for b, p in self._by_whole[length][key]:
                     if text[start : start + length] == self.benchmarks[b].prompts[p]:
                         return Match(b, p, " ".join(text[start : start + length]))
         return None
 
-    def equal(self, question: list[str]) -> Match | None:
-        """The benchmark prompt of fewer than SHORT words that a question is."""
-        place = self._equal.get(tuple(question))
+    def find_equal(self, question: list[str]) -> Match | None:
+        """Return the benchmark prompt of fewer than SHORT words that equals a question."""
+        place = self._by_words.get(tuple(question))
         return Match(*place, " ".join(question)) if place is not None else None
 
 
 def _hits(grams: np.ndarray, known: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(index, hash) of those of `grams` that are in `known`, which is sorted."""
+    """Yield (index, hash) of the `grams` that are in `known`, which is sorted."""
     if not len(known) or not len(grams):
         return
     place = np.minimum(np.searchsorted(known, grams), len(known) - 1)
@@ -147,36 +161,37 @@ def _hits(grams: np.ndarray, known: np.ndarray) -> Iterator[tuple[int, int]]:
         yield index, int(grams[index])
 
 
-def _holds(prompt: list[str], part: list[str]) -> bool:
-    """Whether the words stand in the prompt, in a row: equal hashes are no proof."""
+def _contains(prompt: list[str], part: list[str]) -> bool:
+    """Return whether the prompt contains the words in a row: equal hashes are no proof."""
     return any(prompt[start : start + len(part)] == part for start in range(len(prompt) - len(part) + 1))
 
 
-def _goes_on(text: list[str], start: int, length: int) -> bool:
-    """Whether the words around a match belong to its formula, so that the text has another one."""
+def _formula_continues(text: list[str], start: int, length: int) -> bool:
+    """Return whether the words around a match belong to its formula, so that the text has a different formula."""
     first, last = text[start], text[start + length - 1]
     before = text[start - 1] if start else ""
     after = text[start + length] if start + length < len(text) else ""
-    return bool(before and in_formula(before) and in_formula(first)) or bool(
-        after and in_formula(after) and in_formula(last)
-    )
+    if before and in_formula(before) and in_formula(first):
+        return True
+    return bool(after) and in_formula(after) and in_formula(last)
 
 
-def _kept(
-    data: Data, search: Search, options: DecontaminateOptions, outputs: Outputs, counts: Counter
+def _keep(
+    data: Data, search: Search, options: DecontaminateOptions, outputs: Outputs, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
+    """Yield the records without a match, and drop the others."""
     for item in data.items("searching"):
         counts["read"] += 1
         if isinstance(item, Fault):
-            outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+            outputs.drop_unusable(item)
             continue
-        match = _match(item.record, search, options)
+        match = _find_match(item.record, search, options)
         if match is None:
             yield item.value
             continue
         benchmark = search.benchmarks[match.benchmark]
-        benchmark.records += 1
-        benchmark.found.add(match.prompt)
+        benchmark.records_dropped += 1
+        benchmark.prompts_found.add(match.prompt)
         outputs.drop(
             item.where,
             item.record.id,
@@ -187,9 +202,9 @@ def _kept(
         )
 
 
-def _match(record: Record, search: Search, options: DecontaminateOptions) -> Match | None:
+def _find_match(record: Record, search: Search, options: DecontaminateOptions) -> Match | None:
     question = words(record.question)
-    match = search.equal(question) or search.find(question)
+    match = search.find_equal(question) or search.find(question)
     if match is None and options.search == "record" and record.trajectory:
         match = search.find(words(record.trajectory))
     return match
@@ -200,14 +215,8 @@ def _print_benchmarks(benchmarks: list[Benchmark]) -> None:
     from rich.text import Text
 
     table = Table(title="benchmarks", title_justify="left")
-    for name in ("benchmark", "prompts", "found in the data", "records dropped", "n-grams not looked for"):
+    for name in ("benchmark", "prompts", "found in the data", "records dropped", "boilerplate n-grams (ignored)"):
         table.add_column(name, justify="left" if name == "benchmark" else "right", overflow="fold")
     for benchmark in benchmarks:
-        row = benchmark.summary()
-        table.add_row(
-            *(
-                Text(str(row[key]))
-                for key in ("benchmark", "prompts", "prompts_found", "records_dropped", "boilerplate_ngrams")
-            )
-        )
+        table.add_row(*(Text(str(value)) for value in benchmark.summary().values()))
     make_console().print(table)

@@ -1,7 +1,8 @@
-"""`pctrain data dedup`: one record of those that say the same, or nearly the same, stays: the first.
+"""`pctrain data dedup`: keeps the first of several records that say the same, or nearly the same.
 
-A record is a near-duplicate where it is near to an earlier record that STAYS. Nothing is dropped for being near to something that was
-dropped itself, so a second run over the result finds nothing, and the evidence names a record that is there.
+A record is a near-duplicate if it is similar to an earlier record that was KEPT. A record is never dropped for being
+similar to a dropped one. So a second run over the result finds nothing, and the record that the evidence names is in
+the result.
 """
 
 from __future__ import annotations
@@ -10,37 +11,44 @@ from collections.abc import Iterator
 from typing import Any
 
 from pctrain.data.records import Fault
-from pctrain.data.sets.near import Neighbours, Sketches
-from pctrain.data.sets.options import DedupOptions, Request
+from pctrain.data.sets.near import Neighbors, Sketches
+from pctrain.data.sets.options import CommandCall, DedupOptions
 from pctrain.data.sets.outputs import Outputs
 from pctrain.data.sets.reading import Data
 from pctrain.data.sets.survey import survey, texts
 
 
-def main(request: Request[DedupOptions]) -> None:
-    options, config = request.options, request.config.data
-    data = Data(request.paths, config.fields, need=("response",) if options.by == "trajectory" else ())
-    with Outputs(request, data.files) as outputs:
-        found = _Survey(data, options, config.workers)
-        neighbours = Neighbours(found.sketches, options, outputs.folder / "shingles") if options.near else None
-        outputs.write(_kept(data, options, found, neighbours, outputs))
-        if neighbours is not None:
-            neighbours.close()
-        outputs.report(outputs.finish(found.read))
+def main(call: CommandCall[DedupOptions]) -> None:
+    """Run the command."""
+    options, config = call.options, call.config.data
+    data = Data(call.paths, config.fields, need=("response",) if options.by == "trajectory" else ())
+    with Outputs(call, data.files) as outputs:
+        first_pass = _FirstPass(data, options, config.workers)
+        neighbors = Neighbors(first_pass.sketches, options, outputs.folder / "shingles") if options.near else None
+        outputs.write(_keep(data, options, first_pass, neighbors, outputs))
+        if neighbors is not None:
+            neighbors.close()
+        outputs.report(outputs.finish(first_pass.read))
 
 
-class _Survey:
-    """The first reading: which records are equal to an earlier one (`equal_to`: {place: place}), and sketches of the others."""
+class _FirstPass:
+    """The first pass over the data.
+
+    Attributes:
+        equal_to: for each record that equals an earlier one, the place of the earlier one.
+        sketches: sketches of all other records.
+        read: the number of records.
+    """
 
     def __init__(self, data: Data, options: DedupOptions, workers: int | None):
         self.equal_to: dict[int, int] = {}
         self.sketches = Sketches()
-        self.read = usable = 0
+        self.read = 0
+        usable = 0
         first: dict[bytes, int] = {}
         fault = None
-        for entry in survey(
-            data, options.by, options if options.near else None, workers, "sketching" if options.near else "comparing"
-        ):
+        near = options if options.near else None
+        for entry in survey(data, options.by, near, workers, "sketching" if near else "comparing"):
             self.read += 1
             if isinstance(entry, Fault):
                 fault = fault or entry
@@ -54,35 +62,34 @@ class _Survey:
         data.refuse_empty(usable, fault)
 
 
-def _kept(
-    data: Data, options: DedupOptions, found: _Survey, neighbours: Neighbours | None, outputs: Outputs
+def _keep(
+    data: Data, options: DedupOptions, first_pass: _FirstPass, neighbors: Neighbors | None, outputs: Outputs
 ) -> Iterator[dict[str, Any]]:
-    """The second reading: what stays; the rest goes to `outputs.drop`."""
-    named = set(found.equal_to.values())  # records that evidence may have to name
+    """Yield the records to keep in a second pass, and drop the others."""
+    originals = set(first_pass.equal_to.values())  # records that the evidence may have to name
     names: dict[int, dict[str, str]] = {}
-    dropped_for: dict[int, int] = {}  # near-duplicates by the record that stays
+    kept_instead: dict[int, int] = {}  # for each near-duplicate, the record that was kept
     for item in data.items("writing"):
         if isinstance(item, Fault):
-            outputs.drop(item.where, None, f"unusable: {item.cause}", message=item.message)
+            outputs.drop_unusable(item)
             continue
         place, name = item.place, {"where": item.where, "id": item.record.id}
-        if place in found.equal_to:
-            first = found.equal_to[place]
-            outputs.drop(**_who(name), reason="duplicate", of=names[dropped_for.get(first, first)])
+        if place in first_pass.equal_to:
+            first = first_pass.equal_to[place]
+            original = names[kept_instead.get(first, first)]
+            outputs.drop(item.where, item.record.id, "duplicate", of=original)
             continue
-        if neighbours is not None and place in neighbours:
+        if neighbors is not None and place in neighbors:
             text = "\n".join(texts(item.record, options.by))
-            other, similarity = next(neighbours.near(place, text), (None, None))
-            if other is not None:
-                dropped_for[place] = other
-                outputs.drop(**_who(name), reason="near-duplicate", of=names[other], similarity=round(similarity, 4))
+            neighbor = next(neighbors.near(place, text), None)
+            if neighbor is not None:
+                other, similarity = neighbor
+                kept_instead[place] = other
+                evidence = {"of": names[other], "similarity": round(similarity, 4)}
+                outputs.drop(item.where, item.record.id, "near-duplicate", **evidence)
                 continue
-            neighbours.keep(place, text)
+            neighbors.keep(place, text)
             names[place] = name
-        elif place in named:
+        elif place in originals:
             names[place] = name
         yield item.value
-
-
-def _who(name: dict[str, str]) -> dict[str, str]:
-    return {"where": name["where"], "identity": name["id"]}

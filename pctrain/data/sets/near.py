@@ -1,8 +1,8 @@
-"""Near-duplicates: candidates by MinHash and LSH bands, each confirmed by the exact Jaccard similarity of the shingles.
+"""Near-duplicates: MinHash and LSH bands find candidates, the exact Jaccard similarity of the shingles confirms them.
 
-Two readings of the data: the first sketches every text (16 bytes a band stay in memory, no text does); the second asks for the
-neighbours of a text among those read before it. Only texts that share a band with another one are kept for the comparison, as sorted
-hashes of their shingles in a scratch file.
+It takes two passes over the data. The first sketches every text; only 16 bytes per band stay in memory, and no text.
+The second asks for the neighbors of each text among those before it. Only texts that share a band with another text are
+kept for the comparison, as sorted hashes of their shingles in a scratch file.
 """
 
 from __future__ import annotations
@@ -15,55 +15,61 @@ from pathlib import Path
 import numpy as np
 
 from pctrain.data.sets.options import NearOptions
-from pctrain.data.sets.text import jaccard, mixed, shingles
+from pctrain.data.sets.text import jaccard, mix, shingles
 
-# Of the errors that LSH's bands are chosen by, a missed pair is the one that costs: a false candidate is found out by the exact comparison.
+# LSH's bands are chosen by the weighted errors (false candidates, missed pairs). Only missed pairs cost: the exact
+# comparison rejects false candidates.
 WEIGHTS = (0.02, 0.98)
-STEEPEST = 0.95  # above it one band of all permutations would be best, which a single different one breaks
+STEEPEST = 0.95  # above it one band of all permutations would be best, and a single difference would break it
 
 
 class Sketcher:
-    """From a text to its shingles, and to one LSH key for each of `bands` bands."""
+    """The shingles of a text, and its LSH keys, one for each of `bands` bands."""
 
     def __init__(self, options: NearOptions):
         from datasketch import MinHash
 
         self.bands, self.rows = _bands(min(options.threshold, STEEPEST), options.num_perm)
         self._options = options
-        # Shingles are hashes already; MinHash takes 32 bits of them.
+        # Shingles are hashes already; MinHash uses 32 bits of them.
         self._empty = MinHash(num_perm=options.num_perm, seed=1, hashfunc=int)
 
     def shingles(self, text: str) -> np.ndarray:
+        """Return the sorted hashes of a text's shingles, uint64 [k]."""
         return shingles(text, self._options.shingle, self._options.ngram)
 
     def sketch(self, text: str) -> np.ndarray:
-        """uint64 [bands]. Two texts of Jaccard similarity s have a key of theirs in common with probability 1 - (1 - s^rows)^bands."""
+        """Return the LSH keys of a text, uint64 [bands].
+
+        Two texts with Jaccard similarity s share a key with probability 1 - (1 - s^rows)^bands.
+        """
         minhash = self._empty.copy()
         minhash.update_batch((self.shingles(text) >> np.uint64(32)).tolist())
         minima = minhash.hashvalues[: self.bands * self.rows].astype(np.uint64).reshape(self.bands, self.rows)
         key = np.zeros(self.bands, np.uint64)
         for row in range(self.rows):
-            key = mixed(key + minima[:, row] + np.uint64(1))
+            key = mix(key + minima[:, row] + np.uint64(1))
         return key
 
 
 class Sketches:
-    """The sketches of all texts, 8 bytes a band, and their places (the number of the record in the data)."""
+    """The sketches of all texts, 8 bytes per band, and their places. A place is the number of a record in the data."""
 
     def __init__(self) -> None:
         self._places = array("q")
         self._keys = array("Q")
 
     def add(self, place: int, sketch: np.ndarray) -> None:
+        """Add the sketch of the text at a place. Places must ascend."""
         self._places.append(place)
         self._keys.frombytes(sketch.tobytes())
 
     def places(self) -> np.ndarray:
-        """int64 [n], ascending."""
+        """Return the places, int64 [n], ascending."""
         return np.array(self._places, np.int64)
 
     def groups(self) -> np.ndarray:
-        """int32 [n, bands]: a number that the texts with the same key in this band share; -1 where the key is a text's own."""
+        """Return int32 [n, bands], a number that texts with the same key in a band share; -1 if no other has the key."""
         if not self._places:
             return np.empty((0, 1), np.int32)
         keys = np.frombuffer(self._keys, np.uint64).reshape(len(self._places), -1)
@@ -78,54 +84,63 @@ class Sketches:
         return groups
 
 
-class Neighbours:
-    """Texts remembered by `keep`, and those of them that a new text is near to. Texts are named by their places."""
+class Neighbors:
+    """A search for near-duplicates of a text among the texts that `keep` was given.
+
+    Texts are identified by their places.
+    """
 
     def __init__(self, sketches: Sketches, options: NearOptions, scratch: Path):
         self._sketcher, self._threshold = Sketcher(options), options.threshold
         self._places, self._groups = sketches.places(), sketches.groups()
-        # The kept texts of a group as a chain: the last one, and for each the one before it, as rows of `_groups`.
+        # The kept texts of a group are a chain: the last one, and for each text the one before it, as rows of
+        # `_groups`.
         self._last = np.full(int(self._groups.max(initial=-1)) + 1, -1, np.int32)
         self._before = np.full(self._groups.shape, -1, np.int32)
         self._spans: dict[int, tuple[int, int]] = {}
-        self._file = open(scratch, "w+b")
+        self._file = open(scratch, "w+b")  # noqa: SIM115 - `close` closes it
         self._end = 0
 
     def __contains__(self, place: int) -> bool:
-        """Whether the text shares a band with another one; one that does not needs neither `near` nor `keep`."""
+        """Return whether the text shares a band with another one.
+
+        A text that does not needs neither `near` nor `keep`.
+        """
         row = self._row(place)
         return row < len(self._places) and self._places[row] == place and bool((self._groups[row] >= 0).any())
 
     def near(
         self, place: int, text: str, skip: Callable[[int], bool] = lambda other: False
     ) -> Iterator[tuple[int, float]]:
-        """(place, exact Jaccard similarity) of the kept texts at or above the threshold, in order of place.
+        """Yield (place, exact Jaccard similarity) of the kept texts at or above the threshold, in order of place.
 
-        skip: whether a kept text need not be compared, asked just before it would be.
+        `skip` is called before a kept text is compared, and returns whether the comparison is unnecessary.
         """
-        mine = None
+        own_shingles = None
         for other in self._candidates(self._row(place)):
             if skip(other):
                 continue
-            mine = self._sketcher.shingles(text) if mine is None else mine
-            smaller, larger = sorted((len(mine), self._spans[other][1] // mine.itemsize))
-            if smaller / larger < self._threshold:  # the similarity is at most that: nothing needs to be read
+            if own_shingles is None:
+                own_shingles = self._sketcher.shingles(text)
+            smaller, larger = sorted((len(own_shingles), self._spans[other][1] // own_shingles.itemsize))
+            if smaller / larger < self._threshold:  # the similarity is at most this ratio, so nothing needs to be read
                 continue
-            similarity = jaccard(mine, self._read(other))
+            similarity = jaccard(own_shingles, self._read(other))
             if similarity >= self._threshold:
                 yield other, similarity
 
     def _candidates(self, row: int) -> list[int]:
-        """Places of the kept texts that share a band with a text, ascending."""
-        found = set()
+        """Return the places of the kept texts that share a band with a text, ascending."""
+        rows = set()
         for band in np.flatnonzero(self._groups[row] >= 0).tolist():
             other = int(self._last[self._groups[row, band]])
             while other >= 0:
-                found.add(other)
+                rows.add(other)
                 other = int(self._before[other, band])
-        return [int(self._places[other]) for other in sorted(found)]
+        return [int(self._places[other]) for other in sorted(rows)]
 
     def keep(self, place: int, text: str) -> None:
+        """Remember a text as a possible neighbor of later ones."""
         data = self._sketcher.shingles(text).tobytes()
         self._file.seek(self._end)
         self._file.write(data)
@@ -134,7 +149,8 @@ class Neighbours:
         row = self._row(place)
         for band in np.flatnonzero(self._groups[row] >= 0).tolist():
             group = self._groups[row, band]
-            self._before[row, band], self._last[group] = self._last[group], row
+            self._before[row, band] = self._last[group]
+            self._last[group] = row
 
     def _row(self, place: int) -> int:
         return int(np.searchsorted(self._places, place))
@@ -145,12 +161,16 @@ class Neighbours:
         return np.frombuffer(self._file.read(size), np.uint64)
 
     def close(self) -> None:
+        """Close the scratch file."""
         self._file.close()
 
 
 @lru_cache
 def _bands(threshold: float, num_perm: int) -> tuple[int, int]:
-    """(bands, rows in each) by datasketch's choice, which integrates the errors for every pair of them."""
+    """Return the number of bands and of rows per band.
+
+    datasketch chooses them by integrating the errors of every pair.
+    """
     from datasketch import MinHashLSH
 
     lsh = MinHashLSH(threshold=threshold, num_perm=num_perm, weights=WEIGHTS)

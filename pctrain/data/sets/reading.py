@@ -1,4 +1,4 @@
-"""The records of the files a command was given, each with all of its columns, as often as the command reads them."""
+"""The records of the files that a command was given, each with all of its columns. They can be read several times."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Item:
-    """One record as it stands in its file. `place` counts the records of all files, from 0; `value` has every column."""
+    """One record as it is in its file. `place` numbers the records of all files from 0; `value` has every column."""
 
     place: int
     where: str  # "<path>:<line or row>"
@@ -32,10 +32,12 @@ class Item:
 
 
 class Data:
-    """Files that are read several times, a chunk in memory at a time.
+    """Files that are read several times, with one chunk in memory at a time.
 
-    paths: files, globs and folders; every file once, in the order given.
-    need: what each record must have beside its question.
+    Args:
+        paths: files, globs and folders. Each file is read once per pass, in the order given.
+        fields: names the columns.
+        need: the fields that each record must have in addition to its question.
     """
 
     def __init__(self, paths: Collection[str | Path], fields: FieldsConfig, need: Collection[str] = ()):
@@ -44,39 +46,44 @@ class Data:
         self._bytes = {file: sum(part.stat().st_size for part in list_disk_files(file)) for file in self.files}
 
     def items(self, doing: str | None) -> Iterator[Item | Fault]:
-        """Every record in order, the same in every reading; a fault in place of one that cannot be used.
+        """Yield every record in the same order in each pass, with a fault in place of each that cannot be used.
 
-        doing: title of the progress bar; none where the caller shows one.
+        `doing` is the title of the progress bar; None shows no bar.
         """
         place = 0
-        with self._progress(doing) as done:
+        with self._progress(doing) as report:
             for file in self.files:
                 for chunk in split_file(file):
-                    for item in self.of_chunk(chunk, place):
+                    for item in self.read_chunk(chunk, place):
                         yield item
                         place += 1
-                    done(chunk.done, chunk.file, place)
+                    report(chunk.done, chunk.file, place)
 
-    def mapped(
+    def map_chunks(
         self, function: Callable[[Chunk], list[Result]], doing: str, workers: int | None
     ) -> Iterator[list[Result]]:
-        """`function(chunk)` for every part of the files, in order, by worker processes. It gives one result for each of its records."""
-        count, handed_out = 0, deque()
+        """Yield `function(chunk)` for every chunk, in order, computed by worker processes.
 
-        def remembered() -> Iterator[Chunk]:
+        The function returns one result for each record of the chunk.
+        """
+        count = 0
+        handed_out: deque[tuple[int, Path]] = deque()
+
+        def chunks() -> Iterator[Chunk]:
             for file in self.files:
                 for chunk in split_file(file):
                     handed_out.append((chunk.done, file))
                     yield chunk
 
-        with self._progress(doing) as done:
-            for results in map_in_order(function, remembered(), workers):
+        with self._progress(doing) as report:
+            for results in map_in_order(function, chunks(), workers):
                 yield results
                 count += len(results)
-                done(*handed_out.popleft(), count)
+                done, file = handed_out.popleft()
+                report(done, file, count)
 
-    def of_chunk(self, chunk: Chunk, place: int) -> Iterator[Item | Fault]:
-        """The records of one part of a file, the first of which has this place."""
+    def read_chunk(self, chunk: Chunk, place: int) -> Iterator[Item | Fault]:
+        """Yield the records of one chunk. The first of them has this place."""
         columns = chunk_columns(chunk, self.fields)
         for number, value in chunk.piece.values():
             yield self._item(place, f"{chunk.file}:{number}", f"{chunk.file.name}:{number}", value, columns)
@@ -84,10 +91,18 @@ class Data:
 
     @contextmanager
     def _progress(self, doing: str | None) -> Iterator[Callable[[int, Path, int], None]]:
-        """Gives a function for (bytes of a file that are done, the file, records so far)."""
-        before = dict(zip(self.files, accumulate(self._bytes.values(), initial=0)))
+        """Show a progress bar.
+
+        Give a function that takes the bytes of a file that are done, the file, and the record count.
+        """
+        totals = accumulate(self._bytes.values(), initial=0)
+        before = dict(zip(self.files, totals, strict=False))  # the last total is that of all files
         with progress(doing or "", total=_mb(sum(self._bytes.values())), unit="MB", rank=0 if doing else 1) as bar:
-            yield lambda done, file, records: bar.advance(_mb(before[file] + done) - bar.done, records=records)
+
+            def report(done: int, file: Path, records: int) -> None:
+                bar.advance(_mb(before[file] + done) - bar.done, records=records)
+
+            yield report
             bar.advance(bar.total - bar.done)
 
     def _item(
@@ -101,19 +116,21 @@ class Data:
             return Fault(where, error.cause, str(error))
 
     def usable(self, doing: str | None) -> Iterator[Item]:
-        """The records of `items` that can be used."""
+        """Yield the records that can be used."""
         return (item for item in self.items(doing) if isinstance(item, Item))
 
     def refuse_empty(self, usable: int, first_fault: Fault | None) -> None:
-        """UserError where no record can be used: all that follows would be empty."""
-        if not usable:
-            names = ", ".join(map(str, self.files))
+        """Raise UserError if no record can be used, because everything that follows would be empty."""
+        if usable:
+            return
+        names = ", ".join(map(str, self.files))
+        if first_fault is None:
             raise UserError(
-                f"{names}: no record can be used"
-                + (f"; the first one: {first_fault}" if first_fault else " (there is none)")
+                f"{names}: no record can be used; the data set is empty, expected one record per line or row"
             )
+        raise UserError(f"{names}: no record can be used; the first is {first_fault}")
 
 
 def _mb(size: int) -> int:
-    """Bytes as whole MB, rounded up: a small file is 1, not 0."""
+    """Return bytes as whole MB, rounded up, so that a small file has 1 MB and not 0."""
     return -(-size // 10**6)

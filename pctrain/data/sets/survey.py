@@ -1,4 +1,4 @@
-"""The first reading of a set: what each record says, as hashes, made by worker processes a part of a file at a time."""
+"""The first pass over a set: worker processes hash the text of each record, one chunk of a file at a time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ from pctrain.data.sets.text import text_key
 from pctrain.data.sources import Chunk
 
 By = Literal["record", "question", "trajectory"]
+Hashes = tuple[bytes, np.ndarray | None]  # key and sketch of an entry
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A record that can be used. `key`: of the normal form of its texts; `sketch`: uint64 [bands], where near-duplicates are looked for."""
+    """A record that can be used.
+
+    `key` identifies the normal form of its texts. `sketch`, uint64 [bands], is used to search for near-duplicates.
+    """
 
     place: int
     key: bytes
@@ -29,35 +33,31 @@ class Entry:
 
 
 def survey(data: Data, by: By, near: NearOptions | None, workers: int | None, doing: str) -> Iterator[Entry | Fault]:
-    """One entry, or fault, for every record, in order."""
+    """Yield one entry or fault for every record, in order."""
     place = 0
-    for entries in data.mapped(partial(_entries, data, by, near), doing, workers):
-        for entry in entries:
-            yield entry if isinstance(entry, Fault) else Entry(place, *entry)
+    for results in data.map_chunks(partial(_hash_chunk, data, by, near), doing, workers):
+        for result in results:
+            yield result if isinstance(result, Fault) else Entry(place, *result)
             place += 1
 
 
 def texts(record: Record, by: By) -> tuple[str, ...]:
-    """The texts of a record that are compared."""
-    parts = {
-        "question": (record.question,),
-        "trajectory": (record.trajectory,),
-        "record": (record.question, record.trajectory),
-    }[by]
-    return tuple(part or "" for part in parts)
+    """Return the texts of a record that are compared."""
+    if by == "question":
+        return (record.question,)
+    if by == "trajectory":
+        return (record.trajectory or "",)
+    return (record.question, record.trajectory or "")
 
 
-def _entries(
-    data: Data, by: By, near: NearOptions | None, chunk: Chunk
-) -> list[tuple[bytes, np.ndarray | None] | Fault]:
+def _hash_chunk(data: Data, by: By, near: NearOptions | None, chunk: Chunk) -> list[Hashes | Fault]:
     sketcher = Sketcher(near) if near is not None else None
-    entries = []
-    for item in data.of_chunk(chunk, 0):
+    results: list[Hashes | Fault] = []
+    for item in data.read_chunk(chunk, 0):
         if isinstance(item, Fault):
-            entries.append(item)
+            results.append(item)
         else:
             compared = texts(item.record, by)
-            entries.append(
-                (text_key(*compared), sketcher.sketch("\n".join(compared)) if sketcher is not None else None)
-            )
-    return entries
+            sketch = None if sketcher is None else sketcher.sketch("\n".join(compared))
+            results.append((text_key(*compared), sketch))
+    return results

@@ -1,12 +1,13 @@
-r"""Texts made comparable, and their n-grams as 64-bit hashes.
+r"""Comparable forms of texts, and hashes of their n-grams.
 
-Two forms of a text:
+A text has two forms:
 
 * `normal_text`: Unicode NFKC, case folded, white space collapsed. Two texts with the same form are the same text.
-* `words`: NFKC and case folded; LaTeX that sets but does not mean (`$`, `\(`, `\left`, `\,`, `\mathrm{...}`, `\text{...}`) goes, `\dfrac`
-  is `\frac`, `\cdot` and `\times` are `*`; what is left is cut into words (letters), numbers (`1,000` is `1000`, `3.14` stays whole)
-  and the signs + - * / = < > ^ %. All other punctuation separates and is gone: what was copied with other spacing, case or punctuation has
-  the same words, and 3+4 is not 3-4.
+* `words`: NFKC and case folded. LaTeX that only sets type (`$`, `\(`, `\left`, `\,`, `\mathrm{...}`, `\text{...}`) is
+removed, `\dfrac`
+  becomes `\frac`, and `\cdot` and `\times` become `*`. The rest is cut into words (letters), numbers (`1,000` becomes
+  `1000`, `3.14` stays whole) and the signs + - * / = < > ^ %. All other punctuation only separates. So a copy with
+  other spacing, case or punctuation has the same words, but 3+4 differs from 3-4.
 """
 
 from __future__ import annotations
@@ -76,12 +77,13 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 
 def normal_text(text: str) -> str:
-    # Case folding can undo NFKC and the other way round (long s with accents): the second NFKC makes the form its own normal form.
+    """Return the normal form of a text."""
+    # Case folding can undo NFKC (long s with accents). After the second NFKC, the form is its own normal form.
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
 
 
 def words(text: str) -> list[str]:
-    """The words, numbers and signs of a text; see above."""
+    """Return the words, numbers and signs of a text, as described above."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_SIGNS))
     return _WORD.findall(_THOUSANDS.sub("", _LATEX.sub(_meaning, text.casefold())))
@@ -93,12 +95,12 @@ def _meaning(command: re.Match[str]) -> str:
 
 
 def in_formula(word: str) -> bool:
-    """Whether a formula goes on with this word: a sign or a number."""
+    """Return whether a word can continue a formula: it is a sign or a number."""
     return word in SIGNS or _NUMBER.match(word) is not None
 
 
 def text_key(*texts: str) -> bytes:
-    """16 bytes that name the normal form of one or several texts: equal where all of them are the same text."""
+    """Return 16 bytes that identify the normal forms of one or several texts."""
     digest = hashlib.blake2b(digest_size=16)
     for text in texts:
         data = normal_text(text).encode()
@@ -107,12 +109,15 @@ def text_key(*texts: str) -> bytes:
 
 
 def word_hashes(tokens: Sequence[str]) -> np.ndarray:
-    """uint64 [n], a hash of each word."""
+    """Return a hash of each word, uint64 [n]."""
     return np.fromiter((_word_hash(token) for token in tokens), np.uint64, len(tokens))
 
 
 def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
-    """uint64 [len - n + 1], a hash of every n neighbours, in order; empty where there are fewer than n."""
+    """Return a hash of every n neighboring words, uint64 [len - n + 1], in order.
+
+    It is empty for fewer than n words.
+    """
     count = len(hashes) - n + 1
     if count < 1:
         return np.empty(0, np.uint64)
@@ -120,32 +125,36 @@ def ngram_hashes(hashes: np.ndarray, n: int) -> np.ndarray:
     with np.errstate(over="ignore"):
         for offset in range(n):
             total = total * _MULTIPLIER + hashes[offset : offset + count]
-    return mixed(total)
+    return mix(total)
 
 
 def shingles(text: str, kind: str, n: int) -> np.ndarray:
-    """uint64 [k], sorted and each once: the n-grams of a text's words (`kind` word) or of the characters of its normal form (char).
+    """Return the sorted, unique hashes of a text's n-grams, uint64 [k].
 
-    A text of fewer than n words or characters has one shingle, the whole of it, so that it is near to its equals alone.
+    The n-grams are of its words (`kind` word), or of the characters of its normal form (char). A text of fewer than n
+    words or characters has one shingle, the whole text, so only an equal text is near to it.
     """
     if kind == "word":
         units = word_hashes(words(text))
     else:
-        units = mixed(np.frombuffer(normal_text(text).encode("utf-32-le"), np.uint32).astype(np.uint64))
-    found = ngram_hashes(units, n)
-    if not len(found):
-        found = np.array([_word_hash("\0" + normal_text(text))], np.uint64)
-    return np.unique(found)
+        units = mix(np.frombuffer(normal_text(text).encode("utf-32-le"), np.uint32).astype(np.uint64))
+    hashes = ngram_hashes(units, n)
+    if not len(hashes):
+        hashes = np.array([_word_hash("\0" + normal_text(text))], np.uint64)
+    return np.unique(hashes)
 
 
-def jaccard(one: np.ndarray, other: np.ndarray) -> float:
-    """Shared shingles by all shingles of two sets from `shingles`, 0 to 1."""
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared / (len(one) + len(other) - shared)
+def jaccard(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the Jaccard similarity of two results of `shingles`: shared shingles divided by all shingles."""
+    shared = len(np.intersect1d(first, second, assume_unique=True))
+    return shared / (len(first) + len(second) - shared)
 
 
-def mixed(values: np.ndarray) -> np.ndarray:
-    """uint64 [...], every bit of the result depending on every bit of the value: the finaliser of SplitMix64 (Steele, Lea, Flood 2014)."""
+def mix(values: np.ndarray) -> np.ndarray:
+    """Return uint64 [...] in which every bit depends on every bit of the value.
+
+    This is the finalizer of SplitMix64 (Steele, Lea and Flood 2014).
+    """
     with np.errstate(over="ignore"):
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -115,7 +115,7 @@ class Algorithm(ABC):
         return row
 
     def _advantages(self, groups: Sequence[Group], penalties: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Return one array per group, the expert's advantage last if it is a member; penalties lower the rewards."""
+        """Return one array per group, the expert's advantage last; penalties are subtracted from the rewards."""
         rewards = []
         for group, penalty in zip(groups, penalties, strict=True):
             overlong = overlong_share(np.array(group.response_lengths), self.max_response, self.options.overlong_buffer)
@@ -129,7 +129,7 @@ class Algorithm(ABC):
         return of_group[-1] if self.options.expert_in_group else 0.0
 
     def _rollout_logprobs(self, member: RolloutMember) -> list[float]:
-        """Return the engine's log-probs of a rollout. They must be finite, because NaN marks tokens it did not sample."""
+        """Return the engine's log-probs of a rollout, which must be finite: NaN marks tokens it did not sample."""
         logprobs = member.completion.logprobs
         if logprobs is not None and np.isfinite(logprobs).all():
             return logprobs
@@ -138,8 +138,8 @@ class Algorithm(ABC):
         if self.corrects:
             reader = f"rl.algorithm.is_correction = {self.options.is_correction} needs"
         raise ValueError(
-            f"{member.group.problem.id}: the rollout engine returned {fault} for rollout {member.index} of this prompt. "
-            f"{reader} a finite log-prob of every sampled token"
+            f"{member.group.problem.id}: the rollout engine returned {fault} for rollout {member.index} of this "
+            f"prompt. {reader} a finite log-prob of every sampled token"
         )
 
     # ---- after the pass without gradients --------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class Algorithm(ABC):
         return rows
 
     def _subtract_kl_from_rewards(self, rows: list[MemberRow]) -> list[MemberRow]:
-        """Set the advantages to those of reward - kl_coef k1, with k1 = sum over sampled tokens of log pi_old/pi_ref."""
+        """Set the advantages to those of reward - kl_coef k1, k1 = sum over sampled tokens of log pi_old/pi_ref."""
         penalties = {row.member.group: np.zeros(len(row.member.group.completions)) for row in rows}
         for row in rows:
             if isinstance(row.member, RolloutMember):
@@ -185,7 +185,7 @@ class Algorithm(ABC):
 
     @property
     def corrects(self) -> bool:
-        """Whether sampled tokens are weighted by the learner's probability over the engine's."""
+        """True if sampled tokens are weighted by the learner's probability over the engine's."""
         return self.options.is_correction in ("token", "sequence")
 
 

@@ -35,7 +35,7 @@ class GRPO(Algorithm):
         return centered
 
     def ratio(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:
-        """Return r = pi / pi_old per token. Without `old_logprob` the policy has not moved: r is 1, with its gradient."""
+        """Return r = pi / pi_old per token; without `old_logprob` the policy has not moved, and r is 1."""
         return (logprob - streams.get("old_logprob", logprob.detach())).exp()
 
     def clip(self, ratio: torch.Tensor) -> torch.Tensor:
@@ -63,8 +63,8 @@ class GRPO(Algorithm):
 
         if self.options.kl_coef or "ref_logprob" in streams:
             difference = streams["ref_logprob"] - logprob
-            k2 = self.options.kl_kind == "k2"
-            kl = difference.square() / 2 if k2 else difference.expm1() - difference  # k1 is in the reward; k3 is shown
+            # k1 is part of the reward; then k3 is only a metric.
+            kl = difference.square() / 2 if self.options.kl_kind == "k2" else difference.expm1() - difference
             metrics["kl"] = kl
             if self.options.kl_coef and not self.options.kl_in_reward:
                 loss = loss + self.options.kl_coef * kl

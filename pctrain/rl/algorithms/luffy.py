@@ -3,7 +3,7 @@
 Minimize the mean, over the tokens of both, of -r A on rollouts and -r_hat A on the expert's tokens:
 
     r     = pi / pi_old, without a clip
-    r_hat = pi / (pi + 0.1), whose gradient is largest where the policy finds the expert's token unlikely, not impossible
+    r_hat = pi / (pi + 0.1), whose gradient is largest where the policy finds the expert's token unlikely
     A     = R - mean of R over the group - 1 rollouts and the expert, whose R is 1
 
 No KL.
@@ -28,7 +28,7 @@ class LUFFY(GRPO):
     def ratio(self, logprob: torch.Tensor, streams: Streams) -> torch.Tensor:
         """Return r on sampled tokens and r_hat on the expert's."""
         expert = streams["expert"] > 0
-        # An expert's token may have been very unlikely under pi_old: exp(logprob - old_logprob) must not overflow there.
+        # An expert's token may be very unlikely under pi_old: exp(logprob - old_logprob) must not overflow there.
         old = torch.where(expert, logprob.detach(), streams.get("old_logprob", logprob.detach()))
         return torch.where(expert, shaped(logprob), (logprob - old).exp())
 

@@ -1,4 +1,4 @@
-"""Prefix-RFT (arXiv 2507.01679; arXiv 2512.11470): GRPO whose last rollout continues the beginning of the expert's answer.
+"""Prefix-RFT (arXiv 2507.01679; arXiv 2512.11470): GRPO whose last rollout continues a prefix of the expert's answer.
 
 The share of the expert's answer that it is given is low(t) + (high - low(t)) Beta(a, b), with low(t) on a cosine from
 95% at the first step to 5% at the last. Of the prefix's tokens, the 20% with the highest entropy under the policy keep
@@ -44,7 +44,7 @@ class PrefixRFT(GRPO):
         return [self._keep_high_entropy(row) for row in super().finish(rows)]
 
     def _keep_high_entropy(self, row: MemberRow) -> MemberRow:
-        """Keep the advantage on ceil(share x n) of the n prefix tokens; of equal entropies, the earlier token keeps it."""
+        """Keep the advantage on ceil(share x n) of the n prefix tokens; among equals the earlier one keeps it."""
         prefix = np.flatnonzero(row.streams["expert"])
         # 0.2 x 5 is a little more than 1 in binary: the tolerance keeps ceil from rounding it up.
         kept = math.ceil(self.options.entropy_share * len(prefix) - 1e-9)

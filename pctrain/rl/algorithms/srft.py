@@ -1,4 +1,4 @@
-"""SRFT (arXiv 2506.19767; arXiv 2512.11470): SFT and RL in one loss, balanced by the policy's entropy. Minimize, per token,
+"""SRFT (arXiv 2506.19767; arXiv 2512.11470): SFT and RL in one loss, balanced by entropy. Minimize, per token,
 
     expert          w1 (-log pi) + w1 (-r_hat A)   r_hat and A as in LUFFY
     right rollout   w2 (-log pi)

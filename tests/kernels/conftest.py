@@ -1,0 +1,16 @@
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture
+def gpu_products(monkeypatch) -> Iterator:
+    """The head computes as on a GPU: half precision weights stay what they are, and so dlogits are made in place."""
+    from pctrain_kernels import head
+    from tests.helpers.triton_cases import GpuProducts
+
+    products = GpuProducts()
+    monkeypatch.setattr(head, "operand", lambda tensor: tensor)
+    monkeypatch.setattr(head, "product", products.product)
+    monkeypatch.setattr(head, "add_product", products.add_product)
+    yield products

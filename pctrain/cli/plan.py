@@ -75,11 +75,9 @@ COMMANDS = (
             "rollout.gpu_memory",
             "rollout.kv_cache_mb",
         ),
-        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every layout "
-        "that "
-        "divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command line are fixed. "
-        "Each "
-        "number is printed with its source; docs/plan.md explains them.",
+        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every "
+        "layout that divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command "
+        "line are fixed. Each number is printed with its source; docs/plan.md explains them.",
     ),
     Command(
         "doctor",

@@ -31,7 +31,7 @@ UNUSABLE = {
 }
 TEMPLATE = (
     "the chat template cannot write the record so that it can be trained on. "
-    "See docs/contracts.md, or set data.template to another template."
+    "See docs/reference/data.md, or set data.template to another template."
 )
 # Remarks: the records can be used, but they are worth a look.
 REMARKS = {

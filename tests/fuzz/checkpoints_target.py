@@ -25,10 +25,6 @@ NAME = "checkpoints"
 CASES = checkpoint_cases.CASES
 
 
-# ---- the folders that are changed
-# ----------------------------------------------------------------------------------------
-
-
 def prepare(folder: Path) -> Mapping[str, Path]:
     import pctrain.core.session
     import pctrain.rl.loop

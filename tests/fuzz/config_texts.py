@@ -222,7 +222,6 @@ OWN = [
         "watch",
         "port",
         "verify",
-        "explain",
         "folder",
         "debug-rollout-only",
         "debug_train_only",

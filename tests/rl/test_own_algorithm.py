@@ -164,7 +164,7 @@ def test_in_a_comparison_it_starts_where_its_traits_say(tmp_path):
 
 
 def test_a_comparison_refuses_it_as_pure_rl():
-    with pytest.raises(UserError, match="learns from experts, but study.policy = compare"):
+    with pytest.raises(UserError, match=r"learns from experts, but study.policy = compare"):
         load(None, ["--study.policy=compare", "--sft.eval_every=100", "--rl.algorithm=own_algorithms:Harder"])
 
 

@@ -199,7 +199,8 @@ def test_what_an_expert_wrote_has_no_importance_weight(name, level):
 
 
 @pytest.mark.parametrize(
-    "correction, reader", [("token", "rl.algorithm.is_correction = token needs"), (None, "the metrics mismatch/.* need")]
+    "correction, reader",
+    [("token", "rl.algorithm.is_correction = token needs"), (None, "the metrics mismatch/.* need")],
 )
 def test_an_engine_that_returns_nan_is_an_error_that_names_the_reader_of_its_logprobs(correction, reader):
     groups = [rl_cases.group(0, [1, 0], [[10], [11]], logprobs=[[math.nan], [-1.0]])]

@@ -46,7 +46,7 @@ def test_dapo_d_is_grpo_on_the_groups_it_keeps(seed):
 
 def test_what_each_has_of_dapo():
     algorithms = {name: rl_cases.algorithm(name) for name in ("grpo", "dapo_d", "dapo_dc")}
-    assert [a.dynamic_sampling for a in algorithms.values()] == [False, True, True]
-    assert not any(a.needs_expert for a in algorithms.values())
+    assert [a.options.dynamic_sampling for a in algorithms.values()] == [False, True, True]
+    assert not any(a.options.needs_expert for a in algorithms.values())
     assert all(a.prefixes(None, 1, 10, 0) == [[]] * 8 for a in algorithms.values())
     assert [a.options.entropy_coef for a in algorithms.values()] == [0.001, 0.001, 0]

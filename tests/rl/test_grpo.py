@@ -95,7 +95,7 @@ def trl_loss(algorithm, groups, tokens, *, beta, loss_type):
     )
     rewards = torch.tensor([g.rewards for g in groups], dtype=torch.float64)
     advantages = rewards - rewards.mean(1, keepdim=True)
-    if algorithm.paper_std:
+    if algorithm.options.std_normalise:
         advantages = advantages / (rewards.std(1, keepdim=True) + 1e-6)
     high = algorithm.options.clip_high if algorithm.options.name == "dapo_dc" else algorithm.options.clip_low
     trainer = SimpleNamespace(

@@ -84,8 +84,8 @@ class GRPOOptions(AlgorithmOptions):
         """Yield a message if the overlong penalty begins before the response."""
         if self.overlong_buffer > max_response:
             yield (
-                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has {max_response} at most "
-                "(rollout.max_response)"
+                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has "
+                f"{max_response} at most (rollout.max_response)"
             )
 
 
@@ -147,8 +147,8 @@ class UPTOptions(GRPOOptions):
         yield from super().problems(group, max_response)
         if self.gamma >= group:
             yield (
-                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left over, so no "
-                "prompt is learned by RL"
+                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left "
+                "over, so no prompt is learned by RL"
             )
 
 

@@ -1,7 +1,8 @@
-"""A command of pctrain whose peak of host memory is measured: `measure`, and the program that it starts on every rank."""
+"""Measure the peak of host memory of a pctrain command: `measure`, and the program that it starts on every rank."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -17,11 +18,15 @@ class Memory:
     """Bytes of one rank."""
 
     base: int  # resident after the imports
-    peak: int  # most that was resident in the rank after that, or in one of its writing processes: the pages they share with it included
+    # Most that was resident after that, in the rank or in one of its writing processes with the pages they share.
+    peak: int
 
 
 def measure(*command: object, world: int = 1) -> list[Memory]:
-    """Runs `pctrain COMMAND` on `world` ranks, each a process of its own; what each needed. AssertionError with its words if it fails."""
+    """Run `pctrain COMMAND` on `world` ranks, a process each; return the memory of each.
+
+    Raises AssertionError with the output if the command fails.
+    """
     return on_ranks(__file__, *command, f"--parallel.tensor={world}", world=world)
 
 
@@ -67,7 +72,9 @@ def status(key: str) -> int:
 
 
 def main() -> int:
-    from pctrain.cli import main as cli  # noqa: F401  torch and megatron-core belong to the base
+    from pctrain.cli import main as cli
+
+    importlib.import_module("pctrain.tools.convert")  # torch and megatron-core belong to the base
 
     base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

@@ -128,7 +128,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
     phases.take()
 
 
-# ---- what is told ----------------------------------------------------------------------------------------------------------
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -143,7 +143,7 @@ class Run:
 
 @pytest.fixture
 def times(tmp_path, monkeypatch):
-    """RankTimes of four ranks: `times.at(step, seconds [world, phases])` is what end_step does with what the ranks tell."""
+    """Return RankTimes of four ranks; `times.at(step, seconds [world, phases])` adds a step as end_step does."""
     monkeypatch.setattr(
         stragglers.parallel, "gather", lambda place: [{"host": f"node{rank // 2}", "data": rank} for rank in range(4)]
     )
@@ -205,10 +205,16 @@ def test_the_table_has_the_slowest_rank_of_every_phase(times):
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(ledger_table._ranks(SimpleNamespace(runs=[SimpleNamespace(name="rl", folder=times.run.path)])))
     rows = [line.split() for line in console.export_text().splitlines()]
-    assert (
-        "rl rollout 0 (node0, data 0) 2 1 2.00".split() in rows
-        and "update 2 (node1, data 2) 1.5 1 1.50".split() in rows
-    )
+    assert ["rl", "rollout", "0", "(node0,", "data", "0)", "2", "1", "2.00"] in rows and [
+        "update",
+        "2",
+        "(node1,",
+        "data",
+        "2)",
+        "1.5",
+        "1",
+        "1.50",
+    ] in rows
 
 
 def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`pctrain run` with stages that are only pretended: what it runs with what, in which order, and how it goes on after a kill."""
+"""`pctrain run` with pretended stages: what it runs with what, in which order, and how it resumes after a kill."""
 
 from __future__ import annotations
 
@@ -156,5 +156,5 @@ def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):
     from tests.helpers import study_folders
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
-    with pytest.raises(UserError, match="no RL was run; raise sft.steps"):
+    with pytest.raises(UserError, match=r"no RL was run; raise sft.steps"):
         pretended.run("--study.starts=[early]")

@@ -37,24 +37,24 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
         command, "convert", "mcore-to-hf", checkpoint, out, source, "--verify", "--parallel.pipeline=2", world=2
     )
     assert [status for status, _ in back] == [0, 0], back
-    assert "against transformers: largest difference" in back[0][1] and "bfloat16" in back[0][1]
+    assert "with those of transformers: largest difference" in back[0][1] and "bfloat16" in back[0][1]
     before, after = load_file(qwen3 / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(
         after[name].dtype == torch.bfloat16 and torch.equal(after[name], tensor) for name, tensor in before.items()
     )
     assert json.loads((out / "config.json").read_text()) == json.loads((qwen3 / "config.json").read_text())
-    # An RL run takes its joint from state.json, and a checkpoint without its manifest is not a checkpoint.
+    # An RL run takes its switch point from state.json, and a checkpoint without its manifest is not a checkpoint.
     assert {"manifest.json", "state.json"} <= {file.name for file in checkpoint.iterdir()}
     status, text = ranks.run(command, "convert", "mcore-to-hf", checkpoint, out, source, world=1)[0]
     assert status == 2 and f"{out} exists already" in text
 
 
-def _verify_with_a_swapped_head(directory, other):
+def _verify_against(directory, other):
     from pctrain.config.tree import Config
     from pctrain.tools import convert
 
-    learner = convert._core(Config(), directory)
+    learner = convert._learner(Config(), directory)
     try:
         convert._verify(learner, other)
     except UserError as error:
@@ -69,7 +69,7 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
     name = "model.layers.3.self_attn.k_norm.weight"
     weights[name] = weights[name] * 1.1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert "differ from transformers'" in ranks.run(_verify_with_a_swapped_head, qwen3, other, world=1)[0]
+    assert "differ from those of transformers" in ranks.run(_verify_against, qwen3, other, world=1)[0]
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,12 @@ class GRPOOptions(AlgorithmOptions):
     """GRPO (arXiv 2402.03300)."""
 
     name: str = "grpo"
-    clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip of the ratio: 1 - clip_low; also the upper one, "
-                            "1 + clip_low, in algorithms without clip_high")  # fmt: skip
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="lower clip of the ratio: 1 - clip_low; without clip_high also the upper one: 1 + clip_low",
+    )
     dual_clip: float | None = Field(
         None,
         gt=1,
@@ -71,8 +75,7 @@ class GRPOOptions(AlgorithmOptions):
         return self.kl_coef > 0 and self.kl_kind == "k1"
 
     def streams_from_pass(self, updates: int) -> frozenset[str]:
-        """Return which of old_logprob, ref_logprob and entropy a pass without gradients must make before the "
-        "updates."""
+        """Return which of old_logprob, ref_logprob and entropy a pass without gradients makes before the updates."""
         streams = set()
         if updates > 1 or self.is_correction == "sequence" or self.kl_in_reward:
             streams.add("old_logprob")
@@ -84,8 +87,8 @@ class GRPOOptions(AlgorithmOptions):
         """Yield a message if the overlong penalty begins before the response."""
         if self.overlong_buffer > max_response:
             yield (
-                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has "
-                f"{max_response} at most (rollout.max_response)"
+                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has {max_response} at "
+                "most (rollout.max_response)"
             )
 
 
@@ -147,8 +150,8 @@ class UPTOptions(GRPOOptions):
         yield from super().problems(group, max_response)
         if self.gamma >= group:
             yield (
-                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left "
-                "over, so no prompt is learned by RL"
+                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left over, "
+                "so no prompt is learned by RL"
             )
 
 

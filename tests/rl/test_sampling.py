@@ -43,7 +43,8 @@ class Algorithm:
     """`prefix`: expert tokens that the last rollout of a prompt continues."""
 
     def __init__(self, dynamic, group=GROUP, prefix=()):
-        self.options, self.group, self.prefix = SimpleNamespace(dynamic_sampling=dynamic), group, list(prefix)
+        self.options = SimpleNamespace(dynamic_sampling=dynamic)
+        self.group, self.prefix = group, list(prefix)
 
     def prefixes(self, problem, step, total_steps, seed):
         return [[] for _ in range(self.group - 1)] + [self.prefix]

@@ -226,8 +226,8 @@ def test_parts_can_be_read_in_any_order_and_while_others_are(tmp_path, name):
     assert [prompts(part) for part in parts[::3]] == expected[::3]
     other = tmp_path / f"other{path.name}"
     write_records(other, [{"prompt": "other"}] * 10)
-    for part, there in zip(parts[:4], expected, strict=True):
-        assert prompts(part) == there and len(read_records(other, FieldsConfig(), ())) == 10
+    for part, texts in zip(parts[:4], expected[:4], strict=True):
+        assert prompts(part) == texts and len(read_records(other, FieldsConfig(), ())) == 10
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.jsonl.gz"])

@@ -45,7 +45,7 @@ def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_stream
         for pack in batch.packs:
             bounds = pack.cu_seqlens.tolist()
             assert len(bounds) == len(pack.rows) + 1
-            for index, start, end in zip(pack.rows, bounds, bounds[1:], strict=True):
+            for index, start, end in zip(pack.rows, bounds[:-1], bounds[1:], strict=True):
                 row = rows[index]
                 found[index] += 1
                 stop = start + len(row)

@@ -16,10 +16,10 @@ import asyncio, os, time
 import numpy
 from pathlib import Path
 Path("imported").write_text(str(os.getpid()))
-VALUES = {"true": True, "false": False, "one": 1, "half": 0.5, "numpy": numpy.float32(0.25), "numpy_bool":
-numpy.bool_(True),
-          "two": 2, "minus": -0.5, "nan": float("nan"), "none": None, "string": "1", "list": [1], "array":
-          numpy.zeros(2)}
+VALUES = {
+    "true": True, "false": False, "one": 1, "half": 0.5, "numpy": numpy.float32(0.25), "numpy_bool": numpy.bool_(True),
+    "two": 2, "minus": -0.5, "nan": float("nan"), "none": None, "string": "1", "list": [1], "array": numpy.zeros(2),
+}
 def judge(response, answer):
     if response == "raise":
         raise ValueError("no answer key")

@@ -1,4 +1,4 @@
-"""Loading a config: what a user writes, and what a user is told when it is wrong."""
+"""Loading a config: what a user may write, and the error message for each mistake."""
 
 import json
 import subprocess
@@ -119,7 +119,7 @@ def test_an_unknown_key_of_a_file_names_file_and_line(write):
     path = write("run:\n  seed: 1\nsft:\n  steps: 3\n  optimizer:\n    warmpu: 3\nrll: {}\n")
     message = refusal(path)
     assert f"unknown key sft.optimizer.warmpu ({path}:6); did you mean sft.optimizer.warmup?" in message
-    assert f"unknown key rll ({path}:7); did you mean rl?" in message  # all mistakes at once
+    assert f"unknown key rll ({path}:7); did you mean rl?" in message  # all mistakes are reported at once
 
 
 def test_a_key_like_nothing_lists_the_sections():
@@ -179,13 +179,13 @@ def test_malformed_yaml_names_the_line(write, text, message):
     assert message in refusal(write(text))
 
 
-def test_missing_file_and_bytes_that_are_no_text(tmp_path):
+def test_a_missing_file_and_bytes_that_are_not_text(tmp_path):
     assert "nope.yaml does not exist" in refusal(tmp_path / "nope.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run: \xff\n")
     assert "cannot be read" in refusal(tmp_path / "latin.yaml")
 
 
-def test_the_reference_is_that_of_the_types():
+def test_the_reference_page_matches_the_types():
     from pctrain.config.help import reference
 
     page = Path(__file__).resolve().parents[2] / "docs" / "config.md"
@@ -204,7 +204,7 @@ def test_a_file_goes_over_its_bases(tmp_path):
         1e-3,
         5,
         70,
-    )  # the nearer file wins
+    )  # the nearest file takes precedence
     assert (config.sft.batch_size, config.run.seed, config.sft.val_every) == (4, 5, 8)
 
 
@@ -393,7 +393,7 @@ def test_a_command_is_not_refused_for_a_section_it_does_not_use():
 
 
 @pytest.mark.parametrize("value", ["0", "two", ""])
-def test_a_world_size_that_is_none(monkeypatch, value):
+def test_an_invalid_world_size(monkeypatch, value):
     monkeypatch.setenv("WORLD_SIZE", value)
     assert "WORLD_SIZE: expected a number of ranks" in refusal(None)
 
@@ -427,7 +427,8 @@ def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
         ("[]", "expected a JSON object"),
         (
             json.dumps({**QWEN, "architectures": ["GPT2LMHeadModel"]}),
-            "architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
+            "architecture GPT2LMHeadModel is not supported; "
+            "supported: LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM",
         ),
         (
             json.dumps({**QWEN, "num_hidden_layers": None}),
@@ -436,7 +437,7 @@ def test_the_shape_comes_from_the_model_directory(monkeypatch, tmp_path):
         (json.dumps({k: v for k, v in QWEN.items() if k != "intermediate_size"}), "key 'intermediate_size' is missing"),
     ],
 )
-def test_a_model_directory_that_is_none(tmp_path, content, message):
+def test_an_invalid_model_directory(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert message in refusal(None, f"--model.path={tmp_path}")
@@ -481,8 +482,8 @@ LAUGHS = (
         ("[3, " + "x" * 5000 + "]", "expected"),
     ],
 )
-def test_what_yaml_can_say_and_no_option_takes(write, value, words):
-    """Found by fuzzing: each ended in a traceback, in gigabytes or in a message of pages."""
+def test_values_that_yaml_can_express_and_no_option_accepts(write, value, words):
+    """Cases found by fuzzing: each ended in a traceback, in gigabytes of memory or in a message pages long."""
     path = write(f"data:\n  train: {value}\n")
     for arguments in ((path, []), (None, [f"--study.sets={value}"])):
         with pytest.raises(UserError) as error:
@@ -500,7 +501,7 @@ def test_hostile_keys_and_bases(write, tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             load(write(text), [])
-    for number in range(12):  # each names the next one twice: 4096 files at the end of it
+    for number in range(12):  # each file names the next one twice: 4096 files at the end of the chain
         (tmp_path / f"{number}.yaml").write_text(f"base: [{number + 1}.yaml, {number + 1}.yaml]\n")
     (tmp_path / "12.yaml").write_text("")
     with pytest.raises(UserError, match="more than 100 files are read for one config"):
@@ -517,7 +518,7 @@ def test_an_algorithm_is_a_name_or_a_name_with_options(write):
     config = load(path, ["--rl.algorithm.low_start=0.8", "--rl.algorithm.kl_coef=0.1"])
     assert (config.rl.algorithm.low_start, config.rl.algorithm.kl_coef) == (0.8, 0.1)
     assert load(None, ["--rl.algorithm={name: upt, gamma: 2}"]).rl.algorithm.gamma == 2
-    assert load(None, ["--rl.algorithm.clip_high=0.3"]).rl.algorithm.clip_high == 0.3  # of the default, dapo_dc
+    assert load(None, ["--rl.algorithm.clip_high=0.3"]).rl.algorithm.clip_high == 0.3  # an option of dapo_dc
 
 
 def test_a_file_may_give_options_to_the_algorithm_that_another_names(tmp_path):
@@ -538,9 +539,9 @@ def test_the_paper_gives_each_algorithm_its_defaults():
     [
         (
             ["--rl.algorithm=srft", "--rl.algorithm.clip_low=0.1"],
-            "rl.algorithm.clip_low (command line) is no option of srft; srft has: std_normalise, leave_one_out, entropy_coef, "
-            "normaliser, overlong_buffer, overlong_weight, is_correction, is_cap; grpo, dapo_d, dapo_dc, upt, prefix_rft have "
-            "it",
+            "rl.algorithm.clip_low (command line) is no option of srft; srft has: std_normalise, leave_one_out, "
+            "entropy_coef, normaliser, overlong_buffer, overlong_weight, is_correction, is_cap; "
+            "grpo, dapo_d, dapo_dc, upt, prefix_rft have it",
         ),
         (["--rl.algorithm.gamma=1"], "is_cap, clip_high; upt has it"),
         (["--rl.algorithm.clip_hgih=1"], "did you mean rl.algorithm.clip_high?"),
@@ -561,7 +562,7 @@ def test_the_paper_gives_each_algorithm_its_defaults():
         (["--rl.prefix_beta_a=2"], "rl.algorithm.beta_a on the command line"),
     ],
 )
-def test_an_option_that_the_algorithm_does_not_have(overrides, message):
+def test_an_unknown_option_of_the_algorithm(overrides, message):
     assert message in refusal(None, *overrides)
 
 
@@ -569,7 +570,7 @@ def test_an_option_of_another_algorithm_in_a_file_names_the_line(write):
     path = write("rl:\n  algorithm:\n    name: luffy\n    clip_low: 0.1\n    entropy_coef: much\n")
     message = refusal(path)
     assert f"rl.algorithm.clip_low ({path}:4) is no option of luffy" in message
-    assert f"rl.algorithm.entropy_coef ({path}:5): expected a number" in message  # all mistakes at once
+    assert f"rl.algorithm.entropy_coef ({path}:5): expected a number" in message  # all mistakes are reported at once
 
 
 def test_the_options_come_back_from_the_file_of_a_run(write):

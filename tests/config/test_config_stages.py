@@ -1,4 +1,4 @@
-"""Which pipeline layouts and schedules are refused before anything is imported, and by which words."""
+"""Pipeline layouts and schedules that are refused before anything is imported, and the messages."""
 
 import os
 from unittest import mock
@@ -23,7 +23,8 @@ def _check(*options, layers=8):
         "--parallel.pipeline=2 --parallel.first_stage_layers=3",
         "--parallel.pipeline=2 --parallel.first_stage_layers=3 --parallel.last_stage_layers=5",
         "--parallel.pipeline=4 --parallel.first_stage_layers=1 --parallel.last_stage_layers=1",
-        "--parallel.pipeline=3 --parallel.first_stage_layers=2 --parallel.last_stage_layers=4 --parallel.virtual_pipeline=2",
+        "--parallel.pipeline=3 --parallel.first_stage_layers=2 --parallel.last_stage_layers=4 "
+        "--parallel.virtual_pipeline=2",
         "--sft.optimizer.schedule=wsd --sft.steps=100 --sft.optimizer.warmup=20 --sft.optimizer.decay=80",
     ],
 )

@@ -5,12 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 COMMON = {
-    "vocab_size": 331, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": None,
-    # Large enough that a swapped or misplaced matrix moves log-probs by far more than the tolerance.
+    "vocab_size": 331,
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": None,
+    # Large enough that a misplaced matrix moves log-probs by far more than the tolerance.
     "initializer_range": 0.2,
-}  # fmt: skip
-# The original context lies below the test's, so that all three kinds of frequencies occur: kept, interpolated, divided.
+}
+# The original context is shorter than the test's, so all three kinds of frequencies occur: kept, interpolated, divided.
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -33,7 +41,7 @@ FAMILIES = {
 
 
 def make(name: str, folder: Path, *, max_shard_size: str = "50GB") -> Path:
-    """Every weight is random, norms and biases too: a constant would hide a tensor that is not loaded."""
+    """Save a model of random weights, also norms and biases: a constant would hide a tensor that is not loaded."""
     import torch
     import transformers
 

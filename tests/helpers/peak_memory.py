@@ -1,4 +1,4 @@
-"""A command of pctrain whose peak of host memory is measured: `measure`, and the program that it starts on every rank."""
+"""Measure a command's peak of host memory: `measure`, and the program that it starts on every rank."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
     base: int  # resident after the imports
-    peak: int  # most that was resident in the rank after that, or in one of its writing processes: the pages they share with it included
+    peak: int  # the later peak of the rank or of one of its writer processes, shared pages included
 
 
 def measure(*command: object, world: int = 1) -> list[Memory]:
-    """Runs `pctrain COMMAND` on `world` ranks, each a process of its own; what each needed. AssertionError with its words if it fails."""
+    """Run `pctrain COMMAND` on `world` ranks and return the memory of each.
+
+    Each rank is a separate process. If one fails, AssertionError shows its output.
+    """
     return on_ranks(__file__, *command, f"--parallel.tensor={world}", world=world)
 
 
 def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
-    """As `measure`, of any program whose last line is a `Memory` as JSON."""
+    """Do as `measure` for any program whose last line is a `Memory` as JSON."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,16 +64,16 @@ def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
 
 
 def status(key: str) -> int:
-    """A size in bytes from /proc/self/status: VmRSS is resident now, VmHWM the most there was."""
+    """Return a size in bytes from /proc/self/status: VmRSS is resident now, VmHWM is the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
 
 def main() -> int:
-    from pctrain.cli import main as cli  # noqa: F401  torch and megatron-core belong to the base
+    from pctrain.cli import main as cli  # torch and megatron-core belong to the base
 
     base = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # restart VmHWM
     code = cli.main(sys.argv[1:])
     writers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(json.dumps({"base": base, "peak": max(status("VmHWM"), writers)}))

@@ -1,4 +1,4 @@
-"""A model and data small enough for many layouts, and what one rank does with them."""
+"""A model and data small enough for many layouts, and the functions that one rank runs on them."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ BUDGET = 256
 
 
 def hf_dir(folder: Path, *, tied: bool) -> Path:
-    """Grouped-query attention (4 heads on 2 key/value heads), 4 layers for pipelines, an odd vocabulary that TP has to pad."""
+    """Build a model with grouped-query attention (4 heads, 2 key/value heads), 4 layers and an odd vocabulary."""
     architecture = ArchitectureConfig(layers=4, hidden=32, heads=4, kv_heads=2, ffn=80, context=256, tied=tied)
     return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
 
 
 def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
-    """Sequences of very different lengths: several attention buckets, several packs."""
+    """Return sequences of very different lengths: several attention buckets, several packs."""
     rng = np.random.default_rng(seed)
     return [
         make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist())
@@ -30,7 +30,10 @@ def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
 
 
 def rows_of_a_pack(seed: int = 0) -> list[Row]:
-    """Six sequences of which no two fit into a pack: the same packs at any data parallel size, some of them padding packs."""
+    """Return six sequences of which no two fit into a pack.
+
+    The packs are the same at any data parallel size; some of them are padding packs.
+    """
     rng = np.random.default_rng(seed)
     return [
         make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(130, 240)).tolist())
@@ -39,19 +42,29 @@ def rows_of_a_pack(seed: int = 0) -> list[Row]:
 
 
 def learner(
-    directory: Path, layout: dict, *, train: bool = True, checkpoint: Path | None = None, optimizer: OptimizerConfig = OPTIMIZER,
-    total_steps: int = 100, dtype: str = "float32", router_aux_loss: float = 0.0,
-):  # fmt: skip
+    directory: Path,
+    layout: dict,
+    *,
+    train: bool = True,
+    checkpoint: Path | None = None,
+    optimizer: OptimizerConfig = OPTIMIZER,
+    total_steps: int = 100,
+    dtype: str = "float32",
+    router_aux_loss: float = 0.0,
+):
     from pctrain.core import Learner
 
     return Learner(
-        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss), ParallelConfig(**layout),
-        optimizer_config=optimizer if train else None, total_steps=total_steps, seed=0,
-    )  # fmt: skip
+        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss),
+        ParallelConfig(**layout),
+        optimizer_config=optimizer if train else None,
+        total_steps=total_steps,
+        seed=0,
+    )
 
 
 def step(model, step: int):
-    """One SFT step on the batch of that step. (What the auxiliary loss of experts is depends on the packs.)"""
+    """Run one SFT step on that step's batch. (The auxiliary loss of experts depends on the packs.)"""
     from pctrain.sft.loss import cross_entropy
 
     of_experts = model.modules[0].config.moe_aux_loss_coeff > 0
@@ -61,7 +74,7 @@ def step(model, step: int):
 
 
 def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float = 0.0) -> dict:
-    """Losses, metrics and gradient norms of the first steps, and the weights after 3 of them under their Hugging Face names."""
+    """Return losses, metrics and gradient norms of the first steps, and the Hugging Face weights after 3 of them."""
     model = learner(directory, layout, router_aux_loss=router_aux_loss)
     updates = [step(model, i) for i in range(3)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
@@ -75,7 +88,7 @@ def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float =
 
 
 def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
-    """`steps` steps, a checkpoint in `folder`, and what `go_on` tells of as many more."""
+    """Train `steps` steps, save a checkpoint in `folder`, and return what `go_on` returns for as many more."""
     from pctrain.distributed import parallel
 
     model = learner(directory, layout, **options)
@@ -95,7 +108,10 @@ def load_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **op
 
 
 def go_on(model, steps: int) -> tuple:
-    """(losses, gradient norms, (learning rate, metrics) of each step, weights after the last) of the second `steps` steps."""
+    """Train the second `steps` steps.
+
+    Return (losses, gradient norms, (learning rate, metrics) by step, final weights).
+    """
     updates = [step(model, i) for i in range(steps, 2 * steps)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
     return [u.loss for u in updates], [u.grad_norm for u in updates], [(u.lr, u.metrics) for u in updates], weights

@@ -1,4 +1,4 @@
-"""`pctrain convert` as a user meets it: there and back at other layouts, verified; and what it refuses."""
+"""`pctrain convert` as a user meets it: there and back at other layouts, verified, and what it refuses."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.helpers.tiny import command
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
-    """In bfloat16, as published models are."""
+    """Save a model in bfloat16, as published models are."""
     folder = families.make("qwen3", tmp_path_factory.mktemp("convert") / "qwen3")
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -44,13 +44,13 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
         after[name].dtype == torch.bfloat16 and torch.equal(after[name], tensor) for name, tensor in before.items()
     )
     assert json.loads((out / "config.json").read_text()) == json.loads((qwen3 / "config.json").read_text())
-    # An RL run takes its joint from state.json, and a checkpoint without its manifest is not a checkpoint.
+    # An RL run takes its switch point from state.json, and a checkpoint without its manifest is not a checkpoint.
     assert {"manifest.json", "state.json"} <= {file.name for file in checkpoint.iterdir()}
     status, text = ranks.run(command, "convert", "mcore-to-hf", checkpoint, out, source, world=1)[0]
     assert status == 2 and f"{out} exists already" in text
 
 
-def _verify_with_a_swapped_head(directory, other):
+def _verify_with_another_head(directory, other):
     from pctrain.config.tree import Config
     from pctrain.tools import convert
 
@@ -69,7 +69,7 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
     name = "model.layers.3.self_attn.k_norm.weight"
     weights[name] = weights[name] * 1.1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert "differ from transformers'" in ranks.run(_verify_with_a_swapped_head, qwen3, other, world=1)[0]
+    assert "differ from transformers'" in ranks.run(_verify_with_another_head, qwen3, other, world=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_spoilt_files_are_refused_by_name(tmp_path, spoil, words):
 
 
 def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
-    """With Llama 3.2's own values, at which most megatron-core defaults would do, and with others."""
+    """Use Llama 3.2's own values, for which most megatron-core defaults would do, and others."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -1,4 +1,4 @@
-"""`pctrain doctor`: what it finds, what it says of it; and the list of GPU branches, held against the code."""
+"""`pctrain doctor`: what it checks and reports, and the list of GPU branches compared with the code."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ def found(findings):
     return {finding.what: finding for finding in findings}
 
 
-def test_versions_are_held_against_the_known_good_ones(monkeypatch):
+def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
     monkeypatch.setattr(
         doctor,
         "PACKAGES",
@@ -39,7 +39,7 @@ def test_versions_are_held_against_the_known_good_ones(monkeypatch):
     assert seen["numpy"].mend == "known good is 0.0.1 (arrays): pip install 'numpy==0.0.1'"
 
 
-def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
+def test_a_version_that_differs_from_the_set_for_gpus_is_noted(monkeypatch):
     monkeypatch.setattr(
         doctor,
         "PACKAGES",
@@ -57,7 +57,7 @@ def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
     )
 
 
-def test_setup_installs_what_is_known_good():
+def test_setup_installs_the_known_good_versions():
     setup, script = (ROOT / "pyproject.toml").read_text(), (ROOT / "launch" / "setup.sh").read_text()
     pins = dict(re.findall(r'"([a-z-]+)(?:\[[^]]+\])?==([^"]+)"', setup))
     for package in doctor.PACKAGES:
@@ -72,18 +72,18 @@ def test_setup_installs_what_is_known_good():
 
 
 @pytest.mark.parametrize(
-    ("variables", "what", "state", "told"),
+    ("variables", "what", "state", "advice"),
     [
         ({"OMP_NUM_THREADS": "64", "LOCAL_WORLD_SIZE": "2"}, "threads", "wrong", "OMP_NUM_THREADS="),
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, "threads", "ok", ""),
         ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "VLLM_ENABLE_V1_MULTIPROCESSING", "wrong", "unset it"),
     ],
 )
-def test_environment_variables(monkeypatch, variables, what, state, told):
+def test_environment_variables(monkeypatch, variables, what, state, advice):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     finding = found(doctor.environment("cpu"))[what]
-    assert finding.state == state and told in finding.mend
+    assert finding.state == state and advice in finding.mend
 
 
 def test_a_package_that_does_not_import(monkeypatch):
@@ -130,7 +130,7 @@ def _doctor(folder):
     return status, out.getvalue()
 
 
-def test_two_ranks_measure_the_wires_between_them(ranks, tmp_path):
+def test_two_ranks_measure_the_interconnect_between_them(ranks, tmp_path):
     (status, text), (other, silent) = ranks.run(_doctor, tmp_path, world=2)
     assert status == other and silent == ""
     assert re.search(r"all-reduce over 2 ranks +[\d.e-]+ GB/s \(gloo\)", text) and re.search(
@@ -145,7 +145,7 @@ def test_every_gpu_branch_is_listed():
         for path in (ROOT / "pctrain").rglob("*.py")
         if "on_gpu()" in path.read_text()
     }
-    asking -= {"device.py", "doctor.py", "gpu_branches.py"}  # the check itself, and what prints the figures
+    asking -= {"device.py", "doctor.py", "gpu_branches.py"}  # the check itself, and the module that prints the figures
     listed = {file for branch in gpu_branches.BRANCHES for file in branch.files}
     assert {file for file in listed if not file.startswith("kernels/")} == asking
     assert all((ROOT / ("" if file.startswith("kernels/") else "pctrain") / file).exists() for file in listed)

@@ -8,10 +8,21 @@ from pctrain.cli import main as cli
 
 
 def row(group, k, **more):
-    return {"id": f"p{group}", "group": group, "prompt": f"{group}+1=", "response": f"text {k} [red]\\boxed{{{k}}}",
-            "answer": str(group + 1),
-            "reward": float(k == 0), "cause": "right" if k == 0 else "wrong", "advantage": 1.5 - k, "tokens": 7, "finish": "stop",
-            "kept": True, "why": "", **more}  # fmt: skip
+    return {
+        "id": f"p{group}",
+        "group": group,
+        "prompt": f"{group}+1=",
+        "response": f"text {k} [red]\\boxed{{{k}}}",
+        "answer": str(group + 1),
+        "reward": float(k == 0),
+        "cause": "right" if k == 0 else "wrong",
+        "advantage": 1.5 - k,
+        "tokens": 7,
+        "finish": "stop",
+        "kept": True,
+        "why": "",
+        **more,
+    }
 
 
 @pytest.fixture
@@ -37,7 +48,7 @@ def show(capsys, *arguments):
 def test_the_newest_step_and_what_is_kept(capsys, run):
     status, text = show(capsys, run)
     assert status == 0 and "at 12" in text and "at 1 " not in text
-    assert "text 0 [red]\\boxed{0}" in text  # what a model wrote is no markup
+    assert "text 0 [red]\\boxed{0}" in text  # a model's text is not markup
     assert "p2" in text and "1 of 2 right" in text and "+1.500" in text
     assert "4 prompts, 3 kept, 1 dropped; mean reward 0.375" in text and "all wrong" not in text
 
@@ -49,11 +60,15 @@ def test_a_step_its_dropped_prompts_and_fewer_of_them(capsys, run):
     assert "p0" in text and "p1" not in text and "2 more prompts: --prompts=3" in text
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]), (["--step", "x"], ["--step", "'x'"]),
-    (["--stepp=3"], ["did you mean --step"]),
-])  # fmt: skip
-def test_what_is_not_there(capsys, run, arguments, words):
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--step", "5"], ["no rollouts of step 5", "from 1 to 12"]),
+        (["--step", "x"], ["--step", "'x'"]),
+        (["--stepp=3"], ["did you mean --step"]),
+    ],
+)
+def test_a_missing_step_and_wrong_options(capsys, run, arguments, words):
     status, text = show(capsys, run, *arguments)
     assert status == 2 and all(word in text for word in words), text
 
@@ -80,7 +95,7 @@ def test_a_folder_without_rollouts_and_a_broken_file(capsys, run, tmp_path):
         "[" * 100_000,
     ],
 )
-def test_lines_that_are_no_rollouts(capsys, run, line):
+def test_lines_that_are_not_rollouts(capsys, run, line):
     (run / "rollouts" / "step-12.jsonl").write_text(json.dumps(row(0, 0)) + "\n" + line + "\n")
     status, text = show(capsys, run)
     assert status == 2 and "step-12.jsonl:2: " in text

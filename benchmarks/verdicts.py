@@ -1,11 +1,11 @@
-"""Verdicts a second: integers, numbers and LaTeX, through one verifier's function and through the pool.
+"""Measure verdicts per second on integers, numbers and LaTeX, by one verifier's function and by the pool.
 
     python benchmarks/verdicts.py [--workers 2] [--seconds 3]
 
-A response is 300 words of working and a box. Every answer differs, so that nothing is asked once for several: in a run the responses of
-a group repeat each other and the pool asks less. The pool is warm (its workers have started and judged) and gets batches of 256, as a
-rollout gives them. One process: per second of its CPU time, which other programs on the machine hardly touch; the pool: per second of wall
-time. Half of the answers are right.
+A response is 300 words of working and a boxed answer. Every answer differs, so no verdict serves several responses. (In
+a run the responses of a group repeat each other, and the pool judges fewer.) The pool is warm and gets batches of 256,
+like those of a rollout. The single process is measured per second of its CPU time, which other programs on the machine
+hardly affect; the pool is measured per second of wall time. Half of the answers are right.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BATCH = 256
 
 
 def pairs(kind: str) -> Iterator[tuple[str, str]]:
-    """(response, gold) without end."""
+    """Yield (response, gold) forever."""
     for n in count(1):
         off = n % 2
         answer, gold = {
@@ -42,7 +42,7 @@ def pairs(kind: str) -> Iterator[tuple[str, str]]:
 def rate(
     score: Callable[[list[tuple[str, str]]], list], kind: str, seconds: float, clock: Callable[[], float]
 ) -> float:
-    """Verdicts a second of `clock`."""
+    """Return the verdicts per second of `clock`."""
     stream, done, right = pairs(kind), 0, 0.0
     score([next(stream) for _ in range(BATCH)])
     began = clock()
@@ -54,18 +54,20 @@ def rate(
 
 
 def main() -> None:
+    """Measure and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="verifier processes of the pool")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measurement")
     args = parser.parse_args()
+    versions = f"math-verify {version('math-verify')}, sympy {version('sympy')}"
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, math-verify {version('math-verify')}, "
-        f"sympy {version('sympy')}; load {os.getloadavg()[0]:.1f}"
+        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}; "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print(
         f"| answers | strict in one process, verdicts/CPU-second | pool of {args.workers}, verdicts/s |\n|---|---|---|"
     )
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time-outs are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its time-outs are off
     strict = VERIFIERS["strict"]
     with VerifierPool(RewardConfig(workers=args.workers, timeout=60)) as pool:
         for kind in ("integers", "numbers", "LaTeX"):

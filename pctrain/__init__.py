@@ -1,4 +1,4 @@
-"""pctrain: expert trajectories, then reinforcement learning, on megatron-core, with the ceiling of the run told in numbers.
+"""pctrain: SFT on expert trajectories, then reinforcement learning, on megatron-core, with an estimate of RL's ceiling.
 
 Importing this package imports nothing heavy; every part is imported from its own module.
 """
@@ -7,8 +7,8 @@ import warnings
 
 __version__ = "0.2.0"
 
-# What would otherwise be printed by every rank at every start: which optional CUDA packages megatron-core does without, and what it and
-# torch's checkpointing call by names that torch 2.13 is about to retire. None of it is for the user to act on. (Here, before any import
-# of megatron-core.)
+# Every rank would print these at every start: optional CUDA packages that megatron-core does without, and names that
+# megatron-core and torch's checkpointing use although torch 2.13 deprecates them. A user can do nothing about either.
+# They are set here because they must precede any import of megatron-core.
 warnings.filterwarnings("ignore", module=r"megatron\.core")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -1,10 +1,11 @@
-"""Compiles every Triton kernel of the package for GPUs that need not be here: registers, stack and spills of each specialisation.
+"""Compile every Triton kernel of the package, without a GPU: registers, stack and spills of each specialisation.
 
     python kernels/benchmarks/compile_report.py [--tier fast|full] [--markdown FILE] [--json FILE]
 
-A specialisation is what Triton makes of the arguments of one call: pointers and integers divisible by 16 or not, integers equal to 1 as
-constants, strides beyond 2^31. Exit status 1 where a kernel spills registers, does not compile, or has no entry here.
-Another Triton than the installed one: put it first in PYTHONPATH (`pip install --no-deps --target DIR triton==3.6.0`).
+Triton specialises a kernel by the arguments of a call: pointers and integers divisible by 16 or not, integers equal to
+1 as constants, strides beyond 2^31. The exit status is 1 if a kernel spills registers, does not compile, or has no
+entry here. For another version of Triton, put it first in PYTHONPATH (`pip install --no-deps --target DIR
+triton==3.6.0`).
 """
 
 from __future__ import annotations
@@ -33,10 +34,13 @@ HOPPER, BLACKWELL = 90, 100
 # Columns of a shard: the vocabularies of Qwen 2.5 and Llama 3 over 1 to 8 ranks.
 REAL_COLUMNS = tuple(vocab // shards for vocab in (152064, 128256) for shards in (1, 2, 4, 8))
 SMALL_COLUMNS = (1, 127, 320, 1003, 2048)
+MEASURED = ("registers", "stack", "spills", "reloads", "shared")
 
 
 @dataclass(frozen=True)
 class Specialisation:
+    """Properties of the arguments for which Triton compiles separate code."""
+
     name: str
     aligned: bool  # pointers divisible by 16
     integers: str  # "any", "16" (divisible by it), "1" (equal to it) or "wide" (strides int64)
@@ -52,16 +56,16 @@ SPECIALISATIONS = (
 
 
 @dataclass(frozen=True)
-class Entry:
-    """How a kernel is called: types of its run-time arguments for each variant, constants, and the launch shape its caller chooses.
+class KernelEntry:
+    """The calls of a kernel: argument types of each variant, constants, and its caller's launch shape.
 
-    Pointers are "*fp32" and so on; "stride" is an integer that may be int64; "columns" one that says how wide a row is.
+    Pointers are "*fp32" and so on; "stride" is an integer that may be int64; "columns" is the width of a row.
     """
 
     module: str
     variants: Sequence[Mapping[str, str]]  # argument -> type, in the order of the kernel's parameters
     constants: Sequence[Mapping[str, Any]]
-    launch: Callable[[int], tuple[Mapping[str, int], int]]  # columns -> constants that follow from it, warps
+    launch: Callable[[int], tuple[Mapping[str, int], int]]  # columns -> constants that depend on it, warps
 
 
 def _launch_shape(columns: int) -> tuple[Mapping[str, int], int]:
@@ -73,33 +77,60 @@ def _launch_shape(columns: int) -> tuple[Mapping[str, int], int]:
 
 def _statistics(logits: str) -> Mapping[str, str]:
     outputs = dict.fromkeys(("out_max", "out_rest", "out_shifted", "out_target"), "*fp32")
-    return {"logits": logits, "column": "*i64", **outputs, "stride": "stride", "columns": "columns",
-            "temperature": "fp32", "inverse_temperature": "fp32"}  # fmt: skip
+    return {
+        "logits": logits,
+        "column": "*i64",
+        **outputs,
+        "stride": "stride",
+        "columns": "columns",
+        "temperature": "fp32",
+        "inverse_temperature": "fp32",
+    }
 
 
 def _gradient(logits: str, gradient: str) -> Mapping[str, str]:
     rows = dict.fromkeys(("row_max", "row_constant", "row_slope", "row_target"), "*fp32")
-    return {"logits": logits, "gradient": gradient, "column": "*i64", **rows, "stride": "stride", "gradient_stride": "stride",
-            "columns": "columns", "inverse_temperature": "fp32"}  # fmt: skip
+    return {
+        "logits": logits,
+        "gradient": gradient,
+        "column": "*i64",
+        **rows,
+        "stride": "stride",
+        "gradient_stride": "stride",
+        "columns": "columns",
+        "inverse_temperature": "fp32",
+    }
 
 
 ENTROPY = ({"want_entropy": True}, {"want_entropy": False})
 ENTRIES = {
-    "statistics_kernel": Entry(
-        "pctrain_kernels.triton_softmax", [_statistics(f"*{dtype}") for dtype in ("fp32", "bf16", "fp16")], ENTROPY, _launch_shape
-    ),
-    "gradient_kernel": Entry(
+    "statistics_kernel": KernelEntry(
         "pctrain_kernels.triton_softmax",
-        [_gradient(f"*{logits}", f"*{gradient}") for logits, gradient in
-         (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("bf16", "bf16"), ("fp16", "fp16"))],
-        ENTROPY, _launch_shape,
+        [_statistics(f"*{dtype}") for dtype in ("fp32", "bf16", "fp16")],
+        ENTROPY,
+        _launch_shape,
     ),
-}  # fmt: skip
+    "gradient_kernel": KernelEntry(
+        "pctrain_kernels.triton_softmax",
+        [
+            _gradient(f"*{logits}", f"*{gradient}")
+            for logits, gradient in (
+                ("fp32", "fp32"),
+                ("fp32", "bf16"),
+                ("fp32", "fp16"),
+                ("bf16", "bf16"),
+                ("fp16", "fp16"),
+            )
+        ],
+        ENTROPY,
+        _launch_shape,
+    ),
+}
 
 
 @dataclass(frozen=True)
-class Case:
-    """One compilation."""
+class Compilation:
+    """One compilation of a kernel."""
 
     kernel: str
     module: str
@@ -110,15 +141,18 @@ class Case:
     capability: int
 
     def label(self) -> str:
+        """Return a description of the compilation in one line."""
         constants = ", ".join(f"{name} {value}" for name, value in self.constants)
-        return f"{self.kernel} {self.dtypes()}, {constants}, {self.warps} warps, {self.specialisation.name}, sm_{self.capability}"
+        how = f"{self.warps} warps, {self.specialisation.name}, sm_{self.capability}"
+        return f"{self.kernel} {self.dtypes()}, {constants}, {how}"
 
     def dtypes(self) -> str:
+        """Return the dtypes of logits and gradient."""
         return " -> ".join(kind[1:] for name, kind in self.types if name in ("logits", "gradient"))
 
 
 def launched_kernels() -> set[str]:
-    """Names of the package's `@triton.jit` functions that no other of them calls."""
+    """Return the names of the package's `@triton.jit` functions that no other of them calls."""
     import pctrain_kernels
 
     called: set[str] = set()
@@ -136,10 +170,13 @@ def _is_jit(function: ast.FunctionDef) -> bool:
     return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
 
 
-def cases(tier: str, capabilities: Sequence[int]) -> list[Case]:
-    """full: every specialisation of every variant at real sizes, and every variant at small ones and for the newer GPU; fast: every variant
-    at real sizes with the specialisations in turn, and one of each kernel for the newer GPU."""
-    chosen: dict[Case, None] = {}
+def cases(tier: str, capabilities: Sequence[int]) -> list[Compilation]:
+    """Return the compilations of a tier.
+
+    full: every specialisation of every variant at real sizes, and every variant at small ones and for the newer GPU.
+    fast: every variant at real sizes with the specialisations in turn, and one of each kernel for the newer GPU.
+    """
+    chosen: dict[Compilation, None] = {}
     for kernel, entry in ENTRIES.items():
         variants = [(types, constants) for types in entry.variants for constants in entry.constants]
         for i, (types, constants) in enumerate(variants):
@@ -156,11 +193,16 @@ def cases(tier: str, capabilities: Sequence[int]) -> list[Case]:
 
 
 def _case(
-    kernel: str, entry: Entry, types: Mapping[str, str], constants: Mapping[str, Any], columns: int, specialisation: Specialisation,
+    kernel: str,
+    entry: KernelEntry,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    columns: int,
+    specialisation: Specialisation,
     capability: int,
-) -> Case:  # fmt: skip
+) -> Compilation:
     of_columns, warps = entry.launch(1 if specialisation.integers == "1" else columns)
-    return Case(
+    return Compilation(
         kernel,
         entry.module,
         tuple(types.items()),
@@ -171,8 +213,8 @@ def _case(
     )
 
 
-def source(case: Case):
-    """Triton's description of the call, as its launcher would make it."""
+def source(case: Compilation) -> Any:
+    """Return Triton's description of the call, as its launcher would make it."""
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(case.module), case.kernel)
@@ -187,9 +229,8 @@ def source(case: Case):
         kind = kinds.get(name, "constexpr")
         integer = kind in ("stride", "columns")
         if integer:
-            kind = (
-                "constexpr" if how.integers == "1" else "i64" if kind == "stride" and how.integers == "wide" else "i32"
-            )
+            wide = kind == "stride" and how.integers == "wide"
+            kind = "constexpr" if how.integers == "1" else "i64" if wide else "i32"
         signature[name] = kind
         if kind == "constexpr":
             constexprs[(i,)] = constants.get(name, 1)
@@ -198,32 +239,43 @@ def source(case: Case):
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-def measure(case: Case, **options: int) -> dict[str, Any]:
-    """Registers a thread, bytes of stack, instructions that spill and reload; or the compiler's error. `options`: more for Triton."""
+def measure(case: Compilation, **options: int) -> dict[str, Any]:
+    """Compile, and return registers per thread, bytes of stack, and spill and reload instructions, or the error.
+
+    `options` go to Triton's compiler.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
 
     row = {
-        "kernel": case.kernel, "label": case.label(), "dtypes": case.dtypes(), "constants": dict(case.constants), "warps": case.warps,
-        "specialisation": case.specialisation.name, "capability": case.capability,
-    }  # fmt: skip
+        "kernel": case.kernel,
+        "label": case.label(),
+        "dtypes": case.dtypes(),
+        "constants": dict(case.constants),
+        "warps": case.warps,
+        "specialisation": case.specialisation.name,
+        "capability": case.capability,
+    }
     try:
         options |= {"num_warps": case.warps, "enable_fp_fusion": True}
         compiled = triton.compile(source(case), target=GPUTarget("cuda", case.capability, 32), options=options)
-    except Exception as error:  # whatever the compiler raises is a finding of this report
+    except Exception as error:  # the report lists whatever the compiler raises
         return row | {"error": f"{type(error).__name__}: {error}"[:1000]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         listing = _tool("nvdisasm", "-c", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None or "EXIT" not in listing:
-        return row | {"error": f"cuobjdump or nvdisasm gave nothing to read: {usage[:300]}"}
+    counts = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if counts is None or "EXIT" not in listing:
+        return row | {"error": f"cuobjdump or nvdisasm printed nothing readable: {usage[:300]}"}
     return row | {
-        "registers": int(found[1]), "stack": int(found[2]), "shared": compiled.metadata.shared,
-        "spills": len(re.findall(r"\bSTL\b", listing)), "reloads": len(re.findall(r"\bLDL\b", listing)),
-    }  # fmt: skip
+        "registers": int(counts[1]),
+        "stack": int(counts[2]),
+        "shared": compiled.metadata.shared,
+        "spills": len(re.findall(r"\bSTL\b", listing)),
+        "reloads": len(re.findall(r"\bLDL\b", listing)),
+    }
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -234,39 +286,50 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def known_capabilities() -> tuple[int, ...]:
-    """sm_100 where this Triton brings an assembler for it."""
+    """Return sm_90, and sm_100 if this Triton has an assembler for it."""
     import triton
 
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     return (HOPPER, BLACKWELL) if (binaries / "ptxas-blackwell").exists() else (HOPPER,)
 
 
-def measure_all(chosen: Sequence[Case]) -> Iterator[dict[str, Any]]:
+def measure_all(chosen: Sequence[Compilation]) -> Iterator[dict[str, Any]]:
+    """Yield the measurements in order, from several processes."""
     with multiprocessing.get_context("fork").Pool(PROCESSES) as pool:
         yield from pool.imap(measure, chosen, chunksize=4)
 
 
 def faults(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = [f"{row['label']}: {row['error']}" for row in rows if "error" in row]
-    found += [f"{row['label']}: {row['spills']} spills, {row['reloads']} reloads, {row['stack']} bytes of stack"
-              for row in rows if "error" not in row and (row["spills"] or row["reloads"] or row["stack"])]  # fmt: skip
-    found += [f"{name} has no entry in compile_report.py" for name in sorted(launched_kernels() - ENTRIES.keys())]
-    found += [
-        f"{name} has an entry in compile_report.py and is gone from the package"
-        for name in sorted(ENTRIES.keys() - launched_kernels())
+    """Return a line for every kernel that does not compile, spills, or lacks an entry, and for every stale entry."""
+    kernels = launched_kernels()
+    lines = [f"{row['label']}: {row['error']}" for row in rows if "error" in row]
+    compiled = [row for row in rows if "error" not in row]
+    lines += [
+        f"{row['label']}: {row['spills']} spills, {row['reloads']} reloads, {row['stack']} bytes of stack"
+        for row in compiled
+        if row["spills"] or row["reloads"] or row["stack"]
     ]
-    return found
+    lines += [f"{name} has no entry in compile_report.py" for name in sorted(kernels - ENTRIES.keys())]
+    lines += [f"{name} is in compile_report.py but not in the package" for name in sorted(ENTRIES.keys() - kernels)]
+    return lines
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], triton_version: str) -> str:
-    lines = [f"Triton {triton_version}; registers a thread, bytes of stack and of shared memory, instructions that spill (STL) and "
-             "reload (LDL). `python kernels/benchmarks/compile_report.py --tier full` makes this table.", "",
-             "| kernel | logits -> gradient | constants | warps | specialisation | GPU | registers | stack | spills | reloads | shared |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    """Return the rows as a Markdown table."""
+    columns = ("kernel", "logits -> gradient", "constants", "warps", "specialisation", "GPU", *MEASURED)
+    lines = [
+        f"Triton {triton_version}; registers per thread, bytes of stack and of shared memory, instructions that spill "
+        "(STL) and reload (LDL). `python kernels/benchmarks/compile_report.py --tier full` makes this table.",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|---" * len(columns) + "|",
+    ]
     for row in rows:
         constants = ", ".join(f"{name} {value}" for name, value in row["constants"].items())
-        measured = ([f"does not compile: {row['error'].splitlines()[0]}"] + [""] * 4 if "error" in row
-                    else [row[key] for key in ("registers", "stack", "spills", "reloads", "shared")])  # fmt: skip
+        if "error" in row:
+            measured = [f"does not compile: {row['error'].splitlines()[0]}", *[""] * (len(MEASURED) - 1)]
+        else:
+            measured = [row[key] for key in MEASURED]
         cells = [
             row["kernel"],
             row["dtypes"],
@@ -281,13 +344,14 @@ def markdown(rows: Sequence[Mapping[str, Any]], triton_version: str) -> str:
 
 
 def main() -> None:
+    """Compile, print the report, and fail if it lists a fault."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=["fast", "full"], default="fast", help="full: minutes")
-    parser.add_argument("--markdown", type=Path, help="where to write the table as well")
-    parser.add_argument("--json", type=Path, help="where to write the rows, with version and path of Triton")
+    parser.add_argument("--markdown", type=Path, help="also write the table to this file")
+    parser.add_argument("--json", type=Path, help="write the rows to this file, with version and path of Triton")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile")
+        raise SystemExit("TRITON_INTERPRET=1 leaves nothing to compile: unset it")
     import triton
 
     rows = [*measure_all(cases(options.tier, known_capabilities()))]
@@ -298,9 +362,9 @@ def main() -> None:
     if options.json:
         where = str(Path(triton.__file__).resolve())
         options.json.write_text(json.dumps({"triton": triton.__version__, "triton_path": where, "rows": rows}))
-    found = faults(rows)
-    if found:
-        raise SystemExit("\n".join(found))
+    lines = faults(rows)
+    if lines:
+        raise SystemExit("\n".join(lines))
 
 
 if __name__ == "__main__":

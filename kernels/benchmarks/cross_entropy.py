@@ -13,10 +13,13 @@ from torch.nn import functional as F
 
 
 def plain(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the operation in plain PyTorch."""
     return F.cross_entropy(logits.float(), target)
 
 
-def of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[FromLogits], Step]:
+def as_step(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[FromLogits], Step]:
+    """Build a provider from the bare function."""
+
     def build(problem: FromLogits) -> Step:
         def step() -> Results:
             loss = function(problem.logits, problem.target)
@@ -29,22 +32,28 @@ def of(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[FromLogits], S
 
 
 def ours(problem: FromLogits) -> Step:
+    """Build the provider from pctrain_kernels."""
+
     from pctrain_kernels import vocab_parallel_cross_entropy
 
-    return of(lambda logits, target: vocab_parallel_cross_entropy(logits, target).sum() / target.numel())(problem)
+    return as_step(lambda logits, target: vocab_parallel_cross_entropy(logits, target).sum() / target.numel())(problem)
 
 
 def liger(problem: FromLogits) -> Step:
+    """Build the provider from Liger-Kernel."""
+
     from liger_kernel.transformers.functional import liger_cross_entropy
 
-    # Its gradient overwrites the logits: it works on a copy (whose time it has to bear).
-    return of(lambda logits, target: liger_cross_entropy(logits.clone(), target))(problem)
+    # Its gradient overwrites the logits, so it works on a copy, whose time counts.
+    return as_step(lambda logits, target: liger_cross_entropy(logits.clone(), target))(problem)
 
 
 def quack(problem: FromLogits) -> Step:
+    """Build the provider from QuACK."""
+
     from quack.cross_entropy import cross_entropy
 
-    return of(lambda logits, target: cross_entropy(logits, target, reduction="mean"))(problem)
+    return as_step(lambda logits, target: cross_entropy(logits, target, reduction="mean"))(problem)
 
 
 OP = Op(
@@ -53,8 +62,8 @@ OP = Op(
     make=from_logits(has_loss=True),
     providers={
         FLOOR: copy_floor,
-        "eager": of(plain),
-        "torch.compile": lambda problem: warm(of(compiled(plain))(problem)),
+        "eager": as_step(plain),
+        "torch.compile": lambda problem: warm(as_step(compiled(plain))(problem)),
         "pctrain_kernels": ours,
         "Liger, on a copy": liger,
         "QuACK": quack,

@@ -1,8 +1,9 @@
-"""What every benchmark here shares: an operation with its providers, correctness before time, interleaved timing, peak memory.
+"""The parts that all benchmarks share: operations and providers, correctness checks, interleaved timing, peak memory.
 
-An operation module describes an `Op`: how to make the tensors of a shape (`make`, a `Problem` that also knows the float64 answer) and a
-dict of providers. A provider's builder imports the library it stands for and returns a `Step`, a call that goes from the inputs to
-everything the operation gives, gradients included. The provider named "floor" is the bare work that no implementation can avoid.
+A module per operation describes an `Op`: how to make the tensors of a shape (`make` returns `Inputs`, which also know
+the float64 answer), and a dict of providers. A provider's builder imports its library and returns a `Step`, a call that
+computes everything the operation returns from the inputs, gradients included. The provider named "floor" is the bare
+work that no implementation can avoid.
 """
 
 from __future__ import annotations
@@ -23,73 +24,77 @@ Step = Callable[[], Results]
 Row = dict[str, Any]  # one point of the JSON file
 
 FLOOR = "floor"
-HELD = "held "  # begins the name of a result that the step adds to memory from before it
+HELD = "held "  # prefix of a result that the step adds to memory which existed before it
 QUANTILES = (10, 25, 50, 75, 90)  # percent
 LEAST_TURNS, MOST_TURNS = 3, 200
 
-# Largest relative error (norm of the difference over norm of the float64 answer, of each piece of the results) that passes. Gradients may
-# be coarser: in bf16 the logits of an implementation that rounds them to bf16 (|x| to 15: off by 0.03) carry 2 % of error into p, while
-# leaving p out of a gradient makes an error above 20 % (problems.py chooses such inputs).
+# Largest relative error that passes: norm of the difference over norm of the float64 answer, for each piece of the
+# results. Gradients may be coarser. An implementation that rounds logits to bf16 (|x| to 15: off by 0.03) carries 2% of
+# error into p, while leaving p out of a gradient makes an error above 20% (problems.py chooses such inputs).
 LIMITS = {torch.float32: {"value": 1e-5, "gradient": 1e-4}, torch.bfloat16: {"value": 5e-3, "gradient": 5e-2}}
 
 
 @dataclass(frozen=True)
-class Shape:
+class HeadShape:
+    """Tokens, vocabulary entries and hidden size of one measurement."""
+
     tokens: int
     vocab: int
     width: int
 
 
-class Problem(Protocol):
-    """The tensors of one shape."""
+class Inputs(Protocol):
+    """The input tensors of one shape."""
 
     dtype: torch.dtype
 
     def expected(self) -> Results:
-        """The float64 answer, as `sample` picks it."""
+        """Return the float64 answer, in the rows that `sample` picks."""
 
     def sample(self, results: Results) -> Results:
-        """The rows of a provider's results that are compared; names that begin with "grad" are gradients."""
+        """Return the rows of a provider's results that are compared; names that begin with "grad" are gradients."""
 
 
 @dataclass(frozen=True)
 class Op:
+    """An operation: its inputs and its providers."""
+
     name: str
-    floor: str  # what the floor consists of, in words
-    make: Callable[[Shape, torch.device, torch.dtype], Any]
+    floor: str  # a description of the floor
+    make: Callable[[HeadShape, torch.device, torch.dtype], Any]
     providers: Mapping[str, Callable[[Any], Step]]  # "floor" among them
-    linear: bool = True  # the products with the weight belong to it; else it starts from logits
+    linear: bool = True  # includes the products with the weight; otherwise it starts from logits
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where it runs."""
+    """The device and dtype of a run."""
 
     device: torch.device
     dtype: torch.dtype
-    about: Row  # machine, driver, versions, date: goes into every row
+    about: Row  # machine, driver, versions and date, which go into every row
 
 
 def errors(got: Results, expected: Results) -> dict[str, float]:
-    """Relative error of every piece, in float64; infinite where a shape differs or a value is not finite."""
-    found = {}
+    """Return the relative error of every piece, in float64; infinite if a shape differs or a value is not finite."""
+    by_piece = {}
     for name, want in expected.items():
         value = got[name].double()
         error = (value - want).norm() / want.norm() if value.shape == want.shape else torch.tensor(torch.inf)
-        found[name] = float(error.nan_to_num(torch.inf))
-    return found
+        by_piece[name] = float(error.nan_to_num(torch.inf))
+    return by_piece
 
 
-def wrong_pieces(found: Mapping[str, float], dtype: torch.dtype) -> list[str]:
+def wrong_pieces(by_piece: Mapping[str, float], dtype: torch.dtype) -> list[str]:
+    """Return the names of the pieces whose error is above the limit."""
+    limits = LIMITS[dtype]
     return [
-        name
-        for name, error in found.items()
-        if error > LIMITS[dtype]["gradient" if name.startswith("grad") else "value"]
+        name for name, error in by_piece.items() if error > limits["gradient" if name.startswith("grad") else "value"]
     ]
 
 
 def clock(device: torch.device) -> float:
-    """Seconds: wall time of a GPU; CPU time of the process otherwise, which other processes disturb less."""
+    """Return seconds: wall time on a GPU; otherwise CPU time of the process, which other processes disturb less."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         return time.perf_counter()
@@ -97,6 +102,7 @@ def clock(device: torch.device) -> float:
 
 
 def seconds_of(step: Step, device: torch.device) -> float:
+    """Return the seconds that one call takes."""
     if device.type != "cuda":
         began = time.process_time()
         step()
@@ -110,7 +116,7 @@ def seconds_of(step: Step, device: torch.device) -> float:
 
 
 def peak_bytes(step: Step, device: torch.device) -> tuple[Results, int]:
-    """What the step gives, and the most bytes of tensors it holds on top of what was there before it."""
+    """Return the step's results, and the most bytes of tensors that it holds in addition to those before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -121,48 +127,39 @@ def peak_bytes(step: Step, device: torch.device) -> tuple[Results, int]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         results = step()
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    if not changes:  # a step that only writes into buffers made before it
+    if not changes:  # the step only writes into buffers that existed before it
         return results, 0
     changes.sort(key=lambda e: e.start_ns())
     return results, int(max(0, np.cumsum([e.nbytes() for e in changes]).max()))
 
 
 def check_memory_events() -> None:
-    """Fails where torch's profiler reports no allocations: peak memory on a CPU would read 0."""
+    """Fail if torch's profiler reports no allocations: peak memory on a CPU would read 0."""
     if peak_bytes(lambda: {"x": torch.ones(1000)}, torch.device("cpu"))[1] < 4000:
-        raise SystemExit("torch's profiler reports no allocations, so peak memory cannot be told")
+        raise SystemExit(
+            "torch's profiler reports no allocations, so peak memory cannot be measured; use another version of torch"
+        )
 
 
-def run_point(op: Op, shape: Shape, setting: Setting, seconds: float) -> list[Row]:
-    """One row a provider. `seconds`: about how long the timed turns may take (at least LEAST_TURNS of each)."""
+def run_point(op: Op, shape: HeadShape, setting: Setting, seconds: float) -> list[Row]:
+    """Measure every provider at one shape, and return a row for each.
+
+    `seconds` is about how long the timed turns may take; each provider gets at least LEAST_TURNS.
+    """
     problem = op.make(shape, setting.device, setting.dtype)
     expected = problem.expected()
     common = _common(op, shape, setting)
     rows: dict[str, Row] = {}
     steps: dict[str, Step] = {}
     for name, build in op.providers.items():
-        row = rows[name] = {"provider": name, "status": "ok", **common}
-        stage = "absent"  # what an exception below means: the library is not there, or it cannot do this
-        try:
-            step = build(problem)
-            stage = "error"
-            if setting.device.type == "cuda":
-                warm_up(step)
-            results, row["peak_bytes"] = peak_bytes(step, setting.device)
-            row["result_bytes"] = sum(
-                result.nbytes for result_name, result in results.items() if not result_name.startswith(HELD)
-            )
-            results = {result_name.removeprefix(HELD): result for result_name, result in results.items()}
-            if name != FLOOR:
-                row["errors"] = errors(problem.sample(results), expected)
-                wrong = wrong_pieces(row["errors"], setting.dtype)
-                if wrong:
-                    row |= {"status": "FAIL", "reason": f"differs from float64 in {', '.join(wrong)}"}
-        except Exception as error:  # a rival's failure of any kind is a result, not the end of the run
-            row |= {"status": stage, "reason": f"{type(error).__name__}: {error}"[:500]}
-        if row["status"] == "ok":
+        row: Row = {"provider": name, "status": "ok", **common}
+        rows[name] = row
+        step = _built(row, build, problem)
+        if step is not None:
+            _check(row, step, problem, expected, setting)
+        if step is not None and row["status"] == "ok":
             steps[name] = step
-        step = results = None
+        del step
         gc.collect()
         if setting.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -175,27 +172,54 @@ def run_point(op: Op, shape: Shape, setting: Setting, seconds: float) -> list[Ro
             "turns": len(turns),
             "median_ms": statistics.median(turns) * 1e3,
             "quantiles_ms": {str(q): float(np.percentile(turns, q)) * 1e3 for q in QUANTILES},
-            # of the same turn: what slowed both cancels
+            # Ratios within a turn: a disturbance that slowed both cancels.
             "of_floor": statistics.median(a / b for a, b in zip(turns, times[FLOOR], strict=True)),
         }
     return [*rows.values()]
 
 
+def _built(row: Row, build: Callable[[Any], Step], problem: Inputs) -> Step | None:
+    """Return the provider's step, or None with the reason in `row` if its library is missing."""
+    try:
+        return build(problem)
+    except Exception as error:  # a rival's failure of any kind is a result, not the end of the run
+        row |= {"status": "absent", "reason": f"{type(error).__name__}: {error}"[:500]}
+        return None
+
+
+def _check(row: Row, step: Step, problem: Inputs, expected: Results, setting: Setting) -> None:
+    """Run the step once, and put its memory, its errors and any failure into `row`."""
+    try:
+        if setting.device.type == "cuda":
+            warm_up(step)
+        results, row["peak_bytes"] = peak_bytes(step, setting.device)
+        row["result_bytes"] = sum(result.nbytes for name, result in results.items() if not name.startswith(HELD))
+        results = {name.removeprefix(HELD): result for name, result in results.items()}
+        if row["provider"] != FLOOR:
+            row["errors"] = errors(problem.sample(results), expected)
+            wrong = wrong_pieces(row["errors"], setting.dtype)
+            if wrong:
+                row |= {"status": "FAIL", "reason": f"differs from float64 in {', '.join(wrong)}"}
+    except Exception as error:  # a rival's failure of any kind is a result, not the end of the run
+        row |= {"status": "error", "reason": f"{type(error).__name__}: {error}"[:500]}
+
+
 def warm_up(step: Step) -> None:
-    """Compiles kernels, allocates workspaces; what the step added to is as before."""
+    """Call the step once to compile kernels and allocate workspaces, and clear the memory that it adds to."""
     for name, result in step().items():
         if name.startswith(HELD):
             result.zero_()
 
 
-def skipped(op: Op, shape: Shape, setting: Setting, reason: str) -> list[Row]:
+def skipped(op: Op, shape: HeadShape, setting: Setting, reason: str) -> list[Row]:
+    """Return a row without a time for every provider."""
     return [
         {"provider": name, "status": "skipped", "reason": reason, **_common(op, shape, setting)}
         for name in op.providers
     ]
 
 
-def _common(op: Op, shape: Shape, setting: Setting) -> Row:
+def _common(op: Op, shape: HeadShape, setting: Setting) -> Row:
     return {
         "op": op.name,
         **asdict(shape),
@@ -206,14 +230,14 @@ def _common(op: Op, shape: Shape, setting: Setting) -> Row:
 
 
 def take_turns(steps: dict[str, Step], device: torch.device, seconds: float) -> dict[str, list[float]]:
-    """Seconds of each turn of each provider."""
+    """Return the seconds of each turn of each provider."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = [*steps.items()]
     began = clock(device)
     for turn in range(MOST_TURNS):
         if turn >= LEAST_TURNS and clock(device) - began > seconds:
             break
-        order.append(order.pop(0))  # who goes first changes: a provider pays for the caches its forerunner filled
+        order.append(order.pop(0))  # the order rotates: a provider pays for the caches that the one before it filled
         for name, step in order:
             times[name].append(seconds_of(step, device))
     return times

@@ -10,16 +10,21 @@ from torch import Tensor
 
 
 def plain(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the operation in plain PyTorch."""
     return from_logits(hidden @ weight.T, target)
 
 
 def ours(problem: FromHidden) -> Step:
+    """Build the provider from pctrain_kernels."""
+
     from pctrain_kernels import linear_logprob_entropy
 
     return of_hidden(linear_logprob_entropy)(problem)
 
 
 def verl(problem: FromHidden) -> Step:
+    """Build the provider from verl."""
+
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return of_hidden(lambda hidden, weight, target: linear_cross_entropy(hidden, weight, target, 1.0, "none"))(problem)

@@ -10,20 +10,25 @@ from torch import Tensor
 
 
 def plain(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the operation in plain PyTorch."""
     log_p = torch.log_softmax(logits.float(), 1)
     return log_p.gather(1, target[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
 def ours(problem: FromLogits) -> Step:
+    """Build the provider from pctrain_kernels."""
+
     from pctrain_kernels import vocab_parallel_logprob_entropy
 
     return of_logits(vocab_parallel_logprob_entropy)(problem)
 
 
 def verl(problem: FromLogits) -> Step:
+    """Build the provider from verl."""
+
     from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 
-    # in place it would overwrite the logits that the entropy is computed from
+    # In place, it would overwrite the logits that the entropy is computed from.
     return of_logits(
         lambda logits, target: (
             logprobs_from_logits(logits, target, inplace_backward=False),

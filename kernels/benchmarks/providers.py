@@ -12,16 +12,17 @@ from torch import Tensor
 
 
 def of_logits(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromLogits], Step]:
-    """function(logits, target) -> (logprob, entropy), differentiated with the problem's upstream gradients."""
+    """Build a provider from function(logits, target) -> (logprob, entropy), with the problem's upstream gradients."""
     return lambda problem: _with_upstream(
         problem, "grad_logits", (problem.logits,), lambda: function(problem.logits, problem.target)
     )
 
 
 def of_hidden(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[FromHidden], Step]:
-    """function(hidden, weight, target) -> (logprob, entropy), differentiated with the problem's upstream gradients."""
-    return lambda problem: _with_upstream(problem, "grad_hidden grad_weight", problem.leaves,
-                                          lambda: function(*problem.leaves, problem.target))  # fmt: skip
+    """Build a provider from function(hidden, weight, target) -> (logprob, entropy), with the upstream gradients."""
+    return lambda problem: _with_upstream(
+        problem, "grad_hidden grad_weight", problem.leaves, lambda: function(*problem.leaves, problem.target)
+    )
 
 
 def _with_upstream(
@@ -40,7 +41,7 @@ def _with_upstream(
 
 
 def loss_of_hidden(function: Callable[..., Tensor]) -> Callable[[FromHidden], Step]:
-    """function(hidden, weight, problem) -> scalar loss."""
+    """Build a provider from function(hidden, weight, problem) -> scalar loss."""
 
     def build(problem: FromHidden) -> Step:
         def step() -> Results:
@@ -54,21 +55,21 @@ def loss_of_hidden(function: Callable[..., Tensor]) -> Callable[[FromHidden], St
 
 
 def compiled(function: Callable) -> Callable:
-    """torch.compile of it, one graph for all shapes."""
+    """Return the function compiled by torch.compile, one graph for all shapes."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         raise RuntimeError("TORCHDYNAMO_DISABLE is set")
-    torch._dynamo.config.fail_on_recompile_limit_hit = True  # else it falls back to eager in silence
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # otherwise it falls back to eager silently
     return torch.compile(function, dynamic=True)
 
 
 def warm(step: Step) -> Step:
-    """The step, called once: what it compiles is compiled."""
+    """Call the step once, so that everything in it is compiled, and return it."""
     step()
     return step
 
 
 def copy_floor(problem: FromLogits) -> Step:
-    """Two reads of the logits and one write of their gradient, by copies: the whole, and half of it (read and written)."""
+    """Read the logits twice and write their gradient once: copy the whole, then half of it (read and written)."""
     logits = problem.logits.detach()
     whole = torch.empty_like(logits)
     half = logits[: logits.shape[0] // 2]
@@ -82,7 +83,7 @@ def copy_floor(problem: FromLogits) -> Step:
 
 
 def product_floor(products: int) -> Callable[[FromHidden], Step]:
-    """The bare products: logits (`products` - 2 times), dX and dW, all rows at once into buffers of the inputs' dtype."""
+    """Compute the bare products: logits (`products` - 2 times), dX and dW, into buffers of the inputs' dtype."""
 
     def build(problem: FromHidden) -> Step:
         hidden, weight = (leaf.detach() for leaf in problem.leaves)

@@ -1,12 +1,13 @@
-"""Every operation against its rivals and its floor, in one process: JSON rows and pictures in `results/`.
+"""Measure every operation against its rivals and its floor, in one process; write JSON rows and pictures to `results/`.
 
     python kernels/benchmarks/run_all.py [--ops NAME ...] [--shapes T,V,H ...] [--seconds S] [--out FOLDER]
-    pip install -r kernels/benchmarks/requirements.txt      (the rivals; one that is not there is named in the JSON with the reason)
+    pip install -r kernels/benchmarks/requirements.txt      (the rivals; the JSON names a missing one with the reason)
 
-On a GPU bf16 and the shapes of real models, whole vocabularies and shards of them; wall time. Without one fp32 and small shapes, one
-thread, CPU time of the process. Providers take turns, so that what else the machine does meets all of them. Before any timing results
-are compared with float64: a wrong one prints FAIL and gets no time. `--seconds` is for the timed turns of the whole run. The exit status
-is 1 where an operation of pctrain_kernels has no time.
+On a GPU it measures wall time in bf16, at the shapes of real models, with whole vocabularies and shards of them.
+Without a GPU it measures CPU time of the process in fp32, at small shapes, with one thread. Providers take turns, so
+that other work on the machine affects all of them. Before any timing, results are compared with float64: a wrong one
+prints FAIL and gets no time. `--seconds` covers the timed turns of the whole run. The exit status is 1 if an operation
+of pctrain_kernels has no time.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pctrain_kernels of this checkout, installed or not
 
-import cross_entropy  # noqa: E402
-import linear_logprob_entropy  # noqa: E402
-import linear_policy_loss  # noqa: E402
-import linear_token_loss  # noqa: E402
-import logprob_entropy  # noqa: E402
-import report  # noqa: E402
-import torch  # noqa: E402
-from harness import Op, Row, Setting, Shape, check_memory_events, run_point, skipped  # noqa: E402
+import cross_entropy
+import linear_logprob_entropy
+import linear_policy_loss
+import linear_token_loss
+import logprob_entropy
+import report
+import torch
+from harness import HeadShape, Op, Row, Setting, check_memory_events, run_point, skipped
 
 OPS = {
     op.name: op
@@ -41,54 +42,61 @@ OPS = {
 EXTRA_OPS = {linear_token_loss.CHUNKS.name: linear_token_loss.CHUNKS}  # by name only
 
 GPU_SHAPES = tuple(
-    Shape(tokens, vocab // shards, width)
+    HeadShape(tokens, vocab // shards, width)
     for shards in (1, 2, 4, 8)
     for width, vocab in ((3584, 152064), (4096, 128256))
     for tokens in (8192, 2048, 16384)
 )
-CPU_SHAPES = (Shape(1024, 8000, 256), Shape(2048, 8000, 256))
-CPU_LARGE = Shape(4096, 32000, 512)  # seconds a call: for the operation whose memory and time have a target there alone
-LOGITS_COST = 256  # what a logit costs without products, in units of a product's H: sets how the time is shared out
+CPU_SHAPES = (HeadShape(1024, 8000, 256), HeadShape(2048, 8000, 256))
+CPU_LARGE = HeadShape(4096, 32000, 512)  # a call takes seconds: only for the operation that has a target at this shape
+LOGITS_COST = 256  # cost of a logit without products, in units of a product's H; sets the shares of the time
 
 
-def default_points(ops: Sequence[Op], gpu: bool) -> list[tuple[Op, Shape]]:
-    """What matters most comes first: the whole vocabulary before its shards."""
+def default_points(ops: Sequence[Op], gpu: bool) -> list[tuple[Op, HeadShape]]:
+    """Return the points to measure, the most important first: the whole vocabulary before its shards."""
     points = [(op, shape) for shape in (GPU_SHAPES if gpu else CPU_SHAPES) for op in ops]
     return points if gpu else points + [(op, CPU_LARGE) for op in ops if op.name == linear_token_loss.OP.name]
 
 
-def run(points: Sequence[tuple[Op, Shape]], setting: Setting, seconds: float, limit: float, stem: Path) -> list[Row]:
-    """Measures all points, prints a line a row; the JSON file grows with every point. After `limit` seconds no other point is begun."""
-    # the root: the small shapes get more turns, the large ones the longer time
+def run(
+    points: Sequence[tuple[Op, HeadShape]], setting: Setting, seconds: float, limit: float, stem: Path
+) -> list[Row]:
+    """Measure all points, print a line per row, and extend the JSON file after every point.
+
+    After `limit` seconds no further point begins.
+    """
+    # The root gives small shapes more turns and large ones more time.
     costs = [(shape.tokens * shape.vocab * (shape.width if op.linear else LOGITS_COST)) ** 0.5 for op, shape in points]
     rows: list[Row] = []
     began = time.perf_counter()
     for (op, shape), cost in zip(points, costs, strict=True):
         if time.perf_counter() - began > limit:
-            found = skipped(op, shape, setting, f"the run's limit of {limit:.0f} s was reached")
+            new_rows = skipped(op, shape, setting, f"the run's limit of {limit:.0f} s was reached")
         else:
-            found = run_point(op, shape, setting, seconds * cost / sum(costs))
-        for row in found:
+            new_rows = run_point(op, shape, setting, seconds * cost / sum(costs))
+        for row in new_rows:
             print(report.line(row), flush=True)
-        rows += found
+        rows += new_rows
         report.write_json(rows, stem.with_name(f"{stem.name}.json"))
     paths = report.pictures(rows, stem)
     print(f"{time.perf_counter() - began:.0f} s; {stem}.json, {', '.join(path.name for path in paths)}")
     return rows
 
 
-def parse_shape(text: str) -> Shape:
-    return Shape(*map(int, text.split(",")))
+def parse_shape(text: str) -> HeadShape:
+    """Parse T,V,H."""
+    return HeadShape(*map(int, text.split(",")))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--ops", nargs="+", choices=[*OPS, *EXTRA_OPS], default=[*OPS], metavar="NAME", help=f"of {', '.join(OPS)}"
     )
     parser.add_argument("--shapes", nargs="+", type=parse_shape, metavar="T,V,H", help="instead of the device's own")
     parser.add_argument("--seconds", type=float, help="of timed turns; default 240 on a GPU, 60 on a CPU")
-    parser.add_argument("--limit", type=float, default=450.0, help="wall seconds after which no other point is begun")
+    parser.add_argument("--limit", type=float, default=450.0, help="wall seconds after which no further point begins")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args(arguments)
@@ -103,13 +111,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     points = [(op, shape) for op in ops for shape in options.shapes] if options.shapes else default_points(ops, gpu)
     seconds = options.seconds if options.seconds is not None else 240.0 if gpu else 60.0
     rows = run(points, setting, seconds, options.limit, options.out / report.file_stem(setting.about))
-    ours = [
-        row for row in rows if row["provider"].startswith("pctrain_kernels") and row["status"] not in ("ok", "skipped")
-    ]
-    if ours:
-        raise SystemExit(
-            f"{len(ours)} points of pctrain_kernels have no time: {', '.join(sorted({row['op'] for row in ours}))}"
-        )
+    own_rows = [row for row in rows if row["provider"].startswith("pctrain_kernels")]
+    untimed = [row["op"] for row in own_rows if row["status"] not in ("ok", "skipped")]
+    if untimed:
+        raise SystemExit(f"{len(untimed)} points of pctrain_kernels have no time: {', '.join(sorted(set(untimed)))}")
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class Fit:
         return median, low, high
 
     def as_row(self, dataset: str, start_step: int | None) -> dict[str, Any]:
-        """Return the row of fits.json: plain JSON values, with the keys of docs/contracts.md."""
+        """Return the row of fits.json: plain JSON values, with the keys of docs/reference/ceilings.md."""
         keys = (
             "p_sft",
             "a_post",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from pctrain.cli import completion, convert, data, evaluate, plan, results, sets, train
+from pctrain.cli import convert, data, evaluate, plan, results, sets, train
 from pctrain.cli.command import Command
+from pctrain.cli.completion import completion_command
 
-COMMANDS: tuple[Command[Any], ...] = (
+_WORK: tuple[Command[Any], ...] = (
     *train.COMMANDS,
     *results.COMMANDS,
     *evaluate.COMMANDS,
@@ -15,5 +16,5 @@ COMMANDS: tuple[Command[Any], ...] = (
     *sets.COMMANDS,
     *convert.COMMANDS,
     *plan.COMMANDS,
-    *completion.COMMANDS,
 )
+COMMANDS: tuple[Command[Any], ...] = (*_WORK, completion_command(_WORK))

@@ -14,7 +14,24 @@ from pctrain.common.errors import UserError
 SHELLS = ("bash", "zsh")
 
 
-def _print_script(call: Call[NoOptions]) -> None:
+def completion_command(others: Sequence[Command[Any]]) -> Command[NoOptions]:
+    """Return the command that prints a script which completes the `others` and itself."""
+    command = Command(
+        "completion",
+        "print a script that completes commands and options in your shell",
+        "pctrain completion bash|zsh",
+        lambda call: _print_script(call, [*others, command]),
+        (
+            'eval "$(pctrain completion bash)"                          # in ~/.bashrc',
+            "pctrain completion zsh > ~/.zfunc/_pctrain                 # fpath+=~/.zfunc comes before compinit",
+        ),
+        NoOptions,
+        operands=Operands("SHELL", "one shell", 1, 1, {"SHELL": "bash or zsh"}),
+    )
+    return command
+
+
+def _print_script(call: Call[NoOptions], commands: Sequence[Command[Any]]) -> None:
     [shell] = call.operands
     if shell not in SHELLS:
         raise UserError(f"pctrain completion: expected {' or '.join(SHELLS)}, got {shell!r}")
@@ -22,9 +39,7 @@ def _print_script(call: Call[NoOptions]) -> None:
         import shtab
     except ImportError:
         raise UserError("pctrain completion needs the package shtab; install it: pip install shtab") from None
-    from pctrain.cli.commands import COMMANDS
-
-    sys.stdout.write(shtab.complete(_all_commands(COMMANDS, shtab.FILE), shell))
+    sys.stdout.write(shtab.complete(_all_commands(commands, shtab.FILE), shell))
 
 
 def _all_commands(commands: Sequence[Command[Any]], files: Any) -> argparse.ArgumentParser:
@@ -51,19 +66,3 @@ def _all_commands(commands: Sequence[Command[Any]], files: Any) -> argparse.Argu
             if action.metavar in ("FILE", "PATH", "CURVES", "SOURCE", "RUN", "MODEL", "HF", "CHECKPOINT"):
                 action.complete = files  # type: ignore[attr-defined]  # shtab's way to mark an argument
     return root
-
-
-COMMANDS = (
-    Command(
-        "completion",
-        "print a script that completes commands and options in your shell",
-        "pctrain completion bash|zsh",
-        _print_script,
-        (
-            'eval "$(pctrain completion bash)"                          # in ~/.bashrc',
-            "pctrain completion zsh > ~/.zfunc/_pctrain                 # fpath+=~/.zfunc comes before compinit",
-        ),
-        NoOptions,
-        operands=Operands("SHELL", "one shell", 1, 1, {"SHELL": "bash or zsh"}),
-    ),
-)

@@ -61,8 +61,7 @@ COMMANDS = (
             {
                 "MODEL": "Hugging Face directory, folder of a finished run (its hf/), or checkpoint "
                 "RUN/checkpoints/step-N. Models with one architecture share an engine. Each is compared with the "
-                "first, "
-                "problem by problem."
+                "first, problem by problem."
             },
         ),
         "Known layouts: GSM8K, MATH, Minerva, OlympiadBench, AIME, GPQA, ARC, prompt + answer. For any other, name its "

@@ -45,8 +45,7 @@ def command_help(command: Command[Any]) -> str:
 
 _CONFIG = (
     "YAML file with the keys below as a tree. The command line overrides the file, and the file overrides the files "
-    "that "
-    "its key `base` names."
+    "that its key `base` names."
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field
 
@@ -17,12 +16,6 @@ from pctrain.plan.options import PlanOptions
 class DoctorOptions(Section):
     """Options of `pctrain doctor`."""
 
-    explain: Literal["gpu"] | None = Field(
-        None,
-        description="gpu: check nothing; print what differs on a GPU, through which API, with its source, and how far "
-        "it "
-        "has been run",
-    )
     folder: Path = Field(Path("."), description="where runs will be written: is it writable, and is there space")
 
 
@@ -40,11 +33,6 @@ def _plan(call: Call[PlanOptions]) -> None:
 
 
 def _doctor(call: Call[DoctorOptions]) -> None:
-    if call.options.explain:
-        from pctrain.tools.gpu_branches import explain
-
-        print(explain())
-        return
     set_environment()
     from pctrain.tools import doctor
 
@@ -87,20 +75,17 @@ COMMANDS = (
             "rollout.gpu_memory",
             "rollout.kv_cache_mb",
         ),
-        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every layout "
-        "that "
-        "divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command line are fixed. "
-        "Each "
-        "number is printed with its source; docs/plan.md explains them.",
+        notes="Planning needs no GPU, weights or data: it reads only config.json of model.path. It tries every "
+        "layout that divides the GPUs and passes the checks of `pctrain sft` and `rl`; layout keys on the command "
+        "line are fixed. Each number is printed with its source; docs/plan.md explains them.",
     ),
     Command(
         "doctor",
         "check this machine: versions, devices, memory, interconnect; say what is wrong and how to fix it",
-        "pctrain doctor [--folder DIR] [--explain gpu]",
+        "pctrain doctor [--folder DIR]",
         _doctor,
         (
             "pctrain doctor",
-            "pctrain doctor --explain gpu",
             "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs",
         ),
         DoctorOptions,

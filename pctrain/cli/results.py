@@ -50,10 +50,8 @@ _CURVES = (
 )
 _VERDICTS = (
     "Scores are percentages. Verdicts: identified; lower_bound (only the lower end of the interval is meaningful); "
-    "flat "
-    "(no gain yet, so this is not a ceiling); too_short (fewer than 12 points); collapsed (fitted to the points before "
-    "the "
-    "collapse). What each verdict can and cannot say: docs/ceilings.md"
+    "flat (no gain yet, so this is not a ceiling); too_short (fewer than 12 points); collapsed (fitted to the points "
+    "before the collapse). What each verdict can and cannot say: docs/ceilings.md"
 )
 
 
@@ -135,8 +133,7 @@ COMMANDS = (
             1,
             {
                 "SOURCE": "folder of a study (run.dir of `pctrain run`) or of one run, finished or not; or a JSON file "
-                "of "
-                "curves"
+                "of curves"
             },
         ),
         notes="The report is report.html (self-contained, opens offline), study.json, figures/*.png and figures/*.csv.",

@@ -28,8 +28,7 @@ _FILES = Operands(
     None,
     {
         "FILE": "JSONL (also .gz, .zst) or parquet file, glob, or folder of a Hugging Face data set; several are read "
-        "in "
-        "order"
+        "in order"
     },
 )
 _REPORTS = (
@@ -80,9 +79,8 @@ COMMANDS = (
         SplitOptions,
         ("data.fields", "data.workers"),
         _FILES,
-        "Questions are compared after Unicode NFKC, case folding and collapsing white space. At the end both sets are "
-        "read "
-        "again and the questions they share are counted: 0.",
+        "Questions are compared after Unicode NFKC, case folding and collapsing white space. At the end both sets "
+        "are read again and the questions they share are counted: 0.",
     ),
     Command(
         "data dedup",
@@ -97,10 +95,9 @@ COMMANDS = (
         DedupOptions,
         ("data.fields", "data.workers"),
         _FILES,
-        f"{_REPORTS}\n"
-        "Of several duplicates the first record stays. MinHash finds near-duplicates, and the exact Jaccard similarity "
-        "of "
-        "their shingles confirms them. Two long problems that differ in one number count as near-duplicates.",
+        f"{_REPORTS}\nOf several duplicates the first record stays. MinHash finds near-duplicates, and the exact "
+        "Jaccard similarity of their shingles confirms them. Two long problems that differ in one number count as "
+        "near-duplicates.",
     ),
     Command(
         "data decontaminate",
@@ -114,12 +111,9 @@ COMMANDS = (
         DecontaminateOptions,
         ("data.fields",),
         _FILES,
-        f"{_REPORTS}\n"
-        "White space, case, punctuation and LaTeX typesetting are ignored. A prompt with fewer than n words is matched "
-        "as a "
-        "whole, one with fewer than 5 only as a whole question. N-grams that 10% of a benchmark's prompts share are "
-        "not "
-        "matched.",
+        f"{_REPORTS}\nWhite space, case, punctuation and LaTeX typesetting are ignored. A prompt with fewer than n "
+        "words is matched as a whole, one with fewer than 5 only as a whole question. N-grams that 10% of a "
+        "benchmark's prompts share are not matched.",
     ),
     Command(
         "data winrate",
@@ -135,8 +129,7 @@ COMMANDS = (
         ("run.seed", "model", "parallel", "data.fields", "data.template", "rollout", "reward", "eval"),
         _FILES,
         "Adds win_rate, attempts and win_rate_model to each record. The gold answer is the record's answer, or else "
-        "the last "
-        "box of its trajectory. After an interruption the same command resumes from FILE.partial.",
+        "the last box of its trajectory. After an interruption the same command resumes from FILE.partial.",
     ),
     Command(
         "data select",
@@ -161,8 +154,8 @@ COMMANDS = (
         _rank,
         (
             "pctrain data rank --candidate=easy=easy.jsonl --candidate=hard=hard.jsonl "
-            "--data.validation=validation.jsonl --out rank "
-            "--model.path=Qwen2.5-0.5B --sft.steps=300 --sft.val_every=20",
+            "--data.validation=validation.jsonl --out rank --model.path=Qwen2.5-0.5B --sft.steps=300 "
+            "--sft.val_every=20",
             "pctrain data rank --config probe.yaml --candidates='[{name: a, path: a.jsonl}, {name: b, path: b.jsonl}]' "
             "--out rank",
         ),
@@ -170,7 +163,6 @@ COMMANDS = (
         ("model", "parallel", "data", "sft"),
         Operands(hint="candidates are given as --candidate=NAME=PATH"),
         "All probes share the starting weights, steps and batch size; the seed only orders the data. After an "
-        "interruption "
-        "the same command resumes.",
+        "interruption the same command resumes.",
     ),
 )

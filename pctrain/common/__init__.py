@@ -1,1 +1,1 @@
-"""What everything may use."""
+"""Errors, progress, the device, and plugins: what every folder may use."""

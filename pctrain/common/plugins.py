@@ -1,4 +1,4 @@
-"""What a user brings along as `module:name`, a reward or an algorithm: imported from the current directory or PYTHONPATH."""
+"""User code given as `module:name` (a reward, an algorithm), imported from the current directory or PYTHONPATH."""
 
 from __future__ import annotations
 
@@ -14,34 +14,39 @@ NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class LoadError(Exception):
-    """Why there is no such thing, in words for the user."""
+    """User code that cannot be loaded. The message says why."""
 
 
 def is_own(name: str) -> bool:
-    """Whether the value of an option names something of the user's, and nothing of pctrain's."""
+    """Return whether an option's value names user code, and not something of pctrain."""
     return ":" in name
 
 
-def load(name: str, kind: str, of_kind: Callable[[Any], bool]) -> Any:
-    """What `name` stands for. `kind`: what is looked for, in the plural; `of_kind` tells which objects of the module are.
+def load(name: str, kind: str, accepts: Callable[[Any], bool]) -> Any:
+    """Return the object that `module:name` names.
+
+    Args:
+        name: the name.
+        kind: what is looked for, in the plural, for the message.
+        accepts: returns whether an object is of that kind. The message lists those of the module.
 
     Raises:
-        LoadError: the module's own error where it cannot be imported; what there is where it has no such name.
+        LoadError: the module cannot be imported (with its own error), or has no such name.
     """
-    module_name, _, wanted = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     if sys.path[0] != os.getcwd():
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
-        own = traceback.extract_tb(error.__traceback__)[-1]
-        where = "" if own.filename.startswith("<frozen") else f" ({own.filename}, line {own.lineno})"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = "" if frame.filename.startswith("<frozen") else f" ({frame.filename}, line {frame.lineno})"
         raise LoadError(
-            f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} and "
-            "PYTHONPATH"
+            f"module {module_name} cannot be imported: {type(error).__name__}: {error}{where}; looked in {os.getcwd()} "
+            "and PYTHONPATH"
         ) from None
-    found = getattr(module, wanted, None)
-    if found is None:
-        there = [key for key, value in vars(module).items() if of_kind(value) and value.__module__ == module_name]
-        raise LoadError(f"{module.__file__} has no {wanted}; its {kind}: {', '.join(there) or 'none'}")
-    return found
+    loaded = getattr(module, attribute, None)
+    if loaded is None:
+        known = [key for key, value in vars(module).items() if accepts(value) and value.__module__ == module_name]
+        raise LoadError(f"{module.__file__} has no {attribute}; its {kind}: {', '.join(known) or 'none'}")
+    return loaded

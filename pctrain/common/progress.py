@@ -1,11 +1,11 @@
-"""One progress bar for all long work: SFT steps, RL steps, evaluation, fits; with rate and time left.
+"""One progress bar for all long work (SFT steps, RL steps, evaluation, fits), with the rate and the time left.
 
     with progress("SFT", total=1440, start=600, unit="step", rank=rank) as bar:
         for step in ...:
             bar.advance(loss=update.loss)
 
-On a terminal it is a rich bar; an inner `progress` is drawn below the outer one and goes when it ends. Elsewhere (CI logs, files)
-it is one plain line about every ten seconds and one at the end. Ranks other than 0 are silent.
+On a terminal it is a rich bar; an inner `progress` is drawn below the outer one and disappears when it ends. Elsewhere
+(CI logs, files) it is one plain line about every ten seconds and one at the end. Ranks other than 0 are silent.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Item = TypeVar("Item")
 
 
 def make_console() -> Console:
-    """Where tables and summaries go. A log file has no width of its own: 80 columns would squeeze a table's last column to nothing."""
+    """Return the console for tables and summaries. A log has no width, and rich's default of 80 is too little."""
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Bar:
-    """State of one piece of work. `advance` is cheap enough for every item."""
+    """The state of one piece of work. `advance` is cheap enough for every item."""
 
     def __init__(self, description: str, total: int, unit: str, start: int) -> None:
         self.description = description
@@ -42,23 +42,23 @@ class Bar:
         self._began = time.monotonic()
 
     def advance(self, count: int = 1, **values: Any) -> None:
-        """`count` more units are done; `values` are shown beside the bar from now on (numbers with four digits)."""
+        """Count units as done. `values` are shown next to the bar from now on, numbers with four digits."""
         self.done += count
         self.values.update(values)
         self._show()
 
     def resize(self, total: int) -> None:
-        """It has turned out how much there is to do."""
+        """Set the total once it is known."""
         self.total = total
 
     def _show(self) -> None:
-        """Silent here: this is also the bar of ranks other than 0."""
+        """Do nothing: this class is the bar of ranks other than 0."""
 
     def _close(self, failed: bool) -> None:
         pass
 
     def pace(self) -> str:
-        """`2.1 step/s, 0:05:12 left`. Units done before this start do not count towards the rate."""
+        """Return `2.1 step/s, 0:05:12 left`. Units done before this start do not count towards the rate."""
         elapsed, done = time.monotonic() - self._began, self.done - self.start
         if done <= 0 or elapsed <= 0:
             return ""
@@ -68,15 +68,16 @@ class Bar:
         return f"{speed}, {_clock(left)} left" if left > 0 else f"{speed}, {_clock(elapsed)} in all"
 
     def shown_values(self) -> str:
+        """Return the values next to the bar."""
         return " ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.values.items()
         )
 
 
 class _PlainBar(Bar):
-    """An inner bar that was done before its first line was due stays silent: a log has one line in ten seconds, not one a bar."""
+    """A line every ten seconds. An inner bar that ends before its first line is due stays silent: logs stay short."""
 
-    _open = 0  # plain bars now open; the outermost one always prints its last line
+    _open = 0  # number of open plain bars; the outermost one always prints its last line
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -99,42 +100,42 @@ class _PlainBar(Bar):
     def _print(self, end: str = "") -> None:
         share = 100 * self.done / self.total if self.total else 100
         parts = [
-            f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f} %)",
+            f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f}%)",
             self.pace(),
             self.shown_values(),
         ]
         print("  ".join(part for part in parts if part) + end, flush=True)
-        self._printed_at, self._printed_done = time.monotonic(), self.done
+        self._printed_at = time.monotonic()
+        self._printed_done = self.done
 
 
 class _RichBar(Bar):
-    """A task of the one live display: rich draws a single display at a time, so inner bars join the outer one's."""
+    """A task of the live display. rich draws only one display at a time, so inner bars join that of the outer one."""
 
-    _display: Progress | None = None
+    _live: Progress | None = None
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._outermost = _RichBar._display is None
+        self._outermost = _RichBar._live is None
+        self._display = _RichBar._live or _display()
         if self._outermost:
-            _RichBar._display = _display()
-            _RichBar._display.start()
-        self._task: TaskID = _RichBar._display.add_task(
-            self.description, total=self.total, completed=self.done, bar=self
-        )
+            _RichBar._live = self._display
+            self._display.start()
+        self._task: TaskID = self._display.add_task(self.description, total=self.total, completed=self.done, bar=self)
 
     def resize(self, total: int) -> None:
         super().resize(total)
-        _RichBar._display.update(self._task, total=total)
+        self._display.update(self._task, total=total)
 
     def _show(self) -> None:
-        _RichBar._display.update(self._task, completed=self.done)
+        self._display.update(self._task, completed=self.done)
 
     def _close(self, failed: bool) -> None:
         if self._outermost:
-            display, _RichBar._display = _RichBar._display, None
-            display.stop()
+            _RichBar._live = None
+            self._display.stop()
         else:
-            _RichBar._display.remove_task(self._task)
+            self._display.remove_task(self._task)
 
 
 class _PaceColumn(ProgressColumn):
@@ -161,13 +162,13 @@ def _display() -> Progress:
 
 @contextmanager
 def progress(description: str, total: int, *, unit: str = "step", start: int = 0, rank: int = 0) -> Iterator[Bar]:
-    """A bar over `total` units of which `start` were done before (a resumed run). May be nested."""
-    kind = Bar if rank != 0 else _RichBar if sys.stdout.isatty() else _PlainBar
-    bar = kind(description, total, unit, start)
+    """Open a bar over `total` units, of which `start` were done before (a resumed run). Bars can be nested."""
+    visible = _RichBar if sys.stdout.isatty() else _PlainBar
+    bar = (visible if rank == 0 else Bar)(description, total, unit, start)
     try:
         yield bar
     except BaseException as error:
-        bar._close(failed=not isinstance(error, GeneratorExit))  # a `track` that its consumer left early is no error
+        bar._close(failed=not isinstance(error, GeneratorExit))  # leaving a `track` early is no error
         raise
     bar._close(failed=False)
 

@@ -1,8 +1,9 @@
 """`rl.algorithm`: the options of an RL algorithm, and what config checks, planner and costs need to know about it.
 
-The options of the built-in algorithms are in `pctrain/rl/algorithms/options.py`, next to the losses and without torch. They
-are imported by name, because imports point from `rl` to `config`. A user's algorithm is `module:Class`. Its module is imported
-only when a command names it: a config that is merely read keeps the options as they are written (`UncheckedOptions`).
+The options of the built-in algorithms are in `pctrain/rl/algorithms/options.py`, next to the losses and without torch.
+They are imported by name, because imports point from `rl` to `config`. A user's algorithm is `module:Class`. Its module
+is imported only when a command names it: a config that is merely read keeps the options as they are written
+(`UncheckedOptions`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class AlgorithmOptions(Section):
         return group - self.expert_in_group
 
     def streams_from_pass(self, updates: int) -> frozenset[str]:
-        """Return which of old_logprob, ref_logprob and entropy a pass without gradients must make before the updates."""
+        """Return which of old_logprob, ref_logprob and entropy a pass without gradients makes before the updates."""
         return frozenset()
 
     def problems(self, group: int, max_response: int) -> Iterator[str]:
@@ -144,7 +145,7 @@ def _as_options(value: Any) -> Any:
     try:
         return kind.model_validate({**values, "name": name}, strict=True)
     except ValidationError as error:
-        raise PydanticCustomError("algorithm_options", "{problems}", {"problems": _messages(error)})
+        raise PydanticCustomError("algorithm_options", "{problems}", {"problems": _messages(error)}) from None
 
 
 def _messages(error: ValidationError) -> str:

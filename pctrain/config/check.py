@@ -76,8 +76,8 @@ def _check_rollout(
     if parallel.tensor % rollout.tensor:
         divisors = f" or a divisor of parallel.tensor = {parallel.tensor}" if parallel.tensor > 1 else ""
         yield (
-            f"rollout.tensor = {rollout.tensor}: an engine spans a tensor parallel group or an even part of it; expected "
-            f"1{divisors}"
+            f"rollout.tensor = {rollout.tensor}: an engine spans a tensor parallel group or an even part of it; "
+            f"expected 1{divisors}"
         )
     responses = {"rollout.max_response": rollout.max_response, "eval.max_response": evaluation.max_response}
     for key, length in responses.items():
@@ -102,8 +102,8 @@ def _check_sft(sft: SFTConfig, data_parallel: int) -> Iterator[str]:
         return  # the number of steps is known once the data is read
     if sft.val_every > sft.steps:
         yield (
-            f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured on the "
-            f"way; set sft.val_every to {sft.steps} or less"
+            f"sft.val_every = {sft.val_every} is above sft.steps = {sft.steps}: no validation loss would be measured "
+            f"on the way; set sft.val_every to {sft.steps} or less"
         )
     yield from schedule_problems("sft.optimizer", sft.optimizer, sft.steps)
 
@@ -118,8 +118,8 @@ def _check_rl(rl: RLConfig, rollout: RolloutConfig, data_parallel: int) -> Itera
     high = rl.group - 1 if rl.keep_high is None else rl.keep_high
     if not rl.keep_low <= high <= rl.group:
         yield (
-            f"rl.keep_low = {rl.keep_low} to rl.keep_high = {high}: expected an ascending window within 0 to rl.group = "
-            f"{rl.group}"
+            f"rl.keep_low = {rl.keep_low} to rl.keep_high = {high}: expected an ascending window within 0 to rl.group "
+            f"= {rl.group}"
         )
     if rollout.max_response >= rl.token_budget:
         yield (
@@ -136,8 +136,8 @@ def _check_rl(rl: RLConfig, rollout: RolloutConfig, data_parallel: int) -> Itera
 
 
 def _check_budget(section: str, token_budget: int, model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    # A pack is cut into a part for each tensor parallel rank, and each part into two pieces for each context parallel rank.
-    # 8-bit matrix products take tokens in blocks.
+    # A pack is cut into a part for each tensor parallel rank, and each part into two pieces for each context parallel
+    # rank. 8-bit matrix products take tokens in blocks.
     parts = {
         "parallel.tensor": parallel.tensor,
         "2 x parallel.context": 2 * parallel.context if parallel.context > 1 else 1,
@@ -151,7 +151,7 @@ def _check_budget(section: str, token_budget: int, model: ModelConfig, parallel:
 
 
 def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> Iterator[str]:
-    """Yield what is wrong with a learning rate schedule over `steps` optimizer steps. `section` is the optimizer's key."""
+    """Yield what is wrong with a learning rate schedule over `steps` updates. `section` is the optimizer's key."""
     if optimizer.min_lr > optimizer.lr:
         yield f"{section}.min_lr = {optimizer.min_lr} is above {section}.lr = {optimizer.lr}"
     longest = steps - optimizer.warmup
@@ -162,8 +162,8 @@ def schedule_problems(section: str, optimizer: OptimizerConfig, steps: int) -> I
         )
     if optimizer.schedule != "wsd" and optimizer.decay:
         yield (
-            f"{section}.decay = {optimizer.decay} is read by {section}.schedule = wsd alone, not by {optimizer.schedule}; set "
-            "it to 0"
+            f"{section}.decay = {optimizer.decay} is read by {section}.schedule = wsd alone, not by "
+            f"{optimizer.schedule}; set it to 0"
         )
 
 
@@ -182,15 +182,15 @@ def _check_data(config: Config, sections: set[str]) -> Iterator[str]:
         yield from _check_pair({trajectories or "data.train": trajectories, "data.validation": data.validation})
         if trajectories and data.test is None and config.sft.eval_every > 0:
             yield (
-                f"{trajectories} is given without data.test, but sft.eval_every = {config.sft.eval_every}: give data.test, or "
-                "set sft.eval_every to 0"
+                f"{trajectories} is given without data.test, but sft.eval_every = {config.sft.eval_every}: give "
+                "data.test, or set sft.eval_every to 0"
             )
     if "rl" in sections:
         yield from _check_pair({"data.rl": data.rl, "data.test": data.test})
         if trajectories and data.rl is None and data.test is None:
             yield (
-                f"{trajectories} is given without data.rl and data.test, the problems to sample and to score on: give all of "
-                "them, or none"
+                f"{trajectories} is given without data.rl and data.test, the problems to sample and to score on: give "
+                "all of them, or none"
             )
 
 
@@ -215,8 +215,8 @@ def _check_reward(reward: RewardConfig, parallel: ParallelConfig) -> Iterator[st
     yield from _check_verifier(reward, "reward.verifier")
     if reward.timeout >= parallel.timeout:
         yield (
-            f"reward.timeout = {reward.timeout:g} s must be below parallel.timeout = {parallel.timeout:g} s: a rank that waits "
-            "that long for one verdict counts as hanging"
+            f"reward.timeout = {reward.timeout:g} s must be below parallel.timeout = {parallel.timeout:g} s: a rank "
+            "that waits that long for one verdict counts as hanging"
         )
 
 
@@ -243,7 +243,8 @@ def _check_verifier(reward: RewardConfig, key: str) -> Iterator[str]:
 def _check_folder_name(key: str, name: str) -> Iterator[str]:
     if not FOLDER_NAME.fullmatch(name):
         yield (
-            f"{key}: {name!r} becomes the name of a folder: use letters, digits, ., _ and -, with a letter or a digit first"
+            f"{key}: {name!r} becomes the name of a folder: use letters, digits, ., _ and -, with a letter or a digit "
+            f"first"
         )
 
 
@@ -283,17 +284,18 @@ def _check_policy(config: Config) -> Iterator[str]:
         for key in ("starts", "checkpoints"):
             if getattr(study, key) != getattr(default, key):
                 yield (
-                    f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: leave one "
-                    "of them out"
+                    f"study.{key} = {getattr(study, key)} is read by study.policy = paper, but it is {study.policy}: "
+                    "leave one of them out"
                 )
     if study.policy == "compare" and config.rl.algorithm.needs_expert:
         yield (
-            f"rl.algorithm = {config.rl.algorithm.name} learns from experts, but study.policy = compare makes pure RL with it: "
-            "name grpo, dapo_d or dapo_dc"
+            f"rl.algorithm = {config.rl.algorithm.name} learns from experts, but study.policy = compare makes pure RL "
+            "with it: name grpo, dapo_d or dapo_dc"
         )
     if study.policy == "compare" and config.sft.eval_every == 0:
         yield (
-            "study.policy = compare compares SFT alone with the rest, but sft.eval_every = 0: SFT would never be scored; set it"
+            "study.policy = compare compares SFT alone with the rest, but sft.eval_every = 0: SFT would never be "
+            "scored; set it"
         )
 
 

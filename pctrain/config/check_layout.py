@@ -13,7 +13,7 @@ from pctrain.hf.directory import CONFIG
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a model that the checks need. `experts` is 0 for a dense model, `source` says where they come from."""
+    """The sizes of a model that the checks need. `experts` is 0 for a dense model; `source` says their origin."""
 
     layers: int
     hidden: int
@@ -43,8 +43,8 @@ def check_shape(shape: Shape) -> Iterator[str]:
         yield f"model.architecture.heads = {shape.heads} does not divide model.architecture.hidden = {shape.hidden}"
     elif shape.hidden // shape.heads % 2:
         yield (
-            f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; rotary embeddings rotate pairs of "
-            "channels and need an even head size"
+            f"model.architecture: hidden / heads = {shape.hidden // shape.heads} is odd; rotary embeddings rotate "
+            "pairs of channels and need an even head size"
         )
     if shape.heads % shape.kv_heads:
         yield f"model.architecture.kv_heads = {shape.kv_heads} does not divide model.architecture.heads = {shape.heads}"
@@ -62,8 +62,8 @@ def check_layout(model: ModelConfig, parallel: ParallelConfig, shape: Shape, wor
     yield from _check_expert_ranks(parallel, shape, world_size)
     if parallel.sequence_parallel and parallel.tensor == 1:
         yield (
-            "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards the sequence over the tensor parallel "
-            "ranks"
+            "parallel.sequence_parallel = true needs parallel.tensor above 1: it shards the sequence over the tensor "
+            "parallel ranks"
         )
 
 
@@ -75,7 +75,8 @@ def _check_world(parallel: ParallelConfig, world_size: int) -> Iterator[str]:
     if world_size % ranks:
         yield (
             f"{' x '.join(sizes)} = {' x '.join(map(str, sizes.values()))} = {ranks} does not divide the world size "
-            f"{world_size}; start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or lower them"
+            f"{world_size}; start a multiple of {ranks} ranks (torchrun --nproc-per-node={ranks} -m pctrain ...) or "
+            f"lower them"
         )
 
 
@@ -92,7 +93,8 @@ def _check_spec(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
         needs["model.fp8"] = model.fp8
     for key, value in needs.items():
         yield (
-            f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave {key} out"
+            f"{key} = {value} needs Transformer Engine, but model.spec = {model.spec}; set model.spec to te, or leave "
+            f"{key} out"
         )
 
 
@@ -113,12 +115,13 @@ def check_experts(model: ModelConfig, parallel: ParallelConfig, shape: Shape, tr
     """Yield what cannot work with, or without, a mixture of experts."""
     if model.router_aux_loss and not shape.experts:
         yield (
-            f"model.router_aux_loss = {model.router_aux_loss}, but the model has no experts ({shape.source}); set it to 0"
+            f"model.router_aux_loss = {model.router_aux_loss}, but the model has no experts ({shape.source}); set it "
+            f"to 0"
         )
     if trains and shape.experts and parallel.tensor > 1 and not parallel.sequence_parallel:
         yield (
-            f"parallel.tensor = {parallel.tensor} for a mixture of experts ({shape.source}) trains with sequence parallel "
-            "only: set parallel.sequence_parallel to true"
+            f"parallel.tensor = {parallel.tensor} for a mixture of experts ({shape.source}) trains with sequence "
+            "parallel only: set parallel.sequence_parallel to true"
         )
 
 
@@ -148,8 +151,8 @@ def _check_stage_layers(parallel: ParallelConfig, shape: Shape, given: dict[str,
     stages = parallel.pipeline - len(given)
     if not given and rest % stages:
         yield (
-            f"parallel.pipeline = {parallel.pipeline} does not divide the layers: {shape.layers} ({shape.source}); give "
-            "parallel.first_stage_layers or parallel.last_stage_layers for an uneven share"
+            f"parallel.pipeline = {parallel.pipeline} does not divide the layers: {shape.layers} ({shape.source}); "
+            "give parallel.first_stage_layers or parallel.last_stage_layers for an uneven share"
         )
         return
     is_even = rest % stages == 0 if stages else rest == 0
@@ -164,6 +167,6 @@ def _check_stage_layers(parallel: ParallelConfig, shape: Shape, given: dict[str,
     for layers in dict.fromkeys(per_stage):
         if layers % parallel.virtual_pipeline:
             yield (
-                f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers} layers of a pipeline "
-                "stage"
+                f"parallel.virtual_pipeline = {parallel.virtual_pipeline} does not divide the {layers} layers of a "
+                "pipeline stage"
             )

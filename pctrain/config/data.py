@@ -52,8 +52,8 @@ Sources = Annotated[list[SourceConfig], BeforeValidator(_as_sources), Field(min_
 class FieldsConfig(Section):
     """Names of a record's fields.
 
-    A dot enters an object, a number a list: `extra_info.question`, `prompt.0.content`. A field that is not named is looked
-    for in the columns of known layouts: `messages`; RETU's; or `prompt`, `response`, `answer`.
+    A dot enters an object, a number a list: `extra_info.question`, `prompt.0.content`. A field that is not named is
+    looked for in the columns of known layouts: `messages`; RETU's; or `prompt`, `response`, `answer`.
     """
 
     prompt: str | None = Field(None, min_length=1, description="the question")
@@ -69,8 +69,8 @@ class DataConfig(Section):
 
     train: Sources | None = Field(
         None,
-        description="expert trajectories: a path, or [{path, weight, name}, ...] for several sources; default: generated "
-        "arithmetic",
+        description="expert trajectories: a path, or [{path, weight, name}, ...] for several sources; default: "
+        "generated arithmetic",
     )
     validation: Sources | None = Field(
         None, description="held-out trajectories for the validation loss; each counts once, weights are not read"
@@ -87,14 +87,14 @@ class DataConfig(Section):
     loss_on: Literal["last", "all"] = Field("last", description="which assistant turns of a chat are trained on")
     overlong: Literal["error", "drop", "right"] = Field(
         "error",
-        description="what to do with a trajectory longer than the context or sft.token_budget: stop, or count it and drop "
-        "it (drop) or cut its end (right). RL problems longer than rollout.max_prompt, or whose expert is longer than "
-        "rollout.max_response, stop the run or are counted and dropped (drop and right)",
+        description="what to do with a trajectory longer than the context or sft.token_budget: stop, or count it and "
+        "drop it (drop) or cut its end (right). RL problems longer than rollout.max_prompt, or whose expert is "
+        "longer than rollout.max_response, stop the run or are counted and dropped (drop and right)",
     )
     unusable: Literal["error", "drop"] = Field(
         "error",
-        description="what to do with a record without a trainable token, or that the template cannot mask: stop, or drop "
-        "and count it",
+        description="what to do with a record without a trainable token, or that the template cannot mask: stop, or "
+        "drop and count it",
     )
     cache: Path | None = Field(
         None, description="folder for tokenized data, which runs may share; default: `tokens` in run.dir"
@@ -102,8 +102,8 @@ class DataConfig(Section):
     workers: int | None = Field(None, ge=1, description="tokenizer processes; default: one per core")
     problems: ProblemsConfig = Field(default_factory=ProblemsConfig)
 
-    # A config names only some of the sets. The checks of a command refuse a config without a set that it needs, so these fail
-    # only for a caller that skipped the checks.
+    # A config names only some of the sets. The checks of a command refuse a config without a set that it needs, so
+    # these fail only for a caller that skipped the checks.
 
     def train_sources(self) -> list[SourceConfig]:
         """Return `data.train`. UserError if it is not given."""

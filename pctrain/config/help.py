@@ -73,7 +73,8 @@ def reference() -> str:
     """
     parts = [
         "# Options",
-        "This page lists every config key. Set keys in a YAML file (`--config`) as a tree, or override them on the command\n"
+        "This page lists every config key. Set keys in a YAML file (`--config`) as a tree, or override them on the "
+        "command\n"
         "line as `--section.key=value`. The key `base: FILE` of a file names one or several files that it overrides.\n"
         "The page is made from the types in `pctrain/config/` by `python -m pctrain.config.help > docs/config.md`.",
     ]

@@ -52,12 +52,12 @@ def field_at(key: Key) -> FieldInfo | None:
 
 
 def exists(key: Key) -> bool:
-    """Return whether a key names the tree, a section or an option. Any option of an algorithm may exist: users have theirs."""
+    """Return whether a key names the tree, a section or an option. Any option of an algorithm may exist."""
     return section_at(key) is not None or field_at(key) is not None or key[:-1] == ALGORITHM
 
 
 def algorithm_options() -> dict[str, FieldInfo]:
-    """Return the options of all built-in algorithms, by name, each with the field of the first algorithm that has it."""
+    """Return the options of all built-in algorithms, by name, with the field of the first that has it."""
     options: dict[str, FieldInfo] = {}
     for algorithm in built_in().values():
         options = algorithm.option_fields() | options
@@ -90,8 +90,8 @@ def unknown_key(dotted: str, origin: str) -> str:
     option = _RENAMED.get(name, name)
     if section == "rl" and option in algorithm_options():
         return (
-            f"unknown key {dotted} ({origin}); it is an option of the algorithm now: rl.algorithm.{option} on the command "
-            f"line, rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
+            f"unknown key {dotted} ({origin}); it is an option of the algorithm now: rl.algorithm.{option} on the "
+            f"command line, rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
         )
     near = nearest_keys(dotted)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sections are: {', '.join(SECTIONS)}"

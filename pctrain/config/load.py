@@ -2,8 +2,8 @@
 
     defaults of the tree  <-  YAML files that `base` names  <-  YAML file  <-  command line
 
-Every value keeps its origin (file and line, or the command line), so that each error says where the value came from. All
-mistakes of one kind are reported at once. Nothing heavy is imported.
+Every value keeps its origin (file and line, or the command line), so that each error says where the value came from.
+All mistakes of one kind are reported at once. Nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def load(path: Path | None, overrides: Sequence[str], *, sections: Collection[st
     Args:
         path: YAML file, or None for the defaults alone.
         overrides: settings that override the file, `--section.key=value`; values are YAML.
-        sections: the sections that the command uses. Impossible combinations are only looked for in these; keys and types are
-            checked everywhere.
+        sections: the sections that the command uses. Impossible combinations are only looked for in these; keys
+            and types are checked everywhere.
 
     Raises:
-        UserError: a missing or malformed file, an unknown key, a wrong type, or a combination that is impossible at this
-            world size (`WORLD_SIZE` of the environment, which torchrun sets; 1 without it).
+        UserError: a missing or malformed file, an unknown key, a wrong type, or a combination that is impossible at
+            this world size (`WORLD_SIZE` of the environment, which torchrun sets; 1 without it).
     """
     config = read(path, overrides)
     check_combinations(config, world_size_from_environment(), sections)
@@ -57,8 +57,8 @@ def read(path: Path | None, overrides: Sequence[str]) -> Config:
     if unknown:
         raise UserError("\n".join(unknown))
     algorithm, algorithm_problems = _read_algorithm([s for s in settings if s.key[:2] == ALGORITHM])
-    # The defaults as plain data. Settings are laid over them one by one, so that a section that is given in part keeps the
-    # other defaults.
+    # The defaults as plain data. Settings are laid over them one by one, so that a section that is given in part keeps
+    # the other defaults.
     data = Config().model_dump(mode="json")
     for setting in settings:
         if setting.key[:2] != ALGORITHM:

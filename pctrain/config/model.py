@@ -22,8 +22,8 @@ class RunConfig(Section):
     keep_last: int | None = Field(
         None,
         ge=1,
-        description="number of newest checkpoints to keep, besides the best one; default: keep all. `pctrain run` always "
-        "keeps all checkpoints of SFT",
+        description="number of newest checkpoints to keep, besides the best one; default: keep all. `pctrain run` "
+        "always keeps all checkpoints of SFT",
     )
     keep_every: int | None = Field(
         None, ge=1, description="with run.keep_last: also keep the checkpoints of every so many steps"
@@ -47,8 +47,8 @@ class ModelConfig(Section):
 
     path: Path | None = Field(
         None,
-        description="Hugging Face directory (config.json, tokenizer.json, safetensors); default: make a small model from "
-        "model.architecture",
+        description="Hugging Face directory (config.json, tokenizer.json, safetensors); default: make a small model "
+        "from model.architecture",
     )
     checkpoint: Path | None = Field(
         None, description="pctrain checkpoint (RUN/checkpoints/step-N) to start from; only its weights are read"
@@ -61,12 +61,14 @@ class ModelConfig(Section):
     )
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
         None,
-        description="scaling recipe of 8-bit matrix products (needs te and bfloat16; mxfp8 needs Blackwell); default: none",
+        description="scaling recipe of 8-bit matrix products (needs te and bfloat16; mxfp8 needs Blackwell); default: "
+        "none",
     )
     router_aux_loss: float = Field(
         0.0,
         ge=0,
-        description="mixture of experts: coefficient of the load-balancing loss in training, summed over layers; 0: none",
+        description="mixture of experts: coefficient of the load-balancing loss in training, summed over layers; 0: "
+        "none",
     )
     architecture: ArchitectureConfig = Field(default_factory=ArchitectureConfig)
 
@@ -113,8 +115,8 @@ class ParallelConfig(Section):
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none",
-        description="activations to recompute in the backward pass: none, those inside attention (selective), or everything "
-        "but each layer's input (full)",
+        description="activations to recompute in the backward pass: none, those inside attention (selective), or "
+        "everything but each layer's input (full)",
     )
     overlap_grad_reduce: bool = Field(
         False, description="reduce gradients over data parallel ranks during the backward pass"

@@ -33,13 +33,14 @@ class RolloutConfig(Section):
     verify_every: int = Field(
         10,
         ge=1,
-        description="weight updates between checks that engine and learner give the same log-probs; the first is always "
-        "checked",
+        description="weight updates between checks that engine and learner give the same log-probs; the first is "
+        "always checked",
     )
     verify_tolerance: float | None = Field(
         None,
         gt=0,
-        description="largest mean difference of those log-probs, nats per token; default: 2e-5 in float32, 0.1 in bfloat16",
+        description="largest mean difference of those log-probs, nats per token; default: 2e-5 in float32, 0.1 in "
+        "bfloat16",
     )
 
 
@@ -49,14 +50,15 @@ class RewardConfig(Section):
     verifier: str = Field(
         "strict",
         min_length=1,
-        description="strict: the last \\boxed{} compared as string, number, Math-Verify; lenient: strict, then RETU's chain "
-        "(stated answers, equivalent LaTeX, rounded decimals, choices); exact: the same string in the box; choice: a letter "
-        "A to J; or your function as module:function, sync or async, (response, answer) -> bool or number in [0, 1]",
+        description="strict: the last \\boxed{} compared as string, number, Math-Verify; lenient: strict, then "
+        "RETU's chain (stated answers, equivalent LaTeX, rounded decimals, choices); exact: the same string in the "
+        "box; choice: a letter A to J; or your function as module:function, sync or async, (response, answer) -> "
+        "bool or number in [0, 1]",
     )
     levenshtein: bool = Field(
         False,
-        description="add a last link to the lenient chain: a string more than 0.6 similar to the answer is correct. This can "
-        "be exploited: 1234567 is rewarded for 1234568, and a policy learns to imitate the look of an answer",
+        description="add a last link to the lenient chain: a string more than 0.6 similar to the answer is correct. "
+        "This can be exploited: 1234567 is rewarded for 1234568, and a policy learns to imitate the look of an answer",
     )
     workers: int = Field(1, ge=1, description="verifier processes per rank")
     timeout: float = Field(
@@ -65,8 +67,8 @@ class RewardConfig(Section):
     memory_mb: int = Field(
         2048,
         ge=64,
-        description="address space that a worker may take besides what its imports mapped, MB; a verdict that takes more is "
-        "counted as memory and gets 0 (Linux)",
+        description="address space that a worker may take besides what its imports mapped, MB; a verdict that takes "
+        "more is counted as memory and gets 0 (Linux)",
     )
 
 
@@ -110,8 +112,8 @@ class EvalConfig(Section):
     max_response: int | None = Field(
         None,
         ge=1,
-        description="longest response, tokens; default: rollout.max_response; for `pctrain eval` 8192 or what the context "
-        "leaves",
+        description="longest response, tokens; default: rollout.max_response; for `pctrain eval` 8192 or what the "
+        "context leaves",
     )
     benchmarks: dict[str, Benchmark] = Field(
         {},
@@ -124,6 +126,6 @@ class EvalConfig(Section):
     judge: str | None = Field(
         None,
         min_length=1,
-        description="only for `pctrain eval`: your function as module:function, with the form of reward.verifier, which "
-        "decides where the two verifiers disagree",
+        description="only for `pctrain eval`: your function as module:function, with the form of reward.verifier, "
+        "which decides where the two verifiers disagree",
     )

@@ -26,9 +26,9 @@ class StudyConfig(Section):
 
     policy: Literal["recommended", "paper", "compare"] = Field(
         "paper",
-        description="recommended: SFT until its stable regime ends, RL from the one checkpoint that the monitor chose; paper: "
-        "RL from each of study.starts; compare: SFT alone, RL alone, RL from the monitor's checkpoint, and synchronized "
-        "methods from the base model",
+        description="recommended: SFT until its stable regime ends, RL from the one checkpoint that the monitor "
+        "chose; paper: RL from each of study.starts; compare: SFT alone, RL alone, RL from the monitor's checkpoint, "
+        "and synchronized methods from the base model",
     )
     sets: dict[str, Sources] = Field(
         {}, description="trajectory sets by name, instead of data.train; each gets an SFT run"
@@ -41,8 +41,8 @@ class StudyConfig(Section):
     )
     algorithms: list[AlgorithmChoice] = Field(
         [],
-        description="RL algorithms, each a name or {name: NAME, OPTION: VALUE, ...}; options that rl.algorithm changes hold "
-        "for all of them; default: rl.algorithm; for policy compare all seven",
+        description="RL algorithms, each a name or {name: NAME, OPTION: VALUE, ...}; options that rl.algorithm "
+        "changes hold for all of them; default: rl.algorithm; for policy compare all seven",
     )
     seeds: list[int] = Field(
         [], description="seeds (data order, sampling), each with a run of every stage; default: run.seed"

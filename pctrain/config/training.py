@@ -96,14 +96,15 @@ class RLConfig(Section):
     round_prompts: int = Field(48, ge=1, description="dynamic sampling: prompts per sampling round")
     truncated: Literal["wrong", "masked"] = Field(
         "wrong",
-        description="a response that rollout.max_response cuts counts as wrong, or is judged but not trained on (masked)",
+        description="a response that rollout.max_response cuts counts as wrong, or is judged but not trained on "
+        "(masked)",
     )
     eval_every: int = Field(10, ge=1, description="steps between scores on data.test")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
     stop_within: float | None = Field(
         None,
         gt=0,
-        description="stop when the ceiling is identified and its 90% interval reaches at most this far from the estimate, "
-        "points; default: never",
+        description="stop when the ceiling is identified and its 90% interval reaches at most this far from the "
+        "estimate, points; default: never",
     )
     optimizer: RLOptimizerConfig = Field(default_factory=RLOptimizerConfig)

@@ -1,7 +1,8 @@
 """The typed config tree: every key, with its type, range, default and description.
 
-Each family of sections is in a file of this folder, and all of them can be imported from here. Loading (YAML, command line,
-messages with the nearest key) is in `config/load.py`. Nothing heavy is imported: a wrong key is refused in milliseconds.
+Each family of sections is in a file of this folder, and all of them can be imported from here. Loading (YAML, command
+line, messages with the nearest key) is in `config/load.py`. Nothing heavy is imported: a wrong key is refused in
+milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model core that SFT and RL share: megatron-core's model, optimizer, schedules and checkpoints behind one small class."""
+"""The learner that SFT and RL share: megatron-core's model, optimizer, schedule and checkpoints behind one class."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 __all__ = ["Learner", "Update"]
 
 
-def __getattr__(name: str):
-    """`Learner` and `Update` at their first use: torch and megatron-core take seconds, and `hf_config` is read by what needs neither."""
+def __getattr__(name: str) -> type:
+    """Import `Learner` and `Update` at their first use: torch and megatron-core take seconds to import."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pctrain.core import learner
 
-    return getattr(learner, name)
+    attribute: type = getattr(learner, name)
+    return attribute

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from pctrain.common.device import DTYPES, on_gpu
 from pctrain.common.errors import UserError
 from pctrain.config.tree import OptimizerConfig, ParallelConfig, ResolvedModelConfig
-from pctrain.core import checkpoint, model, optimizer, step, weight_buckets, weights
+from pctrain.core import checkpoint, model, optimizer, patches, step, weight_buckets, weights
 from pctrain.core.layers import context_parallel
 from pctrain.core.layers import spec as layers
 from pctrain.core.reference import Reference
@@ -69,7 +70,9 @@ class Learner:
             total_steps: optimizer updates of the whole run, for the learning rate schedule.
             seed: of the generators.
         """
+        patches.install()
         parallel.initialize(par, seed)
+        model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         self._source = config.path
         self._start_checkpoint = config.checkpoint
         self.hf = HFConfig.read(config.path)
@@ -263,7 +266,7 @@ class Learner:
 
     def _load_start(self) -> None:
         if self._start_checkpoint is not None:
-            checkpoint.load(self._start_checkpoint, self.chunks)
+            checkpoint.load_weights(self._start_checkpoint, self.chunks)
         else:
             weights.load_hf(self.modules, self.hf, self._source, self._te)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +19,17 @@ from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import router_loss
 from pctrain.core.layers import spec as layers
 from pctrain.core.layers.packed_attention import PackedLayout
+from pctrain.core.layers.rotary import RotatedLayout
 from pctrain.core.layers.varlen_attention import VarlenLayout, flash_bounds, whole_bounds
-from pctrain.core.patches import grad_accumulation
 from pctrain.hf.config import HFConfig
 
-_RECOMPUTE = {
+_RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
-# Gradients need range more than digits; where the scale belongs to a small block, e4m3 has range enough for both.
-_FP8 = {
+# Gradients need range more than digits. Where a scale covers a small block only, e4m3 has enough range for both.
+_FP8: dict[str | None, dict[str, Any]] = {
     None: {},
     "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
     "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
@@ -40,29 +41,38 @@ _FP8 = {
 class CausalLM(GPTModel):
     """GPTModel that hands its last hidden states to `head` instead of making logits.
 
-    `head(hidden [T, H] ([T / tp, H] under sequence parallel), weight [V / tp, H]) -> what the last pipeline stage returns`; the core sets
-    it before each forward.
+    The learner sets `head` before each forward pass. It takes the hidden states [T, H] ([T / tp, H] under sequence
+    parallel) and the output weight [V / tp, H]. Its result is what the last pipeline stage returns.
     """
 
     head: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
-    def _preprocess(self, input_ids, position_ids, *args, packed_seq_params=None, padding_mask=None, **kwargs):
-        """The torch specs rotate in their attention, where they know each token's position in its sequence: the angles go there.
+    def _preprocess(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        *args: Any,
+        packed_seq_params: PackedSeqParams | None = None,
+        padding_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, ...]:
+        """Hand the rotary angles to the layout where the torch specs rotate, and cut the padding mask.
 
-        Under sequence parallel, megatron-core would cut the mask of padding (bool [1, T]) to this rank's positions on the first pipeline
-        stage alone.
+        The torch specs rotate in their attention, which knows each token's position in its sequence. Under sequence
+        parallel, megatron-core would cut the padding mask (bool [1, T]) to this rank's positions on the first pipeline
+        stage only.
         """
         out = super()._preprocess(input_ids, position_ids, *args, packed_seq_params=packed_seq_params, **kwargs)
         if padding_mask is not None and self.config.sequence_parallel:
             group = parallel_state.get_tensor_model_parallel_group()
             padding_mask = padding_mask.chunk(group.size(), dim=1)[group.rank()]
         out = (*out[:5], padding_mask, *out[6:])
-        if isinstance(packed_seq_params, PackedLayout | VarlenLayout):
+        if isinstance(packed_seq_params, RotatedLayout):
             packed_seq_params.angles = out[1]
             out = (out[0], None, *out[2:])
         return out
 
-    def _postprocess(self, hidden_states, *args, **kwargs):
+    def _postprocess(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.post_process:
             return hidden_states
         weight = (
@@ -74,6 +84,7 @@ class CausalLM(GPTModel):
 
 
 def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> TransformerConfig:
+    """Return megatron-core's config of the model at this layout."""
     return TransformerConfig(
         num_layers=hf.layers,
         hidden_size=hf.hidden,
@@ -106,16 +117,16 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         bf16=model.dtype == "bfloat16",
         **_FP8[model.fp8],
         attention_softmax_in_fp32=True,
-        # The weights come from the Hugging Face directory, so nothing is drawn here. (perform_initialization=False would also leave out the
-        # tensor parallel marks of the parameters: gradient norm and clipping would then count one shard only.)
+        # The weights come from the Hugging Face directory, so nothing is drawn here. (With perform_initialization=False
+        # parameters would lack their tensor parallel marks: gradient norm and clipping would count one shard only.)
         init_method=lambda weight: None,
         output_layer_init_method=lambda weight: None,
         embedding_init_method=lambda weight: None,
         # The loss function returns sums; finalize_model_grads divides once by the global token count.
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=True,  # see grad_accumulation.py
+        gradient_accumulation_fusion=True,  # see patches/grad_accumulation.py
         **_RECOMPUTE[par.recompute],
-        # Fused kernels of megatron-core that need CUDA extensions.
+        # These fused kernels of megatron-core need CUDA extensions.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -123,8 +134,8 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
     )
 
 
-def _experts(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> dict:
-    """TransformerConfig's keys of a mixture of experts; none for a dense model."""
+def _experts(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> dict[str, Any]:
+    """Return TransformerConfig's keys for a mixture of experts; none for a dense model."""
     if hf.experts is None:
         return {}
     return {
@@ -136,34 +147,33 @@ def _experts(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> dict:
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "aux_loss" if model.router_aux_loss else "none",
         "moe_aux_loss_coeff": model.router_aux_loss,
-        "moe_token_dispatcher_type": "alltoall",  # the one that takes sequences of any length
+        "moe_token_dispatcher_type": "alltoall",  # the only one that takes sequences of any length
         "expert_model_parallel_size": par.expert,
     }
 
 
 def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: bool) -> list[DistributedDataParallel]:
-    """This rank's part of the model, wrapped for data parallelism: one module, or one for each virtual pipeline stage.
+    """Return this rank's part of the model, wrapped for data parallelism: one module per virtual pipeline stage.
 
-    Weights are not loaded yet. Not `trainable`: without the buffers of gradients, which are as large as the model in float32.
+    The weights are not loaded yet. A model that is not `trainable` has no gradient buffers, which are as large as the
+    model in float32. Call `core.patches.install()` first.
     """
-    grad_accumulation.install()
     config = transformer_config(hf, model, par)
-    stages = range(par.virtual_pipeline) if par.virtual_pipeline > 1 else [None]
+    stages: list[int | None] = [*range(par.virtual_pipeline)] if par.virtual_pipeline > 1 else [None]
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=par.overlap_grad_reduce,
-        check_for_nan_in_grad=False,  # the step looks at the norm, and skips; an assertion on one rank would leave the others waiting
+        # The step checks the norm and skips. An assertion on one rank would leave the others waiting.
+        check_for_nan_in_grad=False,
     )
-    # Buckets are for overlap: those of the other chunks are reduced after the whole backward pass anyway.
+    # Buckets serve overlap. Those of the other chunks are reduced after the whole backward pass anyway.
     parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
     for part in parts:
         _keep_experts_apart(part)
     chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
-    for chunk in chunks:
-        skip_collectives_of_one(chunk)
     if par.overlap_grad_reduce:
-        # Without these, every micro-batch would reduce.
+        # Without this, every micro-batch would reduce.
         config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return chunks
 
@@ -171,7 +181,7 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
 def _chunk(
     hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None
 ) -> CausalLM:
-    """Layers of this rank's pipeline stage, or of one of its virtual stages."""
+    """Return the layers of this rank's pipeline stage, or of one of its virtual stages."""
     spec = layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage)
     if hf.experts is not None:
         router_loss.use_in(spec)
@@ -188,47 +198,31 @@ def _chunk(
         vp_stage=vp_stage,
     ).to(device())
     if hf.rope_scaling is not None:
-        # megatron-core's constructor fixes all values but the factor; its formula, which is transformers' (Llama 3.1), takes them all.
+        # megatron-core's constructor fixes all values but the factor. Its formula, which is that of transformers for
+        # Llama 3.1, takes them all.
         rotary = module.rotary_pos_emb
         rotary.inv_freq = rotary._apply_scaling(rotary.inv_freq, **asdict(hf.rope_scaling))
     return module
 
 
 def _keep_experts_apart(part: CausalLM) -> None:
-    """Gives experts gradient buffers and an optimizer of their own, as megatron-core does where they are spread over ranks.
+    """Give experts separate gradient buffers and a separate optimizer, as megatron-core does under expert parallel.
 
-    A checkpoint is by optimizer: one that was written with expert parallel could not be read without it, nor the other way round.
+    A checkpoint stores the state by optimizer. Otherwise, one written with expert parallel could not be read without
+    it, nor the other way round.
     """
     for name, parameter in part.named_parameters():
         if ".experts." in name:
             parameter.allreduce = False
 
 
-def skip_collectives_of_one(wrapped: DistributedDataParallel) -> None:
-    """Data parallel groups of one rank need no reduce-scatter and no all-gather: both would copy buffers onto themselves.
-
-    megatron-core makes the calls all the same (on a small model 2 % of a step). They are left in place where they do more than that: where
-    they overlap with computation, look for NaN, or scale (never with `calculate_per_token_loss`).
-    """
-    config = wrapped.ddp_config
-    if (
-        config.overlap_grad_reduce
-        or config.overlap_param_gather
-        or config.check_for_nan_in_grad
-        or config.check_for_large_grads
-    ):
-        return
-    for group in [*wrapped.bucket_groups, *wrapped.expert_parallel_bucket_groups]:
-        if group.intra_distributed_optimizer_instance_size == 1 and all(
-            b.gradient_scaling_factor == 1.0 for b in group.buckets
-        ):
-            group.start_grad_sync = group.start_param_sync = lambda *args, **kwargs: None
-
-
 def attention_layout(spec: str, config: TransformerConfig, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
-    """What attention needs to know of a pack: cu_seqlens int32 [n + 1] over its sequences, `tokens` positions in all."""
+    """Return the bounds of a pack's sequences in the form that the spec's attention reads.
+
+    `cu_seqlens` is int32 [n + 1] over the sequences of a pack of `tokens` positions.
+    """
     if spec == "torch":
-        return PackedLayout.of(cu_seqlens, tokens, config.num_attention_heads * config.kv_channels)
+        return PackedLayout.build(cu_seqlens, tokens, config.num_attention_heads * config.kv_channels)
     if spec == "torch-varlen":
-        return VarlenLayout.of(cu_seqlens, tokens)
+        return VarlenLayout.build(cu_seqlens, tokens)
     return PackedSeqParams(qkv_format="thd", **flash_bounds(whole_bounds(cu_seqlens, tokens)))

@@ -1,4 +1,4 @@
-"""AdamW in megatron-core's distributed optimizer, its schedule, and what its checkpoints need."""
+"""AdamW in megatron-core's distributed optimizer, its schedule, and two fixes that its checkpoints need."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import math
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from pctrain.common.device import device
 from pctrain.config.tree import OptimizerConfig
 
 
-def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.dtype, total_steps: int):
-    """Returns (megatron-core optimizer, scheduler). Norm weights and biases are not decayed (megatron-core's default).
+def build(
+    config: OptimizerConfig, chunks: list[DistributedDataParallel], dtype: torch.dtype, total_steps: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """Return the optimizer and the scheduler. Norm weights and biases are not decayed (megatron-core's default).
 
-    `chunks`: this rank's part of the model, a module for each virtual pipeline stage. The first step has num_steps = 1.
+    `chunks` is this rank's part of the model, one module for each virtual pipeline stage. The first step has
+    num_steps = 1.
     """
-    _count_padding(chunks)
     optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
@@ -39,9 +43,8 @@ def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.d
     )
     for inner in _torch_optimizers(optimizer):
         for group in inner.param_groups:
-            group["fused"] = (
-                True  # one pass over a parameter instead of one for each operation; megatron-core has no key for it
-            )
+            # One pass over a parameter instead of one for each operation; megatron-core has no key for it.
+            group["fused"] = True
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -60,46 +63,40 @@ def build(config: OptimizerConfig, chunks: list[torch.nn.Module], dtype: torch.d
     return optimizer, scheduler
 
 
-def _count_padding(chunks: list[torch.nn.Module]) -> None:
-    """Mends checkpoints of buffers with several buckets (a tied embedding in a pipeline has one of its own; overlap makes more).
-
-    For a checkpoint, megatron-core lays buckets end to end without the padding between them, and then looks for each parameter where it
-    stands with the padding: Adam's moments and the masters would be saved shifted, with a warning at most. Here padding counts as content.
-    """
-    for buffer in (buffer for chunk in chunks for buffer in chunk.buffers + chunk.expert_parallel_buffers):
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-        buffer.numel_unpadded = buffer.numel
-
-
-def global_norm(optimizer) -> float | None:
-    """Norm of the whole gradient; None where it is not finite, on all ranks alike. Nothing is changed yet. Collective."""
+def global_norm(optimizer: MegatronOptimizer) -> float | None:
+    """Return the norm of the whole gradient, or None on every rank if it is not finite. Changes nothing. Collective."""
     failed = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
-    # Each part of a chained optimizer (expert parameters are one) sums over a group of its own: agree over the whole world.
+    # Each part of a chained optimizer (experts are one) sums over a separate group: agree over the whole world.
     finite = torch.tensor(float(not failed and math.isfinite(norm)), device=device())
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return norm if finite.item() else None
 
 
-def apply(optimizer, clip: float, norm: float) -> None:
-    """Clips the gradients that `global_norm` has seen, and updates the weights: `optimizer.step()` without a second pass over them."""
+def apply(optimizer: MegatronOptimizer, clip: float, norm: float) -> None:
+    """Clip the gradients whose norm `global_norm` returned, and update the weights.
+
+    This is `optimizer.step()` without a second pass over the gradients.
+    """
     for part in optimizer.chained_optimizers:
-        parameters = (
-            [] if part.is_stub_optimizer else part.get_parameters()
-        )  # a stub: this rank has no parameter of that kind
+        # A stub optimizer means that this rank has no parameter of that kind.
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters:
             clip_grad_by_total_norm_fp32(parameters, max_norm=clip, total_norm=norm)
     optimizer.step_with_ready_grads()
 
 
-def _torch_optimizers(optimizer) -> list[torch.optim.Optimizer]:
+def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [o.optimizer for o in chained if isinstance(getattr(o, "optimizer", None), torch.optim.AdamW)]
+    inner = [getattr(part, "optimizer", None) for part in chained]
+    return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
 
 
-def prime(optimizer) -> None:
-    """Gives torch's AdamW its state before a save or a load: megatron-core reads state["step"] of an optimizer that never stepped."""
+def prime(optimizer: MegatronOptimizer) -> None:
+    """Give torch's AdamW its state before a save or a load.
+
+    megatron-core 0.16.1 reads state["step"], which an optimizer that never stepped does not have yet.
+    """
     for inner in _torch_optimizers(optimizer):
         for parameter in (p for group in inner.param_groups for p in group["params"]):
             if not inner.state[parameter]:
@@ -110,8 +107,11 @@ def prime(optimizer) -> None:
                 )
 
 
-def unshare_steps(optimizer) -> None:
-    """After a load all parameters hold ONE step tensor, which AdamW would then advance once per parameter: give each its own."""
+def unshare_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter a separate step tensor after a load.
+
+    megatron-core 0.16.1 lets all parameters share one, which AdamW would then advance once per parameter.
+    """
     for inner in _torch_optimizers(optimizer):
         for state in inner.state.values():
             if "step" in state:

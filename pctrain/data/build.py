@@ -274,7 +274,7 @@ def _read_shard(folder: Path, number: int) -> _Shard:
 
 @dataclass
 class _Index:
-    """What is known about the samples of all shards, in order."""
+    """The index of the samples of all shards, in order."""
 
     shards: list[int] = field(default_factory=list)  # records of each shard
     lengths: list[np.ndarray] = field(default_factory=list)

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import Bar, progress
-from pctrain.config import check_layout as config_check
+from pctrain.config.check_layout import model_shape
 from pctrain.config.tree import Config, DataConfig
 from pctrain.data.encode import Encoder, Unusable
 from pctrain.data.lengths import Lengths
@@ -51,7 +51,7 @@ _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
 
 @dataclass
 class FileCheck:
-    """What was found in one file.
+    """The counts of one file.
 
     `read_as` is trajectories (which need a response) or problems (which need an answer). `records` counts usable
     records, `unusable` the others.
@@ -94,7 +94,7 @@ def check(paths: Sequence[Path], config: Config) -> DataCheck:
     files = list(dict.fromkeys(file for path in paths for file in list_files(path)))
     model = None
     if config.model.path is not None:
-        context = config_check.model_shape(config).context
+        context = model_shape(config.model).context
         model = _Model(Encoder(config.model.path, config.data, NO_LIMIT), context)
     result = DataCheck(files, config.data, model)
     sizes = [sum(part.stat().st_size for part in list_disk_files(file)) for file in files]
@@ -136,7 +136,7 @@ class DataCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether every file and every record can be used."""
+        """True if every file and every record can be used."""
         return not self.troubles.any_unusable
 
     # ---- reading -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Packing: rows of different lengths become micro-batches of at most `token_budget` tokens for the data parallel ranks.
 
-Every rank calls `pack_rows` with the same rows, computes the same packs from the lengths alone, and reads the tokens of
-its own packs.
+Every rank calls `pack_rows` with the same rows, computes the same packs from the lengths alone, and reads only the
+tokens of its packs.
 """
 
 from __future__ import annotations

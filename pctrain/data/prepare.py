@@ -17,8 +17,8 @@ POLL = 0.2  # seconds between two looks while another job prepares
 def prepare(config: Config, root: Path) -> ResolvedConfig:
     """Return the config with its data and model named; make `root`/data and `root`/model if they are needed and absent.
 
-    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. If several jobs start in
-    one folder at once, one makes everything and the others wait.
+    The same config gives the same bytes, so a second call (a resumed run) finds what it would make. If several jobs
+    start in one folder at once, one makes everything and the others wait.
     """
     root = Path(root)
     resolved = config.with_model(config.model.path or root / "model")

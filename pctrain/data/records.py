@@ -106,7 +106,7 @@ def make_record(value: dict[str, Any], identity: str, columns: Columns, need: Co
 
     Args:
         value: the object, as read from JSON or a table.
-        identity: the record's id if the object has no `id` of its own.
+        identity: the record's id if the object has no `id`.
         columns: the paths of the record's fields.
         need: the fields that the record must have in addition to the prompt: "response", "answer" or both. A chat has a
             response if its last turn is the assistant's. Other fields are read if they are well-formed, and are None

@@ -31,7 +31,7 @@ UNUSABLE = {
 }
 TEMPLATE = (
     "the chat template cannot write the record so that it can be trained on. "
-    "See docs/contracts.md, or set data.template to another template."
+    "See docs/reference/data.md, or set data.template to another template."
 )
 # Remarks: the records can be used, but they are worth a look.
 REMARKS = {
@@ -60,7 +60,7 @@ class Trouble:
 
     @property
     def advice(self) -> str:
-        """What is wrong, and what to do about it."""
+        """The problem, and what to do about it."""
         if self.kind in UNREADABLE:
             return f"{UNREADABLE[self.kind]}. {ADVICE[self.kind]}"
         return UNUSABLE.get(self.kind) or REMARKS.get(self.kind) or TEMPLATE
@@ -108,7 +108,7 @@ class Troubles:
 
     @property
     def any_unusable(self) -> bool:
-        """Whether a record or a file cannot be used."""
+        """True if a record or a file cannot be used."""
         return any(trouble.unusable for trouble in self._by_kind.values())
 
 

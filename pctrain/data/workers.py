@@ -116,12 +116,12 @@ class _Workers(Generic[Input, Result]):
 
     @property
     def unfinished(self) -> bool:
-        """Whether results are still to be taken."""
+        """True while results are still to be taken."""
         return self._taken < self._handed_out
 
     @property
     def next_is_ready(self) -> bool:
-        """Whether the result of the next item, in order, has arrived."""
+        """True if the result of the next item, in order, has arrived."""
         return self._taken in self._finished
 
     def hand_out(self, items: Iterator[Input]) -> bool:

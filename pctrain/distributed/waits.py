@@ -1,9 +1,9 @@
-"""Measures how long this rank stands in collectives: what is left of a phase is the rank's own work, and tells who is slow.
+"""Measure how long this rank waits in collectives; the rest of a phase is its own work, which shows who is slow.
 
-All of torch.distributed goes through the methods of ProcessGroup and `Work.wait`; they are wrapped, once a process. On a CPU the host
-stands in them. On a GPU the current stream does: two events around a call have between them what the stream did there, which is the
-collective itself where it runs on this stream, the rest of an asynchronous one where it is waited for, and else nothing.
-vLLM's CPU ranks of one engine exchange through shared memory: their waits for one another are not seen.
+All of torch.distributed goes through the methods of ProcessGroup and `Work.wait`, which are wrapped once per process.
+On a CPU the host waits in them. On a GPU the current stream does: two events around a call bound the stream's time
+there. That is the collective itself if it runs on this stream, the rest of an asynchronous one if it is waited for, and
+otherwise nothing. vLLM's CPU ranks of one engine exchange data through shared memory, so their waits are not measured.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed import ProcessGroup, Work
@@ -45,11 +46,11 @@ COLLECTIVES = (
 )
 
 _installed = False
-_pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # of a GPU: phase, before, after
+_pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # on a GPU: phase, before, after
 
 
 def measure() -> None:
-    """From now on `phase_clock` is told. Idempotent."""
+    """Start reporting waits to `phases`. Idempotent."""
     global _installed
     if _installed:
         return
@@ -62,19 +63,19 @@ def measure() -> None:
 
 
 def settle() -> None:
-    """Tells `phase_clock` of the waits of a GPU that are over; those that are not are told at a later call."""
-    waiting = []
+    """Report the waits of a GPU that are over to `phases`; a later call reports the others."""
+    unfinished = []
     for phase, before, after in _pairs:
         if after.query():
             phases.waited(phase, before.elapsed_time(after) / 1000)
         else:
-            waiting.append((phase, before, after))
-    _pairs[:] = waiting
+            unfinished.append((phase, before, after))
+    _pairs[:] = unfinished
 
 
-def _timed(method: Callable, begin: Callable[[str], Callable[[], None]]) -> Callable:
+def _timed(method: Callable[..., Any], begin: Callable[[str], Callable[[], None]]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def call(*arguments, **options):
+    def call(*arguments: Any, **options: Any) -> Any:
         phase = phases.current()
         if phase is None:
             return method(*arguments, **options)

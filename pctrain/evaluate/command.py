@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def _start_verifiers(benchmarks: Sequence[Benchmark], verifiers: Verifiers, conf
     for benchmark in benchmarks:
         has_own = config.eval.benchmarks[benchmark.name].verifier
         key = f"eval.benchmarks.{benchmark.name}.verifier" if has_own else "reward.verifier"
-        parallel.agree(lambda key=key, name=benchmark.verifier: verifiers.start(key, name))
+        parallel.agree(partial(verifiers.start, key, benchmark.verifier))
     judge = config.eval.judge
     if judge is not None:
         parallel.agree(lambda: verifiers.start("eval.judge", judge))
@@ -172,7 +173,7 @@ def _sample(
     """Draw the samples that are missing. A model whose samples are all there is not loaded."""
     work: list[tuple[_Reader, Prompts, SampleFile]] = []
     for model in models:
-        settings = parallel.from_rank_zero(lambda model=model: _settings(model, config, max_response))
+        settings = parallel.from_rank_zero(partial(_settings, model, config, max_response))
         for prompts, of_benchmark in zip(model.prompts, settings, strict=True):
             folder = out / model.target.name / prompts.benchmark.name
             work.append((model, prompts, SampleFile(folder, of_benchmark)))

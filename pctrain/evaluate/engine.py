@@ -89,7 +89,7 @@ class Engine:
                 model, self._config.parallel, optimizer_config=None, total_steps=1, seed=self._config.run.seed
             )
         else:
-            checkpoint.load(target.checkpoint, self._learner.chunks)
+            checkpoint.load_weights(target.checkpoint, self._learner.chunks)
         return self._learner.hf_weights()
 
     def __enter__(self) -> Engine:

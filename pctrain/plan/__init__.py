@@ -1,1 +1,1 @@
-"""`pctrain plan`: what a config needs of memory, time and wires on so many GPUs, and which layouts fit. Arithmetic alone, no torch."""
+"""`pctrain plan`: what a config needs in memory, time and bandwidth, and which layouts fit. Needs no torch."""

@@ -1,7 +1,7 @@
-"""What a micro-batch keeps for its backward pass, and what is made and thrown away meanwhile. Bytes on one rank.
+"""Activation memory: what a micro-batch keeps for its backward pass, and temporary tensors. Bytes on one rank.
 
-Counted from what autograd saves of our layers (core/layers.py); tests/plan/test_plan_memory.py holds it against the resident memory of
-real steps.
+The counts follow what autograd saves in our layers (core/layers). tests/plan/test_plan_memory.py compares them with the
+resident memory of real steps.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ FP32 = 4
 
 
 class Activations:
-    """Of a model at a layout, for micro-batches of `tokens` positions (all context parallel ranks together).
+    """The activations of a model at a layout.
 
-    `entropy`: the loss reads it, as RL's does.
+    `tokens` is the positions of a micro-batch, over all context parallel ranks. `entropy` says whether the loss reads
+    the entropy, as in RL.
     """
 
     def __init__(self, hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, tokens: int, entropy: bool):
@@ -30,83 +31,81 @@ class Activations:
         self.size = DTYPE_BYTES[config.model.dtype]
         self.te = config.model.spec == "te" or (config.model.spec == "auto" and not gpu.is_cpu)
         self.tokens = ceil(tokens / par.context)
-        # Norms and the residual stream are cut over the tensor parallel ranks under sequence parallelism alone.
+        # Only sequence parallelism shards norms and the residual stream over the tensor parallel ranks.
         self.stream = self.tokens * hf.hidden * self.size / (par.tensor if par.sequence_parallel else 1)
 
     def layer(self) -> float:
-        """Kept of one layer, with the recomputation that is set."""
+        """Return what one layer keeps, with the recomputation of the layout."""
         return self.stream if self.par.recompute == "full" else self._whole_layer()
 
     def _whole_layer(self) -> float:
-        """Two norms, each normed and scaled: four times the stream; attention; feed-forward."""
+        """Return two norms, each normed and scaled (four times the stream), attention and feed-forward."""
         hf, tensor = self.hf, self.par.tensor
         queries, keys = hf.heads * hf.head_dim / tensor, hf.kv_heads * hf.head_dim / tensor
-        projected, turned = queries + 2 * keys, queries + keys
-        # What attention gave, once as it saved it, and in the torch spec once more in the order of the pack, as the next product saved it.
+        projected, rotated = queries + 2 * keys, queries + keys
+        # Attention saves its output. In the torch spec the next product saves it again, in the order of the pack.
         attended = queries * (1 if self.te else 2)
+        attention = projected + rotated + attended
         if self.par.recompute == "selective":
             attention = projected + queries * 2  # its inputs, the queries by themselves, and its output
-        else:
-            attention = projected + turned + attended
         if hf.qk_norm:
-            attention += turned
+            attention += rotated
         return 4 * self.stream + self.tokens * self.size * attention + self._feed_forward()
 
     def _feed_forward(self) -> float:
-        """Gate and up side by side, the activated gate, their product. Of experts: so many copies of every token, routed there and back."""
+        """Return gate and up, the activated gate, and their product; for experts also the routed copies of tokens."""
         hf, tensor = self.hf, self.par.tensor
         if hf.experts is None:
             return self.tokens * self.size * 4 * hf.ffn / tensor
         routed = self.tokens * hf.experts.per_token
         router = self.tokens * hf.experts.count * (FP32 * 2 + 1) / tensor
-        # Put in the order of the experts, given back, put in order again; between ranks, what has come from all of them besides.
+        # Tokens in the order of the experts, their results, and both in order again; between ranks also what was
+        # received.
         between = tensor * self.par.expert > 1
         copies = hf.hidden * (2 / tensor + 1 + between)
         return routed * self.size * (4 * hf.experts.ffn / tensor + copies) + router
 
     def micro_batch(self, layers: int) -> float:
-        """Kept of one micro-batch by `layers` layers of a stage, its input and output among it where there is a pipeline."""
+        """Return what `layers` layers of a stage keep of a micro-batch; in a pipeline with its input and output."""
         between = 2 * self.stream if self.par.pipeline > 1 else 0.0
         return layers * self.layer() + between + self._angles()
 
     def _angles(self) -> float:
-        """Cosines and sines of every position, for queries and keys: made once a pack (the torch specs)."""
+        """Return the cosines and sines of every position, made once per pack (torch specs only)."""
         hf = self.hf
         return (
             0.0 if self.te else 2 * self.tokens * self.size * (hf.heads + hf.kv_heads) * hf.head_dim / self.par.tensor
         )
 
     def backward_of_layer(self) -> float:
-        """Made and thrown away: gradients through the widest block, and the layer again where it is recomputed."""
+        """Return the temporary gradients through the widest block, and the layer again if it is recomputed."""
         hf, tensor = self.hf, self.par.tensor
         width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
         gradients = self.tokens * self.size * (3 * width / tensor + 3 * hf.hidden)
         again = self._whole_layer() if self.par.recompute == "full" else 0.0
-        # megatron-core hands autograd an empty gradient of each matrix; memory that is never written is not resident on a CPU.
+        # megatron-core gives autograd an empty gradient of each matrix. On a CPU, memory never written is not resident.
         dummy = 0.0 if self.gpu.is_cpu else largest_matrix(hf, self.par) * self.size
         return gradients + again + dummy
 
     def head(self) -> float:
-        """Of the last stage: logits of a chunk, gradient of the hidden states, which are gathered under sequence parallelism."""
+        """Return the last stage's chunk of logits and its gradients of the hidden states and of the head."""
         hf, tensor = self.hf, self.par.tensor
         rows = hf.padded_vocab(tensor) / tensor
         budget = CPU_LOGITS if self.gpu.is_cpu else GPU_LOGITS
         chunk = min(budget, self.tokens * rows * FP32)
         buffers = 2 if self.gpu.is_cpu and self.entropy else 1
-        hidden = (
-            self.tokens * hf.hidden * (FP32 + 3 * self.size)
-        )  # normed, scaled; the gradient in float32, and in the model's dtype
-        weight = (
-            0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size
-        )  # gradient that autograd is handed
+        # Normed and scaled states, and their gradient in float32 and in the model's dtype.
+        hidden = self.tokens * hf.hidden * (FP32 + 3 * self.size)
+        # The gradient that autograd is given.
+        weight = 0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size
         return chunk * buffers + hidden + weight
 
     def embedding(self) -> float:
-        """Of the first stage: its gradient, before it is added to the buffer."""
+        """Return the first stage's gradient of the embedding, before it is added to the buffer."""
         return self.hf.padded_vocab(self.par.tensor) / self.par.tensor * self.hf.hidden * self.size
 
     def forward_alone(self) -> float:
-        """A pass without gradients."""
+        """Return the memory of a pass without gradients."""
         hf, tensor = self.hf, self.par.tensor
         width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
         return self.tokens * self.size * (4 * width / tensor + 4 * hf.hidden) + self.head()

@@ -1,4 +1,4 @@
-"""The plan for machines."""
+"""The plan as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pctrain.files.durable import write_beside
 from pctrain.plan.page import assumptions, warnings
@@ -13,8 +14,11 @@ from pctrain.plan.planner import Plan, Planner
 
 
 def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequence[str], launch: str) -> None:
-    """{gpu, gpus, kind, work, layouts [{name, parallel, fits, memory {phase: {part: bytes}}, seconds {part: seconds}, ...}], ...}; bytes,
-    seconds, FLOPs. Written beside and renamed."""
+    """Write {gpu, gpus, kind, work, layouts, options, launch, assumptions, warnings} in bytes, seconds and FLOPs.
+
+    A layout is {name, parallel, fits, memory {phase: {part: bytes}}, seconds {part: seconds}, ...}. The file is
+    replaced atomically.
+    """
     content = {
         "gpu": asdict(planner.gpu),
         "gpus": planner.options.gpus,
@@ -29,7 +33,7 @@ def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequen
     write_beside(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def _layout(plan: Plan) -> dict:
+def _layout(plan: Plan) -> dict[str, Any]:
     speed = plan.speed
     phases = dict.fromkeys(moment.phase for moment in plan.memory.moments)
     return {

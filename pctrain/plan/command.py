@@ -1,9 +1,11 @@
-"""`pctrain plan`: plans, prints, and writes what was asked for."""
+"""Run `pctrain plan`: plan, print, and write what was asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from rich.console import Console
 
 from pctrain.common.progress import make_console
 from pctrain.config.tree import Config
@@ -16,9 +18,18 @@ from pctrain.plan.planner import Planner
 
 
 def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[str], arguments: Sequence[str]) -> None:
-    """`base`: the config without the keys of the layout that were typed (`pinned`); `arguments`: what else was typed."""
+    """Plan a config and print the result.
+
+    Args:
+        config: the config.
+        base: the config without the layout keys that were typed.
+        options: the options of the command.
+        pinned: the layout keys that were typed, which stay as they are.
+        arguments: what else was typed, for the launch line.
+    """
     planner = Planner.of(config, options, pinned)
-    plans, configured = planner.plans(), planner.as_configured()
+    plans = planner.plans()
+    configured = planner.as_configured()
     console = make_console()
     show(console, planner, plans, configured)
     best = plans[0]
@@ -40,5 +51,5 @@ def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[
         _wrote(console, options.figure)
 
 
-def _wrote(console, path: Path) -> None:
+def _wrote(console: Console, path: Path) -> None:
     console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)

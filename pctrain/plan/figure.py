@@ -1,4 +1,4 @@
-"""Memory of each layout by part, as a PNG: a bar a layout, and the line that it must stay below."""
+"""Memory of each layout by part, as a PNG: one bar per layout, and the limit of the GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLOURS = {
 
 
 def draw(path: Path, plans: Sequence[Plan]) -> None:
-    """The fullest moment of each. Written beside and renamed."""
+    """Draw each layout at its fullest moment. The file is replaced atomically."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -45,7 +45,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
             fontsize=8,
         )
         axes.invert_yaxis()
-        axes.set(xlabel="GiB of the fullest GPU", title="Memory at its fullest moment")
+        axes.set(xlabel="GiB on the fullest GPU", title="Memory at its fullest moment")
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
         image = io.BytesIO()
         figure.savefig(image, format="png", metadata={"Software": None})

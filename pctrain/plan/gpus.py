@@ -1,4 +1,4 @@
-"""Kinds of GPU: memory, and what they do in a second. `cpu` is this machine, measured."""
+"""Kinds of GPU, with memory and rates. `cpu` is this machine, measured."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """Bytes, FLOP/s and bytes/s. `link` and `network`: in one direction, of one GPU."""
+    """A kind of GPU, in bytes, FLOP/s and bytes/s. `link` and `network` are for one GPU, in one direction."""
 
     name: str
-    memory: float  # what CUDA reports (torch's total_memory), not what is on the box
+    memory: float  # what CUDA reports (torch's total_memory), not the nominal size
     bf16: float  # matrix products, dense
     fp32: float  # without TF32, as torch multiplies by default
     bandwidth: float  # of its own memory
@@ -24,14 +24,17 @@ class Gpu:
 
     @property
     def is_cpu(self) -> bool:
+        """Return whether this is the machine's CPU."""
         return self.name == "cpu"
 
     def flops(self, dtype: str) -> float:
+        """Return the FLOP/s of dense matrix products."""
         return self.bf16 if dtype == "bfloat16" else self.fp32
 
 
-# Memory: "has a total capacity of ... GiB" of torch's out-of-memory message on such a GPU, the smallest value seen. Rates: NVIDIA's data
-# sheets, dense figures; NVLink's are for both directions together there. Network: one adapter a GPU, as in NVIDIA's DGX of that kind.
+# Memory: the smallest "total capacity of ... GiB" seen in torch's out-of-memory messages on such a GPU. Rates: NVIDIA's
+# data sheets, dense figures; their NVLink figures are for both directions together. Network: one adapter per GPU, as in
+# NVIDIA's DGX of that kind.
 GPUS = {
     gpu.name: gpu
     for gpu in (
@@ -63,7 +66,7 @@ GPUS = {
 
 
 def find(name: str, ranks: int) -> Gpu:
-    """The kind of that name; `cpu` is measured now, and its memory shared out over the ranks. UserError: there is none of that name."""
+    """Return a kind of GPU; `cpu` is measured now, and shared by the ranks. UserError for an unknown name."""
     if name == "cpu":
         return _this_machine(ranks)
     if name not in GPUS:
@@ -74,7 +77,7 @@ def find(name: str, ranks: int) -> Gpu:
 
 
 def _this_machine(ranks: int) -> Gpu:
-    """Ranks of one machine exchange through its memory: out of one rank's, and into the other's."""
+    """Return this machine as a GPU. Its ranks exchange data through memory."""
     import os
 
     from pctrain.core.peak import peak_flops
@@ -82,13 +85,13 @@ def _this_machine(ranks: int) -> Gpu:
 
     share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns
     copied = copy_bandwidth() * share
-    rates = [peak_flops(dtype) * share for dtype in ("bfloat16", "float32")]
     return Gpu(
         "cpu",
-        (memory_left() or 0) / ranks,
-        *rates,
-        copied,
-        copied / 4,
-        copied / 4,
-        "measured now: matrix products, a copy in memory; exchange: a quarter of the copy, assumed",
+        memory=(memory_left() or 0) / ranks,
+        bf16=peak_flops("bfloat16") * share,
+        fp32=peak_flops("float32") * share,
+        bandwidth=copied,
+        link=copied / 4,
+        network=copied / 4,
+        source="measured now: matrix products, a copy in memory; exchange: a quarter of the copy, assumed",
     )

@@ -1,10 +1,11 @@
-"""Every layout of so many ranks that a config can have: divisors alone, and what config_check.py lets through."""
+"""Every layout over N ranks that a config can have: divisors that also pass the checks of config/check.py."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from math import gcd
+from typing import Any
 
 from pctrain.common.errors import UserError
 from pctrain.config.check import check_combinations
@@ -13,20 +14,22 @@ from pctrain.hf.config import HFConfig
 from pctrain.plan.work import Kind
 
 CHECKED = ("model", "parallel", "rollout")
-MOST_VIRTUAL = 4  # virtual stages of a stage: more make the traffic between stages outgrow what the bubble loses
+MOST_VIRTUAL = 4  # virtual stages per stage: with more, traffic grows by more than the bubble shrinks
 
 
 def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, in order."""
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def with_layout(config: Config, parallel: ParallelConfig, rollout_tensor: int) -> Config:
+    """Return a copy of a config at another layout."""
     rollout = config.rollout.model_copy(update={"tensor": rollout_tensor})
     return config.model_copy(update={"parallel": parallel, "rollout": rollout})
 
 
 def problem(config: Config, gpus: int, kind: Kind) -> str | None:
-    """Why it cannot run on so many ranks; the same words as `pctrain sft` and `rl` have for it."""
+    """Return why a config cannot run on `gpus` ranks, in the words of `pctrain sft` and `rl`; None if it can."""
     try:
         check_combinations(config, gpus, (*CHECKED, kind))
     except UserError as error:
@@ -37,19 +40,19 @@ def problem(config: Config, gpus: int, kind: Kind) -> str | None:
 def candidates(
     config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool
 ) -> Iterator[Config]:
-    """Configs that pass the checks, each with another layout; recomputation, which no check asks for, is as given.
+    """Yield configs that pass the checks, each at another layout. Recomputation, which no check reads, is as given.
 
-    `pinned`: keys (`parallel.tensor`) that stay as they are.
+    `pinned` are keys (`parallel.tensor`) that stay as they are.
     """
-    for one in _thought_of(config, hf, gpus, kind, pinned, cpu):
-        if problem(one, gpus, kind) is None:
-            yield one
+    for candidate in _divisible(config, hf, gpus, kind, pinned, cpu):
+        if problem(candidate, gpus, kind) is None:
+            yield candidate
 
 
-def _thought_of(
+def _divisible(
     config: Config, hf: HFConfig, gpus: int, kind: Kind, pinned: Collection[str], cpu: bool
 ) -> Iterator[Config]:
-    def choose(key: str, values: list) -> list:
+    def choose(key: str, values: list[Any]) -> list[Any]:
         section, name = key.split(".")
         return [getattr(getattr(config, section), name)] if key in pinned else values
 
@@ -60,7 +63,7 @@ def _thought_of(
             left = gpus // (tensor * pipeline)
             for context in choose("parallel.context", divisors(left) if te else [1]):
                 for expert in choose("parallel.expert", divisors(gcd(left, hf.experts.count)) if hf.experts else [1]):
-                    for stages in _stages(hf, pipeline, choose, config):
+                    for stages in _stages(hf, pipeline, choose):
                         parallel = config.parallel.model_copy(
                             update={
                                 "tensor": tensor,
@@ -78,25 +81,24 @@ def _thought_of(
                             yield with_layout(config, parallel, engine)
 
 
-def _stages(hf: HFConfig, pipeline: int, choose, config: Config) -> Iterator[dict]:
-    """Layers of the first and the last stage, where they are not all alike, and virtual stages."""
+def _stages(hf: HFConfig, pipeline: int, choose: Callable[[str, list[Any]], list[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the layers of the first and the last stage if they are uneven, with each number of virtual stages."""
     first, last = even_ends(hf.layers, pipeline)
     given = {
         "first_stage_layers": choose("parallel.first_stage_layers", [first])[0],
         "last_stage_layers": choose("parallel.last_stage_layers", [last])[0],
     }
     most = -(-hf.layers // pipeline)
-    for virtual in choose(
-        "parallel.virtual_pipeline", [v for v in divisors(most) if v <= MOST_VIRTUAL] if pipeline > 1 else [1]
-    ):
+    numbers = [n for n in divisors(most) if n <= MOST_VIRTUAL] if pipeline > 1 else [1]
+    for virtual in choose("parallel.virtual_pipeline", numbers):
         yield {"virtual_pipeline": virtual, **given}
 
 
 def even_ends(layers: int, pipeline: int) -> tuple[int | None, int | None]:
-    """Layers of the first and the last stage so that the others have equally many; (None, None) where all stages can.
+    """Return the layers of the first and the last stage so that the others have equally many; (None, None) if all can.
 
-    The ends take what is over, no more than the others have: they hold the embedding and the head besides. The last, which has the
-    head's work too, takes the smaller part.
+    The ends take the rest, at most as many as the others: they also hold the embedding and the head. The last, which
+    also computes the head, takes the smaller part.
     """
     if layers % pipeline == 0 or pipeline == 1:
         return None, None
@@ -109,7 +111,7 @@ def even_ends(layers: int, pipeline: int) -> tuple[int | None, int | None]:
 
 @dataclass(frozen=True)
 class Limit:
-    """What a key of the layout may be, and what says so."""
+    """The possible values of a layout key, and the reason."""
 
     key: str
     values: list[int]
@@ -120,12 +122,12 @@ class Limit:
 
 
 def limits(config: Config, hf: HFConfig, gpus: int, kind: Kind) -> list[Limit]:
-    """What divides what, of this model and batch on so many GPUs."""
+    """Return what divides what, for this model and batch on `gpus` GPUs."""
     width = hf.ffn if hf.experts is None else hf.experts.ffn
     tensor = gcd(hf.heads, hf.kv_heads, width)
     of_tensor = f"{hf.heads} heads, {hf.kv_heads} key/value heads, feed-forward width {width}"
     even = [n for n in divisors(gpus) if hf.layers % n == 0]
-    found = [
+    rules = [
         Limit("parallel.tensor", divisors(gcd(tensor, gpus)), of_tensor),
         Limit(
             "parallel.pipeline",
@@ -134,9 +136,9 @@ def limits(config: Config, hf: HFConfig, gpus: int, kind: Kind) -> list[Limit]:
         ),
     ]
     if hf.experts is not None:
-        found.append(Limit("parallel.expert", divisors(gcd(hf.experts.count, gpus)), f"{hf.experts.count} experts"))
+        rules.append(Limit("parallel.expert", divisors(gcd(hf.experts.count, gpus)), f"{hf.experts.count} experts"))
     name, batch = "sft.batch_size", config.sft.batch_size
     if kind == "rl":
         name, batch = "rl.prompts x rl.group", config.rl.prompts * config.rl.group
-    found.append(Limit("data parallel size", [n for n in divisors(gpus) if batch % n == 0], f"{name} = {batch}"))
-    return found
+    rules.append(Limit("data parallel size", [n for n in divisors(gpus) if batch % n == 0], f"{name} = {batch}"))
+    return rules

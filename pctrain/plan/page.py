@@ -1,4 +1,4 @@
-"""What `pctrain plan` prints: layouts in a table, the best one by part, what it rests on, and how to start it."""
+"""What `pctrain plan` prints: a table of layouts, the best one by part, warnings and assumptions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from pctrain.plan.traffic import CALL, LINK_SHARE
 from pctrain.plan.work import KEPT
 
 OTHER = ("optimizer", "swap", "logprob", "reference")
-BUSY = 0.3  # a larger bubble is worth a word
+BUSY = 0.3  # a larger bubble gets a warning
 
 
 def show(console: Console, planner: Planner, plans: Sequence[Plan], configured: Plan | str) -> None:
-    """`plans`: best first."""
+    """Print the plans, best first, with the config's own layout or why it does not run."""
     best, fitting = plans[0], [plan for plan in plans if plan.fits]
     _say(console, _title(planner), style="bold")
     rows = one_of_each(fitting or plans)[: planner.options.top]
@@ -33,7 +33,7 @@ def show(console: Console, planner: Planner, plans: Sequence[Plan], configured: 
         for way in planner.ways_out(best):
             _say(console, f"  {way}")
     _memory(console, best)
-    _wires(console, best)
+    _traffic(console, best)
     for line in [*_rollouts(planner, best), *warnings(planner, best)]:
         _say(console, line)
     _say(console, "")
@@ -43,20 +43,20 @@ def show(console: Console, planner: Planner, plans: Sequence[Plan], configured: 
 
 
 def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
-    """The best of those that share tensor, pipeline, context and expert parallel sizes."""
-    found: dict[tuple, Plan] = {}
+    """Return the best plan for each set of tensor, pipeline, context and expert parallel sizes."""
+    best: dict[tuple[int, ...], Plan] = {}
     for plan in plans:
         par = plan.layout.parallel
-        found.setdefault((par.tensor, par.pipeline, par.context, par.expert), plan)
-    return list(found.values())
+        best.setdefault((par.tensor, par.pipeline, par.context, par.expert), plan)
+    return list(best.values())
 
 
 def _title(planner: Planner) -> str:
     options, work, hf, gpu = planner.options, planner.work, planner.hf, planner.gpu
     return (
-        f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x {gpu.name} "
-        f"({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + {work.response} tokens in the mean, "
-        f"packs of {work.token_budget}"
+        f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x "
+        f"{gpu.name} ({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + "
+        f"{work.response} tokens on average, packs of {work.token_budget}"
     )
 
 
@@ -65,7 +65,7 @@ def _layouts(console: Console, plans: Sequence[Plan], configured: Plan | str) ->
     sampling = ["rollout"] if plans[0].engine is not None else []
     words, numbers = (
         ("layout", "recompute", "fullest"),
-        ("s/step", "compute", "bubble", "wires", *sampling, "other", "tok/s/GPU"),
+        ("s/step", "compute", "bubble", "comm", *sampling, "other", "tok/s/GPU"),
     )
     for name in (*words[:2], "GiB", "of GPU", words[2], *numbers):
         table.add_column(name, justify="left" if name in words else "right", no_wrap=True)
@@ -99,24 +99,28 @@ def _row(plan: Plan, name: str) -> list[str]:
 
 
 def nothing_fits(best: Plan) -> str:
-    """By how much the closest layout misses."""
+    """Return by how much the closest layout misses."""
     if best.share <= 1:
         return f"Nothing starts: {_too_small_a_cache(best)}. What would help, each by itself:"
     over = best.memory.peak.total - best.gpu.memory
     return (
-        f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB over the "
-        f"{gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each by itself:"
+        f"No layout fits: the smallest ({best.name}, recompute {best.layout.parallel.recompute}) is {gib(over)} GiB "
+        f"over the {gib(best.gpu.memory)} GiB of a GPU, in the phase {best.memory.peak.phase!r}. What would help, each "
+        "by itself:"
     )
 
 
 def _too_small_a_cache(plan: Plan) -> str:
+    engine = plan.engine
+    if engine is None:
+        return ""
     sequence = (
         "the longest prompt and response"
         if plan.config.rollout.max_prompt
         else "the whole context (less with rollout.max_prompt)"
     )
     return (
-        f"the engine's KV cache of {gib(plan.engine.cache)} GiB holds {plan.engine.tokens} tokens, and vLLM wants room for one "
+        f"the engine's KV cache of {gib(engine.cache)} GiB holds {engine.tokens} tokens, and vLLM wants room for one "
         f"sequence of {sequence}, {plan.context} tokens"
     )
 
@@ -125,7 +129,7 @@ def _memory(console: Console, plan: Plan) -> None:
     phases = list(dict.fromkeys(moment.phase for moment in plan.memory.moments))
     moments = [plan.memory.of(phase) for phase in phases]
     names = list(dict.fromkeys(name for moment in moments for name in moment.parts))
-    _say(console, f"{plan.name}: GiB of the fullest GPU, by phase", style="bold")
+    _say(console, f"{plan.name}: GiB on the fullest GPU, by phase", style="bold")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part")
     for moment in moments:
@@ -134,70 +138,75 @@ def _memory(console: Console, plan: Plan) -> None:
     for name in names:
         table.add_row(name, *(gib(moment.parts[name]) if name in moment.parts else "-" for moment in moments))
     table.add_section()
-    table.add_row("in all", *(gib(moment.total) for moment in moments))
+    table.add_row("total", *(gib(moment.total) for moment in moments))
     console.print(table)
 
 
-def _wires(console: Console, plan: Plan) -> None:
+def _traffic(console: Console, plan: Plan) -> None:
     if not plan.speed.traffic:
         return
     _say(console, f"{plan.name}: what a GPU sends in a step", style="bold")
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("group", "ranks", "GB", "wire", "seconds", "waited for"):
-        table.add_column(name, justify="left" if name in ("group", "wire") else "right")
-    for one in plan.speed.traffic:
+    for name in ("group", "ranks", "GB", "over", "seconds", "not hidden"):
+        table.add_column(name, justify="left" if name in ("group", "over") else "right")
+    for transfer in plan.speed.traffic:
         table.add_row(
-            one.group, str(one.ranks), f"{one.sent / 1e9:,.2f}", one.wire, _seconds(one.seconds), _seconds(one.waited)
+            transfer.group,
+            str(transfer.ranks),
+            f"{transfer.sent / 1e9:,.2f}",
+            transfer.wire,
+            _seconds(transfer.seconds),
+            _seconds(transfer.waited),
         )
     console.print(table)
 
 
 def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
-    if plan.engine is None:
-        return
     sampled, engine, rollout = plan.speed.rollouts, plan.engine, plan.config.rollout
+    if sampled is None or engine is None:
+        return
     longest = planner.work.prompt + rollout.max_response
     yield (
-        f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of {rollout.tensor} "
-        f"GPU(s), {sampled.at_once} at once; a KV cache of {gib(engine.cache)} GiB holds {engine.tokens} tokens: "
-        f"{engine.sequences(longest)} sequences of the longest kind ({longest} tokens)."
+        f"Rollouts: {sampled.sequences} sequences in {sampled.rounds} round(s) on {sampled.engines} engine(s) of "
+        f"{rollout.tensor} GPU(s), {sampled.at_once} decoded together; a KV cache of {gib(engine.cache)} GiB holds "
+        f"{engine.tokens} tokens: {engine.sequences(longest)} sequences of the longest kind ({longest} tokens)."
     )
 
 
 def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
-    """What a user would want to know before the run tells."""
+    """Yield what a user should know before the run starts."""
     par, rollout = plan.layout.parallel, plan.config.rollout
     if not plan.starts and plan.share <= 1:
-        yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (of cpu rollout.kv_cache_mb), or rollout.tensor"
-    if plan.engine is not None and plan.starts:
-        wanted = min(
-            rollout.max_sequences,
-            -(-plan.speed.rollouts.sequences // plan.speed.rollouts.rounds // plan.speed.rollouts.engines),
-        )
-        room = plan.engine.sequences(planner.work.prompt + rollout.max_response)
+        yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (rollout.kv_cache_mb on a CPU), or "
+        "rollout.tensor"
+    sampled, engine = plan.speed.rollouts, plan.engine
+    if sampled is not None and engine is not None and plan.starts:
+        wanted = min(rollout.max_sequences, -(-sampled.sequences // sampled.rounds // sampled.engines))
+        room = engine.sequences(planner.work.prompt + rollout.max_response)
         if room < wanted:
             yield (
-                f"warning: rollouts will not all fit: {wanted} sequences are decoded at once, but the KV cache holds {room} of the "
-                "longest; the others are put off and computed again. Raise rollout.gpu_memory or rollout.tensor, or set "
-                f"rollout.max_sequences to {max(1, room)}"
+                f"warning: rollouts will not all fit: {wanted} sequences are decoded together, but the KV cache holds "
+                f"{room} of the longest; the others are preempted and recomputed. Raise rollout.gpu_memory or "
+                f"rollout.tensor, or set rollout.max_sequences to {max(1, room)}"
             )
     if plan.speed.bubble > BUSY:
         yield (
-            f"warning: {plan.speed.bubble:.0%} of the time the pipeline's stages wait: {plan.speed.micro_batches} micro-batch(es) of "
-            f"{planner.work.token_budget} tokens for {par.pipeline} stages; smaller packs, a larger batch, or fewer stages"
+            f"warning: the pipeline's stages wait {plan.speed.bubble:.0%} of the time: {plan.speed.micro_batches} "
+            f"micro-batch(es) of {planner.work.token_budget} tokens for {par.pipeline} stages; use smaller packs, a "
+            "larger batch, or fewer stages"
         )
     if plan.config.model.dtype == "float32" and not plan.gpu.is_cpu:
-        yield "warning: model.dtype = float32 on a GPU reaches a fraction of its speed; bfloat16 is what it is made for"
+        yield "warning: model.dtype = float32 reaches a fraction of a GPU's speed; set it to bfloat16"
 
 
 def assumptions(planner: Planner) -> Iterator[str]:
-    """What each number rests on."""
+    """Yield the assumptions behind the numbers."""
     options, gpu, work = planner.options, planner.gpu, planner.work
     yield _rates(gpu, planner)
     yield (
-        f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), wires {LINK_SHARE:.0%} of theirs and {CALL * 1e6:.0f} us "
-        "a call; FLOPs are exact "
-        "(recomputation included), for sequences all of the mean length; packs are full"
+        f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), an interconnect {LINK_SHARE:.0%} of its "
+        f"rate plus {CALL * 1e6:.0f} us per call; FLOPs are exact (recomputation included), with every sequence at the "
+        "mean length; packs are full"
     )
     if gpu.is_cpu:
         holes = f"{cpu_holes(options.gpus):.0%} for what glibc keeps of freed tensors"
@@ -205,24 +214,29 @@ def assumptions(planner: Planner) -> Iterator[str]:
     else:
         reserve = f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"
-    yield "what is sent is waited for, but for gradients beside the backward pass, context parallelism beside attention, and virtual stages"
+    yield (
+        "communication is not hidden, except gradients behind the backward pass, context parallelism behind "
+        "attention, and virtual stages"
+    )
     if planner.kind == "rl":
         rl, longest = planner.config.rl, planner.config.rollout.max_response
-        rounds = f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm.dynamic_sampling else ""
-        beside = f"{LAUNCH * 1e6:.0f} us a layer and {SCHEDULING * 1e3:.0f} ms a token beside"
+        rounds = (
+            f" of {rl.round_prompts} prompts, of which {KEPT:.0%} are kept" if rl.algorithm.dynamic_sampling else ""
+        )
+        overhead = f"{LAUNCH * 1e6:.0f} us per layer and {SCHEDULING * 1e3:.0f} ms per token"
         yield (
-            f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, {beside}; "
+            f"rollouts: decoding at {BANDWIDTH:.0%} of the memory's bandwidth, plus {overhead}; "
             f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}"
         )
-    yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts take no time here"
+    yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts are not counted"
 
 
 def _rates(gpu: Gpu, planner: Planner) -> str:
     dtype = planner.config.model.dtype
     return (
-        f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within a node "
-        f"{gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; {planner.options.gpus_per_node} GPUs a node "
-        f"(--gpus-per-node). {gpu.source}"
+        f"{gpu.name}: {gpu.flops(dtype) / 1e12:.3g} TFLOP/s in {dtype}, memory {gpu.bandwidth / 1e12:.3g} TB/s, within "
+        f"a node {gpu.link / 1e9:.3g} GB/s, between nodes {gpu.network / 1e9:.3g} GB/s; "
+        f"{planner.options.gpus_per_node} GPUs per node (--gpus-per-node). {gpu.source}"
     )
 
 

@@ -1,4 +1,4 @@
-"""From a config and so many GPUs to ranked layouts."""
+"""Turn a config and a number of GPUs into ranked layouts."""
 
 from __future__ import annotations
 
@@ -20,49 +20,51 @@ from pctrain.plan.shapes import Layout, hf_config
 from pctrain.plan.speed import Speed, speed
 from pctrain.plan.work import Kind, Work, work
 
-EQUAL = 1.05  # step times whose quotient is below it are told apart by nothing that is known here
-MORE_GPUS = 64  # times as many, at most, that are tried where nothing fits
+EQUAL = 1.05  # step times within this factor count as equal: the estimates are no better
+MORE_GPUS = 64  # largest multiple of the GPUs that is tried if nothing fits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One layout of a config: what it needs."""
+    """One layout of a config, with its memory and time. `context` is the engine's longest sequence, in tokens."""
 
     config: Config
     layout: Layout
     gpu: Gpu
-    context: int  # of the engine, tokens: its longest prompt and response
+    context: int
     memory: Memory
     speed: Speed
     engine: Engine | None
 
     @property
     def share(self) -> float:
-        """Of the GPU's memory, at its fullest."""
+        """Return the share of the GPU's memory that is used at the fullest moment."""
         return self.memory.peak.total / self.gpu.memory
 
     @property
     def starts(self) -> bool:
-        """Whether vLLM takes the sizes: its cache must hold one sequence of its whole context."""
+        """Return whether vLLM would start: its cache must hold one sequence of its whole context."""
         return self.engine is None or self.engine.tokens >= self.context
 
     @property
     def fits(self) -> bool:
+        """Return whether the layout can run."""
         return self.share <= 1 and self.starts
 
     @property
     def ways(self) -> list[str]:
-        """In which it cuts the model and the sequences: TP4, PP2, ..."""
+        """Return how it splits the model and the sequences: TP4, PP2, ..."""
         par = self.layout.parallel
         sizes = {"TP": par.tensor, "PP": par.pipeline, "VP": par.virtual_pipeline, "CP": par.context, "EP": par.expert}
         return [f"{name}{size}" for name, size in sizes.items() if size > 1]
 
     @property
     def name(self) -> str:
+        """Return its name, such as TP4 DP2."""
         return " ".join([*self.ways, f"DP{self.layout.data}"])
 
 
-def _rank(plan: Plan) -> tuple:
+def _rank(plan: Plan) -> tuple[bool, float, int, float]:
     if not plan.fits:
         return True, plan.share, len(plan.ways), plan.speed.seconds
     return False, floor(log(plan.speed.seconds) / log(EQUAL)), len(plan.ways), plan.speed.seconds
@@ -70,7 +72,7 @@ def _rank(plan: Plan) -> tuple:
 
 @dataclass(frozen=True)
 class Planner:
-    """`config` as given; `pinned`: keys of its layout that stay as they are."""
+    """A config on a kind of GPU. `pinned` are keys of its layout that stay as they are."""
 
     config: Config
     options: PlanOptions
@@ -79,15 +81,17 @@ class Planner:
 
     @classmethod
     def of(cls, config: Config, options: PlanOptions, pinned: Collection[str]) -> Planner:
-        """UserError: a kind of GPU that is not known."""
+        """Return the planner of a call. UserError for an unknown kind of GPU."""
         return cls(config, options, frozenset(pinned), find(options.gpu, options.gpus))
 
     @cached_property
     def hf(self) -> HFConfig:
+        """Return the sizes of the model."""
         return hf_config(self.config)
 
     @cached_property
     def kind(self) -> Kind:
+        """Return what is planned: rl if the config sets rl.* and no sft.*, unless --kind says it."""
         if self.options.kind is not None:
             return self.options.kind
         default = Config()
@@ -95,45 +99,49 @@ class Planner:
 
     @cached_property
     def work(self) -> Work:
+        """Return the work of one step."""
         return work(self.kind, self.config, self.hf, self.options)
 
     def plan(self, config: Config, gpus: int | None = None) -> Plan:
-        """What this config, layout and all, needs on so many GPUs (as many as were given)."""
+        """Return what a config needs at its layout on `gpus` GPUs; default: as many as were given."""
         hf, gpu, options = self.hf, self.gpu, self.options
         layout = Layout(config.parallel, gpus or options.gpus)
         step = work(self.kind, config, hf, options)
         sampler = engine(hf, config, gpu) if self.kind == "rl" else None
-        how_fast = speed(hf, config, layout, gpu, step, sampler, mfu=options.mfu, per_node=options.gpus_per_node)
-        needs = memory(
+        timing = speed(hf, config, layout, gpu, step, sampler, mfu=options.mfu, per_node=options.gpus_per_node)
+        footprint = memory(
             hf,
             config,
             layout,
             gpu,
             tokens=step.micro_batch(layout.data),
-            micro_batches=how_fast.micro_batches,
+            micro_batches=timing.micro_batches,
             reserve=options.reserve * GIB,
             engine=sampler,
             reference="reference" in step.passes,
             offload=config.rl.reference_offload,
         )
-        return Plan(config, layout, gpu, config.longest_rollout(hf.context), needs, how_fast, sampler)
+        return Plan(config, layout, gpu, config.longest_rollout(hf.context), footprint, timing, sampler)
 
     def plans(self, gpus: int | None = None) -> list[Plan]:
-        """Every layout that the checks let through: what fits first, the fastest first, of equally fast ones (EQUAL) the plainest; then by
-        what is missing.
+        """Return every layout that passes the checks, best first.
 
-        UserError: the checks let none through; it says what each key may be.
+        Layouts that fit come first: the fastest, and of equally fast ones (EQUAL) the simplest. The others follow by
+        how much memory they lack.
+
+        Raises:
+            UserError: no layout passes the checks; the message says what each key may be.
         """
         gpus = gpus or self.options.gpus
-        found: list[Plan] = []
-        for one in candidates(self.config, self.hf, gpus, self.kind, self.pinned, self.gpu.is_cpu):
-            found += self._with_recomputation(one, gpus)
-        if not found:
+        plans: list[Plan] = []
+        for candidate in candidates(self.config, self.hf, gpus, self.kind, self.pinned, self.gpu.is_cpu):
+            plans += self._with_recomputation(candidate, gpus)
+        if not plans:
             raise UserError(self._no_layout(gpus))
-        return sorted(found, key=_rank)
+        return sorted(plans, key=_rank)
 
     def _with_recomputation(self, config: Config, gpus: int) -> Iterator[Plan]:
-        """As little as fits: the less is computed again, the faster. Where nothing fits, all of it."""
+        """Yield plans with more and more recomputation until one fits: less recomputation is faster."""
         pinned = "parallel.recompute" in self.pinned
         for recompute in (config.parallel.recompute,) if pinned else ("none", "selective", "full"):
             parallel = config.parallel.model_copy(update={"recompute": recompute})
@@ -143,7 +151,7 @@ class Planner:
                 return
 
     def as_configured(self) -> Plan | str:
-        """The config's own layout on these GPUs; or why it does not run on them."""
+        """Return the config's own layout on these GPUs, or why it does not run on them."""
         return problem(self.config, self.options.gpus, self.kind) or self.plan(self.config)
 
     def _no_layout(self, gpus: int) -> str:
@@ -157,11 +165,11 @@ class Planner:
         return f"no layout of {gpus} GPUs passes the checks{kept}:{why}\nwhat divides:\n{whole}"
 
     def ways_out(self, best: Plan) -> list[str]:
-        """Where nothing fits: what would, each way tried by itself."""
-        found = []
+        """Return the single changes that would make something fit."""
+        ways = []
         smaller = self._with_smaller_packs(best)
         if smaller is not None:
-            found.append(f"shorter packs: --{self.kind}.token_budget={smaller} (a sequence must fit into one)")
+            ways.append(f"shorter packs: --{self.kind}.token_budget={smaller} (a sequence must fit into one)")
         gpus = self.options.gpus
         for times in (2**n for n in range(1, MORE_GPUS.bit_length())):
             try:
@@ -169,11 +177,11 @@ class Planner:
             except UserError:
                 continue
             if first.fits:
-                found.append(f"more GPUs: {gpus * times} ({first.name}, recompute {first.layout.parallel.recompute})")
+                ways.append(f"more GPUs: {gpus * times} ({first.name}, recompute {first.layout.parallel.recompute})")
                 break
         if self.kind == "rl":
-            found += self._with_another_engine(best)
-        return found
+            ways += self._with_another_engine(best)
+        return ways
 
     def _with_smaller_packs(self, best: Plan) -> int | None:
         section = getattr(best.config, self.kind)

@@ -1,4 +1,4 @@
-"""The engine of RL: its memory awake and asleep, what fits into its cache, and how long a step's rollouts take."""
+"""The rollout engine: its memory awake and asleep, what its cache holds, and how long a step's rollouts take."""
 
 from __future__ import annotations
 
@@ -6,44 +6,54 @@ from dataclasses import dataclass
 from math import ceil
 
 from pctrain.config.tree import Config
-from pctrain.hf.config import HFConfig
+from pctrain.hf.config import Experts, HFConfig
 from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters
 
-ASLEEP = (
-    1.5 * GIB
-)  # of a sleeping engine on a GPU: captured graphs, work space of its kernels, buffers of its own communicator
-PREFILL = 8192  # tokens of one pass that vLLM sets room aside for (max_num_batched_tokens of its defaults on such GPUs)
-CPU_ENGINE = 85e6  # on a CPU: code that is imported at its start, buffers
-BANDWIDTH = 0.6  # share of a memory's bandwidth that decoding reaches
-LAUNCH = 15e-6  # seconds a layer and token that decoding takes beside reading: launches, all-reduces of a few rows
-SCHEDULING = 2e-3  # seconds a token that vLLM's scheduler and sampler take
+ASLEEP = 1.5 * GIB  # a sleeping engine on a GPU: captured graphs, kernel workspaces, buffers of its communicator
+PREFILL = 8192  # tokens of the largest pass that vLLM reserves memory for (its default max_num_batched_tokens)
+CPU_ENGINE = 85e6  # an engine on a CPU: imported code, buffers
+BANDWIDTH = 0.6  # share of the memory bandwidth that decoding reaches
+LAUNCH = 15e-6  # seconds per layer and token besides reading: launches, small all-reduces
+SCHEDULING = 2e-3  # seconds per token for vLLM's scheduler and sampler
 
 
 @dataclass(frozen=True)
 class Engine:
-    """One vLLM engine on `rollout.tensor` ranks; bytes are of one rank. `cache`: of its KV cache."""
+    """One vLLM engine on `rollout.tensor` ranks; bytes on one rank.
+
+    Attributes:
+        model_bytes: weights of the whole model.
+        weights: weights on this rank.
+        cache: KV cache.
+        awake: everything while it samples.
+        asleep: everything while it sleeps.
+        token_bytes: KV cache of one token.
+    """
 
     model_bytes: float
     weights: float
     cache: float
     awake: float
     asleep: float
-    token_bytes: float  # of the KV cache, a token
+    token_bytes: float
 
     @property
     def tokens(self) -> int:
-        """Tokens that the cache holds."""
+        """Return the tokens that the cache holds."""
         return max(0, int(self.cache // self.token_bytes))
 
     def sequences(self, length: int) -> int:
-        """Sequences of that length that are decoded at once without one being put off."""
+        """Return the sequences of this length that the cache holds at once."""
         return self.tokens // length
 
 
 def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
-    """On a GPU `rollout.gpu_memory` of it, all of which it takes while awake; asleep (level 2) neither weights nor cache are kept. On a CPU
-    it never sleeps."""
+    """Return the engine of a config.
+
+    On a GPU it takes `rollout.gpu_memory` of the memory while awake; asleep (level 2) it keeps neither weights nor
+    cache. On a CPU it never sleeps.
+    """
     rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
     whole = float(all_parameters(hf) * size)
     weights = whole / rollout.tensor
@@ -53,7 +63,7 @@ def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
         cache = float(rollout.kv_cache_mb << 20)
         return Engine(whole, weights, cache, weights + cache + CPU_ENGINE, weights + cache + CPU_ENGINE, token)
     share = rollout.gpu_memory * gpu.memory
-    # Activations of the largest pass, and logits in float32 of every sequence.
+    # Activations of the largest pass, and float32 logits of every sequence.
     width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
     passing = PREFILL * size * (3 * width / rollout.tensor + 4 * hf.hidden) + 2 * rollout.max_sequences * hf.vocab * 4
     return Engine(whole, weights, max(0.0, share - weights - passing), share, ASLEEP, token)
@@ -61,7 +71,7 @@ def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What one step samples. `at_once`: sequences that an engine decodes side by side."""
+    """What one step samples. `at_once` is the number of sequences that an engine decodes together."""
 
     sequences: int
     rounds: int
@@ -75,7 +85,7 @@ def rollouts(
     config: Config,
     layout: Layout,
     gpu: Gpu,
-    of: Engine,
+    sampler: Engine,
     *,
     prompt: float,
     response: float,
@@ -85,30 +95,30 @@ def rollouts(
     mfu: float,
     forward_flops: float,
 ) -> Rollouts:
-    """Of `rounds` rounds of `prompts` x `group` sequences each.
+    """Return the time of `rounds` rounds of `prompts` x `group` sequences.
 
-    A token of c sequences costs reading the weights and their caches once; a round ends with its longest response, decoded almost alone.
-    `forward_flops`: of one sequence's prompt.
+    One token of c sequences costs reading the weights and their caches once. A round ends with its longest response,
+    which is decoded almost alone. `forward_flops` is the forward pass of one prompt.
     """
     rollout = config.rollout
     engines = layout.gpus // rollout.tensor
     each = ceil(prompts * group / engines)
-    room = max(1, of.sequences(max(1, int(prompt + response))))
+    room = max(1, sampler.sequences(max(1, int(prompt + response))))
     at_once = max(1, min(each, rollout.max_sequences, room))
     speed = gpu.bandwidth * BANDWIDTH
 
     def token(count: float) -> float:
-        touched = of.weights if hf.experts is None else _touched(hf, of.weights, count)
-        return (touched + count * (prompt + response / 2) * of.token_bytes) / speed + hf.layers * LAUNCH + SCHEDULING
+        read = sampler.weights if hf.experts is None else _read_weights(hf, hf.experts, sampler.weights, count)
+        return (read + count * (prompt + response / 2) * sampler.token_bytes) / speed + hf.layers * LAUNCH + SCHEDULING
 
     decode = each * response / at_once * token(at_once) + max(0.0, rollout.max_response - response) * token(1)
     prefill = each * forward_flops / (gpu.flops(config.model.dtype) * mfu * rollout.tensor)
     return Rollouts(rounds * prompts * group, rounds, engines, at_once, rounds * (decode + prefill))
 
 
-def _touched(hf: HFConfig, weights: float, count: float) -> float:
-    """Bytes of the weights that `count` tokens of a mixture of experts read: experts that none was sent to are not."""
+def _read_weights(hf: HFConfig, experts: Experts, weights: float, tokens: float) -> float:
+    """Return the bytes of weights that `tokens` tokens read: experts that no token is routed to are not read."""
     size = weights / all_parameters(hf)
-    experts = 3 * hf.experts.ffn * hf.hidden * hf.experts.count * hf.layers * size
-    missed = (1 - hf.experts.per_token / hf.experts.count) ** count
-    return weights - experts * missed
+    expert_bytes = 3 * experts.ffn * hf.hidden * experts.count * hf.layers * size
+    missed = (1 - experts.per_token / experts.count) ** tokens
+    return weights - expert_bytes * missed

@@ -1,6 +1,6 @@
-"""Which parameters a rank holds: of megatron-core's GPTModel, as core/model.py builds it, at any layout.
+"""The parameters that a rank holds at any layout, in megatron-core's GPTModel as core/model.py builds it.
 
-Held against real shards on the meta device by tests/plan/test_plan_shards.py.
+tests/plan/test_plan_shards.py compares them with real shards on the meta device.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pctrain.config.tree import Config, ParallelConfig
 from pctrain.hf.config import HFConfig
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-BUCKET = 40_000_000  # elements; megatron-core's least, of overlapped reductions
-BUCKET_END = 128  # elements that the end of a bucket is a multiple of, beside the ranks that share it
+BUCKET = 40_000_000  # elements: megatron-core's smallest bucket of overlapped reductions
+BUCKET_END = 128  # a bucket ends at a multiple of this, and of the ranks that share it
 
 
 def hf_config(config: Config) -> HFConfig:
-    """From `model.path`/config.json, else the model that `model.architecture` makes (its vocabulary is then an upper bound). No torch."""
+    """Return config.json of `model.path`, or the sizes of `model.architecture` with the largest vocabulary."""
     if config.model.path is not None:
         return HFConfig.read(config.model.path)
     a = config.model.architecture
@@ -41,61 +41,71 @@ def hf_config(config: Config) -> HFConfig:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `gpus` ranks share the work. `expert` parallel ranks are taken from the data parallel ones; experts are cut over the tensor
-    parallel ranks too."""
+    """How `gpus` ranks share the work.
+
+    Expert parallel ranks are taken from the data parallel ones, and experts are also sharded over the tensor parallel
+    ranks.
+    """
 
     parallel: ParallelConfig
     gpus: int
 
     @property
     def data(self) -> int:
+        """Return the data parallel size."""
         par = self.parallel
         return self.gpus // (par.tensor * par.pipeline * par.context)
 
     @property
     def copies(self) -> int:
-        """Ranks that hold the same dense parameters: over them the optimizer's state is cut."""
+        """Return the ranks that hold the same dense parameters, over which the optimizer state is sharded."""
         return self.data * self.parallel.context
 
     @property
     def expert_copies(self) -> int:
+        """Return the ranks that hold the same expert parameters."""
         return self.copies // self.parallel.expert
 
     def stage_layers(self, layers: int) -> list[int]:
-        """Layers of every pipeline stage."""
+        """Return the layers of every pipeline stage."""
         par = self.parallel
-        own = {0: par.first_stage_layers, par.pipeline - 1: par.last_stage_layers} if par.pipeline > 1 else {}
-        own = {stage: count for stage, count in own.items() if count is not None}
-        others = par.pipeline - len(own)
-        return [own[s] if s in own else (layers - sum(own.values())) // others for s in range(par.pipeline)]
+        given = {0: par.first_stage_layers, par.pipeline - 1: par.last_stage_layers} if par.pipeline > 1 else {}
+        ends = {stage: count for stage, count in given.items() if count is not None}
+        others = par.pipeline - len(ends)
+        rest = layers - sum(ends.values())
+        return [ends[stage] if stage in ends else rest // others for stage in range(par.pipeline)]
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as the object that it is: `_chunk` makes each but once
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: `_chunk` makes each only once
 class Chunk:
-    """One module of a rank (a virtual pipeline stage, or all of a stage): elements of each parameter, in the order of the module."""
+    """One module of a rank (a stage or a virtual stage): elements of each parameter, in the order of the module.
+
+    `own_bucket` is the index in `dense` of an embedding that is tied to the head of the last stage.
+    """
 
     dense: tuple[int, ...]
     expert: tuple[int, ...]
-    own_bucket: int | None = None  # which of `dense` is an embedding that the head of the last stage is tied to
+    own_bucket: int | None = None
 
     @property
     def parameters(self) -> int:
+        """Return the number of elements."""
         return sum(self.dense) + sum(self.expert)
 
 
 def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[Chunk]:
-    """The modules of the ranks of a pipeline stage."""
+    """Return the modules of a pipeline stage."""
     par = layout.parallel
     layers, v = layout.stage_layers(hf.layers)[stage], par.virtual_pipeline
-    found = []
+    modules = []
     for part in range(v):
         first = stage == 0 and part == 0
         last = stage == par.pipeline - 1 and part == v - 1
-        found.append(_chunk(hf, par.tensor, par.expert, layers // v, first, last, hf.tied and par.pipeline > 1))
-    return found
+        modules.append(_chunk(hf, par.tensor, par.expert, layers // v, first, last, hf.tied and par.pipeline > 1))
+    return modules
 
 
-@lru_cache  # a search asks for the same again and again
+@lru_cache  # a search asks for the same ones repeatedly
 def _chunk(
     hf: HFConfig, tensor: int, ranks_of_experts: int, layers: int, first: bool, last: bool, tied_over_stages: bool
 ) -> Chunk:
@@ -115,7 +125,7 @@ def _chunk(
 
 
 def _dense_of_layer(hf: HFConfig, tensor: int) -> list[int]:
-    """Norm, attention, norm, and feed-forward or router."""
+    """Return the elements of norm, attention, norm, and feed-forward or router."""
     queries, all_three = hf.heads * hf.head_dim // tensor, (hf.heads + 2 * hf.kv_heads) * hf.head_dim // tensor
     attention = [hf.hidden, queries * hf.hidden, all_three * hf.hidden]
     if hf.qkv_bias:
@@ -136,7 +146,7 @@ def _experts_of_layer(hf: HFConfig, tensor: int, ranks_of_experts: int) -> list[
 
 @dataclass(frozen=True)
 class Buffers:
-    """Elements, with padding, of a rank's buffers: parameters lie in them, and gradients in float32; the optimizer holds `owned`."""
+    """Elements of a rank's parameter buffers, padding included. The optimizer owns `owned` of them."""
 
     dense: int
     expert: int
@@ -144,11 +154,12 @@ class Buffers:
 
     @property
     def elements(self) -> int:
+        """Return the elements of all buffers."""
         return self.dense + self.expert
 
 
 def buffers(hf: HFConfig, layout: Layout, stage: int) -> Buffers:
-    """What megatron-core's DistributedDataParallel makes for the parameters of that stage."""
+    """Return the buffers that megatron-core's DistributedDataParallel makes for a stage."""
     dense = expert = 0
     for index, chunk in enumerate(chunks(hf, layout, stage)):
         overlapped = layout.parallel.overlap_grad_reduce and stage == 0 and index == 0
@@ -160,11 +171,15 @@ def buffers(hf: HFConfig, layout: Layout, stage: int) -> Buffers:
 
 @lru_cache
 def _padded(chunk: Chunk, of_experts: bool, ranks: int, bucket: int | None) -> int:
-    """Elements of one of its buffers: from the last parameter to the first, each begins at a multiple of 64, each bucket ends at one of
-    `ranks` and of 128 (megatron-core 0.16.1, distributed/param_and_grad_buffer.py)."""
+    """Return the elements of one buffer (megatron-core 0.16.1, distributed/param_and_grad_buffer.py).
+
+    Parameters are laid out from the last to the first, each from a multiple of 64. Each bucket ends at a multiple of
+    `ranks` and of 128.
+    """
     sizes, own = (chunk.expert, None) if of_experts else (chunk.dense, chunk.own_bucket)
     multiple = lcm(ranks, BUCKET_END)
-    begin = end = 0  # of the bucket; of what lies in it
+    begin = 0  # of the bucket
+    end = 0  # of what is in it
     for index in reversed(range(len(sizes))):
         end = _up(end, 64)
         if index == own and end > begin:
@@ -181,11 +196,11 @@ def _up(number: int, multiple: int) -> int:
 
 @lru_cache
 def all_parameters(hf: HFConfig) -> int:
-    """Elements of the whole model; a tied matrix counts once."""
+    """Return the elements of the whole model; a tied matrix counts once."""
     one = Layout(ParallelConfig(), 1)
     return sum(chunk.parameters for chunk in chunks(hf, one, 0))
 
 
 def largest_matrix(hf: HFConfig, par: ParallelConfig) -> int:
-    """Elements of the largest matrix of a layer on one rank."""
+    """Return the elements of the largest matrix of a layer on one rank."""
     return max(_dense_of_layer(hf, par.tensor) + _experts_of_layer(hf, par.tensor, par.expert))

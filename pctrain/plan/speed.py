@@ -1,4 +1,4 @@
-"""Seconds of a step, by part, from FLOPs, bytes and rates. Every share that is no measurement is an assumption that the plan states."""
+"""Seconds of a step by part, from FLOPs, bytes and rates. The plan states every share that is assumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pctrain.plan.work import Work
 
 @dataclass(frozen=True)
 class Speed:
-    """`parts`: seconds by name; `bubble`: share of the pipeline's time that a stage waits; `tokens`: trained on, of a step."""
+    """The time of a step: `parts` in seconds, `bubble` as the share of time a stage waits, `tokens` trained on."""
 
     parts: dict[str, float]
     bubble: float
@@ -31,6 +31,7 @@ class Speed:
 
     @property
     def seconds(self) -> float:
+        """Return the time of a step."""
         return sum(self.parts.values())
 
 
@@ -45,6 +46,7 @@ def speed(
     mfu: float,
     per_node: int,
 ) -> Speed:
+    """Return the time of a step. `mfu` is the share of its peak that a GPU reaches, `per_node` the GPUs of a node."""
     par = layout.parallel
     rate = gpu.flops(config.model.dtype) * mfu
     count = _packs(work, layout)
@@ -59,15 +61,14 @@ def speed(
     parts = {
         "compute": computing,
         "bubble": computing * bubble / (1 - bubble),
-        "wires": sum(one.waited for one in sent),
-        # The shard of masters and moments read and written, gradients read, weights written.
+        "wires": sum(transfer.waited for transfer in sent),
+        # Reading and writing the shard of masters and moments, reading gradients, writing weights.
         "optimizer": work.updates * (held.owned * 28 + held.elements * 8) / gpu.bandwidth,
     }
     sampled = None
     if engine is not None:
-        one = work.forward(hf, work.sequences) / slowest / rate / (1 - bubble)
-        for name in work.passes:
-            parts[name] = one
+        forward = work.forward(hf, work.sequences) / slowest / rate / (1 - bubble)
+        parts |= dict.fromkeys(work.passes, forward)
         prompt = flops.exact_forward(hf.shape, np.array([work.prompt]))
         sampled = rollouts(
             hf,
@@ -84,32 +85,32 @@ def speed(
             forward_flops=prompt,
         )
         parts["rollout"] = sampled.seconds
-        parts["swap"] = _swap(hf, config, layout, gpu, per_node)
+        parts["swap"] = _weight_update(hf, config, layout, gpu, per_node)
     return Speed(parts, bubble, sent, training, work.tokens, count, sampled)
 
 
 def _packs(work: Work, layout: Layout) -> int:
-    """Micro-batches of an update; virtual stages take them in groups of as many as there are stages."""
+    """Return the micro-batches of an update, a multiple of the stages if they are interleaved."""
     count, par = work.micro_batches(layout.data), layout.parallel
     return ceil(count / par.pipeline) * par.pipeline if par.virtual_pipeline > 1 else count
 
 
 def bubble_share(layout: Layout, micro_batches: int) -> float:
-    """(p - 1) / (m v + p - 1), of p stages, m micro-batches and v virtual stages (arXiv 2104.04473, 2.2)."""
+    """Return (p - 1) / (m v + p - 1) for p stages, m micro-batches, v virtual stages (arXiv 2104.04473, 2.2)."""
     par = layout.parallel
     return (par.pipeline - 1) / (micro_batches * par.virtual_pipeline + par.pipeline - 1)
 
 
 def _slowest_stage(hf: HFConfig, layout: Layout) -> float:
-    """Mean work of a stage over that of the slowest: 1 where all are alike. The head is work of the last stage."""
+    """Return the mean work of a stage over that of the slowest. The head is work of the last stage."""
     shape = hf.shape
     stages = [float(count * shape.layer_weights) for count in layout.stage_layers(hf.layers)]
     stages[-1] += shape.vocab * shape.hidden
     return sum(stages) / len(stages) / max(stages)
 
 
-def _swap(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, per_node: int) -> float:
-    """Every rank gets every weight: from the tensor parallel ranks of its stage, and from the other stages; then it is copied."""
+def _weight_update(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, per_node: int) -> float:
+    """Return the time of a weight update: every rank receives every weight, then copies it."""
     par, whole = layout.parallel, all_parameters(hf) * DTYPE_BYTES[config.model.dtype]
     copied = 3 * whole / gpu.bandwidth
     if par.tensor * par.pipeline * par.expert == 1:

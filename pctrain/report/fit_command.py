@@ -30,7 +30,10 @@ PAPER_OPTIONS = ("tau", "alpha", "eps")
 
 
 def main(path: Path | str, options: FitOptions, console: Console | None = None) -> list[dict[str, Any]]:
-    """Fit all curves in `path`, write the rows of docs/contracts.md to `options.out`, print tables; return the rows."""
+    """Fit all curves in `path`, write the rows to `options.out`, print tables; return the rows.
+
+    docs/reference/ceilings.md describes the rows.
+    """
     path = Path(path)
     _check_options(options)
     _check_out(path, options.out)

@@ -23,7 +23,7 @@ class Result:
     budget: list[AtBudget]
 
     def row(self) -> dict[str, Any]:
-        """Return the row of fits.json: plain JSON values, with the keys of docs/contracts.md."""
+        """Return the row of fits.json: plain JSON values, with the keys of docs/reference/ceilings.md."""
         row = self.fit.as_row(self.curve.dataset, self.curve.start_step)
         if self.held_out is not None:
             row["held_out"] = dataclasses.asdict(self.held_out)

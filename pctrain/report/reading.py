@@ -1,4 +1,4 @@
-"""Read a study or a single run from its folders. Only the files are needed (docs/contracts.md, "Run folder")."""
+"""Read a study or a single run from its folders. Only the files are needed (docs/reference/run_folder.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""The run folder: everything a run writes, kept consistent across SIGKILL and resume. docs/contracts.md lists the
-files.
+"""The run folder: everything a run writes, kept consistent across SIGKILL and resume.
+
+docs/reference/run_folder.md lists the files.
 
 Only rank 0 writes. The other ranks hold the same object, whose writing methods do nothing. A resumed run equals an
 uninterrupted one because of the order: record everything of step N, then commit the checkpoint of step N. On resume:
@@ -164,9 +165,8 @@ class RunFolder:
         Args:
             step: the training step.
             kind: train, val or eval.
-            values: `eflops_sft`, `eflops_rl` and the metric keys of docs/contracts.md; numbers, NumPy or torch scalars,
-            or
-                texts. NaN and infinities are written as null.
+            values: `eflops_sft`, `eflops_rl` and the metric keys of docs/reference/run_folder.md; numbers,
+                NumPy or torch scalars, or texts. NaN and infinities are written as null.
         """
         if kind not in records.KINDS:
             raise ValueError(f"kind {kind!r}: expected train, val or eval")
@@ -180,7 +180,7 @@ class RunFolder:
         self._trackers.write(step, kind, numbers)
 
     def record_ledger(self, entries: Iterable[Any]) -> None:
-        """Append entries (mappings or dataclasses with the fields of docs/contracts.md) to ledger.jsonl, one a line."""
+        """Append entries to ledger.jsonl, one a line: mappings or dataclasses (docs/reference/run_folder.md)."""
         if self.writes:
             self._append(LEDGER, "".join(json_line(plain(entry)) for entry in entries))
 

@@ -1,7 +1,7 @@
 """Run a study: SFT, RL from its checkpoints, ceilings, report. Every stage is a run folder that resumes after any stop.
 
-`stages.py` says which stages there are, `jobs.py` which one a job does next; this module runs them. docs/study.md is the
-guide.
+`stages.py` says which stages there are, `jobs.py` which one a job does next; this module runs them. docs/study.md is
+the guide.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ def _check_experts(data: DataConfig, problems: Path, algorithms: Sequence[str]) 
     for record in islice(iter_records(problems, data.fields, ("answer", "response")), SAMPLE):
         if isinstance(record, Fault):
             raise UserError(
-                f"{record.where}: {record.message} ({', '.join(algorithms)} learn from an expert's trajectory for every "
-                "problem of data.rl; name other study.algorithms, or give problems with responses)"
+                f"{record.where}: {record.message} ({', '.join(algorithms)} learn from an expert's trajectory for "
+                "every problem of data.rl; name other study.algorithms, or give problems with responses)"
             )
 
 
@@ -129,8 +129,8 @@ def _conclude(root: Path, crew: Crew) -> None:
     for stage in crew.stages:
         if crew.ended(stage) == "left out":
             _say(
-                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that regime did "
-                "not occur"
+                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that "
+                "regime did not occur"
             )
     if not crew.all_ended:
         states = [(stage.name, *crew.state(stage)) for stage in crew.stages]

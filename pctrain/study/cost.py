@@ -1,7 +1,8 @@
 """The plan of a study as a table: which stages are done, running or to do, and what they cost by the paper's formulas.
 
-Spent compute comes from the ledgers. The cost of a stage to do is an estimate from the first trajectories of its set: the
-configured number of SFT steps, and RL whose responses are as long as the experts', with one sampling round per step.
+Spent compute comes from the ledgers. The cost of a stage to do is an estimate from the first trajectories of its set:
+the configured number of SFT steps, and RL whose responses are as long as the experts', with one sampling round per
+step.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Lengths:
 
 
 class Costs:
-    """Estimates for the stages of a study. With `counts`, sets are counted if `sft.epochs` needs it, which takes time."""
+    """Estimates for the stages of a study. `counts` allows counting sets for `sft.epochs`, which takes time."""
 
     def __init__(self, config: Config, counts: bool):
         self.config, self.counts = config, counts
@@ -132,8 +133,8 @@ class Costs:
 def rl_step(shape: ModelShape, algorithm: AlgorithmOptions, rl: RLConfig, length: float) -> float:
     """Return the FLOPs of one RL step by the paper's formula for an algorithm with these traits.
 
-    Every sequence has `length` tokens. An algorithm that sometimes learns from experts instead (UPT) is counted as if it
-    learned from every rollout.
+    Every sequence has `length` tokens. An algorithm that sometimes learns from experts instead (UPT) is counted as if
+    it learned from every rollout.
     """
     rollouts = algorithm.rollouts(rl.group)
     if algorithm.dynamic_sampling:
@@ -197,8 +198,8 @@ def print_plan(config: Config, crew: Crew, disk: OnDisk, counts: bool = False) -
     console.print(table)
     spent, ahead = sum(line.spent for line in lines), sum(line.ahead for line in lines)
     console.print(
-        f"Spent {flops_text(spent / EFLOP)}, about {flops_text(ahead / EFLOP)} of training compute left (by the paper's "
-        "formulas; RL as if responses were as long as the experts', with one sampling round per step).",
+        f"Spent {flops_text(spent / EFLOP)}, about {flops_text(ahead / EFLOP)} of training compute left (by the "
+        "paper's formulas; RL as if responses were as long as the experts', with one sampling round per step).",
         highlight=False,
         soft_wrap=True,
     )

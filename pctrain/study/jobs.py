@@ -1,7 +1,7 @@
 """Which stage a job does next: several jobs (processes, nodes) that run the same study coordinate in its folder.
 
-A job that runs a stage holds the stage's lock. The lock is released when the job ends, however it ends. The next job finds it
-free and resumes the stage.
+A job that runs a stage holds the stage's lock. The lock is released when the job ends, however it ends. The next job
+finds it free and resumes the stage.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Crew:
         return "running", holder(file)
 
     def take(self) -> Iterator[None]:
-        """Claim the next free stage whose needs are done. While other jobs run what it needs, wait and yield now and then.
+        """Claim the next free stage whose needs are done. While others run what it needs, wait and yield now and then.
 
         Afterwards `claim` is the stage, or None if nothing is left for this job.
         """

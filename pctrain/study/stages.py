@@ -165,7 +165,7 @@ def stage_config(config: ResolvedConfig, stage: Stage, root: Path, step: int) ->
 
 
 def start_step(config: Config, stage: Stage, root: Path) -> int | None:
-    """Return the SFT step that RL starts from, by the regimes of the finished SFT run; None if its regime did not occur."""
+    """Return the SFT step that RL starts from, by the regimes of the SFT run; None if its regime did not occur."""
     if stage.kind == "sft" or stage.start == BASE:
         return 0
     sft = stage.sft_folder(root)

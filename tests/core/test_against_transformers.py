@@ -28,7 +28,13 @@ def transformers_models(hf_dirs):
 
 @pytest.mark.parametrize(
     "layout",
-    [(1, {}), (2, {"tensor": 2, "sequence_parallel": True}), (2, {"pipeline": 2}), (2, {"pipeline": 2, "virtual_pipeline": 2}), (2, {})],
+    [
+        (1, {}),
+        (2, {"tensor": 2, "sequence_parallel": True}),
+        (2, {"pipeline": 2}),
+        (2, {"pipeline": 2, "virtual_pipeline": 2}),
+        (2, {}),
+    ],
     ids=["single", "TP2 SP", "PP2", "PP2 with virtual stages", "DP2"])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_logprobs_of_packed_sequences_equal_each_sequence_alone(ranks, hf_dirs, transformers_models, layout, tied):

@@ -32,9 +32,11 @@ def test_training_follows_float32(ranks, hf_dirs):
     bf16, dtypes = ranks.run(_train, hf_dirs[False], "bfloat16", world=2)[0]
     assert dtypes == {
         "parameters": ["torch.bfloat16"],
-        **dict.fromkeys(("gradients", "masters", "moments"), ["torch.float32"]),
+        "gradients": ["torch.float32"],
+        "masters": ["torch.float32"],
+        "moments": ["torch.float32"],
     }
-    # bfloat16 keeps 8 bits: a logit of size 1 is off by up to 2^-9, and a mean of hundreds of token losses by less than that.
+    # bfloat16 keeps 8 bits: a logit of size 1 is off by up to 2^-9, and a mean of hundreds of token losses by less.
     np.testing.assert_allclose(bf16, fp32, rtol=2**-9)
     assert bf16 != fp32 and fp32[-1] < fp32[0] - 0.05
 

@@ -1,4 +1,4 @@
-"""A run that is saved and loaded goes on as if it had not been: bit for bit at the same layout, within rounding at another."""
+"""A resumed run equals an uninterrupted one: bit for bit at the same layout, within rounding at another."""
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ STEPS = 6
     ids=["single", "TP2", "PP2 with virtual stages", "DP2"],
 )
 def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
-    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
-    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
+    uninterrupted = ranks.run(small.save_and_continue, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
+    resumed = ranks.run(small.load_and_continue, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)
     for a, b in zip(uninterrupted, resumed, strict=True):
         assert a[:3] == b[:3]
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
@@ -28,7 +28,7 @@ def _saved_before_its_first_step(directory, folder, action):
         model.save(folder)
     elif action == "load":
         model.load(folder)
-    return small.go_on(model, 3)
+    return small.train_on(model, 3)
 
 
 def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
@@ -43,15 +43,20 @@ def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
 
 @pytest.mark.parametrize(
     "world, layout",
-    [pytest.param(1, {}, marks=pytest.mark.full), pytest.param(2, {"pipeline": 2}, marks=pytest.mark.full),
-     (2, {"pipeline": 2, "virtual_pipeline": 2}), pytest.param(2, {"pipeline": 2, "first_stage_layers": 1}, marks=pytest.mark.full),
-     pytest.param(2, {}, marks=pytest.mark.full), (4, {"tensor": 2, "pipeline": 2})],
-    ids=["single", "PP2", "PP2 with virtual stages", "PP2 of 1 and 3 layers", "DP2", "TP2 x PP2"])  # fmt: skip
+    [
+        pytest.param(1, {}, marks=pytest.mark.full, id="single"),
+        pytest.param(2, {"pipeline": 2}, marks=pytest.mark.full, id="PP2"),
+        pytest.param(2, {"pipeline": 2, "virtual_pipeline": 2}, id="PP2 with virtual stages"),
+        pytest.param(2, {"pipeline": 2, "first_stage_layers": 1}, marks=pytest.mark.full, id="PP2 of 1 and 3 layers"),
+        pytest.param(2, {}, marks=pytest.mark.full, id="DP2"),
+        pytest.param(4, {"tensor": 2, "pipeline": 2}, id="TP2 x PP2"),
+    ],
+)
 def test_another_layout(ranks, hf_dirs, tmp_path, world, layout):
-    uninterrupted = ranks.run(small.save_and_go_on, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2)[
-        0
-    ]
-    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)[0]
+    uninterrupted = ranks.run(
+        small.save_and_continue, hf_dirs[True], {"tensor": 2}, tmp_path / "step-6", STEPS, world=2
+    )[0]
+    resumed = ranks.run(small.load_and_continue, hf_dirs[True], layout, tmp_path / "step-6", STEPS, world=world)[0]
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)
     assert resumed[2] == uninterrupted[2]
@@ -63,7 +68,7 @@ def _weights_from(directory, folder):
 
 def test_another_run_can_start_from_the_weights(ranks, hf_dirs, tmp_path):
     saved = tmp_path / "step-6"
-    ranks.run(small.save_and_go_on, hf_dirs[True], {}, saved, STEPS, world=1)
+    ranks.run(small.save_and_continue, hf_dirs[True], {}, saved, STEPS, world=1)
     started = ranks.run(_weights_from, hf_dirs[True], saved, world=1)[0]
     initial = ranks.run(_weights_from, hf_dirs[True], None, world=1)[0]
     assert any(not np.array_equal(started[name], initial[name]) for name in started)
@@ -92,7 +97,7 @@ def _save_in_the_background(directory, folder):
         parallel.barrier()
     model.save(folder.with_name("save-1"), done=lambda: events.append("save-1"))
     assert events == [], "done before anybody looked"
-    after = small.go_on(model, STEPS)  # changes the tensors in place while they are being written
+    after = small.train_on(model, STEPS)  # changes the tensors in place while they are being written
     model.save(folder.with_name("save-2"), done=lambda: events.append("save-2"))
     assert events == ["save-1"], "the next save begins when the one before is complete"
     model.poll_save(wait=True)
@@ -105,7 +110,7 @@ def _save_in_the_background(directory, folder):
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_save_in_the_background_holds_the_moment_of_the_save(ranks, hf_dirs, tmp_path, world):
     uninterrupted = ranks.run(_save_in_the_background, hf_dirs[True], tmp_path / "save-1", world=world)[0]
-    resumed = ranks.run(small.load_and_go_on, hf_dirs[True], {}, tmp_path / "save-1", STEPS, world=world)[0]
+    resumed = ranks.run(small.load_and_continue, hf_dirs[True], {}, tmp_path / "save-1", STEPS, world=world)[0]
     assert resumed[:3] == uninterrupted[:3]
     assert all(np.array_equal(resumed[3][name], uninterrupted[3][name]) for name in resumed[3])
 

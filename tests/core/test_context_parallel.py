@@ -1,9 +1,11 @@
 """Context parallelism: how packs are cut, and that a run cut so is the same run.
 
-Attention across the ranks is Transformer Engine's, on GPUs alone. Here a stand-in takes its place, which gathers the sequences, so that
-everything else (the cut, labels, streams, denominators, reductions, log-probs) runs as it does there.
+Attention across the ranks is Transformer Engine's, on GPUs alone. Here a stand-in takes its place, which gathers the
+sequences, so that everything else (the cut, labels, streams, denominators, reductions, log-probs) runs as it does
+there.
 """
 
+from itertools import pairwise
 from unittest import mock
 
 import numpy as np
@@ -23,14 +25,14 @@ def test_a_pack_is_cut_as_megatron_core_rotates_it():
     assert torch.equal(torch.cat(taken).sort().values, torch.arange(tokens))
     for rank, mine in enumerate(taken):
         expected, ends = [], [*bounds, tokens]
-        for a, b in zip(ends[:-1], ends[1:]):
+        for a, b in pairwise(ends):
             within = torch.arange(b - a)
             expected.append(a + _get_thd_freqs_on_this_cp_rank(rank, size, torch.empty((b - a) // size), within))
         assert mine.tolist() == torch.cat(expected).tolist()
 
 
 class _Gather(torch.autograd.Function):
-    """[T / size, ...] of every rank -> [T, ...] in the order of the pack; backward: this rank's part of the sum over the ranks."""
+    """Gather [T / size, ...] of every rank to [T, ...] in the pack's order; backward sums over the ranks."""
 
     @staticmethod
     def forward(ctx, x, cu_seqlens):
@@ -79,7 +81,7 @@ def _stand_in():
     return (
         mock.patch.object(PackedSDPA, "forward", attend),
         mock.patch.object(DotProductAttention, "__init__", build_alone),
-        mock.patch.object(layers, "choose_spec", lambda model, parallel: "torch"),
+        mock.patch.object(layers, "choose_spec", return_value="torch"),
         # For packed sequences in Transformer Engine's format megatron-core leaves the angles whole, too.
         mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", lambda angles, dim, group: angles),
     )
@@ -121,5 +123,5 @@ def _build(directory, layout):
 def test_the_torch_spec_refuses_it(ranks, hf_dirs):
     from tests.helpers.ranks import RanksFailed
 
-    with pytest.raises(RanksFailed, match="parallel.context needs the layer spec te .* but this model runs on torch"):
+    with pytest.raises(RanksFailed, match=r"parallel.context needs the layer spec te .* but this model runs on torch"):
         ranks.run(_build, hf_dirs[True], {"context": 2}, world=2)

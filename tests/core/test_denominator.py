@@ -1,4 +1,4 @@
-"""A denominator of the caller's: loss and gradients are divided by it, metrics by the sum of the weights; and `optimizer.skip_above`."""
+"""A caller's denominator divides loss and gradients, the sum of the weights divides metrics; `optimizer.skip_above`."""
 
 import numpy as np
 import pytest
@@ -44,7 +44,7 @@ def _skip(directory, layout):
     before = [p.detach().clone() for m in model.modules for p in m.parameters()]
     update = small.step(model, 0)
     return update, all(
-        (a == b.detach()).all() for a, b in zip(before, (p for m in model.modules for p in m.parameters()))
+        (a == b.detach()).all() for a, b in zip(before, (p for m in model.modules for p in m.parameters()), strict=True)
     )
 
 
@@ -59,6 +59,6 @@ def test_too_many_of_them_stop_the_run_with_the_cause():
     skipped.add(update, 3, ["p1"])
     with pytest.raises(
         UserError,
-        match="step 4: the gradient norm is 90, above optimizer.skip_above, and 2 updates in a row were skipped",
+        match=r"step 4: the gradient norm is 90, above optimizer.skip_above, and 2 updates in a row were skipped",
     ):
         skipped.add(update, 4, ["p2"])

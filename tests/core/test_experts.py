@@ -1,4 +1,4 @@
-"""Training a mixture of experts: its auxiliary load-balancing loss against transformers, and the same run at every layout."""
+"""Training a mixture of experts: its auxiliary loss against transformers, and the same run at every layout."""
 
 from unittest import mock
 
@@ -44,7 +44,7 @@ def directories(tmp_path_factory):
 
 
 def _reference(directory, rows, budget, coefficient):
-    """(loss, A averaged over tokens and layers, {Hugging Face name: gradient}) by transformers, float64, each sequence alone."""
+    """Return loss, A averaged over tokens and layers, and gradients by name, from transformers in float64."""
     from transformers import AutoModelForCausalLM
     from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
@@ -65,7 +65,7 @@ def _reference(directory, rows, budget, coefficient):
             gates.append(out.router_logits)
         for layer in zip(*gates, strict=True):
             gate = torch.cat(layer)
-            # transformers counts an expert's tokens k times, and takes the mean over all layers before the product: so one at a time.
+            # transformers counts an expert's tokens k times, and averages all layers before the product: one at a time.
             aux = (
                 aux
                 + len(gate)
@@ -179,7 +179,7 @@ def test_the_auxiliary_loss_is_the_same_at_every_layout(ranks, directories, refe
     ids=["single", "EP4", "EP2 x TP2"],
 )
 def test_padding_has_no_part_in_the_auxiliary_loss(ranks, directories, world, layout):
-    """One short sequence: most of its pack is padding, other ranks have nothing else, and experts are left without a token."""
+    """One short sequence: most of its pack is padding, other ranks have only padding, and some experts no token."""
     rows = small.rows(1, longest=4)
     reference = _reference(directories[True], rows, small.BUDGET, COEFFICIENT)
     for found in ranks.run(_gradient, directories[True], layout, rows, small.BUDGET, COEFFICIENT, world=world):
@@ -252,7 +252,7 @@ STEPS = 3
 def test_a_resumed_run_is_the_same_bit_for_bit(ranks, directories, tmp_path, layout):
     world, parallel = LAYOUTS[layout]
     uninterrupted = ranks.run(
-        small.save_and_go_on,
+        small.save_and_continue,
         directories[True],
         parallel,
         tmp_path / "step-3",
@@ -261,7 +261,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ranks, directories, tmp_path, lay
         router_aux_loss=COEFFICIENT,
     )
     resumed = ranks.run(
-        small.load_and_go_on,
+        small.load_and_continue,
         directories[True],
         parallel,
         tmp_path / "step-3",
@@ -277,10 +277,22 @@ def test_a_resumed_run_is_the_same_bit_for_bit(ranks, directories, tmp_path, lay
 OTHERS = {"single": (1, {}), **LAYOUTS}
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [
-    ("EP2", "single"), *(pytest.param(*pair, marks=pytest.mark.full) for pair in (
-        ("single", "EP2"), ("EP2", "DP2"), ("DP2", "EP2"), ("EP2", "TP2"), ("EP2", "EP2 x TP2"), ("EP2 x TP2", "EP2 x PP2"),
-        ("TP2 x PP2", "EP4, reductions overlapped"), ("EP2 of DP4", "single")))])  # fmt: skip
+SLOW_PAIRS = (
+    ("single", "EP2"),
+    ("EP2", "DP2"),
+    ("DP2", "EP2"),
+    ("EP2", "TP2"),
+    ("EP2", "EP2 x TP2"),
+    ("EP2 x TP2", "EP2 x PP2"),
+    ("TP2 x PP2", "EP4, reductions overlapped"),
+    ("EP2 of DP4", "single"),
+)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("EP2", "single"), *(pytest.param(*pair, marks=pytest.mark.full) for pair in SLOW_PAIRS)],
+)
 def test_a_run_resumes_at_another_layout(ranks, directories, tmp_path, saved, loaded):
     uninterrupted, resumed = (
         ranks.run(
@@ -292,7 +304,7 @@ def test_a_run_resumes_at_another_layout(ranks, directories, tmp_path, saved, lo
             world=OTHERS[layout][0],
             router_aux_loss=COEFFICIENT,
         )[0]
-        for call, layout in ((small.save_and_go_on, saved), (small.load_and_go_on, loaded))
+        for call, layout in ((small.save_and_continue, saved), (small.load_and_continue, loaded))
     )
     np.testing.assert_allclose(resumed[0], uninterrupted[0], rtol=1e-5)  # fp32 sums in another order
     np.testing.assert_allclose(resumed[1], uninterrupted[1], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""An exported directory carries the chat template of the one it came from: what a model was trained with is what it is served with."""
+"""An exported directory has the chat template of its source: a model is served with what it was trained with."""
 
 import shutil
 

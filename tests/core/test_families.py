@@ -126,7 +126,7 @@ def test_training_at_any_layout_is_the_same_run(ranks, models, family):
 
 @pytest.mark.parametrize("family", families.FAMILIES)
 def test_names_under_transformer_engine_are_megatron_cores_own(models, family):
-    """megatron-core's local spec says by which names its norms are stored where Transformer Engine fuses them into the next linear."""
+    """megatron-core's local spec names its norms as Transformer Engine does, which fuses them into the next linear."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
     from pctrain.core.weights import units

@@ -1,4 +1,4 @@
-"""Where gradients come from: the head's, made in the forward pass, and recomputed activations, against the plain way."""
+"""The head's gradient from the forward pass, and recomputed activations, against autograd."""
 
 from unittest import mock
 
@@ -18,7 +18,7 @@ LENGTH = 50
 
 
 def _batch(packs: int):
-    """Packs of two sequences of `LENGTH` tokens a rank, the same number of packs on each; one pack holds all where `packs` is 1."""
+    """Return packs of two sequences of `LENGTH` tokens, equally many per rank; one pack holds all if `packs` is 1."""
     from pctrain.data.packing import pack_rows
     from pctrain.distributed import parallel
 

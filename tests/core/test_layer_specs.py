@@ -1,6 +1,7 @@
 """Which layer spec is chosen where, and what of the GPU specs can be seen without a GPU."""
 
 from contextlib import ExitStack
+from itertools import pairwise
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,9 +18,9 @@ from tests.helpers.attention import attend_alone, layout_of
 
 def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(layers, "on_gpu", lambda: gpu))
-        stack.enter_context(mock.patch.object(layers.importlib.util, "find_spec", lambda name: te or None))
-        stack.enter_context(mock.patch.object(varlen_attention, "available", lambda: varlen))
+        stack.enter_context(mock.patch.object(layers, "on_gpu", return_value=gpu))
+        stack.enter_context(mock.patch.object(layers.importlib.util, "find_spec", return_value=te or None))
+        stack.enter_context(mock.patch.object(varlen_attention, "available", return_value=varlen))
         return layers.choose_spec(ModelConfig(**model), ParallelConfig(**parallel or {}))
 
 
@@ -59,7 +60,7 @@ def test_what_cannot_run_is_refused(machine, model, parallel, message):
 
 @pytest.mark.parametrize("experts", [None, 4])
 def test_the_te_spec_is_built_of_transformer_engines_modules(experts):
-    """megatron-core's own wrappers of them can be imported without Transformer Engine; what they are made of is not looked at."""
+    """megatron-core's wrappers can be imported without Transformer Engine; their contents are not tested."""
     from megatron.core.extensions import transformer_engine as te
     from megatron.core.extensions import transformer_engine_spec_provider as provider
     from megatron.core.models.gpt import gpt_layer_specs
@@ -68,7 +69,7 @@ def test_the_te_spec_is_built_of_transformer_engines_modules(experts):
     with ExitStack() as stack:
         for name, value in {"TESpecProvider": provider.TESpecProvider, "TENorm": te.TENorm}.items():
             stack.enter_context(mock.patch.object(gpt_layer_specs, name, value, create=True))
-        stack.enter_context(mock.patch("megatron.core.utils.get_te_version", lambda: Version("2.10")))
+        stack.enter_context(mock.patch("megatron.core.utils.get_te_version", return_value=Version("2.10")))
         spec = layers.layer_spec("te", SimpleNamespace(num_moe_experts=experts), qk_layernorm=True)
     attention = spec.submodules.self_attention.submodules
     assert attention.core_attention is te.TEDotProductAttention
@@ -110,7 +111,7 @@ def _by_definition(query, key, value, cu_seqlens, longest, scale):
     bounds = cu_seqlens.tolist()
     assert (
         cu_seqlens.dtype == torch.int32
-        and longest == max(b - a for a, b in zip(bounds[:-1], bounds[1:]))
+        and longest == max(b - a for a, b in pairwise(bounds))
         and bounds[-1] == len(query)
     )
     no_turn = torch.zeros(longest, 1, 1, query.shape[-1], dtype=query.dtype)
@@ -118,7 +119,7 @@ def _by_definition(query, key, value, cu_seqlens, longest, scale):
     return torch.cat(
         [
             attend_alone(query[a:b], key[a:b], value[a:b], no_turn).view(b - a, *query.shape[1:])
-            for a, b in zip(bounds[:-1], bounds[1:])
+            for a, b in pairwise(bounds)
         ]
     )
 
@@ -132,9 +133,9 @@ def _attention(scale=8**-0.5):
 
 @pytest.fixture
 def fresh_options():
-    varlen_attention._takes.cache_clear()
+    varlen_attention._has_option.cache_clear()
     yield
-    varlen_attention._takes.cache_clear()
+    varlen_attention._has_option.cache_clear()
 
 
 @pytest.mark.parametrize("varlen_attn", [_of_torch_2_13, _of_torch_2_10])
@@ -142,19 +143,17 @@ def fresh_options():
 def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varlen_attn, lengths, tokens):
     torch.manual_seed(0)
     bounds = [0, *torch.tensor(lengths, dtype=torch.int32).cumsum(0).tolist()]
-    layout = VarlenLayout.of(torch.tensor(bounds, dtype=torch.int32), tokens)
+    layout = VarlenLayout.build(torch.tensor(bounds, dtype=torch.int32), tokens)
     # The angles of the bucketed layout's test, as far as the longest piece, padding included.
     layout.angles = layout_of([layout.max_seqlen_q], layout.max_seqlen_q)[0].angles
     q, k, v = (torch.randn(tokens, 1, heads, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2))
-    with mock.patch.object(varlen_attention, "_varlen", lambda: SimpleNamespace(varlen_attn=varlen_attn)):
+    with mock.patch.object(varlen_attention, "_varlen", return_value=SimpleNamespace(varlen_attn=varlen_attn)):
         ours = _attention()(q, k, v, None, packed_seq_params=layout)
     assert ours.shape == (tokens, 1, 32) and ours.isfinite().all()
     if not lengths:
         return
     real = ours[: bounds[-1], 0]
-    expected = torch.cat(
-        [attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])]
-    )
+    expected = torch.cat([attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))
@@ -163,9 +162,9 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
 
 @pytest.mark.skipif(not varlen_attention.available(), reason="needs torch 2.10 or later")
 def test_torch_takes_the_call(fresh_options):
-    """The real function, on tensors without data: its arguments are accepted, forward and backward, and the shapes are right."""
-    with mock.patch.object(varlen_attention, "device", lambda: torch.device("meta")):
-        layout = VarlenLayout.of(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
+    """The real function accepts the arguments, forward and backward, on tensors without data; shapes are right."""
+    with mock.patch.object(varlen_attention, "device", return_value=torch.device("meta")):
+        layout = VarlenLayout.build(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
         layout.angles = torch.empty(150, 1, 1, 64, device="meta")
         q, k, v = (
             torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
@@ -188,6 +187,6 @@ def _begin(folder):
 def test_a_run_that_cannot_start_writes_nothing(ranks, tmp_path):
     from tests.helpers.ranks import RanksFailed
 
-    with pytest.raises(RanksFailed, match="model.spec = te needs"):
+    with pytest.raises(RanksFailed, match=r"model\.spec = te needs"):
         ranks.run(_begin, tmp_path / "run", world=1)
     assert not (tmp_path / "run").exists()

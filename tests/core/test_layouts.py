@@ -36,7 +36,7 @@ def single(ranks, hf_dirs):
     return {tied: ranks.run(small.train, hf_dirs[tied], {}, STEPS, world=1)[0] for tied in (True, False)}
 
 
-# In the fast tier every layout once: tied where stages share the embedding's gradient, and untied in two of these as well.
+# In the fast tier every layout once: tied where stages share the embedding's gradient, and untied in two of these.
 FAST_TIED = {name for name, (_, parallel) in LAYOUTS.items() if "pipeline" in parallel} - {
     "PP2 of 1 and 3 layers",
     "PP2 x DP2 with virtual stages, reductions overlapped",
@@ -63,10 +63,10 @@ def test_losses_gradient_norms_and_weights_equal_those_of_one_process(ranks, hf_
         # fp32 sums in another order; 20 steps of Adam at a high learning rate amplify 1e-7 to below 1e-5.
         np.testing.assert_allclose(result["loss"], single[tied]["loss"], rtol=1e-5)
         np.testing.assert_allclose(result["grad_norm"], single[tied]["grad_norm"], rtol=1e-4)
-    # It trains, so the comparison means something (random tokens: no more is to be learned than which 257 of 290 ids occur, 0.12 nats).
+    # It trains, so the comparison is meaningful (random tokens teach only which 257 of 290 ids occur, 0.12 nats).
     assert single[tied]["loss"][-1] < single[tied]["loss"][0] - 0.05
     for name, weight in single[tied]["weights"].items():
-        # A step of Adam is 1e-3 here whatever the gradient's size, so that the rounding of a tiny gradient shows: measured 1.3e-6.
+        # A step of Adam is 1e-3 here at any size of gradient, so rounding of a tiny gradient shows: 1.3e-6 measured.
         np.testing.assert_allclose(results[0]["weights"][name], weight, rtol=0, atol=5e-6, err_msg=name)
 
 

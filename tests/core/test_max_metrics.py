@@ -12,9 +12,11 @@ from tests.helpers import small
 def _metrics(directory, layout):
     """Metrics of a forward pass and of a step; the largest values stand on tokens of which one has weight 0."""
     model = small.learner(directory, layout)
-    rows, rng = [], np.random.default_rng(0)
-    for row in small.rows():
-        rows.append(replace(row, streams={"value": -1 - rng.random(len(row)).astype(np.float32)}))  # all below 0
+    rng = np.random.default_rng(0)
+    rows = [
+        replace(row, streams={"value": -1 - rng.random(len(row)).astype(np.float32)})  # all below 0
+        for row in small.rows()
+    ]
     rows[7].streams["value"][-1] = -0.5
     rows[9].streams["value"][-1] = 5.0
     rows[9].weights[-1] = 0.0

@@ -14,18 +14,33 @@ MB = 10**6
 
 
 def _model(folder, *, hidden, ffn, layers, heads, kv_heads, vocab, shard_bytes=10**12):
-    """A Llama in float32, written tensor by tensor; returns the shapes of its tensors. No row or column is like another."""
+    """Write a Llama in float32, tensor by tensor, with all rows and columns different; return its shapes."""
     from pctrain.core import weights
     from pctrain.hf import weight_files
     from pctrain.hf.config import HFConfig
 
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32", "hidden_act": "silu", "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 2048, "tie_word_embeddings": False, "eos_token_id": 2, "rope_theta": 1e4,
-        "hidden_size": hidden, "intermediate_size": ffn,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
-    }))  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "architectures": ["LlamaForCausalLM"],
+                "model_type": "llama",
+                "dtype": "float32",
+                "hidden_act": "silu",
+                "rms_norm_eps": 1e-5,
+                "max_position_embeddings": 2048,
+                "tie_word_embeddings": False,
+                "eos_token_id": 2,
+                "rope_theta": 1e4,
+                "hidden_size": hidden,
+                "intermediate_size": ffn,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "vocab_size": vocab,
+            }
+        )
+    )
     shapes = {name: shape for unit in weights.units(HFConfig.read(folder), te=False) for name, shape in unit.hf.items()}
     row, column = torch.randn(max(hidden, ffn)), torch.randn(max(hidden, ffn, vocab), 1)
     entries = [weight_files.Entry(name, torch.float32, shape) for name, shape in shapes.items()]
@@ -48,9 +63,9 @@ def _largest(shapes):
 
 @pytest.mark.full
 def test_conversion_holds_no_second_copy_of_the_model(tmp_path):
-    # Nearly all of it feed-forward, whose first matrices megatron-core stores in halves: a copy of them alone is 300 MB.
+    # Nearly all of it is feed-forward, whose first matrices megatron-core stores in halves: a copy of them is 300 MB.
     shapes = _model(tmp_path / "hf", hidden=512, ffn=12288, layers=6, heads=8, kv_heads=4, vocab=1000)
-    # Beside shard and tensor: pieces of files, buffers, what Python imports late: 20 to 150 MB measured; 250 where the halves are copied.
+    # Besides shard and tensor: pieces of files, buffers, late imports. 20 to 150 MB measured; 250 if halves are copied.
     allowed = _shard(shapes) + _largest(shapes) + 240 * MB
     [there] = measure("convert", "hf-to-mcore", tmp_path / "hf", tmp_path / "step-0")
     [back] = measure("convert", "mcore-to-hf", tmp_path / "step-0", tmp_path / "out", f"--model.path={tmp_path / 'hf'}")

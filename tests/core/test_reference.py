@@ -22,7 +22,7 @@ def _reference_logprobs(model, rows):
 
 
 def _follow(directory, layout):
-    """Log-probs of model and reference at the start and after 3 steps; whether a pass, and one that raises, left the weights alone."""
+    """Return log-probs of model and reference at the start and after 3 steps, and if passes left the weights alone."""
     model, rows = small.learner(directory, layout), small.rows(10, seed=5)
     model.keep_reference()
     start, first = model.logprobs(rows, small.BUDGET), _reference_logprobs(model, rows)
@@ -52,7 +52,7 @@ def test_the_reference_stays_at_the_start(ranks, hf_dirs, world, layout):
 
 
 def _resumed(directory, checkpoint, folder):
-    """A run from `checkpoint`, saved after 2 steps and loaded by a second one: log-probs of its start, and of the second's reference."""
+    """Save a run from `checkpoint` after 2 steps and load it; return log-probs of its start and of the reference."""
     model, rows = small.learner(directory, {}, checkpoint=checkpoint), small.rows(6, seed=5)
     start = model.logprobs(rows, small.BUDGET)
     for i in range(2):
@@ -73,7 +73,7 @@ def test_after_a_resume_the_reference_is_the_start_of_the_run(ranks, hf_dirs, tm
     checkpoint = None
     if from_checkpoint:
         checkpoint = tmp_path / "start"
-        ranks.run(small.save_and_go_on, hf_dirs[True], {}, checkpoint, 2, world=1)
+        ranks.run(small.save_and_continue, hf_dirs[True], {}, checkpoint, 2, world=1)
     (start, resumed, saved, reference), *_ = ranks.run(
         _resumed, hf_dirs[True], checkpoint, tmp_path / "resumed", world=2
     )

@@ -24,7 +24,7 @@ def _nan_gradient(logprob, entropy, streams):
 
 
 def _spoiled(directory, layout, kind):
-    """(update, were weights and optimizer left alone) of a good, a spoiled and a good step, and the weights in the end."""
+    """Return (update, weights and optimizer unchanged) of a good, a spoiled and a good step, and the final weights."""
     model = small.learner(directory, layout)
     token_loss = {"loss": _nan_loss, "gradient": _nan_gradient}[kind]
 
@@ -49,7 +49,7 @@ def _spoiled(directory, layout, kind):
             batch, token_loss if spoiled else lambda logprob, entropy, streams: (-logprob, {}), want_entropy=False
         )
         after = state()
-        same = len(before) == len(after) and all((a == b).all() for a, b in zip(before, after))
+        same = len(before) == len(after) and all((a == b).all() for a, b in zip(before, after, strict=True))
         found.append((update, bool(same)))
     return found, {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
 

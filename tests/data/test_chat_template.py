@@ -156,5 +156,5 @@ def test_a_date_is_never_that_of_today(directories):
 )
 def test_a_template_that_is_nested_too_deeply(tmp_path, source):
     (tmp_path / "chat_template.jinja").write_text(source)
-    with pytest.raises(UserError, match="chat_template.jinja: the chat template cannot be compiled"):
+    with pytest.raises(UserError, match=r"chat_template.jinja: the chat template cannot be compiled"):
         load(tmp_path, "auto")

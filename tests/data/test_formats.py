@@ -1,4 +1,4 @@
-"""Every format gives back what was written into it; broken files are named; memory does not follow the size of a file."""
+"""Every format gives back what was written; broken files are named; memory does not grow with the size of a file."""
 
 import gzip
 import io
@@ -97,7 +97,7 @@ def test_what_json_has_no_word_for(tmp_path):
     with pytest.raises(UserError, match=r"data.jsonl: record 2 cannot be written as JSON \(a value of type bytes\)"):
         write_records(path, [{}, {"x": b"bytes"}])
     with pytest.raises(
-        UserError, match="data.csv: expected a name that ends with .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
+        UserError, match=r"data.csv: expected a name that ends with .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
     ):
         write_records(tmp_path / "data.csv", ROWS)
 
@@ -219,12 +219,14 @@ def test_parts_can_be_read_in_any_order_and_while_others_are(tmp_path, name):
 
     parts = list(split_file(path, 2000))
     expected = [prompts(part) for part in parts]
-    assert len(parts) > 10 and sum(expected, []) == [row["prompt"] for row in objects(path)]
+    assert len(parts) > 10 and [prompt for part in expected for prompt in part] == [
+        row["prompt"] for row in objects(path)
+    ]
     assert [prompts(part) for part in parts[::-1]] == expected[::-1]
     assert [prompts(part) for part in parts[::3]] == expected[::3]
     other = tmp_path / f"other{path.name}"
     write_records(other, [{"prompt": "other"}] * 10)
-    for part, there in zip(parts[:4], expected):
+    for part, there in zip(parts[:4], expected, strict=True):
         assert prompts(part) == there and len(read_records(other, FieldsConfig(), ())) == 10
 
 
@@ -316,14 +318,14 @@ def test_a_broken_table_is_named(tmp_path):
     with pytest.raises(UserError, match=f"Arrow file {file} cannot be read"):
         read_records(folder, FieldsConfig(), need=())
     file.unlink()
-    with pytest.raises(UserError, match="state.json' names it|does not exist, but"):
+    with pytest.raises(UserError, match=r"state.json' names it|does not exist, but"):
         read_records(folder, FieldsConfig(), need=())
 
 
 def test_a_folder_of_splits_names_them(tmp_path):
     part = datasets.Dataset.from_list([{"prompt": "p"}])
     datasets.DatasetDict(train=part, held_out=part).save_to_disk(tmp_path / "sets")
-    with pytest.raises(UserError, match="holds several splits; name one of them: .*sets/train, .*sets/held_out"):
+    with pytest.raises(UserError, match=r"holds several splits; name one of them: .*sets/train, .*sets/held_out"):
         read_records(tmp_path / "sets", FieldsConfig(), need=())
     assert len(read_records(tmp_path / "sets" / "train", FieldsConfig(), need=())) == 1
 

@@ -45,7 +45,7 @@ def test_every_prediction_appears_once_over_all_ranks_with_its_weight_and_stream
         for pack in batch.packs:
             bounds = pack.cu_seqlens.tolist()
             assert len(bounds) == len(pack.rows) + 1
-            for index, start, end in zip(pack.rows, bounds, bounds[1:]):
+            for index, start, end in zip(pack.rows, bounds, bounds[1:], strict=True):
                 row = rows[index]
                 found[index] += 1
                 stop = start + len(row)
@@ -207,7 +207,7 @@ def test_bad_rows():
 
 
 def test_packing_has_no_python_loop_over_tokens():
-    """Ten times the tokens in as many rows execute the same number of lines, those inside NumPy's Python code among them."""
+    """Ten times the tokens in as many rows execute the same number of lines, including those of NumPy's Python code."""
 
     def lines_executed(tokens: int) -> int:
         rows = [make_row([1] * tokens, [2] * tokens, {"advantage": 0.5}) for _ in range(64)]

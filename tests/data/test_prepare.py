@@ -18,8 +18,8 @@ def counted(*arguments):
     print("made", flush=True)
     return real(*arguments)
 arithmetic.write_sets = counted
-config = make(load(None, ["--data.problems.train=80", "--data.problems.rl=20", "--data.problems.test=20"]), Path(sys.argv[1]))
-assert config.data.rl.exists() and (config.model.path / "config.json").exists()
+config = make(load(None, ["--data.problems.train=80", "--data.problems.rl=20", "--data.problems.test=20"]),
+Path(sys.argv[1])) assert config.data.rl.exists() and (config.model.path / "config.json").exists()
 """
 
 

@@ -1,4 +1,4 @@
-"""Records of JSON lines: good ones as they come, bad ones refused by file and line; chats and columns of other names."""
+"""Records of JSON lines: good ones are read, bad ones are refused with file and line; chats, other column names."""
 
 import json
 
@@ -25,7 +25,8 @@ def write(tmp_path):
 
 def test_records_have_the_files_line_as_id_unless_they_have_their_own(write):
     path = write(
-        f'{GOOD}\n\n{{"prompt": "p", "answer": 7, "id": "own"}}\n{{"prompt": "q", "answer": 0.5, "id": 12, "more": [1]}}'
+        f'{GOOD}\n\n{{"prompt": "p", "answer": 7, "id": "own"}}\n'
+        '{"prompt": "q", "answer": 0.5, "id": 12, "more": [1]}'
     )
     assert read_records(path, FieldsConfig(), need=("answer",)) == [
         Record("train.jsonl:1", "1+1=", "two", "2"),
@@ -184,7 +185,7 @@ def test_what_the_config_names_goes_over_what_is_found(write):
 
 def test_a_chat_and_a_prompt_cannot_both_be_named(write):
     with pytest.raises(
-        UserError, match="data.fields.messages = chat and data.fields.prompt = q: a record is a chat or a prompt"
+        UserError, match=r"data.fields.messages = chat and data.fields.prompt = q: a record is a chat or a prompt"
     ):
         read_records(write(GOOD), FieldsConfig(messages="chat", prompt="q"), need=())
 

@@ -75,5 +75,5 @@ def test_half_a_weight_shows_the_other_half_in_the_next_epoch():
     "arguments", [([0], 1, 0), ([], 1, 0), ([1], 0, 0), ([1], 1, -1), ([1], 1, 0, [0.0]), ([1], 1, 0, [1.0, 1.0])]
 )
 def test_impossible_sizes(arguments):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="must be above 0"):
         ShuffledSampler(*arguments)

@@ -6,14 +6,19 @@ from pctrain.data.sets.text import words
 from tests.helpers import sets_cli as cli
 
 LONG = (
-    "Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. Find, with proof, the minimum value of "
+    "Let $x$ and $y$ be positive real numbers such that $\\frac{1}{x} + \\frac{1}{y} = 2$. "
+    "Find, with proof, the minimum value of "
     "$x + 4y$ over all such pairs, and say where it is reached."
 )
 COPY = (
-    "LET x and   y be positive real numbers such that \\( \\dfrac{1}{x}+\\dfrac{1}{y} = 2 \\)\n find with proof the minimum value of "
+    "LET x and   y be positive real numbers such that \\( \\dfrac{1}{x}+\\dfrac{1}{y} = 2 \\)\n "
+    "find with proof the minimum value of "
     "\\(x+4 y\\) over all such pairs"
 )
-PARAPHRASE = "Suppose that the reciprocals of two positive reals x, y sum to 2. How small can the first plus four times the second be?"
+PARAPHRASE = (
+    "Suppose that the reciprocals of two positive reals x, y sum to 2. "
+    "How small can the first plus four times the second be?"
+)
 SHORT = "What is 12 + 5 worth?"
 FILLER = [
     {
@@ -123,7 +128,7 @@ def test_all_records_contaminated_is_an_error_that_leaves_nothing(tmp_path):
 
 
 def test_words_are_those_of_the_documentation():
-    assert words(r"Find $\left(\dfrac{1}{2}\right) \cdot 3 \leq 1,000$ — \text{Real}; 3.14−2") == [
+    assert words(r"Find $\left(\dfrac{1}{2}\right) \cdot 3 \leq 1,000$ — \text{Real}; 3.14" "\u22122") == [
         "find",
         "frac",
         "1",

@@ -1,4 +1,4 @@
-"""`pctrain data dedup`: recall and precision against exact Jaccard, the first of a kind stays, and a second run finds nothing."""
+"""`pctrain data dedup`: recall and precision against exact Jaccard; the first record stays; a second run finds none."""
 
 import random
 from itertools import product
@@ -43,7 +43,7 @@ def test_near_duplicates_are_found_as_exact_jaccard_has_them(tmp_path):
         [
             {"id": f"{i}{side}", "prompt": text, "response": "same answer"}
             for i, pair in enumerate(pairs)
-            for side, text in zip("ab", pair)
+            for side, text in zip("ab", pair, strict=True)
         ],
     )
     out = tmp_path / "out.jsonl"

@@ -1,4 +1,4 @@
-"""The commands on trajectory sets take every form that training takes, and give back all columns in the form that was asked for."""
+"""The commands on trajectory sets take every format that training takes, and write all columns in any format."""
 
 import os
 import signal

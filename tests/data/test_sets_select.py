@@ -52,9 +52,9 @@ def test_uniform_draws_evenly_and_what_is_missing_comes_from_the_others(rated, t
 def test_shares_are_as_even_as_what_is_there_allows(there, data):
     size = data.draw(st.integers(0, sum(there)))
     shares = even_shares(there, size)
-    assert sum(shares) == size and all(share <= count for share, count in zip(shares, there))
+    assert sum(shares) == size and all(share <= count for share, count in zip(shares, there, strict=True))
     full = max(shares, default=0)
-    assert all(share == count or share >= full - 1 for share, count in zip(shares, there))
+    assert all(share == count or share >= full - 1 for share, count in zip(shares, there, strict=True))
 
 
 def test_the_seed_draws_and_the_same_seed_draws_the_same(rated):

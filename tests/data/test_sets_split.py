@@ -16,7 +16,7 @@ QUESTIONS = [
     "What is 1+1?",
     "what  is\t1+1?",
     "WHAT IS 1+1?",
-    "ｗhat is 1+1?",
+    "\uff57hat is 1+1?",
     "Name a prime.",
     "name a PRIME.",
     "Solve x=2",
@@ -81,7 +81,10 @@ def test_the_same_questions_are_held_out_whatever_the_order_of_the_records(tmp_p
 
 
 def test_near_questions_stay_together_where_asked(tmp_path):
-    base = "A farmer has {} cows and sells a third of them at the market in the next town on a rainy day in the month of May how many stay"
+    base = (
+        "A farmer has {} cows and sells a third of them at the market in the next town "
+        "on a rainy day in the month of May how many stay"
+    )
     records = [
         {"prompt": base.format(1000 + i // 4) + (" ?", " please.", " now", "!")[i % 4], "response": "r"}
         for i in range(80)

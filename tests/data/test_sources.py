@@ -1,4 +1,4 @@
-"""What a path names, and files read in parts: the parts give what one pass over the file gives, wherever they are cut."""
+"""The files that a path names, and their chunks: wherever a file is cut, its chunks give what one pass gives."""
 
 import gzip
 import json
@@ -17,7 +17,8 @@ from pctrain.files.durable import fingerprint
 
 datasets.disable_progress_bars()
 
-# What could be cut wrongly: blank lines, line ends of two kinds, characters that str.splitlines cuts at, several bytes a character.
+# What could be cut wrongly: blank lines, line ends of two kinds, characters that str.splitlines cuts at, several bytes
+# a character.
 LINES = st.one_of(
     st.just(b""),
     st.just(b"  "),
@@ -168,5 +169,5 @@ def test_the_hash_of_a_path_follows_what_it_names(folder):
         assert content_hash(path) != before
         for file in (folder / "new.jsonl", folder / "deep" / "new.jsonl"):
             file.unlink()
-    with pytest.raises(UserError, match="none.jsonl"):
+    with pytest.raises(UserError, match=r"none.jsonl"):
         content_hash(folder / "none.jsonl")

@@ -100,9 +100,9 @@ def test_where_files_are_cut_does_not_matter(hf_dir, tmp_path_factory, chats, si
     whole, _ = made(folder / "whole", job)
     with pytest.MonkeyPatch.context() as patch:
         tiny_chunks(patch, size)
-        cut, steps = made(folder / "cut", job)
+        cut, _ = made(folder / "cut", job)
     assert cut.folder.name == whole.folder.name and len(cut) == len(whole) == len(chats)
-    for i, (a, b) in enumerate(zip(cut, whole)):
+    for i, (a, b) in enumerate(zip(cut, whole, strict=True)):
         assert (
             a.tokens.tolist() == b.tokens.tolist()
             and a.weights.tolist() == b.weights.tolist()
@@ -209,7 +209,7 @@ def test_a_set_with_nothing_left_is_refused(hf_dir, tmp_path):
         match=r"none of the 3 records can be used \(2 malformed_json, 1 not_an_object\)\. The first is .*a.jsonl:1",
     ):
         made(tmp_path / "cache", job)
-    with pytest.raises(UserError, match="b.jsonl: the data set is empty"):
+    with pytest.raises(UserError, match=r"b.jsonl: the data set is empty"):
         made(tmp_path / "cache", TokenJob([write(tmp_path / "b.jsonl", [])], hf_dir, DataConfig(), 100))
 
 
@@ -277,7 +277,7 @@ def many(tmp_path):
 
 @pytest.fixture
 def builder(hf_dir):
-    """`builder(cache, file)`: two workers and their parent, in a session of their own, which does not outlive the test."""
+    """`builder(cache, file)`: two workers and their parent in their own session, which ends with the test."""
     started = []
 
     def start(cache, file):
@@ -376,7 +376,7 @@ def test_a_dead_worker_is_told(hf_dir, tmp_path, monkeypatch, many):
         pid for pid in children() if pid not in others and b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     os.kill(worker, signal.SIGKILL)
-    with pytest.raises(UserError, match="a worker process has died.*fewer data.workers"):
+    with pytest.raises(UserError, match=r"a worker process has died.*fewer data.workers"):
         list(steps)
     assert len(TokenStore(made(tmp_path / "cache", job)[0].folder)) == 1000  # what it had finished was kept; it goes on
 
@@ -423,7 +423,7 @@ def test_damage_is_named(hf_dir, tmp_path):
 def test_a_cache_that_cannot_be_written(hf_dir, tmp_path):
     (tmp_path / "cache").write_text("")
     file = write(tmp_path / "a.jsonl", [record(0)])
-    with pytest.raises(UserError, match="cache.*set data.cache"):
+    with pytest.raises(UserError, match=r"cache.*set data.cache"):
         made(tmp_path / "cache", TokenJob([file], hf_dir, DataConfig(), 100))
     with pytest.raises(UserError, match=r"none.jsonl cannot be read: No such file"):
         folder_of(tmp_path / "other", TokenJob([tmp_path / "none.jsonl"], hf_dir, DataConfig(), 100))
@@ -468,5 +468,5 @@ def test_an_index_that_does_not_fit_is_named(hf_dir, tmp_path):
     file.write_bytes(whole)
     manifest = json.loads((tokens.folder / "manifest.json").read_text())
     (tokens.folder / "manifest.json").write_text(json.dumps(manifest | {"dtype": "object"}))
-    with pytest.raises(UserError, match="manifest.json was changed"):
+    with pytest.raises(UserError, match=r"manifest.json was changed"):
         TokenStore(tokens.folder)

@@ -28,7 +28,7 @@ def test_memory_does_not_follow_the_data(tmp_path, workers):
     small, large = (
         peaks(tmp_path, hf_dir, count, words=56, workers=workers, chunk_bytes=100_000) for count in (2000, 10_000)
     )
-    growth_built, growth_read, more_text, more_tokens = (b - a for a, b in zip(small, large))
+    growth_built, growth_read, more_text, more_tokens = (b - a for a, b in zip(small, large, strict=True))
     print(
         f"workers {workers}: {growth_built / MB:.2f} MB more to build from {more_text / MB:.1f} MB more of text, "
         f"{growth_read / MB:.2f} MB more to read {more_tokens / MB:.1f} MB more of tokens"
@@ -44,7 +44,7 @@ def test_memory_is_the_same_at_10_and_at_100_thousand_trajectories_of_1000_token
     small, large = (
         peaks(tmp_path, hf_dir, count, words=120, workers=2, chunk_bytes=8 * MB) for count in (10_000, 100_000)
     )
-    for name, a, b in zip(("build", "read"), small, large):
+    for name, a, b in zip(("build", "read"), small, large, strict=True):
         print(f"{name}: {a / MB:.0f} MB at 10,000, {b / MB:.0f} MB at 100,000")
         index = 28 * 90_000 if name == "read" else 0  # bytes a record: it is held whole, and its process is of 33 MB
         assert b - index < 1.1 * a and b < 2 << 30

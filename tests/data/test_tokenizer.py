@@ -20,8 +20,9 @@ from pctrain.hf.tokenizer import BOX, Tokenizer, train_sentencepiece
 PROBLEMS = ProblemsConfig(train=300, validation=20, test=20, rl=20)
 SETS = arithmetic.generate(PROBLEMS, 0)
 TEXTS = [text for r in SETS["train"] for text in (r.prompt, r.response)]
-TINY = dict(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, context=64)
-# Text in which nobody could mean a special token: tokenizers reads "</s>" as EOS wherever it stands, SentencePiece as four characters.
+TINY = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "context": 64}
+# Text in which nobody could mean a special token: tokenizers reads "</s>" as EOS wherever it stands, SentencePiece as
+# four characters.
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁<\0"), max_size=60)
 FRAGMENTS = [*"0123456789+-=;}{,", BOX, " so ", " then ", "th", "en", "giv", "ing", " ", "\\", "box"]
 LIKE_TRAINING = st.lists(st.sampled_from(FRAGMENTS), max_size=40)
@@ -77,7 +78,8 @@ def test_transformers_loads_the_model(directory):
     assert model.config.eos_token_id == 2
     with torch.no_grad():
         logits = model(torch.tensor([Tokenizer(directory).encode(TEXTS[1])])).logits
-    # Not trained: the mean loss is that of a uniform guess over the vocabulary, to the few percent of its initial logits.
+    # Not trained: the mean loss is that of a uniform guess over the vocabulary, to the few percent of its initial
+    # logits.
     guesses = torch.randint(0, 300, (logits.shape[1],), generator=torch.Generator().manual_seed(0))
     loss = torch.nn.functional.cross_entropy(logits[0], guesses)
     assert float(loss) == pytest.approx(np.log(model.config.vocab_size), rel=0.05)
@@ -100,7 +102,7 @@ def test_initial_weights_are_seeded_and_scaled():
 def test_the_same_config_gives_the_same_bytes(tmp_path):
     config = Config()
     config.data.train = [SourceConfig(path=arithmetic.write_sets(PROBLEMS, 0, tmp_path / "data")["train"])]
-    a, b = hf_dir.make(config, tmp_path / "a"), hf_dir.make(config, tmp_path / "b")
+    a, b = (hf_dir.make(config.with_model(tmp_path / name)) for name in ("a", "b"))
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert sorted(p.name for p in a.iterdir()) == names
     for path in a.iterdir():
@@ -158,10 +160,10 @@ def test_eos_of_other_directories(directory, tmp_path):
 
 
 def test_directories_without_a_tokenizer(tmp_path):
-    with pytest.raises(UserError, match="tokenizer.json does not exist"):
+    with pytest.raises(UserError, match=r"tokenizer.json does not exist"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(UserError, match="tokenizer.json cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer.json cannot be read"):
         Tokenizer(tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_directories_without_a_tokenizer(tmp_path):
 def test_streams_are_spread_over_the_row():
     row = make_row([1, 2], [3], {"advantage": -0.5})
     assert row.streams["advantage"].tolist() == [-0.5] * 3 and row.streams["advantage"].dtype == np.float32
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="at least one prompt token"):
         make_row([], [3])
 
 

@@ -58,7 +58,7 @@ def test_one_source_needs_no_stream():
 
 
 def test_two_sources_of_one_name_are_refused():
-    with pytest.raises(UserError, match="the name 'train'; expected different names. Set `name`"):
+    with pytest.raises(UserError, match=r"the name 'train'; expected different names. Set `name`"):
         source_names([SourceConfig(path="x/train.jsonl"), SourceConfig(path="y/train.parquet")])
     assert source_names([SourceConfig(path="x/train.jsonl"), SourceConfig(path="y/train.parquet", name="y")]) == [
         "train",

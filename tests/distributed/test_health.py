@@ -1,4 +1,4 @@
-"""Ranks that raise, hang, are stopped or die: all ranks end in time, and one of them says which it was, where and why."""
+"""Ranks that raise, hang, are stopped or die: all ranks end in time, and one of them says which, where and why."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import pytest
 
 from pctrain.common.errors import RunFault, ToBeContinued, UserError
 from pctrain.distributed.health import watchdog
-from pctrain.distributed.health.watchdog import Report, conclude
+from pctrain.distributed.health.watchdog import RankReport, conclude
 
 ROOT = Path(__file__).resolve().parents[2]
 DEADLINE, GRACE = 2.0, 3.0
@@ -28,8 +28,8 @@ from pctrain.common.errors import RunFault
 
 health.GRACE_SECONDS = {GRACE}
 run, rank, world, act = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-code = compile("def collective():\\n    import time\\n    time.sleep(100)", "/site-packages/torch/distributed/fake.py", "exec")
-exec(code)
+source = "def collective():\\n    import time\\n    time.sleep(100)"
+exec(compile(source, "/site-packages/torch/distributed/fake.py", "exec"))
 try:
     with health.watch(run, {DEADLINE}, rank, world, "now"):
         health.at_step(7)
@@ -145,7 +145,7 @@ def test_who_makes_progress_is_left_alone(scenes):
 
 
 def report(rank, kind="asked", phase="update", waiting=True, still=3.0, cause=""):
-    return Report(rank, kind, phase, 7, still, waiting, "loop.py:1 in train", cause)
+    return RankReport(rank, kind, phase, 7, still, waiting, "loop.py:1 in train", cause)
 
 
 def test_conclusions():
@@ -164,18 +164,22 @@ def test_conclusions():
     )
 
 
-def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
+def test_a_user_error_passes_and_any_other_becomes_a_fault(tmp_path):
     for error in (UserError("a key"), ToBeContinued("later"), KeyboardInterrupt()):
         with pytest.raises(type(error)), watchdog.watch(tmp_path, 60, 0, 1, "now"):
             raise error
     assert not (tmp_path / "faults").exists()
-    with pytest.raises(RunFault, match="rank 0 failed in phase reward: ZeroDivisionError: division by zero") as caught:
-        with watchdog.watch(tmp_path, 60, 0, 1, "now"), watchdog.phase("rollout"), watchdog.phase("reward"):
-            1 / 0
+    with (
+        pytest.raises(RunFault, match="rank 0 failed in phase reward: ZeroDivisionError: division by zero") as caught,
+        watchdog.watch(tmp_path, 60, 0, 1, "now"),
+        watchdog.phase("rollout"),
+        watchdog.phase("reward"),
+    ):
+        raise ZeroDivisionError("division by zero")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     header = json.loads((tmp_path / "faults/now/rank-0.txt").read_text().partition("\n")[0])
     assert header["phase"] == "reward" and header["where"].endswith(
-        "test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault"
+        "test_a_user_error_passes_and_any_other_becomes_a_fault"
     )
 
 
@@ -183,8 +187,8 @@ def test_what_the_user_can_mend_passes_and_the_rest_becomes_a_fault(tmp_path):
     ("error", "advice"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), "keep fewer checkpoints (run.keep_last)"),
-        (PermissionError(errno.EACCES, "Permission denied"), "move it to where it can be (run.dir)"),
-        (OSError(errno.EROFS, "Read-only file system"), "move it to where it can be (run.dir)"),
+        (PermissionError(errno.EACCES, "Permission denied"), "name another one (run.dir)"),
+        (OSError(errno.EROFS, "Read-only file system"), "name another one (run.dir)"),
         (MemoryError(), "lower sft.token_budget"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"), "parallel.recompute"),
         (
@@ -199,12 +203,16 @@ def test_what_ran_out_comes_with_advice(tmp_path, error, advice):
     assert "rank 0 failed in phase checkpoint" in str(caught.value) and advice in str(caught.value)
 
 
-def test_a_mended_failure_is_not_blamed(tmp_path):
+def _handle_a_failure_and_fail_later():
+    with pytest.raises(ValueError, match="in a rollout"), watchdog.phase("rollout"):
+        raise ValueError("in a rollout")
+    with watchdog.phase("checkpoint"):
+        raise OSError("disk full")
+
+
+def test_a_handled_failure_is_not_blamed(tmp_path):
     with pytest.raises(RunFault, match="in phase checkpoint:"), watchdog.watch(tmp_path, 60, 0, 1, "now"):
-        with pytest.raises(ValueError), watchdog.phase("rollout"):
-            raise ValueError
-        with watchdog.phase("checkpoint"):
-            raise OSError("disk full")
+        _handle_a_failure_and_fail_later()
 
 
 def test_signals_are_noted_and_given_back(tmp_path):

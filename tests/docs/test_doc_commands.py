@@ -192,8 +192,8 @@ def test_forms_name_commands_and_options_that_exist(shown):
         named = [c for c in COMMANDS if f"{form} ".startswith(f"{c.name} ") or c.name.split()[-1] == form.split()[0]]
         assert named, f"{shown.page}: {shown.text}"
         for option in re.findall(r"--([a-z-]+)(?=[= ]|$)", form):
-            told = "\n".join([named[0].usage, *named[0].notes])
-            assert option in ("help", "take") or f"--{option}" in told, f"{shown.text}: --{option}"
+            own = {name.replace("_", "-") for command in named for name in command.own.model_fields}
+            assert option in {"help", *own} or f"--{option}" in named[0].usage, f"{shown.text}: --{option}"
 
 
 # ---- run ---------------------------------------------------------------------------------------------------------------------------

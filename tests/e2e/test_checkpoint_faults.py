@@ -90,12 +90,12 @@ def kill_somewhere(run, folder, pace, chance, moment, steps):
         assert checkpoint_fault(path) is None
 
 
-def assert_same_run(ours, theirs):
-    assert tiny.metrics(ours) == tiny.metrics(theirs)
-    assert tiny.ledger(ours) == tiny.ledger(theirs)
-    assert steps_of(ours) == steps_of(theirs)
-    for file in [*theirs.glob("checkpoints/*/*.distcp"), theirs / "hf" / "model.safetensors"]:
-        assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes(), file
+def assert_same_run(actual, expected):
+    assert tiny.metrics(actual) == tiny.metrics(expected)
+    assert tiny.ledger(actual) == tiny.ledger(expected)
+    assert steps_of(actual) == steps_of(expected)
+    for file in [*expected.glob("checkpoints/*/*.distcp"), expected / "hf" / "model.safetensors"]:
+        assert (actual / file.relative_to(expected)).read_bytes() == file.read_bytes(), file
 
 
 def fault_test(forked, folder, whole, steps, moments, seed):
@@ -145,7 +145,7 @@ def test_an_altered_file_is_found_before_training_and_named(forked, stopped, tmp
     lines = (stopped / "metrics.jsonl").read_bytes()
     assert forked.start(options(stopped, 12), tmp_path / "altered.log").wait(60) == 2
     message = (tmp_path / "altered.log").read_text().replace("\n", " ")
-    assert f"{part} was altered" in message and f"delete {newest.name} to go on from {before.name}" in message
+    assert f"{part} was altered" in message and f"delete {newest.name} to resume from {before.name}" in message
     assert (stopped / "metrics.jsonl").read_bytes() == lines  # nothing was cut
 
 
@@ -158,10 +158,10 @@ def test_a_killed_run_resumes_at_another_layout(ranks, whole, stopped):
     for status, message in ranks.run(_sft, options(stopped, 12, "--parallel.tensor=2"), world=2):
         assert status == 0, message
     for kind, key in (("train", "loss"), ("val", "val_loss")):
-        ours, theirs = (
+        actual, expected = (
             {line["step"]: line[key] for line in tiny.metrics(folder, kind)} for folder in (stopped, whole.folder)
         )
-        assert ours == pytest.approx(theirs, rel=1e-5)  # fp32 sums may be computed in another order
+        assert actual == pytest.approx(expected, rel=1e-5)  # fp32 sums may be computed in another order
     # Each checkpoint records the layout that wrote it.
     layouts = [json.loads((path / "manifest.json").read_text())["layout"] for path in list_checkpoints(stopped)]
     assert [(layout["world"], layout["tensor"]) for layout in (layouts[0], layouts[-1])] == [(1, 1), (2, 2)]

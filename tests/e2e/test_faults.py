@@ -60,7 +60,7 @@ def test_an_engine_that_raises_on_one_rank(forked, sft_run, tmp_path):
     assert [run.wait(200) for run in runs] == [1, 1]
     output, other = (run.log.read_text() for run in runs)
     assert "error: rank 1 failed in phase rollout of step 3: RuntimeError: the engine ran out of pages" in output
-    assert "goes on from its newest checkpoint" in output and "error:" not in other
+    assert "resume from the newest checkpoint" in output and "error:" not in other
     assert {path.name for path in folder.glob("faults/*/*")} == {"rank-0.txt", "rank-1.txt"}
     finished(forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2))
     assert "resumed from step-2" in (folder / "train.log").read_text()

@@ -68,9 +68,9 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
         assert tiny.metrics(killed / run) == tiny.metrics(whole / run)
         assert tiny.ledger(killed / run) == tiny.ledger(whole / run)
         for checkpoint in sorted(path.name for path in (whole / run / "checkpoints").iterdir()):
-            ours, theirs = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
-            for part in theirs.glob("*.distcp"):
-                assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
+            actual, expected = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
+            for part in expected.glob("*.distcp"):
+                assert (actual / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
         assert (killed / run / "hf" / "model.safetensors").read_bytes() == (
             whole / run / "hf" / "model.safetensors"
         ).read_bytes()

@@ -1,4 +1,7 @@
-"""`python -m tests.fuzz TARGET --minutes M`: a campaign; `--replay FILE`: one case. Exit status 1 where something was found."""
+"""`python -m tests.fuzz TARGET --minutes M`: a campaign; `--replay FILE`: one case.
+
+Exit status 1 where something was found.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Runs a target: rounds of examples, each in a forked process with a memory limit, each example under a deadline.
 
-What is no success and no clear error is a finding: another exception, an example that takes too long, a message that nobody can read,
-something half-written, and the death of the process (a signal, or memory that C code could not get).
+What is no success and no clear error is a finding: another exception, an example that takes too long, a message that
+nobody can read, something half-written, and the death of the process (a signal, or memory that C code could not get).
 """
 
 from __future__ import annotations
@@ -50,7 +50,10 @@ class Target(Protocol):
         """Imports what the examples need and makes the folders that cases are laid over: {base: folder}."""
 
     def run(self, case: Case, folder: Path) -> None:
-        """Does what the case says with the files in `folder`, which is the current one. UserError and RunFault are clean ends."""
+        """Does what the case says with the files in `folder`, which is the current one.
+
+        UserError and RunFault are clean ends.
+        """
 
 
 class TooSlow(BaseException):
@@ -77,7 +80,8 @@ class Outcome:
         found = f"{len(self.findings)} findings" if self.findings else "nothing found"
         seeds = f"seeds {self.seeds[0]} to {self.seeds[-1]}" if self.seeds else "no seed"
         return (
-            f"fuzz {self.target}: {self.examples} examples in {self.seconds:.0f} s ({self.accepted} accepted, {self.refused} refused), "
+            f"fuzz {self.target}: {self.examples} examples in {self.seconds:.0f} s "
+            f"({self.accepted} accepted, {self.refused} refused), "
             f"{seeds}, {found}"
         )
 
@@ -88,7 +92,8 @@ def campaign(
     """Rounds with the seeds `seed`, `seed + 1`, ... until there were `examples`, or until `minutes` are over.
 
     Args:
-        findings: folder for the first case of each finding, as JSON, and its traceback; those of an earlier campaign go.
+        findings: folder for the first case of each finding, as JSON, and its traceback; those of an earlier campaign
+            go.
     """
     findings.mkdir(parents=True, exist_ok=True)
     for earlier in findings.glob(f"{target.NAME}-*"):

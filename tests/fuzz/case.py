@@ -12,7 +12,9 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Case:
-    """`action`: what the target does with it. `files`: {path in the case's folder: bytes, or None for a folder}, laid over a copy of the
+    """`action`: what the target does with it.
+
+    `files`: {path in the case's folder: bytes, or None for a folder}, laid over a copy of the
     prepared folder that `base` names ("": none). `arguments`: of the action."""
 
     action: str

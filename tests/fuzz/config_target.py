@@ -1,4 +1,4 @@
-"""Config files and command lines: to a resolved config, or to an error that names file and line, or the argument."""
+"""Config files and command lines: they give a resolved config, or an error that names file and line or the argument."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import ClassVar
 
 from hypothesis import strategies as st
 
@@ -18,197 +19,10 @@ from pctrain.cli.commands import COMMANDS
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config
 from tests.fuzz.case import Case
+from tests.fuzz.config_texts import DEFAULTS, FRAGMENTS, KEYS, OWN
 from tests.fuzz.mutate import ODD_TEXTS, edited_bytes
 
 NAME = "config"
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    return {
-        key: value
-        for name, branch in tree.items()
-        for key, value in (
-            _flat(branch, f"{prefix}{name}.") if isinstance(branch, dict) and branch else {prefix + name: branch}
-        ).items()
-    }
-
-
-DEFAULTS = _flat(Config().model_dump(mode="json"))
-LAUGHS = (
-    "[&a0 [x, x, x, x, x, x, x, x, x, x], "
-    + ", ".join(f"&a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10))
-    + "]"
-)
-FRAGMENTS = [
-    "",
-    "~",
-    "null",
-    "true",
-    "yes",
-    "0",
-    "-1",
-    "1",
-    "3",
-    "0.5",
-    "1e400",
-    "1e-400",
-    ".inf",
-    "-.INF",
-    ".nan",
-    "1_000",
-    "_",
-    "0x",
-    "0xff",
-    "0o9",
-    "010",
-    "08",
-    "0b2",
-    "0b_",
-    "1:60",
-    "190:20:30.15",
-    "1:2:3:4:5:6:7:8:9",
-    "+",
-    "-",
-    "+.",
-    "9" * 400,
-    "9" * 5000,
-    "1e5",
-    "2001-01-01",
-    "2001-13-45",
-    "!!timestamp x",
-    "!!timestamp 2001-99-99",
-    "!!int x",
-    "!!int ''",
-    "!!int '0x'",
-    "!!float x",
-    "!!float ''",
-    "!!bool maybe",
-    "!!null x",
-    "!!binary '###'",
-    "!!binary aGk=",
-    "!!binary é",
-    "!!set {a, b}",
-    "!!set [a]",
-    "!!omap [a]",
-    "!!omap [{a: 1}]",
-    "!!pairs [1]",
-    "!!pairs [{a: 1, b: 2}]",
-    "!!str {}",
-    "!!str [a]",
-    "!!map x",
-    "!!map [x]",
-    "!!seq x",
-    "!!seq {}",
-    "!!int [1]",
-    "!!float {}",
-    "!unknown x",
-    "!!python/object/apply:os.mkdir ['ran']",
-    "!!python/name:os.system",
-    "!!python/tuple [1]",
-    "&a [*a]",
-    "&a {a: *a}",
-    "*nothing",
-    "[&b 1, *b]",
-    "{? [1] : 2}",
-    "{[1]: 2}",
-    "{{a: 1}: 2}",
-    "{1: 2}",
-    "{null: 3}",
-    "{a: 1, a: 2}",
-    "{<<: 3}",
-    "{<<: [1]}",
-    "{<<: {a: 1}}",
-    "{<<: [{a: 1}, 2]}",
-    "<<",
-    "=",
-    "[=]",
-    "'",
-    '"',
-    '"\\ud800"',
-    '"\\x00"',
-    '"\\U00110000"',
-    '"\\xZZ"',
-    '"a\\0b"',
-    "|\n   text\n",
-    ">-\n   text\n",
-    "|9\n",
-    "? a\n",
-    "[" * 200 + "]" * 200,
-    "[" * 3000 + "]" * 3000,
-    "{a: " * 500 + "1" + "}" * 500,
-    LAUGHS,
-    "x" * 100_000,
-    "[1, 2",
-    "{a",
-    "- a\n  - b",
-    "@",
-    "`",
-    "%",
-    "train.jsonl",
-    "[a.jsonl, b.jsonl]",
-    "{path: a.jsonl}",
-    "[{path: a.jsonl, weight: 2}, b]",
-    "[{path: 1}]",
-    "[{weight: 2}]",
-    "[[a]]",
-    "[{}]",
-    "{}",
-    "[]",
-    "[null]",
-    "{a: a.jsonl, b: [c, d]}",
-    "{a: {path: x, extra: 1}}",
-    "[early, early]",
-    "[early]",
-    "[0, 10]",
-    "[-1]",
-    "[1.5]",
-    "[true]",
-    "os:system",
-    "a:b:c",
-    ":",
-    "math:",
-    "bfloat16",
-    "te",
-    "grpo",
-    "luffy",
-    "wsd",
-    "cosine",
-    "paper",
-    "compare",
-    "/dev/null",
-    "/",
-    "2024",
-    "١٢",
-    "model",
-    "[" + "1, " * 3000 + "1]",
-]
-KEYS = [
-    *DEFAULTS,
-    *Config.model_fields,
-    "data.train.path",
-    "run.dri",
-    "study.sets.a",
-    "a",
-    "base",
-    "kind",
-    "fingerprints",
-    "",
-    ".",
-    "run.",
-    ".run",
-    "run..dir",
-    "run.dir.x",
-    "model.architecture.layers.x",
-    "sft.optimizer",
-    "rl.optimizer",
-    "data.fields",
-    "é",
-    "1",
-    "~",
-    "null",
-    "<<",
-    "? a",
-]
 
 
 @st.composite
@@ -219,53 +33,51 @@ def values(draw: st.DrawFn, key: str) -> str:
     return draw(st.sampled_from(FRAGMENTS))
 
 
+STARTS = [
+    *[""] * 12,
+    "%YAML 1.1\n---\n",
+    "%TAG ! !x\n---\n",
+    "# note\n",
+    "\ufeff",
+    "--- \n",
+    "x: &m {a: 1}\n",
+    "- a\n",
+]
+ODD_BASES = [
+    "[]",
+    "3",
+    "''",
+    "{a: 1}",
+    "[3]",
+    "'a\\0b'",
+    '"\\0"',
+    '"\\ud800"',
+    "missing.yaml",
+    "folder",
+    "." * 300,
+    "x" * 5000,
+    "&a [*a]",
+    "!!set {a}",
+]
+ENDS = [
+    *[""] * 12,
+    "...\n",
+    "---\nrun: {}\n",
+    "kind: sft\nfingerprints: {}\n",
+    "run: {dir: a}\n",
+    "zzz: 1\n",
+    "3: 4\n",
+    "? [a]\n: b\n",
+]
+
+
 @st.composite
 def trees(draw: st.DrawFn, bases: list[str]) -> str:
     """A file: some keys in block style, in any order, some of them twice; `base` of files that may be there."""
-    lines = [
-        draw(
-            st.sampled_from(
-                [
-                    *[""] * 12,
-                    "%YAML 1.1\n---\n",
-                    "%TAG ! !x\n---\n",
-                    "# note\n",
-                    "\ufeff",
-                    "--- \n",
-                    "x: &m {a: 1}\n",
-                    "- a\n",
-                ]
-            )
-        )
-    ]
+    lines = [draw(st.sampled_from(STARTS))]
     if bases and draw(st.booleans()):
-        lines.append(
-            "base: "
-            + draw(
-                st.sampled_from(
-                    [
-                        *bases,
-                        json.dumps(bases),
-                        json.dumps(bases * 2),
-                        "[]",
-                        "3",
-                        "''",
-                        "{a: 1}",
-                        "[3]",
-                        "'a\\0b'",
-                        '"\\0"',
-                        '"\\ud800"',
-                        "missing.yaml",
-                        "folder",
-                        "." * 300,
-                        "x" * 5000,
-                        "&a [*a]",
-                        "!!set {a}",
-                    ]
-                )
-            )
-            + "\n"
-        )
+        named = [*bases, json.dumps(bases), json.dumps(bases * 2)]
+        lines.append(f"base: {draw(st.sampled_from([*named, *ODD_BASES]))}\n")
     for section in draw(st.lists(st.sampled_from(list(Config.model_fields)), max_size=3)):
         inner = [key for key in DEFAULTS if key.startswith(section + ".")]
         lines.append(f"{section}:" + draw(st.sampled_from([*["\n"] * 12, " \n", " &s\n", " !!map\n", " 3\n", "\t\n"])))
@@ -276,22 +88,7 @@ def trees(draw: st.DrawFn, bases: list[str]) -> str:
                 lines.append(f"{indent}{name}:\n")
                 indent += "  "
             lines.append(f"{indent}{last}: {draw(values(key))}\n")
-    lines.append(
-        draw(
-            st.sampled_from(
-                [
-                    *[""] * 12,
-                    "...\n",
-                    "---\nrun: {}\n",
-                    "kind: sft\nfingerprints: {}\n",
-                    "run: {dir: a}\n",
-                    "zzz: 1\n",
-                    "3: 4\n",
-                    "? [a]\n: b\n",
-                ]
-            )
-        )
-    )
+    lines.append(draw(st.sampled_from(ENDS)))
     return "".join(lines)
 
 
@@ -318,7 +115,7 @@ def config_files(draw: st.DrawFn) -> dict[str, bytes | None]:
 
 @st.composite
 def options(draw: st.DrawFn) -> list[str]:
-    """Of the config tree, as a shell hands them over: bytes that are no UTF-8 arrive as lone surrogates, there is no NUL."""
+    """Arguments as a shell passes them: bytes that are not UTF-8 arrive as lone surrogates, and there is no NUL."""
     key = draw(st.sampled_from(KEYS))
     value = draw(st.one_of(values(key), st.sampled_from(ODD_TEXTS), st.text(max_size=8))).replace("\0", "")
     form = draw(st.integers(0, 9))
@@ -337,48 +134,7 @@ def file_cases(draw: st.DrawFn) -> Case:
     return Case("load", draw(config_files()), ("main.yaml", *given))
 
 
-OWN = [
-    f"--{name}"
-    for name in (
-        "out",
-        "step",
-        "prompts",
-        "dropped",
-        "by",
-        "near",
-        "threshold",
-        "ngram",
-        "against",
-        "n",
-        "take",
-        "size",
-        "seed",
-        "seeds",
-        "candidate",
-        "candidates",
-        "method",
-        "points",
-        "reach",
-        "budget",
-        "tau",
-        "only",
-        "dry-run",
-        "ledger",
-        "watch",
-        "port",
-        "verify",
-        "explain",
-        "folder",
-        "debug-rollout-only",
-        "debug_train_only",
-        "config",
-        "help",
-        "attempts",
-        "validation",
-        "gpus",
-        "gpu",
-    )
-]
+ODD_OPTIONS = ["a=b", "=", "a=", "0,1,2", "1,,2", "0.5", "[{name: a, path: b}]"]
 
 
 @st.composite
@@ -394,14 +150,10 @@ def command_cases(draw: st.DrawFn) -> Case:
         if kind == 0:
             words += draw(options())
         elif kind == 1:
-            value = draw(
-                st.sampled_from(
-                    [*FRAGMENTS, *ODD_TEXTS, "a=b", "=", "a=", "0,1,2", "1,,2", "0.5", "[{name: a, path: b}]"]
-                )
-            ).replace("\0", "")
-            words += draw(
-                st.sampled_from([lambda name: [f"{name}={value}"], lambda name: [name, value], lambda name: [name]])
-            )(draw(st.sampled_from(OWN)))
+            value = draw(st.sampled_from([*FRAGMENTS, *ODD_TEXTS, *ODD_OPTIONS])).replace("\0", "")
+            forms = draw(st.sampled_from(["name=value", "name value", "name"]))
+            name = draw(st.sampled_from(OWN))
+            words += {"name=value": [f"{name}={value}"], "name value": [name, value], "name": [name]}[forms]
         elif kind == 2:
             words.append(
                 draw(
@@ -436,7 +188,7 @@ CASES = st.one_of(file_cases(), file_cases(), command_cases())
 
 def prepare(folder: Path) -> Mapping[str, Path]:
     # What the command line imports before a command begins its work; everything else of pctrain is the work.
-    told = subprocess.run(
+    printed = subprocess.run(
         [
             sys.executable,
             "-c",
@@ -447,7 +199,7 @@ def prepare(folder: Path) -> Mapping[str, Path]:
         check=True,
     )
     global _parsing
-    _parsing = frozenset(told.stdout.split())
+    _parsing = frozenset(printed.stdout.split())
     return {}
 
 
@@ -472,7 +224,7 @@ class _Begins:
 class _Work(ModuleType):
     """Such a module."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> _Begins:
         if name.startswith("__"):

@@ -175,9 +175,8 @@ def exchange_files(draw: st.DrawFn) -> bytes:
             "sft": [{"eflops": step / 100, "scores": {"gsm": 40.0, "math": 20.5}} for step in steps],
             "rl": {str(steps[-1]): [{"eflops": a, "scores": {"gsm": b, "math": b}} for a, b in zip(x, y, strict=True)]},
         }
-        for key, value in {"checkpoint_steps": steps, "batch_size": 128, "mean_seq_len": 1000.0}.items():
-            if draw(st.integers(0, 2)):
-                data[key] = value
+        about = {"checkpoint_steps": steps, "batch_size": 128, "mean_seq_len": 1000.0}
+        data |= {key: value for key, value in about.items() if draw(st.integers(0, 2))}
         if draw(st.booleans()):
             for i, entry in enumerate(data["sft"]):
                 entry["val_loss"] = 1.0 - i / 10
@@ -441,4 +440,4 @@ def _check_fits(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert 0 <= row["a_post"] <= 100.0001, row
         low, high = row["a_post_low"], row["a_post_high"]
-        assert low is None or low <= row["a_post"] + 1e-9 and row["a_post"] <= high + 1e-9, row
+        assert low is None or (low <= row["a_post"] + 1e-9 and row["a_post"] <= high + 1e-9), row

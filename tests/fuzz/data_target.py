@@ -325,7 +325,7 @@ FIELDS = [
     "..",
     "0",
     "prompt.²",
-    "messages.٠",
+    "messages.\u0660",
     "messages.-1",
     "messages." + "9" * 30,
     "messages." + "9" * 5000,

@@ -96,7 +96,10 @@ def json_text(tree: Any) -> bytes:
 
 @st.composite
 def edited_trees(draw: st.DrawFn, tree: Any, most: int = 3, values: list[Any] = ODD_VALUES) -> Any:
-    """A copy of `tree` (dicts, lists, scalars) with up to `most` changes: a value replaced, a key gone, renamed or new, an item twice."""
+    """Return a copy of `tree` (dicts, lists, scalars) with up to `most` changes.
+
+    A change replaces a value, removes, renames or adds a key, or repeats an item.
+    """
     root = [copy.deepcopy(tree)]
     for _ in range(draw(st.integers(0, most))):
         places = list(_places(root))

@@ -1,4 +1,4 @@
-"""Each target for a moment, always with the same examples; and in the full tier all four for a quarter of an hour, side by side."""
+"""Each target for a moment with the same examples; in the full tier, all four together for a quarter of an hour."""
 
 import os
 import subprocess

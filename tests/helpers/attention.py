@@ -7,7 +7,7 @@ from pctrain.core.layers.packed_attention import PackedLayout
 
 def layout_of(lengths, tokens, dim=8):
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
-    layout = PackedLayout.of(bounds, tokens, channels=128)
+    layout = PackedLayout.build(bounds, tokens, channels=128)
     positions = torch.arange(max(lengths), dtype=torch.float64)
     layout.angles = torch.outer(positions, 0.3 ** torch.arange(dim // 2)).repeat(1, 2)[:, None, None, :]
     return layout, bounds.tolist()

@@ -10,7 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 _WHERE = ("*.md", "docs/**/*.md", "configs/**/*.md", "kernels/*.md", "benchmarks/*.md")
 PAGES = sorted(path for pattern in _WHERE for path in ROOT.glob(pattern))
-GUIDES = [page for page in PAGES if page.parent.name != "benchmarks"]  # these pages say how something was measured once
+# benchmarks/ says how something was measured once, and the changelog how things were.
+GUIDES = [page for page in PAGES if page.parent.name != "benchmarks" and page.name != "CHANGELOG.md"]
 # Programs that a command line may begin with, after environment settings.
 STARTS = ("pctrain", "torchrun", "bash", "launch/", "sbatch", "python", "pip", "docker")
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=\S*")

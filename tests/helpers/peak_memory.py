@@ -1,7 +1,8 @@
-"""Measure a command's peak of host memory: `measure`, and the program that it starts on every rank."""
+"""Measure the peak of host memory of a pctrain command: `measure`, and the program that it starts on every rank."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import resource
@@ -17,13 +18,14 @@ class Memory:
     """Memory of one rank, in bytes."""
 
     base: int  # resident after the imports
-    peak: int  # the later peak of the rank or of one of its writer processes, shared pages included
+    # Most that was resident after that, in the rank or in one of its writing processes with the pages they share.
+    peak: int
 
 
 def measure(*command: object, world: int = 1) -> list[Memory]:
-    """Run `pctrain COMMAND` on `world` ranks and return the memory of each.
+    """Run `pctrain COMMAND` on `world` ranks, a process each; return the memory of each.
 
-    Each rank is a separate process. If one fails, AssertionError shows its output.
+    Raises AssertionError with the output if the command fails.
     """
     return on_ranks(__file__, *command, f"--parallel.tensor={world}", world=world)
 
@@ -70,7 +72,9 @@ def status(key: str) -> int:
 
 
 def main() -> int:
-    from pctrain.cli import main as cli  # torch and megatron-core belong to the base
+    from pctrain.cli import main as cli
+
+    importlib.import_module("pctrain.tools.convert")  # torch and megatron-core belong to the base
 
     base = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # restart VmHWM

@@ -132,6 +132,6 @@ def compare(algo: Algorithm, groups: list[Group], naive, seed: int, moved: bool 
     want = naive(groups, tokens)
     assert abs(float(want.detach())) > 1e-4  # the loss is not trivially zero
     np.testing.assert_allclose(loss.item(), want.item(), rtol=2e-6, atol=1e-7)
-    for ours, theirs in zip(gradients(loss, tokens), gradients(want, tokens), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)  # streams are float32
+    for got, expected in zip(gradients(loss, tokens), gradients(want, tokens), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)  # streams are float32
     return metrics

@@ -15,7 +15,7 @@ BUDGET = 256
 
 
 def hf_dir(folder: Path, *, tied: bool) -> Path:
-    """Build a model with grouped-query attention (4 heads, 2 key/value heads), 4 layers and an odd vocabulary."""
+    """Make a model with grouped-query attention (4 heads on 2 key/value heads), 4 layers and an odd vocabulary."""
     architecture = ArchitectureConfig(layers=4, hidden=32, heads=4, kv_heads=2, ffn=80, context=256, tied=tied)
     return make_hf_dir(folder, architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1)
 
@@ -32,7 +32,7 @@ def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
 def rows_of_a_pack(seed: int = 0) -> list[Row]:
     """Return six sequences of which no two fit into a pack.
 
-    The packs are the same at any data parallel size; some of them are padding packs.
+    The packs are the same at any data parallel size, and some of them are padding packs.
     """
     rng = np.random.default_rng(seed)
     return [
@@ -54,8 +54,9 @@ def learner(
 ):
     from pctrain.core import Learner
 
+    model = ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss)
     return Learner(
-        ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss),
+        model,
         ParallelConfig(**layout),
         optimizer_config=optimizer if train else None,
         total_steps=total_steps,
@@ -87,8 +88,8 @@ def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float =
     }
 
 
-def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
-    """Train `steps` steps, save a checkpoint in `folder`, and return what `go_on` returns for as many more."""
+def save_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+    """Train `steps` steps, save a checkpoint in `folder`, and return the result of as many more."""
     from pctrain.distributed import parallel
 
     model = learner(directory, layout, **options)
@@ -98,20 +99,17 @@ def save_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **op
         folder.mkdir()
     parallel.barrier()
     model.save(folder)
-    return go_on(model, steps)
+    return train_on(model, steps)
 
 
-def load_and_go_on(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+def load_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
     model = learner(directory, layout, **options)
     model.load(folder)
-    return go_on(model, steps)
+    return train_on(model, steps)
 
 
-def go_on(model, steps: int) -> tuple:
-    """Train the second `steps` steps.
-
-    Return (losses, gradient norms, (learning rate, metrics) by step, final weights).
-    """
+def train_on(model, steps: int) -> tuple:
+    """Train `steps` more steps; return losses, gradient norms, (learning rate, metrics) and the final weights."""
     updates = [step(model, i) for i in range(steps, 2 * steps)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}
     return [u.loss for u in updates], [u.grad_norm for u in updates], [(u.lr, u.metrics) for u in updates], weights

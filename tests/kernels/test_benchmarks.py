@@ -89,7 +89,7 @@ def test_a_wrong_provider_prints_fail_and_has_no_time(
     op = dataclasses.replace(right, providers={"floor": right.providers["floor"], "wrong": wrong})
     harness = benchmarks.harness
     setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
-    floor, row = benchmarks.run_all.run([(op, harness.Shape(32, 96, 8))], setting, 0.0, 60.0, tmp_path / "wrong")
+    floor, row = benchmarks.run_all.run([(op, harness.HeadShape(32, 96, 8))], setting, 0.0, 60.0, tmp_path / "wrong")
 
     assert floor["status"] == "ok"
     assert row["status"] == "FAIL" and row["reason"] == f"differs from float64 in {piece}"
@@ -100,7 +100,7 @@ def test_a_wrong_provider_prints_fail_and_has_no_time(
 
 def test_a_warm_up_leaves_main_grad_as_it_was(benchmarks) -> None:
     op, harness = benchmarks.run_all.OPS["linear_token_loss"], benchmarks.harness
-    problem = op.make(harness.Shape(32, 96, 8), torch.device("cpu"), torch.float32)
+    problem = op.make(harness.HeadShape(32, 96, 8), torch.device("cpu"), torch.float32)
     step = op.providers["pctrain_kernels, main_grad"](problem)
     harness.warm_up(step)
     results = {name.removeprefix(harness.HELD): result for name, result in step().items()}
@@ -110,5 +110,5 @@ def test_a_warm_up_leaves_main_grad_as_it_was(benchmarks) -> None:
 def test_after_the_limit_points_are_skipped_by_name(benchmarks, tmp_path: Path) -> None:
     op, harness = benchmarks.run_all.OPS["cross_entropy"], benchmarks.harness
     setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
-    rows = benchmarks.run_all.run([(op, harness.Shape(8, 32, 4))], setting, 0.0, -1.0, tmp_path / "late")
+    rows = benchmarks.run_all.run([(op, harness.HeadShape(8, 32, 4))], setting, 0.0, -1.0, tmp_path / "late")
     assert {row["status"] for row in rows} == {"skipped"} and {row["provider"] for row in rows} == op.providers.keys()

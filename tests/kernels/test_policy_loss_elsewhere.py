@@ -102,9 +102,9 @@ def test_is_the_loss_of_trl(**case) -> None:
         "importance_sampling_ratio": weights,
     }
     inputs |= {f"{name}_per_token_logps": streams[f"{name}_logprob"].view(2, 3) for name in ("old", "ref")}
-    theirs = GRPOTrainer._compute_loss(trainer, None, inputs)
-    torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, leaf)[0], rtol=1e-12, atol=1e-12)
+    trl_loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    torch.testing.assert_close(loss, trl_loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(trl_loss, leaf)[0], rtol=1e-12, atol=1e-12)
 
 
 @given(**same_options)
@@ -113,7 +113,7 @@ def test_is_the_loss_of_liger(**case) -> None:
 
     loss, gradient, streams, weights = ours(**case)
     leaf = torch.tensor([row[0] for row in case["rows"]], dtype=torch.float64, requires_grad=True)
-    theirs, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(
+    liger_loss, _ = liger.LigerFusedLinearGRPOFunction.ppo_loss_fn(
         leaf.view(2, 3),
         MASK,
         torch.tensor(case["advantages"], dtype=torch.float64),
@@ -127,8 +127,8 @@ def test_is_the_loss_of_liger(**case) -> None:
         vllm_is_ratio=weights,
         delta=case["dual_clip"],
     )
-    torch.testing.assert_close(loss, theirs, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gradient, torch.autograd.grad(theirs, leaf)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(loss, liger_loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.autograd.grad(liger_loss, leaf)[0], rtol=1e-12, atol=1e-12)
 
 
 def test_the_linear_loss_is_that_of_liger() -> None:
@@ -155,10 +155,10 @@ def test_the_linear_loss_is_that_of_liger() -> None:
         chunk_tokens=5,
     )
     leaves = hidden.detach().view(2, 8, -1).requires_grad_(), weight.detach().requires_grad_()
-    theirs = liger.LigerFusedLinearGRPOLoss(
+    liger_loss = liger.LigerFusedLinearGRPOLoss(
         beta=0.1, compiled=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="bnpo"
     )
-    want, _ = theirs(
+    want, _ = liger_loss(
         leaves[0],
         leaves[1],
         target.view(2, 8),

@@ -1,9 +1,10 @@
-"""Real megatron-core shards of any rank of any world, without memory and without the other ranks: the meta device, torch's fake group.
+"""Real megatron-core shards of any rank of any world, on the meta device and in torch's fake process group.
 
-    python meta_shards.py CASES.json     [{"folder": model, "world": n, "rank": r, "dtype": ..., "parallel": {...}}, ...]
+    python meta_shards.py CASES.json     [{"folder": model, "world": n, "rank": r, "dtype": ..., "parallel": {...}},
+    ...]
 
-Prints a line of JSON a case: elements of each module's parameters, of its buffers and the bytes of their gradients, and what the optimizer
-holds. It is a program of its own: it tells this process that a device named meta is its GPU.
+Prints a line of JSON a case: elements of each module's parameters, of its buffers and the bytes of their gradients, and
+what the optimizer holds. It is a program of its own: it tells this process that a device named meta is its GPU.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ def main() -> int:
     from megatron.core import parallel_state
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from pctrain.core import model, optimizer
-    from pctrain.core.patches import cpu as cpu_patches
+    from pctrain.core import model, optimizer, patches
 
-    cpu_patches.install()
+    patches.install()
     torch.cuda.current_device = lambda: "meta"  # where megatron-core makes its buffers
     model.device = lambda: torch.device("meta")
-    # megatron-core chooses what is optimised by the name of the type, which cpu_compat likens to that of a GPU.
+    # megatron-core chooses what is optimised by the name of the type, which `patches.device_names` makes equal to that of a GPU.
     named = torch.Tensor.type
     torch.Tensor.type = lambda self, *args: named(
         self.new_empty(0, device="cpu") if self.is_meta and not args else self, *args
@@ -64,7 +64,8 @@ def _held(case: dict) -> dict:
     )
     model_parallel_cuda_manual_seed(0, force_reset_rng=True)
     with torch.device("meta"):
-        # Attention over context parallel ranks is Transformer Engine's; their parameters and buffers are those of the groups made above.
+        # Attention over context parallel ranks is Transformer Engine's; their parameters and buffers are those of the
+        # groups made above.
         alone = par.model_copy(update={"context": 1})
         chunks = model.build(HFConfig.read(Path(case["folder"])), config, alone, trainable=True)
         adam = optimizer.build(OptimizerConfig(), chunks, DTYPES[config.dtype], 10)[0]
@@ -84,25 +85,17 @@ def _held(case: dict) -> dict:
 
 
 def _optimizer_bytes(adam) -> int:
-    """Moments of this rank's part of the parameters, and its float32 masters where the parameters are of another dtype."""
-    inner = [one.optimizer for one in adam.chained_optimizers if not one.is_stub_optimizer]
-    parameters = [p for one in inner for group in one.param_groups for p in group["params"]]
-    moments = sum(
-        one.state[p][name].nbytes
-        for one in inner
-        for group in one.param_groups
-        for p in group["params"]
-        for name in ("exp_avg", "exp_avg_sq")
-    )
-    masters = [
-        shard
-        for one in adam.chained_optimizers
-        if not one.is_stub_optimizer
-        for group in one.shard_fp32_from_float16_groups
-        for shard in group
-    ]
-    assert all(str(tensor.device) == "meta" for tensor in parameters)
-    return moments + sum(master.nbytes for master in masters)
+    """Return the bytes of this rank's moments, and of its float32 masters if parameters have another dtype."""
+    return sum(_bytes_of(part) for part in adam.chained_optimizers if not part.is_stub_optimizer)
+
+
+def _bytes_of(part) -> int:
+    inner = part.optimizer
+    parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    assert all(str(parameter.device) == "meta" for parameter in parameters)
+    moments = [inner.state[parameter][name] for parameter in parameters for name in ("exp_avg", "exp_avg_sq")]
+    masters = [shard for group in part.shard_fp32_from_float16_groups for shard in group]
+    return sum(tensor.nbytes for tensor in (*moments, *masters))
 
 
 if __name__ == "__main__":

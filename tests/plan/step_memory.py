@@ -1,8 +1,10 @@
 """The peak of host memory of real steps, on a rank: the program that tests/plan/test_plan_memory.py starts.
 
-    python step_memory.py CONFIG.json     {"options": [--section.key=value, ...], "kind": "sft" | "rl", "rows": n, "length": tokens}
+    python step_memory.py CONFIG.json     {"options": [--section.key=value, ...], "kind": "sft" | "rl", "rows": n,
+    "length": tokens}
 
-Two steps of `rows` sequences of `length` tokens each; of RL with an engine that samples and is given the weights in between.
+Two steps of `rows` sequences of `length` tokens each; of RL with an engine that samples and is given the weights in
+between.
 """
 
 from __future__ import annotations

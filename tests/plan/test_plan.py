@@ -52,7 +52,8 @@ def _planner(options, gpus=8, gpu="h100", kind=None, pinned=(), **assumed):
     return Planner.of(read(None, options), PlanOptions(gpus=gpus, gpu=gpu, kind=kind, **assumed), pinned)
 
 
-# ---- counted by hand -----------------------------------------------------------------------------------------------------------
+# ---- counted by hand
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_parameters_of_published_models(models):
@@ -75,8 +76,9 @@ def test_the_papers_rl_on_eight_gpus_of_80_gb(paper):
     assert moment["optimizer"] == pytest.approx(
         12 * one / 4, rel=1e-5
     )  # master, two moments, over four data parallel ranks
-    # 16384 tokens in bfloat16, recompute selective, sequence parallel: of each of 28 layers, elements a token: the stream four times, cut;
-    # queries, keys, values (28 + 2 x 4 heads of 128), queries and output by themselves; four times the feed-forward width.
+    # 16384 tokens in bfloat16, recompute selective, sequence parallel: of each of 28 layers, elements a token: the
+    # stream four times, cut; queries, keys, values (28 + 2 x 4 heads of 128), queries and output by themselves; four
+    # times the feed-forward width.
     layer = 4 * 3584 / 2 + (36 + 28 + 28) * 128 / 2 + 4 * 18944 / 2
     assert moment["activations"] == pytest.approx(28 * layer * 16384 * 2, rel=1e-6)
     assert plan.memory.of("rollout").parts["engine"] == pytest.approx(0.6 * 79.1 * GIB)
@@ -142,7 +144,8 @@ def test_bytes_on_the_wires(models):
     speed = _planner(options, gpus=16, prompt=1024, response=1024).as_configured().speed
     sent = {one.group: one for one in speed.traffic}
     tokens = 512 * 2048 / 4  # of one of four data parallel ranks
-    # Two blocks a layer, gathered and scattered forwards and backwards, and the inputs gathered once more: 10; 4 at the ends; half each.
+    # Two blocks a layer, gathered and scattered forwards and backwards, and the inputs gathered once more: 10; 4 at the
+    # ends; half each.
     assert sent["tensor"].sent == pytest.approx((14 * 10 + 4) * tokens * 3584 * 2 / 2)
     assert sent["pipeline"].sent == pytest.approx(
         2 * tokens * 3584 * 2 / 2
@@ -202,7 +205,8 @@ def test_passes_are_those_of_the_algorithms():
             assert passes(rl) == own + (("reference",) if "ref_logprob" in streams else ()), (name, extra)
 
 
-# ---- at every layout -----------------------------------------------------------------------------------------------------------
+# ---- at every layout
+# -----------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=8)
@@ -269,12 +273,16 @@ def test_recomputation_saves_memory_and_costs_flops(models, name, tensor):
     assert found[0][0] >= found[1][0] > found[2][0] and found[0][1] < found[1][1] < found[2][1]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------------
+# ---- the command
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def test_it_plans_the_papers_run_without_torch(paper, tmp_path):
     command = ["plan", "--config", f"{paper}/rl-pipeline.yaml", "--gpus", "8", "--gpu", "h100", "--out", "plan.json"]
-    program = f"import sys; from pctrain.cli.main import main; status = main({command!r}); assert 'torch' not in sys.modules; sys.exit(status)"
+    program = (
+        f"import sys; from pctrain.cli.main import main; status = main({command!r}); "
+        "assert 'torch' not in sys.modules; sys.exit(status)"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},

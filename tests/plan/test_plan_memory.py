@@ -1,8 +1,9 @@
 """The planner against the resident memory of real steps on CPU ranks: at most 15 % apart.
 
-Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which torch's late
-imports (40 MB, counted) weigh little. glibc is left to itself, as a user's is: it keeps pages of freed tensors, up to 32 MB each, for
-later. The plan counts a share for them: no step needs that memory, and no GPU has it (torch's own allocator keeps blocks there).
+Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which
+torch's late imports (40 MB, counted) weigh little. glibc is left to itself, as a user's is: it keeps pages of freed
+tensors, up to 32 MB each, for later. The plan counts a share for them: no step needs that memory, and no GPU has it
+(torch's own allocator keeps blocks there).
 """
 
 import json
@@ -18,26 +19,26 @@ from tests.helpers.peak_memory import on_ranks
 from tests.helpers.plan_models import write_model
 
 PROGRAM = str(Path(__file__).with_name("step_memory.py"))
-SMALL = dict(
-    hidden_size=512,
-    intermediate_size=2048,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    vocab_size=4000,
-    max_position_embeddings=1024,
-)
-LARGER = SMALL | dict(num_hidden_layers=8, vocab_size=8000)
-EXPERTS = LARGER | dict(
-    architectures=["Qwen3MoeForCausalLM"],
-    model_type="qwen3_moe",
-    moe_intermediate_size=384,
-    num_experts=8,
-    num_experts_per_tok=2,
-    norm_topk_prob=True,
-    head_dim=64,
-    num_hidden_layers=6,
-)
+SMALL = {
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 4000,
+    "max_position_embeddings": 1024,
+}
+LARGER = SMALL | {"num_hidden_layers": 8, "vocab_size": 8000}
+EXPERTS = LARGER | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 384,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+    "head_dim": 64,
+    "num_hidden_layers": 6,
+}
 # Its rates do not matter here, and measuring them takes a while.
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 

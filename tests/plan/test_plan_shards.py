@@ -1,4 +1,4 @@
-"""The planner's parameters and buffers against those of real megatron-core shards, at up to 1024 ranks: of every kind of rank, exactly."""
+"""The planner's parameters and buffers are exactly those of real megatron-core shards, at up to 1024 ranks."""
 
 import json
 import os
@@ -30,31 +30,31 @@ ODD = LLAMA_3B | {
 MODELS = PUBLISHED | {"odd": ODD}
 # (model, ranks, dtype, layout). Every tensor and expert parallel rank of a stage holds equally much.
 CASES = [
-    ("qwen-7b", 8, "bfloat16", dict(tensor=2, sequence_parallel=True, overlap_grad_reduce=True)),
+    ("qwen-7b", 8, "bfloat16", {"tensor": 2, "sequence_parallel": True, "overlap_grad_reduce": True}),
     (
         "qwen-7b",
         1024,
         "bfloat16",
-        dict(tensor=4, pipeline=8, first_stage_layers=2, last_stage_layers=2, sequence_parallel=True),
+        {"tensor": 4, "pipeline": 8, "first_stage_layers": 2, "last_stage_layers": 2, "sequence_parallel": True},
     ),
-    ("qwen-7b", 96, "float32", dict(tensor=4, pipeline=4, context=2)),
-    ("qwen-7b", 64, "bfloat16", dict(tensor=2, pipeline=4, virtual_pipeline=7, overlap_grad_reduce=True)),
-    ("llama-3b", 24, "bfloat16", dict(tensor=2, pipeline=4, virtual_pipeline=7, overlap_grad_reduce=True)),
-    ("llama-3b", 8, "float32", dict()),
+    ("qwen-7b", 96, "float32", {"tensor": 4, "pipeline": 4, "context": 2}),
+    ("qwen-7b", 64, "bfloat16", {"tensor": 2, "pipeline": 4, "virtual_pipeline": 7, "overlap_grad_reduce": True}),
+    ("llama-3b", 24, "bfloat16", {"tensor": 2, "pipeline": 4, "virtual_pipeline": 7, "overlap_grad_reduce": True}),
+    ("llama-3b", 8, "float32", {}),
     (
         "qwen-30b-a3b",
         128,
         "bfloat16",
-        dict(tensor=2, pipeline=4, expert=8, sequence_parallel=True, overlap_grad_reduce=True),
+        {"tensor": 2, "pipeline": 4, "expert": 8, "sequence_parallel": True, "overlap_grad_reduce": True},
     ),
     (
         "qwen-30b-a3b",
         1024,
         "bfloat16",
-        dict(tensor=4, pipeline=8, expert=32, virtual_pipeline=3, sequence_parallel=True),
+        {"tensor": 4, "pipeline": 8, "expert": 32, "virtual_pipeline": 3, "sequence_parallel": True},
     ),
-    ("odd", 12, "bfloat16", dict(pipeline=2, virtual_pipeline=2, overlap_grad_reduce=True)),
-    ("qwen-30b-a3b", 48, "bfloat16", dict(pipeline=3, expert=16, first_stage_layers=15, last_stage_layers=13)),
+    ("odd", 12, "bfloat16", {"pipeline": 2, "virtual_pipeline": 2, "overlap_grad_reduce": True}),
+    ("qwen-30b-a3b", 48, "bfloat16", {"pipeline": 3, "expert": 16, "first_stage_layers": 15, "last_stage_layers": 13}),
 ]
 FAST = (1, 4, 6, 8)
 
@@ -126,7 +126,8 @@ def test_a_shard_holds_what_the_plan_says(shards, index):
         assert (real["dense"], real["expert"]) == (planned.dense, planned.expert), rank
         held = held_always(hf, config, layout, GPUS["h200"], stage, 0.0)
         assert (real["weight_bytes"], real["gradient_bytes"]) == (held["weights"], held["gradients"]), rank
-        # Its share of a buffer may be padding, which has no moments: 12 (float32: 8) bytes an element of at most a few thousand.
+        # Its share of a buffer may be padding, which has no moments: 12 (float32: 8) bytes an element of at most a few
+        # thousand.
         missing = held["optimizer"] - real["optimizer_bytes"]
         assert 0 <= missing <= 12 * 64 * 12 * layout.parallel.virtual_pipeline * hf.layers, (rank, missing)
     assert {0, layout.parallel.pipeline - 1} <= stages

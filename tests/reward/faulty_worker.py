@@ -1,4 +1,7 @@
-"""A verifier worker that hangs, dies or refuses to start on request; otherwise the real one. Run by test_verifier_pool.py."""
+"""A verifier worker that hangs, dies or refuses to start on request; otherwise the real one.
+
+Run by test_verifier_pool.py.
+"""
 
 import os
 import sys

@@ -18,7 +18,7 @@ from pctrain.reward.verifiers import VERIFIERS
         (r"\boxed{A}", "a", "wrong"),
         (r"\boxed{5.0}", "5", "wrong"),
         ("5", "5", "no_box"),
-        (r"\boxed{５}", "5", "wrong"),
+        ("\\boxed{\uff15}", "5", "wrong"),
         (r"\boxed{5}\boxed{6}", "5", "wrong"),
         (r"\boxed{}", "5", "wrong"),
     ],
@@ -45,7 +45,7 @@ def test_exact(response, gold, cause):
         (r"\boxed{C: 5}", "wrong"),
         (r"\boxed{}", "wrong"),
         (r"\boxed{5} so the answer is C", "wrong"),
-        (r"\boxed{Ｃ}", "right"),
+        ("\\boxed{\uff23}", "right"),
         # No box: the last stated choice.
         ("The answer is C.", "right"),
         ("the answer is (C)", "right"),

@@ -1,4 +1,4 @@
-r"""Fuzzed answers through every part of the verifier: no exception, no hang, and nothing paid for an answer that was made wrong."""
+r"""Fuzzed answers through every part of the verifier: no exception, no hang, and no reward for a wrong answer."""
 
 import random
 from fractions import Fraction
@@ -12,7 +12,7 @@ from pctrain.reward.verifiers import VERIFIERS
 
 PIECES = [
     *"0123456789xyzabeiAC+-*/^_=<>!()[]{}|,.;:$%&~\\ '\"",
-    *"０٥²½−∞≠",
+    *"\uff10\u0665²½\u2212∞≠",
     "\\frac",
     "\\frac{1}{2}",
     "\\sqrt{2}",

@@ -1,4 +1,4 @@
-r"""Adversarial answers: what a policy could be paid for without the answer, and honest ones beside them that must stay right."""
+r"""Adversarial answers that a policy could be paid for by mistake, and honest answers that must stay right."""
 
 import time
 
@@ -90,14 +90,14 @@ WRONG = [
     ("0.333334", "1/3"),
     ("1e3", "1000"),
     # Digits of other scripts, powers among them.
-    ("٥", "5"),
+    ("\u0665", "5"),
     ("५", "5"),
     ("⑤", "5"),
     ("5²", "52"),
     ("5²", "5"),
     ("½", "0.5"),
     ("5\u200b0", "50"),
-    ("Ⅴ", "5"),
+    ("\u2164", "5"),
     # Sizes that hurt.
     ("9" * 5000, "9"),
     ("9" * 5001, "9" * 5000),
@@ -179,8 +179,8 @@ def test_no_hole_is_paid_for(pool, name):
 @pytest.mark.parametrize(
     ("answer", "gold"),
     [
-        ("５", "5"),
-        ("−5", "-5"),
+        ("\uff15", "5"),
+        ("\u22125", "-5"),
         (r"5^\circ", "5"),
         (r"\$5", "5"),
         (r"5\%", "5"),

@@ -1,4 +1,4 @@
-"""A reward of the user's own: what it may return, what is counted when it fails, and what a wrong name says before a run starts."""
+"""A user's reward function: what it may return, what is counted if it fails, and the message for a wrong name."""
 
 import os
 import subprocess
@@ -16,8 +16,10 @@ import asyncio, os, time
 import numpy
 from pathlib import Path
 Path("imported").write_text(str(os.getpid()))
-VALUES = {"true": True, "false": False, "one": 1, "half": 0.5, "numpy": numpy.float32(0.25), "numpy_bool": numpy.bool_(True),
-          "two": 2, "minus": -0.5, "nan": float("nan"), "none": None, "string": "1", "list": [1], "array": numpy.zeros(2)}
+VALUES = {"true": True, "false": False, "one": 1, "half": 0.5, "numpy": numpy.float32(0.25), "numpy_bool":
+numpy.bool_(True),
+          "two": 2, "minus": -0.5, "nan": float("nan"), "none": None, "string": "1", "list": [1], "array":
+          numpy.zeros(2)}
 def judge(response, answer):
     if response == "raise":
         raise ValueError("no answer key")
@@ -122,7 +124,8 @@ def test_async_functions_run_concurrently_each_under_its_deadline(folder):
     with pool("own_rewards:remote", timeout=20) as verifier:
         verdicts = verifier.score([("timeouterror", "x"), *((str(n), str(n % 2)) for n in range(30))])
         assert [v.cause for v in verdicts] == ["error", "right", "right"] + ["wrong"] * 28
-        # Each of eight returns once all of them have been called: one after the other, the first would reach its deadline.
+        # Each of eight returns once all of them have been called: one after the other, the first would reach its
+        # deadline.
         assert [v.cause for v in verifier.score([("together", str(n)) for n in range(8)])] == ["right"] * 8
     with pool("own_rewards:remote", timeout=4) as verifier:
         verdicts = verifier.score([("hang", "1"), ("2", "2"), ("3", "4")])
@@ -167,7 +170,7 @@ def test_names_are_checked_with_the_config():
     with pytest.raises(UserError, match="did you mean exact"):
         check_combinations(config, 1, ["reward"])
     config.reward.verifier, config.reward.levenshtein = "strict", True
-    with pytest.raises(UserError, match="reward.levenshtein = true needs reward.verifier = lenient"):
+    with pytest.raises(UserError, match=r"reward.levenshtein = true needs reward.verifier = lenient"):
         check_combinations(config, 1, ["reward"])
     check_combinations(config, 1, ["data"])
 
@@ -176,7 +179,7 @@ def test_a_module_that_ends_the_process_while_importing_is_an_error_with_its_out
     (folder / "ending_rewards.py").write_text(
         "import os, sys\nprint('licence expired', file=sys.stderr, flush=True)\nos._exit(7)\n"
     )
-    with pytest.raises(UserError, match="(?s)status 7.*licence expired"):
+    with pytest.raises(UserError, match=r"(?s)status 7.*licence expired"):
         pool("ending_rewards:judge")
 
 

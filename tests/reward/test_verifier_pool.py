@@ -156,6 +156,9 @@ pool.score([{box("x+hang")!r}])
 
 
 def test_a_worker_imports_nothing_heavy():
-    program = "import pctrain.reward.worker, sys; print([m for m in ('torch', 'numpy', 'pydantic', 'vllm') if m in sys.modules])"
+    program = (
+        "import pctrain.reward.worker, sys; "
+        "print([m for m in ('torch', 'numpy', 'pydantic', 'vllm') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
     assert out.strip() == "[]"

@@ -23,7 +23,8 @@ def _step(directory, layout, name, normaliser):
     """Return the second of two updates, the naive loss of the same, and the phases and sizes of the passes."""
     model = small.learner(directory, layout)
     model.keep_reference()
-    algorithm = rl_cases.algorithm(name, updates=2, gamma=1, sft_coef=0.3, normaliser=normaliser)
+    own = {"gamma": 1, "sft_coef": 0.3} if name == "upt" else {}
+    algorithm = rl_cases.algorithm(name, updates=2, normaliser=normaliser, **own)
     groups = rl_cases.random_groups(1, prompts=5, prefix=name == "prefix_rft")
     rows = algorithm.rows(groups)
     needed = algorithm.streams_from_pass | {
@@ -50,15 +51,8 @@ def _step(directory, layout, name, normaliser):
         for row, lp, h in zip(finished, logprobs, entropies, strict=True)
     ]
     update = model.train_step(batch.pack(finished, model, algorithm, BUDGET), algorithm.loss, temperature=0.9)
-    return (
-        update,
-        NAIVE[name](groups, tokens).item(),
-        algorithm.options.entropy_coef,
-        tokens,
-        entropies,
-        counted,
-        first_kl,
-    )
+    naive = NAIVE[name](groups, tokens).item()
+    return update, naive, algorithm.options.entropy_coef, tokens, entropies, counted, first_kl
 
 
 def expected(update_tokens, naive, entropy_coef, entropies):

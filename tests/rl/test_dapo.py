@@ -21,7 +21,7 @@ def test_by_hand():
         [0.7071058, -0.7071058, 0.7071058, -0.7071058], abs=1e-6
     )
     tokens = rl_cases.random_tokens([1, 1, 1, 0], seed=0, old=False)
-    for of_row, ratio in zip(tokens, (1.4, 1.4, 1.1), strict=True):
+    for of_row, ratio in zip(tokens[:3], (1.4, 1.4, 1.1), strict=True):
         of_row.old[0] -= math.log(ratio)
     loss, metrics = rl_cases.total(algorithm, rl_cases.with_pass(rows, tokens, {"old_logprob"}), tokens)
     assert loss.item() == pytest.approx(-0.230988, abs=1e-5)
@@ -46,7 +46,7 @@ def test_dapo_d_is_grpo_on_the_groups_it_keeps(seed):
 
 def test_the_parts_of_dapo_in_each():
     algorithms = {name: rl_cases.algorithm(name) for name in ("grpo", "dapo_d", "dapo_dc")}
-    assert [a.dynamic_sampling for a in algorithms.values()] == [False, True, True]
-    assert not any(a.needs_expert for a in algorithms.values())
+    assert [a.options.dynamic_sampling for a in algorithms.values()] == [False, True, True]
+    assert not any(a.options.needs_expert for a in algorithms.values())
     assert all(a.prefixes(None, 1, 10, 0) == [[]] * 8 for a in algorithms.values())
     assert [a.options.entropy_coef for a in algorithms.values()] == [0.001, 0.001, 0]

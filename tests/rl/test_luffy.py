@@ -48,5 +48,5 @@ def test_is_the_naive_version(seed, moved):
 
 def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("luffy")
-    assert algorithm.needs_expert and not algorithm.dynamic_sampling
+    assert algorithm.options.needs_expert and not algorithm.options.dynamic_sampling
     assert algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7

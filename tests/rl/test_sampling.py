@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ class Algorithm:
     """Return a stream of groups; `prefix` are expert tokens that the last rollout of a prompt continues."""
 
     def __init__(self, dynamic, group=GROUP, prefix=()):
-        self.dynamic_sampling, self.group, self.prefix = dynamic, group, list(prefix)
+        self.options, self.group, self.prefix = SimpleNamespace(dynamic_sampling=dynamic), group, list(prefix)
 
     def prefixes(self, problem, step, total_steps, seed):
         return [[] for _ in range(self.group - 1)] + [self.prefix]

@@ -278,7 +278,7 @@ def test_the_learners_process_is_left_alone(rig):
 
 def test_impossible_requests(tied):
     for prompt in ([], [5] * CONTEXT):
-        with pytest.raises(UserError, match="expected 1 to 255"):
+        with pytest.raises(UserError, match="Expected 1 to 255"):
             tied.engine.generate([Request(prompt, 1)], temperature=1.0, max_response=2)
     with pytest.raises(TypeError, match="seed"):
         tied.engine.generate([Request([5], None)], temperature=1.0, max_response=2)

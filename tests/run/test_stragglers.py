@@ -128,7 +128,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
     phases.take()
 
 
-# ---- what is reported ----
+# ---- reports ---------------------------------------------------------------------------------------------------------
 
 
 class Run:
@@ -143,10 +143,7 @@ class Run:
 
 @pytest.fixture
 def times(tmp_path, monkeypatch):
-    """Return RankTimes of four ranks.
-
-    `times.at(step, seconds [world, phases])` does what end_step does with the seconds that all ranks report.
-    """
+    """Return RankTimes of four ranks; `times.at(step, seconds [world, phases])` adds a step as end_step does."""
     monkeypatch.setattr(
         stragglers.parallel, "gather", lambda place: [{"host": f"node{rank // 2}", "data": rank} for rank in range(4)]
     )

@@ -1,4 +1,4 @@
-"""The stages of a study: which exist, in which order jobs take them, and what is refused before anything is written."""
+"""The stages of a study: which there are, in which order jobs take them, and what is refused before writing."""
 
 from __future__ import annotations
 

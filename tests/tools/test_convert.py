@@ -37,7 +37,7 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
         command, "convert", "mcore-to-hf", checkpoint, out, source, "--verify", "--parallel.pipeline=2", world=2
     )
     assert [status for status, _ in back] == [0, 0], back
-    assert "against transformers: largest difference" in back[0][1] and "bfloat16" in back[0][1]
+    assert "with those of transformers: largest difference" in back[0][1] and "bfloat16" in back[0][1]
     before, after = load_file(qwen3 / "model.safetensors"), load_file(out / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(
@@ -50,11 +50,11 @@ def test_there_and_back_at_other_layouts_is_bit_for_bit(ranks, qwen3, tmp_path):
     assert status == 2 and f"{out} exists already" in text
 
 
-def _verify_with_another_head(directory, other):
+def _verify_against(directory, other):
     from pctrain.config.tree import Config
     from pctrain.tools import convert
 
-    learner = convert._core(Config(), directory)
+    learner = convert._learner(Config(), directory)
     try:
         convert._verify(learner, other)
     except UserError as error:
@@ -69,7 +69,7 @@ def test_verify_refuses_weights_that_differ(ranks, qwen3, tmp_path):
     name = "model.layers.3.self_attn.k_norm.weight"
     weights[name] = weights[name] * 1.1
     save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
-    assert "differ from transformers'" in ranks.run(_verify_with_another_head, qwen3, other, world=1)[0]
+    assert "differ from those of transformers" in ranks.run(_verify_against, qwen3, other, world=1)[0]
 
 
 @pytest.mark.parametrize(
@@ -184,8 +184,8 @@ def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
         own = {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **rope}}
         families.FAMILIES[name] = ("LlamaForCausalLM", own)
         folder = families.make(name, tmp_path / name)
-        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder))
-        np.testing.assert_array_equal(ranks.run(_frequencies, folder, world=1)[0], theirs.numpy())
+        expected, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder))
+        np.testing.assert_array_equal(ranks.run(_frequencies, folder, world=1)[0], expected.numpy())
         del families.FAMILIES[name]
 
 

@@ -1,4 +1,4 @@
-"""`pctrain doctor`: what it checks and reports, and the list of GPU branches compared with the code."""
+"""`pctrain doctor`: its findings and advice; and docs/gpu.md, which lists every file with a GPU branch."""
 
 import re
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from pctrain.cli.main import main
-from pctrain.tools import doctor, gpu_branches
+from pctrain.tools import doctor
 from pctrain.tools.doctor import Finding, Package, combined
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def found(findings):
-    return {finding.what: finding for finding in findings}
+def by_check(findings):
+    return {finding.check: finding for finding in findings}
 
 
 def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
@@ -28,15 +28,15 @@ def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
             Package("no-such-other", "nothing", optional=True),
         ),
     )
-    seen = found(doctor.packages("cpu"))
-    assert {what: finding.state for what, finding in seen.items()} == {
+    seen = by_check(doctor.packages("cpu"))
+    assert {check: finding.state for check, finding in seen.items()} == {
         "python": "ok",
         "torch": "ok",
         "numpy": "wrong",
         "no-such-thing": "wrong",
         "no-such-other": "note",
     }
-    assert seen["numpy"].mend == "known good is 0.0.1 (arrays): pip install 'numpy==0.0.1'"
+    assert seen["numpy"].advice == "known good is 0.0.1 (arrays): pip install 'numpy==0.0.1'"
 
 
 def test_a_version_that_differs_from_the_set_for_gpus_is_noted(monkeypatch):
@@ -49,8 +49,8 @@ def test_a_version_that_differs_from_the_set_for_gpus_is_noted(monkeypatch):
             Package("scipy", "x", "gpu"),
         ),
     )
-    on_gpu, on_cpu = found(doctor.packages("gpu")), found(doctor.packages("cpu"))
-    assert on_gpu["numpy"].state == "note" and on_gpu["numpy"].mend.endswith("pip install 'numpy==0.0.1'")
+    on_gpu, on_cpu = by_check(doctor.packages("gpu")), by_check(doctor.packages("cpu"))
+    assert on_gpu["numpy"].state == "note" and on_gpu["numpy"].advice.endswith("pip install 'numpy==0.0.1'")
     assert (
         on_gpu["torch"].state == on_cpu["torch"].state == "wrong"
         and on_gpu["scipy"].state == "ok" == on_cpu["numpy"].state
@@ -72,30 +72,30 @@ def test_setup_installs_the_known_good_versions():
 
 
 @pytest.mark.parametrize(
-    ("variables", "what", "state", "advice"),
+    ("variables", "check", "state", "advice"),
     [
         ({"OMP_NUM_THREADS": "64", "LOCAL_WORLD_SIZE": "2"}, "threads", "wrong", "OMP_NUM_THREADS="),
         ({"OMP_NUM_THREADS": "1", "LOCAL_WORLD_SIZE": "1"}, "threads", "ok", ""),
         ({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, "VLLM_ENABLE_V1_MULTIPROCESSING", "wrong", "unset it"),
     ],
 )
-def test_environment_variables(monkeypatch, variables, what, state, advice):
+def test_environment_variables(monkeypatch, variables, check, state, advice):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    finding = found(doctor.environment("cpu"))[what]
-    assert finding.state == state and advice in finding.mend
+    finding = by_check(doctor.environment("cpu"))[check]
+    assert finding.state == state and advice in finding.advice
 
 
 def test_a_package_that_does_not_import(monkeypatch):
     monkeypatch.setattr(doctor, "IMPORTS", ("json", "no_such_module"))
-    seen = found(doctor.imports())
+    seen = by_check(doctor.imports())
     assert seen["import json"].state == "ok" and seen["import no_such_module"].state == "wrong"
-    assert "No module named 'no_such_module'" in seen["import no_such_module"].found
+    assert "No module named 'no_such_module'" in seen["import no_such_module"].result
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
-    assert found(doctor.machine(tmp_path))[f"folder {tmp_path}"].state in ("ok", "note")
-    assert found(doctor.machine(tmp_path / "absent"))[f"folder {tmp_path / 'absent'}"].state == "wrong"
+    assert by_check(doctor.machine(tmp_path))[f"folder {tmp_path}"].state in ("ok", "note")
+    assert by_check(doctor.machine(tmp_path / "absent"))[f"folder {tmp_path / 'absent'}"].state == "wrong"
 
 
 def test_ranks_that_differ_are_named():
@@ -130,29 +130,21 @@ def _doctor(folder):
     return status, out.getvalue()
 
 
-def test_two_ranks_measure_the_interconnect_between_them(ranks, tmp_path):
+def test_two_ranks_measure_the_interconnect(ranks, tmp_path):
     (status, text), (other, silent) = ranks.run(_doctor, tmp_path, world=2)
     assert status == other and silent == ""
     assert re.search(r"all-reduce over 2 ranks +[\d.e-]+ GB/s \(gloo\)", text) and re.search(
         r"matrix product, float32 +[\d.e-]+", text
     )
-    assert ("fit to train" in text) == (status == 0)
+    assert ("ready to train" in text) == (status == 0)
 
 
-def test_every_gpu_branch_is_listed():
-    asking = {
-        str(path.relative_to(ROOT / "pctrain"))
-        for path in (ROOT / "pctrain").rglob("*.py")
-        if "on_gpu()" in path.read_text()
+def test_the_gpu_page_lists_every_file_with_a_gpu_branch():
+    branching = {
+        str(path.relative_to(ROOT)) for path in (ROOT / "pctrain").rglob("*.py") if "on_gpu()" in path.read_text()
     }
-    asking -= {"device.py", "doctor.py", "gpu_branches.py"}  # the check itself, and the module that prints the figures
-    listed = {file for branch in gpu_branches.BRANCHES for file in branch.files}
-    assert {file for file in listed if not file.startswith("kernels/")} == asking
-    assert all((ROOT / ("" if file.startswith("kernels/") else "pctrain") / file).exists() for file in listed)
-    assert gpu_branches.markdown() in (ROOT / "README.md").read_text()
-
-
-def test_explain_prints_api_and_source(capsys):
-    assert main(["doctor", "--explain", "gpu"]) == 0
-    text = capsys.readouterr().out
-    assert text.count("source   https://") == len(gpu_branches.BRANCHES) and "wake_up(tags=[...])" in text
+    branching -= {"pctrain/common/device.py", "pctrain/tools/doctor.py"}  # the check itself, and a reader of figures
+    table = (ROOT / "docs" / "gpu.md").read_text().split("## What differs on a GPU")[1].split("\n## ")[0]
+    listed = set(re.findall(r"`((?:pctrain|kernels)/[\w/]+\.py)`", table))
+    assert {file for file in listed if file.startswith("pctrain/")} == branching
+    assert all((ROOT / file).exists() for file in listed)

@@ -57,7 +57,7 @@ def test_a_step_its_dropped_prompts_and_fewer_of_them(capsys, run):
     status, text = show(capsys, run, "--step", "1", "--dropped")
     assert status == 0 and "at 1" in text and "dropped: all wrong" in text and "(cut)" in text
     status, text = show(capsys, run, "--step=1", "--prompts=1")
-    assert "p0" in text and "p1" not in text and "2 more prompts: --prompts=3" in text
+    assert "p0" in text and "p1" not in text and "2 more prompts: show them with --prompts=3" in text
 
 
 @pytest.mark.parametrize(

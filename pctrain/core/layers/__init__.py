@@ -1,1 +1,1 @@
-"""Layers of the torch specs."""
+"""Layer specs, the layers of the torch specs, and context parallelism."""

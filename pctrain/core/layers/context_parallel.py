@@ -1,13 +1,14 @@
 """Context parallelism: each rank of a group holds two pieces of every sequence of a pack.
 
-A sequence is cut into 2 x size pieces, and rank r takes piece r and the r-th from the end: under causal attention an early piece is cheap
-and a late one dear, so that all ranks get equal work. It is the split that Transformer Engine's attention and megatron-core's rotary
-embedding expect of packed sequences (megatron-core's `_get_thd_freqs_on_this_cp_rank`).
+A sequence is cut into 2 x size pieces, and rank r takes piece r and the r-th from the end. Under causal attention an
+early piece is cheap and a late one expensive, so this gives all ranks equal work. Transformer Engine's attention and
+megatron-core's rotary embedding expect this split of packed sequences (`_get_thd_freqs_on_this_cp_rank`).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -17,22 +18,22 @@ from pctrain.data.packing import Pack
 
 
 def alignment(size: int) -> int:
-    """Every sequence of a pack, and the pack, takes a multiple of so many positions."""
+    """Return the number whose multiples the lengths of a pack and of its sequences must be."""
     return 2 * size if size > 1 else 1
 
 
 def positions(cu_seqlens: torch.Tensor, tokens: int, rank: int, size: int) -> torch.Tensor:
-    """int64 [tokens / size]: which positions of the pack are this rank's. The padding after the last sequence is cut like one more."""
-    bounds = [*cu_seqlens.tolist(), tokens]
-    taken = []
-    for a, b in zip(bounds[:-1], bounds[1:], strict=True):
-        piece = (b - a) // (2 * size)
-        taken += [torch.arange(a + i * piece, a + (i + 1) * piece) for i in (rank, 2 * size - 1 - rank)]
-    return torch.cat(taken)
+    """Return the positions of the pack that this rank holds, int64 [tokens / size]; padding is cut like a sequence."""
+    pieces = []
+    for start, end in pairwise([*cu_seqlens.tolist(), tokens]):
+        length = (end - start) // (2 * size)
+        starts = (start + i * length for i in (rank, 2 * size - 1 - rank))
+        pieces += [torch.arange(first, first + length) for first in starts]
+    return torch.cat(pieces)
 
 
 def shard(pack: Pack) -> Pack:
-    """This rank's positions of a pack; `cu_seqlens` stays that of the whole pack, as attention wants it."""
+    """Return this rank's positions of a pack; `cu_seqlens` stays that of the whole pack, as attention expects."""
     size, rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     if size == 1:
         return pack
@@ -49,7 +50,10 @@ def shard(pack: Pack) -> Pack:
 
 
 def gather(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """This rank's [T / size] of a pack -> all of it, [T], on every rank. Collective over the context parallel group."""
+    """Return the whole pack's values [T] on every rank from this rank's [T / size].
+
+    Collective over the context parallel group.
+    """
     group = parallel_state.get_context_parallel_group()
     if group.size() == 1:
         return values

@@ -1,4 +1,4 @@
-"""Layer specs: Transformer Engine where the device has it, plain torch elsewhere. Everything else in a layer is megatron-core's own."""
+"""Layer specs: Transformer Engine where the device has it, plain torch elsewhere; the rest is megatron-core's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
@@ -22,13 +24,14 @@ from pctrain.core.layers.varlen_attention import VarlenAttention
 
 
 def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
-    """`te`, `torch-varlen` or `torch`: what `model.spec` names, or the best that the device and the installed packages have.
+    """Return `te`, `torch-varlen` or `torch`: what `model.spec` names, or the best that runs on this machine.
 
-    The one place of this choice. Raises UserError: what is asked for cannot run here.
+    This is the only place of the choice. Raises UserError if the requested spec cannot run on this machine.
     """
     te = on_gpu() and importlib.util.find_spec("transformer_engine") is not None
     varlen = on_gpu() and varlen_attention.available() and model.dtype == "bfloat16"
-    spec = model.spec if model.spec != "auto" else "te" if te else "torch-varlen" if varlen else "torch"
+    best = "te" if te else "torch-varlen" if varlen else "torch"
+    spec: str = best if model.spec == "auto" else model.spec
     if spec == "te" and not te:
         raise UserError(
             "model.spec = te needs a CUDA device and Transformer Engine; "
@@ -40,31 +43,42 @@ def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
             "set model.spec to auto"
         )
     if spec != "te":
-        for key, wanted in (("parallel.context", parallel.context > 1), ("model.fp8", model.fp8 is not None)):
-            if wanted:
+        for key, is_set in (("parallel.context", parallel.context > 1), ("model.fp8", model.fp8 is not None)):
+            if is_set:
                 raise UserError(
-                    f"{key} needs the layer spec te (Transformer Engine on CUDA devices), but this model runs on {spec}; "
-                    f"leave {key} out"
+                    f"{key} needs the layer spec te (Transformer Engine on CUDA devices), "
+                    f"but this model runs on {spec}; leave {key} out"
                 )
     return spec
 
 
-def layer_spec(spec: str, config, qk_layernorm: bool = False, vp_stage: int | None = None):
-    """The decoder spec that GPTModel takes. `spec`: from `choose_spec`; `vp_stage`: which virtual pipeline stage."""
+def layer_spec(
+    spec: str, config: TransformerConfig, qk_layernorm: bool = False, vp_stage: int | None = None
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """Return the decoder spec that GPTModel takes.
+
+    Args:
+        spec: from `choose_spec`.
+        config: of the model. Its `use_te_activation_func` is set where the spec needs it.
+        qk_layernorm: normalize queries and keys.
+        vp_stage: the virtual pipeline stage, if there are several.
+    """
     if spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(num_experts=config.num_moe_experts, qk_layernorm=qk_layernorm)
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts, normalization="RMSNorm", qk_layernorm=qk_layernorm
     )
     attention = layer.submodules.self_attention.submodules
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = {"torch": PackedSDPA, "torch-varlen": VarlenAttention}[spec]
     if layer.submodules.mlp.module is MLP:
-        # The name notwithstanding: with this flag megatron-core's MLP calls the activation of its spec.
+        # Despite its name, this flag makes megatron-core's MLP call the activation of its spec.
         layer.submodules.mlp.submodules.activation_func = swiglu
         config.use_te_activation_func = True
     if qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = RMSNorm
+        attention.k_layernorm = RMSNorm
     return TransformerBlockSubmodules(
         layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """[..., 2 F], gate and up side by side -> silu(gate) * up [..., F]."""
-    return _SwiGLU.apply(gate_up)
+    """Return silu(gate) * up [..., F] of gate_up [..., 2 F], whose halves are gate and up."""
+    activated: torch.Tensor = _SwiGLU.apply(gate_up)
+    return activated
 
 
 class _SwiGLU(torch.autograd.Function):
-    """The gradient is written into the two halves of one matrix; autograd on its own makes two and copies them together."""
+    """SwiGLU whose gradient is written into the halves of one matrix; autograd would make two and copy both."""
 
     @staticmethod
-    def forward(ctx, gate_up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
         activated = F.silu(gate)
         ctx.save_for_backward(gate_up, activated)
@@ -24,7 +25,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
         both = torch.empty_like(gate_up)

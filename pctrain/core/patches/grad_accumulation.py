@@ -1,7 +1,8 @@
-"""Weight gradients of megatron-core's linear layers, added straight into the fp32 main_grad.
+"""Adds weight gradients of megatron-core's linear layers straight into the float32 main_grad, without Apex.
 
-megatron-core takes the product from an extension of Apex, for GPUs. Torch has it too: without it every layer's gradient would be written
-in the parameter's dtype, rounded to it, and then read again to be added. (Transformer Engine's layers bring their own.)
+megatron-core takes this product from an Apex extension for GPUs. torch has it too. Without it, every layer's gradient
+would be written in the parameter's dtype, rounded to it, and read again to be added. Transformer Engine's layers bring
+their own.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ from __future__ import annotations
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
+from pctrain.core.patches.patch import Patch
 from pctrain_kernels.matmul import add_product, operand
 
 
 class _TorchProducts:
-    """What megatron-core calls of Apex's module; `transformer_config` asks for fp32 gradients alone."""
+    """The functions that megatron-core calls of Apex's module; `transformer_config` asks for float32 gradients only."""
 
     @staticmethod
     def wgrad_gemm_accum_fp32(total_input: Tensor, grad_output: Tensor, main_grad: Tensor) -> None:
@@ -21,8 +23,20 @@ class _TorchProducts:
         add_product(main_grad, operand(grad_output).t(), operand(total_input))
 
 
-def install() -> None:
-    """Takes effect where Apex is absent. Call it before a model is built."""
-    if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = _TorchProducts
-        layers._grad_accum_fusion_available = True
+def _is_needed() -> bool:
+    return not layers._grad_accum_fusion_available
+
+
+def _apply() -> None:
+    layers.fused_weight_gradient_mlp_cuda = _TorchProducts
+    layers._grad_accum_fusion_available = True
+
+
+PATCH = Patch(
+    package="megatron-core",
+    version="0.16.1",
+    reason="fused accumulation of weight gradients needs an Apex extension for GPUs",
+    test="tests/core/test_layouts.py::test_losses_gradient_norms_and_weights_equal_those_of_one_process",
+    apply=_apply,
+    is_needed=_is_needed,
+)

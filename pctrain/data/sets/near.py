@@ -69,7 +69,7 @@ class Sketches:
         return np.array(self._places, np.int64)
 
     def groups(self) -> np.ndarray:
-        """Return int32 [n, bands], a number that texts with the same key in a band share; -1 if no other has the key."""
+        """Return int32 [n, bands]: a number that texts with the same key in a band share, or -1 if no other has it."""
         if not self._places:
             return np.empty((0, 1), np.int32)
         keys = np.frombuffer(self._keys, np.uint64).reshape(len(self._places), -1)

@@ -37,7 +37,7 @@ class NearOptions(Section):
     shingle: Literal["word", "char"] = Field(
         "word", description="units of shingles; words are normalized, and punctuation is ignored"
     )
-    ngram: int = Field(5, ge=1, le=100, description="length of a shingle in words or characters")
+    ngram: int = Field(5, ge=1, le=100, description="words or characters per shingle")
     num_perm: int = Field(
         128, ge=16, le=1024, description="MinHash permutations; more of them find more of the pairs near the threshold"
     )
@@ -71,7 +71,7 @@ class DecontaminateOptions(OutOptions):
         13,
         ge=2,
         le=100,
-        description="length in words of an n-gram that a record must not share with a benchmark's prompt",
+        description="number of words of an n-gram that a record must not share with a benchmark's prompt",
     )
     search: Literal["question", "record"] = Field(
         "question", description="text to search: the question, or also the trajectory (record)"

@@ -1,6 +1,7 @@
-"""How long this rank is in each phase (`health.phase`), and how much of that it stands in collectives, waiting for other ranks.
+"""Seconds that this rank spends in each phase (`watchdog.phase`), without those that it waits for other ranks.
 
-The seconds of a phase are its own: those of phases inside it count for them alone. No torch here: `core.waits` adds the waits.
+A phase's seconds exclude those of phases nested in it. This module does not import torch: `distributed.waits` adds the
+seconds spent waiting.
 """
 
 from __future__ import annotations
@@ -9,33 +10,35 @@ import time
 from collections import defaultdict
 
 _phases: list[str] = []
-_since = 0.0  # when the innermost phase began, or went on
+_since = 0.0  # when the innermost phase began or resumed
 _seconds: defaultdict[str, float] = defaultdict(float)
 _waits: defaultdict[str, float] = defaultdict(float)
 
 
 def enter(name: str) -> None:
+    """Begin a phase inside the current one."""
     _settle()
     _phases.append(name)
 
 
 def leave() -> None:
+    """End the innermost phase."""
     _settle()
     _phases.pop()
 
 
 def current() -> str | None:
-    """The innermost phase."""
+    """Return the innermost phase, if any."""
     return _phases[-1] if _phases else None
 
 
 def waited(phase: str, seconds: float) -> None:
-    """`seconds` of a phase went by in a collective."""
+    """Record that `seconds` of a phase were spent in a collective."""
     _waits[phase] += seconds
 
 
 def take() -> dict[str, float]:
-    """{phase: seconds of this rank's own work, without the waits} since the last call."""
+    """Return {phase: seconds of this rank's own work, without waits} since the last call."""
     _settle()
     own = {phase: max(0.0, seconds - _waits[phase]) for phase, seconds in _seconds.items()}
     _seconds.clear()

@@ -5,7 +5,7 @@ token      the number of trained tokens of all responses (arXiv 2512.11470; DAPO
 sequence   the mean over responses of each response's token mean (GRPO, arXiv 2402.03300): weights 1 / length
 fixed      responses x max_response (Dr. GRPO, arXiv 2503.20783): the lengths of other responses do not matter
 published  max_response, as in the code of LUFFY, Unify-Post-Training and prefix_rft, which does not divide by the
-           number of responses; an SFT term is divided by the number of its own tokens. (That code takes this mean
+           number of responses; an SFT term is divided by the number of SFT tokens. (That code takes this mean
            per micro-batch, so the ratio of the two depends on packing. Here it is taken over the update.)
 """
 

@@ -1,7 +1,8 @@
 """The options of each algorithm, and its traits. No torch is imported: config, planner and study costs read this file.
 
-A field is an option of `rl.algorithm`, such as `rl.algorithm: {name: upt, gamma: 2}`. A class inherits the options of the
-algorithm that it varies, overrides the defaults in which its paper differs, and names in `unused` what it does not read.
+A field is an option of `rl.algorithm`, such as `rl.algorithm: {name: upt, gamma: 2}`. A class inherits the options of
+the algorithm that it varies, overrides the defaults in which its paper differs, and names in `unused` what it does not
+read.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ class GRPOOptions(AlgorithmOptions):
     """GRPO (arXiv 2402.03300)."""
 
     name: str = "grpo"
-    clip_low: float = Field(0.2, gt=0, lt=1, description="lower clip of the ratio: 1 - clip_low; also the upper one, "
-                            "1 + clip_low, in algorithms without clip_high")  # fmt: skip
+    clip_low: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="lower clip of the ratio: 1 - clip_low; without clip_high also the upper one: 1 + clip_low",
+    )
     dual_clip: float | None = Field(
         None,
         gt=1,
@@ -33,8 +38,8 @@ class GRPOOptions(AlgorithmOptions):
     )
     kl_kind: Literal["k1", "k2", "k3"] = Field(
         "k3",
-        description="estimator of the KL (joschu.net/blog/kl-approx.html); k1 is subtracted from the reward, k2 and k3 are "
-        "added to the loss",
+        description="estimator of the KL (joschu.net/blog/kl-approx.html); k1 is subtracted from the reward, k2 and "
+        "k3 are added to the loss",
     )
     std_normalise: bool = Field(False, description=_STD)
     leave_one_out: bool = Field(
@@ -43,23 +48,24 @@ class GRPOOptions(AlgorithmOptions):
     entropy_coef: float = Field(0.001, ge=0, description=_ENTROPY)
     normaliser: Literal["token", "sequence", "fixed", "published"] = Field(
         "token",
-        description="denominator of the sum over tokens: token: their number; sequence: each response's length and the number "
-        "of responses (GRPO, arXiv 2402.03300); fixed: responses x rollout.max_response (Dr. GRPO, arXiv 2503.20783); "
-        "published: rollout.max_response, and their own number for SFT tokens (published code of LUFFY, UPT, Prefix-RFT)",
+        description="denominator of the sum over tokens: token: their number; sequence: each response's length and "
+        "the number of responses (GRPO, arXiv 2402.03300); fixed: responses x rollout.max_response (Dr. GRPO, arXiv "
+        "2503.20783); published: rollout.max_response, and their own number for SFT tokens (published code of LUFFY, "
+        "UPT, Prefix-RFT)",
     )
     overlong_buffer: int = Field(
         0,
         ge=0,
-        description="length before rollout.max_response in which the penalty on long responses rises linearly, tokens (DAPO, "
-        "arXiv 2503.14476); 0: no penalty",
+        description="length before rollout.max_response in which the penalty on long responses rises linearly, "
+        "tokens (DAPO, arXiv 2503.14476); 0: no penalty",
     )
     overlong_weight: float = Field(
         1.0, gt=0, description="penalty on a response of rollout.max_response tokens, subtracted from its reward"
     )
     is_correction: Literal["none", "token", "sequence"] | None = Field(
         None,
-        description="weigh sampled tokens by min(learner's probability / engine's, is_cap), per token or per whole response; "
-        "default: token in bfloat16, none in float32",
+        description="weigh sampled tokens by min(learner's probability / engine's, is_cap), per token or per whole "
+        "response; default: token in bfloat16, none in float32",
     )
     is_cap: float = Field(2.0, gt=0, description="largest such weight (truncated importance sampling, TIS)")
 
@@ -69,7 +75,7 @@ class GRPOOptions(AlgorithmOptions):
         return self.kl_coef > 0 and self.kl_kind == "k1"
 
     def streams_from_pass(self, updates: int) -> frozenset[str]:
-        """Return which of old_logprob, ref_logprob and entropy a pass without gradients must make before the updates."""
+        """Return which of old_logprob, ref_logprob and entropy a pass without gradients makes before the updates."""
         streams = set()
         if updates > 1 or self.is_correction == "sequence" or self.kl_in_reward:
             streams.add("old_logprob")
@@ -81,8 +87,8 @@ class GRPOOptions(AlgorithmOptions):
         """Yield a message if the overlong penalty begins before the response."""
         if self.overlong_buffer > max_response:
             yield (
-                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has {max_response} at most "
-                "(rollout.max_response)"
+                f"rl.algorithm.overlong_buffer = {self.overlong_buffer} tokens, but a response has {max_response} at "
+                "most (rollout.max_response)"
             )
 
 
@@ -132,8 +138,8 @@ class UPTOptions(GRPOOptions):
     gamma: int = Field(
         0,
         ge=0,
-        description="most correct rollouts of a prompt with which it is learned from the expert instead (published code: 0; 2 "
-        "for Llama)",
+        description="most correct rollouts of a prompt with which it is learned from the expert instead (published "
+        "code: 0; 2 for Llama)",
     )
     sft_coef: float = Field(
         1.0, gt=0, description="weight of the expert's tokens (published code: 1.0; 0.3 for 1.5B parameters)"
@@ -144,8 +150,8 @@ class UPTOptions(GRPOOptions):
         yield from super().problems(group, max_response)
         if self.gamma >= group:
             yield (
-                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left over, so no "
-                "prompt is learned by RL"
+                f"rl.algorithm.gamma = {self.gamma}: none of the {group} rollouts of a prompt (rl.group) is left over, "
+                "so no prompt is learned by RL"
             )
 
 

@@ -1,19 +1,22 @@
-"""Fixtures of all tests: ranks that stay alive (`ranks`), the small models (`hf_dirs`), a finished SFT run (`sft_run`)."""
+"""Fixtures of all tests: long-lived ranks (`ranks`), small models (`hf_dirs`) and a finished SFT run (`sft_run`)."""
 
 import pytest
 from hypothesis import settings
 
-from tests.helpers import environment  # noqa: F401  before anything imports torch
+from tests.helpers import environment  # noqa: F401  sets the environment before anything imports torch
 from tests.helpers.ranks import Ranks
 
-# The same examples every time, and no deadline a busy machine could miss: a red test means a changed program.
+# Use the same examples every time and no deadline that a busy machine could miss: a red test means a changed program.
 settings.register_profile("pctrain", deadline=None, derandomize=True)
 settings.load_profile("pctrain")
 
 
 @pytest.fixture(scope="session")
 def ranks():
-    """`ranks.run(fn, *args, world=2, deadline=120)`: a module-level function on 1, 2 or 4 gloo ranks; the results by rank."""
+    """Provide `ranks.run(fn, *args, world=2, deadline=120)`.
+
+    It runs a module-level function on 1, 2 or 4 gloo ranks and returns the results by rank.
+    """
     pools = Ranks()
     yield pools
     pools.stop()
@@ -21,7 +24,7 @@ def ranks():
 
 @pytest.fixture(scope="session")
 def hf_dirs(tmp_path_factory):
-    """{tied: Hugging Face directory} of the small model of tests/helpers/small.py."""
+    """Return {tied: Hugging Face directory} of the small model in tests/helpers/small.py."""
     from tests.helpers import small
 
     folder = tmp_path_factory.mktemp("models")
@@ -30,7 +33,7 @@ def hf_dirs(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sft_run(ranks, tmp_path_factory):
-    """A finished SFT run with its data and model."""
+    """Return a finished SFT run with its data and model."""
     from tests.helpers import tiny
 
     folder = tmp_path_factory.mktemp("sft") / "run"

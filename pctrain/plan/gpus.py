@@ -17,7 +17,7 @@ class Gpu:
     memory: float  # what CUDA reports (torch's total_memory), not the nominal size
     bf16: float  # matrix products, dense
     fp32: float  # without TF32, as torch multiplies by default
-    bandwidth: float  # of its own memory
+    bandwidth: float  # of the GPU's memory
     link: float  # to the GPUs of its node
     network: float  # to other nodes
     source: str

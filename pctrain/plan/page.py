@@ -1,4 +1,4 @@
-"""What `pctrain plan` prints: a table of layouts, the best one by part, warnings and assumptions."""
+"""The printed answer of `pctrain plan`: a table of layouts, the best one by part, warnings and assumptions."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _row(plan: Plan, name: str) -> list[str]:
         _seconds(speed.seconds),
         _seconds(parts["compute"]),
         f"{speed.bubble:.0%}",
-        _seconds(parts["wires"]),
+        _seconds(parts["interconnect"]),
         *sampling,
         _seconds(other),
         f"{speed.tokens / speed.seconds / plan.layout.gpus:,.0f}",

@@ -71,7 +71,7 @@ def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What one step samples. `at_once` is the number of sequences that an engine decodes together."""
+    """The sampling of one step. `at_once` is the number of sequences that an engine decodes together."""
 
     sequences: int
     rounds: int

@@ -61,7 +61,7 @@ def speed(
     parts = {
         "compute": computing,
         "bubble": computing * bubble / (1 - bubble),
-        "wires": sum(transfer.waited for transfer in sent),
+        "interconnect": sum(transfer.waited for transfer in sent),
         # Reading and writing the shard of masters and moments, reading gradients, writing weights.
         "optimizer": work.updates * (held.owned * 28 + held.elements * 8) / gpu.bandwidth,
     }

@@ -1,7 +1,7 @@
 """Make a Python process behave as on an x86 CPU with AVX2 and without AVX-512: put this folder first in PYTHONPATH.
 
-`launch/test.sh --avx2` runs the tests this way on a larger CPU. The environment variables limit torch, oneDNN and MKL, and
-processes that are started inherit them. vLLM chooses its library (`_C_AVX2`, which has no shared-memory communicator) by two
+`launch/test.sh --avx2` runs the tests this way on a larger CPU. The environment variables limit torch, oneDNN and MKL,
+and child processes inherit them. vLLM chooses its library (`_C_AVX2`, which has no shared-memory communicator) by two
 functions of torch.cpu that read the CPU itself, so these are replaced as soon as torch.cpu is imported.
 """
 
@@ -13,7 +13,7 @@ os.environ.update(ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENA
 
 
 class _TorchCpuFinder:
-    """Finds torch.cpu alone, and replaces two of its functions when it is loaded."""
+    """Finder that handles only torch.cpu and replaces two of its functions after loading it."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):

@@ -1,4 +1,4 @@
-"""Progress: plain lines where stdout is no terminal, one live display on a terminal, silence on other ranks."""
+"""Progress: plain lines when stdout is not a terminal, one live display on a terminal, silence on other ranks."""
 
 import os
 import pty
@@ -28,7 +28,7 @@ def test_lines_come_every_ten_seconds_with_the_time_left(capsys, monkeypatch):
             now[0] += 4.0
             bar.advance()
         shown = capsys.readouterr().out.splitlines()
-    # 4 s a step; the 20 steps of an earlier start do not count towards the rate
+    # 4 s per step; the 20 steps of an earlier start do not count towards the rate
     assert [line.split("  ")[0] for line in shown] == [
         "RL: 23/60 step (38%)",
         "RL: 26/60 step (43%)",
@@ -47,10 +47,10 @@ def test_short_inner_bars_stay_out_of_the_log(capsys):
     assert shown.startswith("RL: 2/2") and "evaluation" not in shown
 
 
-def test_an_error_is_said_and_passed_on(capsys):
-    with pytest.raises(ZeroDivisionError), progress("fit", total=3) as bar:
+def test_an_error_is_reported_and_raised(capsys):
+    with pytest.raises(ZeroDivisionError), progress("fit", total=3) as bar:  # noqa: PT012  the bar is inside too
         bar.advance()
-        1 / 0
+        raise ZeroDivisionError
     assert "fit: 1/3" in (shown := capsys.readouterr().out) and "stopped by an error" in shown
 
 
@@ -74,19 +74,19 @@ with progress("outer", total=2) as outer:
 
 
 def test_nested_bars_share_the_terminal():
-    ours, theirs = pty.openpty()
+    controller, terminal = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-c", NESTED],
-        stdout=theirs,
+        stdout=terminal,
         stderr=subprocess.STDOUT,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "150"},
     )
-    os.close(theirs)
+    os.close(terminal)
     shown = b""
     try:
-        while chunk := os.read(ours, 65536):
+        while chunk := os.read(controller, 65536):
             shown += chunk
-    except OSError:  # the terminal is gone: the process has ended
+    except OSError:  # the terminal is closed: the process has ended
         pass
     assert process.wait() == 0
     assert (

@@ -1,32 +1,9 @@
-"""`rl.algorithm` and its options: what a user writes, and what a user is told about an option of another algorithm."""
-
-from pathlib import Path
+"""`rl.algorithm` and its options: what a user may write, and the message for an option of another algorithm."""
 
 import pytest
 
-from pctrain.common.errors import UserError
 from pctrain.config.load import dump, load, read
-
-
-@pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(text: str) -> Path:
-        path = tmp_path / "config.yaml"
-        path.write_text(text, encoding="utf-8")
-        return path
-
-    return write
-
-
-def refusal(path, *overrides) -> str:
-    with pytest.raises(UserError) as error:
-        load(path, list(overrides))
-    return str(error.value)
+from tests.helpers.config_cases import refusal
 
 
 def test_an_algorithm_is_a_name_or_a_name_with_options(write):

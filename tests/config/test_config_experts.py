@@ -1,4 +1,4 @@
-"""What is refused of a mixture of experts before anything is imported, and by which words."""
+"""Mixture-of-experts settings that are refused before anything is imported, and the messages."""
 
 import json
 
@@ -62,5 +62,5 @@ def test_refused(check, world, options, experts, message):
 
 
 def test_rl_is_training_too(check):
-    with pytest.raises(UserError, match=r"parallel.sequence_parallel to true"):
+    with pytest.raises(UserError, match=r"parallel\.sequence_parallel to true"):
         check(2, "--parallel.tensor=2", sections=("model", "parallel", "rl"))

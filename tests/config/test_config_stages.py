@@ -1,4 +1,4 @@
-"""Which pipeline layouts and schedules are refused before anything is imported, and by which words."""
+"""Pipeline layouts and schedules that are refused before anything is imported, and the messages."""
 
 import os
 from unittest import mock

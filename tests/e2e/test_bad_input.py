@@ -57,7 +57,7 @@ def test_problems_without_an_answer(ranks, sft_run, tmp_path):
 
 @pytest.mark.parametrize("command", ["sft", "rl"])
 def test_a_test_problem_longer_than_the_longest_prompt(ranks, sft_run, tmp_path, command):
-    """It is an error before there is a run that would be bound to this config."""
+    """The error comes before a run is created that would be bound to this config."""
     (tmp_path / "test.jsonl").write_text(
         '{"prompt": "1+1=", "answer": "2"}\n{"prompt": "11111111111111111111=", "answer": "2"}\n'
     )
@@ -95,7 +95,7 @@ def test_a_folder_of_another_config(ranks, sft_run):
 
 @pytest.fixture
 def unfinished(sft_run, tmp_path):
-    """A copy of the SFT run that looks killed after its last checkpoint but one."""
+    """Copy the SFT run so that it looks killed after its second-to-last checkpoint."""
     copy = tmp_path / "copy"
     shutil.copytree(sft_run, copy)
     (copy / "summary.json").unlink()

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, writing of checkpoints among them; another layout after a kill; a file that was altered meanwhile."""
+"""Checkpoint faults: SIGKILL at random moments (also during a save), another layout after a kill, a changed file."""
 
 import json
 import random
@@ -35,12 +35,12 @@ def options(folder, steps, *more):
 
 @dataclass
 class Whole:
-    """A run that nobody killed, and its pace on this machine today, in seconds."""
+    """Return an uninterrupted run and its pace on this machine today, in seconds."""
 
     folder: Path
-    start: float  # until its first checkpoint was begun
-    first_save: float  # which starts the writers' manager too
-    interval: float  # from then on between checkpoints
+    start: float  # until its first checkpoint begins
+    first_save: float  # this also starts the writers' manager
+    interval: float  # from then on, between checkpoints
 
 
 def uninterrupted(forked, folder, steps):
@@ -73,7 +73,7 @@ def wait_for(run, happened):
 
 
 def kill_somewhere(run, folder, pace, chance, moment, steps):
-    """Kills the run at a random moment: of its start, of its first save, or of the save after a complete one."""
+    """Kill the run at a random moment: during its start, its first save, or the save after a complete one."""
     before = steps_of(folder)
     if moment == "start":
         time.sleep(chance.uniform(0, pace.start + pace.first_save))
@@ -90,16 +90,16 @@ def kill_somewhere(run, folder, pace, chance, moment, steps):
         assert checkpoint_fault(path) is None
 
 
-def assert_same_run(ours, theirs):
-    assert tiny.metrics(ours) == tiny.metrics(theirs)
-    assert tiny.ledger(ours) == tiny.ledger(theirs)
-    assert steps_of(ours) == steps_of(theirs)
-    for file in [*theirs.glob("checkpoints/*/*.distcp"), theirs / "hf" / "model.safetensors"]:
-        assert (ours / file.relative_to(theirs)).read_bytes() == file.read_bytes(), file
+def assert_same_run(actual, expected):
+    assert tiny.metrics(actual) == tiny.metrics(expected)
+    assert tiny.ledger(actual) == tiny.ledger(expected)
+    assert steps_of(actual) == steps_of(expected)
+    for file in [*expected.glob("checkpoints/*/*.distcp"), expected / "hf" / "model.safetensors"]:
+        assert (actual / file.relative_to(expected)).read_bytes() == file.read_bytes(), file
 
 
 def fault_test(forked, folder, whole, steps, moments, seed):
-    """Returns how many of the kills hit the writing of a checkpoint."""
+    """Return how many of the kills hit the writing of a checkpoint."""
     chance = random.Random(seed)
     torn = 0
     log = folder.with_suffix(".log")
@@ -128,7 +128,7 @@ def test_twenty_kills(forked, tmp_path):
 
 @pytest.fixture
 def stopped(forked, tmp_path):
-    """A run of 12 steps that was killed after its second checkpoint or a little later."""
+    """Return a run of 12 steps that was killed after its second checkpoint or a little later."""
     folder = tmp_path / "run"
     run = forked.start(options(folder, 12), tmp_path / "log", "sft_waits_before_its_end")
     wait_for(run, lambda: len(steps_of(folder)) >= 2)
@@ -145,7 +145,7 @@ def test_an_altered_file_is_found_before_training_and_named(forked, stopped, tmp
     lines = (stopped / "metrics.jsonl").read_bytes()
     assert forked.start(options(stopped, 12), tmp_path / "altered.log").wait(60) == 2
     message = (tmp_path / "altered.log").read_text().replace("\n", " ")
-    assert f"{part} was altered" in message and f"delete {newest.name} to go on from {before.name}" in message
+    assert f"{part} was altered" in message and f"delete {newest.name} to resume from {before.name}" in message
     assert (stopped / "metrics.jsonl").read_bytes() == lines  # nothing was cut
 
 
@@ -154,14 +154,14 @@ def _sft(arguments):
 
 
 @pytest.mark.timeout(240)
-def test_a_killed_run_goes_on_at_another_layout(ranks, whole, stopped):
+def test_a_killed_run_resumes_at_another_layout(ranks, whole, stopped):
     for status, message in ranks.run(_sft, options(stopped, 12, "--parallel.tensor=2"), world=2):
         assert status == 0, message
     for kind, key in (("train", "loss"), ("val", "val_loss")):
-        ours, theirs = (
+        actual, expected = (
             {line["step"]: line[key] for line in tiny.metrics(folder, kind)} for folder in (stopped, whole.folder)
         )
-        assert ours == pytest.approx(theirs, rel=1e-5)  # fp32 sums may be made in another order
-    # That it was another layout: each checkpoint says which one wrote it.
+        assert actual == pytest.approx(expected, rel=1e-5)  # fp32 sums may be computed in another order
+    # Each checkpoint records the layout that wrote it.
     layouts = [json.loads((path / "manifest.json").read_text())["layout"] for path in list_checkpoints(stopped)]
     assert [(layout["world"], layout["tensor"]) for layout in (layouts[0], layouts[-1])] == [(1, 1), (2, 2)]

@@ -1,4 +1,4 @@
-"""A mixture of experts through the commands: trained with its experts spread over ranks, its auxiliary loss among the metrics."""
+"""A mixture of experts through the commands: experts spread over ranks, auxiliary loss among the metrics."""
 
 import shutil
 
@@ -27,7 +27,7 @@ OPTIONS = [
     "--sft.eval_every=0",
     "--sft.optimizer.warmup=0",
     "--sft.token_budget=40",
-]  # one trajectory a pack: the auxiliary loss is of a pack, and packs differ with the data parallel size
+]  # One trajectory per pack: the auxiliary loss is per pack, and packs differ with the data parallel size.
 
 
 @pytest.mark.full
@@ -47,6 +47,6 @@ def test_sft_with_expert_parallel_reports_the_auxiliary_loss(ranks, model, tmp_p
     for alone, spread in zip(found["single"], found["EP2"], strict=True):
         trained = alone["kind"] == "train"
         for key in ("loss", "grad_norm", "router_aux_loss") if trained else ("val_loss",):
-            assert spread[key] == pytest.approx(alone[key], rel=1e-4)  # fp32, another order of sums, 3 steps of Adam
+            assert spread[key] == pytest.approx(alone[key], rel=1e-4)  # fp32, another order of sums, 3 Adam steps
         assert ("router_aux_loss" in alone) == trained
-        assert not trained or 0 < alone["router_aux_loss"] <= 2  # of 4 experts, 2 to a token
+        assert not trained or 0 < alone["router_aux_loss"] <= 2  # each token goes to 2 of 4 experts

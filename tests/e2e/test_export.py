@@ -1,4 +1,4 @@
-"""Any checkpoint of an SFT run becomes a Hugging Face directory that transformers and vLLM load, with equal log-probs."""
+"""Any checkpoint of an SFT run exports to Hugging Face format; transformers and vLLM load it with equal log-probs."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from tests.helpers import tiny
 
 
 def _both(exported):
-    """Largest difference of log-probs between an engine that was started from the directory and transformers' model from it."""
+    """Return the largest log-prob difference between transformers and an engine started from the directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""An engine that raises or hangs, a rank that stops answering, a scheduler that wants its machine back: the run ends, and goes on."""
+"""An engine fails, a rank stops answering, a scheduler wants its machine: the run ends and can be resumed."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from tests.helpers import tiny
 from tests.helpers.forked import Forked
 from tests.helpers.tiny import rl_options
 
-DEADLINE = 20  # seconds; the start of a checkpoint's helper process takes half of that on a busy machine
+DEADLINE = 20  # seconds; on a busy machine half of this goes to starting a checkpoint's helper process
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +53,14 @@ def finished(runs):
     assert [run.wait(200) for run in runs] == [0] * len(runs), [run.log.read_text()[-2000:] for run in runs]
 
 
-@pytest.mark.full  # the fast tier has it without torch, in test_health.py
+@pytest.mark.full  # the fast tier covers this without torch, in test_health.py
 def test_an_engine_that_raises_on_one_rank(forked, sft_run, tmp_path):
     folder = tmp_path / "run"
     runs = forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2, "engine_raises")
     assert [run.wait(200) for run in runs] == [1, 1]
-    told, other = (run.log.read_text() for run in runs)
-    assert "error: rank 1 failed in phase rollout of step 3: RuntimeError: the engine ran out of pages" in told
-    assert "resume from the newest checkpoint" in told and "error:" not in other
+    output, other = (run.log.read_text() for run in runs)
+    assert "error: rank 1 failed in phase rollout of step 3: RuntimeError: the engine ran out of pages" in output
+    assert "resume from the newest checkpoint" in output and "error:" not in other
     assert {path.name for path in folder.glob("faults/*/*")} == {"rank-0.txt", "rank-1.txt"}
     finished(forked.start_ranks(rl(sft_run, folder), tmp_path / "logs", 2))
     assert "resumed from step-2" in (folder / "train.log").read_text()
@@ -74,16 +74,16 @@ def test_an_engine_that_hangs(forked, sft_run, tmp_path):
         rl(sft_run, folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 1, "engine_hangs"
     )
     assert run.wait(200) == 1
-    told = run.log.read_text()
+    output = run.log.read_text()
     assert (
-        "error: rank 0 made no progress for 2" in told
-        and "s in phase rollout of step 3, at " in told
-        and "in act" not in told
+        "error: rank 0 made no progress for 2" in output
+        and "s in phase rollout of step 3, at " in output
+        and "in act" not in output
     )
-    assert "engine.py" in told
+    assert "engine.py" in output
 
 
-@pytest.mark.full  # the fast tier has it without torch, in test_health.py
+@pytest.mark.full  # the fast tier covers this without torch, in test_health.py
 def test_a_rank_that_stops_answering(forked, tmp_path):
     folder = tmp_path / "run"
     runs = forked.start_ranks(sft(folder, f"--parallel.timeout={DEADLINE}"), tmp_path / "logs", 2)
@@ -92,17 +92,17 @@ def test_a_rank_that_stops_answering(forked, tmp_path):
     try:
         assert (
             runs[0].wait(DEADLINE + GRACE_SECONDS + 60) == 1
-        )  # a minute for a busy machine; gloo alone would wait for half an hour
+        )  # one minute allows for a busy machine; gloo alone would wait for half an hour
     finally:
         runs[1].kill()
-    told = runs[0].log.read_text()
-    assert "error: rank 1 does not answer: dead, stopped, or cut off. Rank 0 waited for it in phase " in told
+    output = runs[0].log.read_text()
+    assert "error: rank 1 does not answer: dead, stopped, or cut off. Rank 0 waited for it in phase " in output
     finished(forked.start_ranks(sft(folder), tmp_path / "logs", 2))
     assert "resumed from step-10" in (folder / "train.log").read_text()
 
 
-def test_asked_to_stop_it_saves_and_goes_on_later(forked, tmp_path):
-    """One of two ranks gets SIGTERM; both leave, with one checkpoint, and the whole is as if nothing had been."""
+def test_a_run_asked_to_stop_saves_and_resumes_later(forked, tmp_path):
+    """One of two ranks gets SIGTERM; both leave, and the resumed run equals an uninterrupted one."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
     undisturbed = forked.start_ranks(sft(whole), tmp_path / "logs-whole", 2)
     runs = forked.start_ranks(sft(folder), tmp_path / "logs", 2)
@@ -131,5 +131,5 @@ def test_a_rank_that_is_slow_is_named(forked, tmp_path):
     log = (tmp_path / "run" / "train.log").read_text()
     assert re.search(r"step 41 rank 1 \(.*data 1\) holds up the others in phase update: ", log), log
     assert not re.search("rank 0 .* holds up", log)
-    told = runs[0].log.read_text()
-    assert "slowest rank" in told and "update rank 1" in told
+    output = runs[0].log.read_text()
+    assert "slowest rank" in output and "update rank 1" in output

@@ -1,4 +1,4 @@
-"""SIGKILL in SFT, SIGKILL in RL, the same command again: the numbers of a run that nobody killed, bit for bit."""
+"""SIGKILL in SFT, SIGKILL in RL, the same command again: the numbers equal an uninterrupted run's bit for bit."""
 
 import os
 import signal
@@ -50,27 +50,27 @@ def kill_when(folder, happened):
 
 
 def recorded(folder, pattern, step):
-    """Whether a run below `folder` has trained `step` steps."""
+    """Return whether a run in `folder` has trained `step` steps."""
     files = list(folder.glob(f"{pattern}/metrics.jsonl"))
     return bool(files) and f'{{"step": {step}, "kind": "train"' in files[0].read_text()
 
 
-@pytest.mark.full  # in the fast tier: a killed SFT run, a killed RL run, a killed study of pretended stages
+@pytest.mark.full  # the fast tier kills an SFT run, an RL run, and a study of fake stages
 @pytest.mark.timeout(900)
 def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole)
-    kill_when(killed, lambda: recorded(killed, "sft", 47))  # between the checkpoints of 40 and 60
-    kill_when(killed, lambda: recorded(killed, "rl-step-*", 3))  # between those of 2 and 4
+    kill_when(killed, lambda: recorded(killed, "sft", 47))  # between the checkpoints of steps 40 and 60
+    kill_when(killed, lambda: recorded(killed, "rl-step-*", 3))  # between the checkpoints of steps 2 and 4
     finish(killed)
     [rl] = [path.name for path in whole.glob("rl-step-*")]
     for run in ("sft", rl):
         assert tiny.metrics(killed / run) == tiny.metrics(whole / run)
         assert tiny.ledger(killed / run) == tiny.ledger(whole / run)
         for checkpoint in sorted(path.name for path in (whole / run / "checkpoints").iterdir()):
-            ours, theirs = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
-            for part in theirs.glob("*.distcp"):
-                assert (ours / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
+            actual, expected = (folder / run / "checkpoints" / checkpoint for folder in (killed, whole))
+            for part in expected.glob("*.distcp"):
+                assert (actual / part.name).read_bytes() == part.read_bytes(), f"{run} {checkpoint} {part.name}"
         assert (killed / run / "hf" / "model.safetensors").read_bytes() == (
             whole / run / "hf" / "model.safetensors"
         ).read_bytes()
@@ -82,7 +82,7 @@ def test_a_killed_study_ends_with_the_same_numbers(tmp_path):
     assert {path.name for path in (whole / rl / "checkpoints").iterdir()} == {
         "step-4",
         f"step-{best}",
-    }  # the newest, and the best
+    }  # the newest and the best
     for rollouts in (whole / rl / "rollouts").iterdir():
         assert (killed / rl / "rollouts" / rollouts.name).read_bytes() == rollouts.read_bytes()
     assert tiny.metrics(whole / rl, "train")[-1]["grad_norm"] > 0  # RL did something that could have differed

@@ -1,4 +1,4 @@
-"""The quick start as a stranger runs it: it learns, it is quick, and its report says what happened."""
+"""The quick start as a newcomer runs it: it learns, it is fast, and its report says what happened."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def test_rl_gains_ten_points_from_the_validation_minimum_in_ten_minutes(tmp_path
     assert done.returncode == 0, done.stderr[-3000:]
     after = resource.getrusage(
         resource.RUSAGE_CHILDREN
-    )  # two cores have 1,200 s in ten minutes; by the clock other tests would count too
+    )  # two cores provide 1,200 s in ten minutes; wall time would also count other tests
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1200
 
     study = json.loads((tmp_path / "run" / "report" / "study.json").read_text())

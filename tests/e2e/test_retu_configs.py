@@ -1,4 +1,7 @@
-"""The paper's runs as configs: every number of the README's table is in its file, each file resolves for its GPUs, and runs scaled down."""
+"""The paper's runs as configs.
+
+Every number of the README's table is in its file, each file resolves for its GPUs, and small versions run.
+"""
 
 import json
 import re
@@ -18,7 +21,7 @@ from tests.helpers.plan_models import LLAMA_3B, QWEN_7B, write_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "retu"
 SHARED = {"sft.yaml", "rl.yaml", "qwen2.5-7b.yaml", "llama-3.2-3b.yaml", "rl-compare.yaml"}
-TYING = {"eval.yaml", "study.yaml"}  # what is not one run
+TYING = {"eval.yaml", "study.yaml"}  # files that do not describe a single run
 RUNS = sorted(path.name for path in FOLDER.glob("*.yaml") if path.name not in SHARED | TYING)
 SETS = ["s1k", "easy102k", "uniform102k", "hard102k", "889k"]
 ROWS = re.findall(
@@ -34,7 +37,7 @@ def test_the_table_is_read_whole():
 
 
 @pytest.mark.parametrize(("number", "key", "value", "file", "source"), ROWS, ids=[f"{row[3]}:{row[1]}" for row in ROWS])
-def test_every_number_stands_where_the_readme_says(number, key, value, file, source):
+def test_every_number_is_where_the_readme_says(number, key, value, file, source):
     found = read(FOLDER / file, [])
     for name in key.split("."):
         found = found[name] if isinstance(found, dict) else getattr(found, name)
@@ -59,7 +62,7 @@ def test_every_run_resolves_for_its_gpus(file, eight_gpus):
 
 @pytest.mark.parametrize("file", RUNS)
 def test_every_run_fits_into_its_gpus(file, eight_gpus):
-    """As planned: tests/plan holds the plan against what models take."""
+    """Check the planner's memory estimate; tests/plan compares the planner with measured models."""
     options = PlanOptions(gpus=GPUS, gpu="h100", kind="rl" if file.startswith("rl") else "sft")
     plan = Planner.of(read(FOLDER / file, []), options, ()).as_configured()
     assert plan.fits and plan.share < 0.92, (plan.name, plan.share)
@@ -72,11 +75,11 @@ def test_the_evaluation_and_the_study_resolve_for_their_gpus(eight_gpus):
     study = load(FOLDER / "study.yaml", [])
     stages = [stage.name for stage in stages_of(study)]
     assert stages == [f"{name}/{stage}" for name in SETS for stage in ("sft", "rl-early", "rl-stable", "rl-overfit")]
-    for name in SETS:  # the set that the study knows is the one that its own file trains on
+    for name in SETS:  # the study uses the set that the set's own SFT config trains on
         assert study.study.sets[name] == read(FOLDER / f"sft-{name}.yaml", []).data.train
 
 
-# ---- scaled down: the same keys, fewer of everything -------------------------------------------------------------------------
+# ---- scaled down: the same keys, smaller values ----
 
 SMALL = [
     "--model.dtype=float32",
@@ -110,7 +113,7 @@ SMALL_RL = [
 
 
 def _families(sft_run, folder):
-    """{family: model directory} of the size of the test's model, with its tokenizer."""
+    """Return {family: model directory}: models of the test's size with the family's tokenizer."""
     import torch
     import transformers
 
@@ -173,7 +176,8 @@ def test_runs_scaled_down(ranks, sft_run, tmp_path, files):
 
 
 def _evaluate(sft_run, folder, models):
-    benchmark = f"--eval.benchmarks={{gsm8k: {sft_run}/data/test.jsonl, aime24: {{path: {sft_run}/data/test.jsonl, samples: 2}}}}"
+    problems = f"{sft_run}/data/test.jsonl"
+    benchmark = f"--eval.benchmarks={{gsm8k: {problems}, aime24: {{path: {problems}, samples: 2}}}}"
     return main(
         [
             "eval",
@@ -205,7 +209,10 @@ def test_the_evaluation_scaled_down(ranks, sft_run, tmp_path):
 
 
 def _study(sft_run, folder):
-    """SFT of each set by its own file into its place, then the study; RL from the best checkpoint alone."""
+    """Run SFT on each set from its own config into the study's folder, then the study.
+
+    The study finds these runs and runs only RL from the best checkpoint.
+    """
     data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("validation", "test")]
     model, root = f"--model.path={sft_run}/hf", folder / "study"
     statuses = [
@@ -242,7 +249,7 @@ def _study(sft_run, folder):
 def test_the_study_scaled_down(ranks, sft_run, tmp_path):
     [statuses] = ranks.run(_study, sft_run, tmp_path, world=1, deadline=800)
     assert statuses == [0] * 6 and (tmp_path / "study" / "report" / "report.html").exists()
-    for name in SETS:  # S1K keeps its own batch, which the study's files would not give it
+    for name in SETS:  # S1K keeps its own batch size, which the study's config would not give it
         folder = tmp_path / "study" / "sets" / name
         assert (folder / "sft" / "summary.json").exists() and len(list(folder.glob("rl-step-*/summary.json"))) == 1
     assert "weight_decay: 0.0001" in (tmp_path / "study" / "sets" / "s1k" / "sft" / "config.yaml").read_text()

@@ -1,4 +1,4 @@
-"""`pctrain rl` as a user runs it: every algorithm, a kill between rollouts and update, half a step at a time, what is written down."""
+"""`pctrain rl` as a user runs it: every algorithm, a kill before an update, half steps, and the recorded files."""
 
 import json
 import math
@@ -10,7 +10,10 @@ from tests.helpers.tiny import rl_options
 
 
 def _rl(arguments, crash_at=None, refuse_sampling_of=()):
-    """The command in this process; it dies before the update of step `crash_at`, and may not sample some steps."""
+    """Run the command in this process.
+
+    It dies before the update of step `crash_at`, and sampling a step that is not allowed fails.
+    """
     from unittest import mock
 
     from pctrain.distributed.health import watchdog
@@ -36,7 +39,7 @@ def _rl(arguments, crash_at=None, refuse_sampling_of=()):
 
 @pytest.fixture(scope="module")
 def whole(ranks, sft_run, tmp_path_factory):
-    """An RL run that nothing happened to."""
+    """Return an RL run that was never interrupted."""
     folder = tmp_path_factory.mktemp("rl") / "whole"
     [(status, errors)] = ranks.run(_rl, rl_options(sft_run, folder), world=1, deadline=240)
     assert status == 0, errors
@@ -44,7 +47,7 @@ def whole(ranks, sft_run, tmp_path_factory):
 
 
 def test_a_finished_rollout_is_not_sampled_again(ranks, sft_run, whole, tmp_path):
-    """Killed in step 4, after its rollouts: steps 3 and 4 lie behind the checkpoint of step 2, and neither is sampled again."""
+    """A run killed in step 4 after its rollouts resumes at step 2 and samples neither step 3 nor step 4 again."""
     folder = tmp_path / "run"
     [(status, _)] = ranks.run(_rl, rl_options(sft_run, folder), 4, world=1, deadline=240)
     assert status == 130
@@ -128,13 +131,21 @@ def test_what_is_written_down(whole):
 ALGORITHMS = {
     "grpo": ["--rl.algorithm.kl_coef=0.01"],
     "dapo_d": ["--rl.algorithm.normaliser=sequence", "--rl.algorithm.is_correction=token"],
-    "dapo_dc": ["--rl.truncated=masked", "--rl.algorithm.overlong_buffer=4", "--rl.algorithm.kl_coef=0.01", "--rl.algorithm.kl_kind=k1"],
-    "luffy": [], "srft": [], "upt": [], "prefix_rft": [],
-}  # fmt: skip
+    "dapo_dc": [
+        "--rl.truncated=masked",
+        "--rl.algorithm.overlong_buffer=4",
+        "--rl.algorithm.kl_coef=0.01",
+        "--rl.algorithm.kl_kind=k1",
+    ],
+    "luffy": [],
+    "srft": [],
+    "upt": [],
+    "prefix_rft": [],
+}
 
 
 def _train_with_each(commands):
-    """Two steps of every algorithm, with one engine for all of them."""
+    """Every algorithm trains for two steps; one engine serves all of them."""
     from pctrain.config.load import load
     from pctrain.core.session import begin
     from pctrain.rl import loop
@@ -160,7 +171,7 @@ def test_every_algorithm_trains(ranks, sft_run, tmp_path):
             assert line["grad_norm"] > 0, name
             assert all(math.isfinite(value) for value in line.values() if isinstance(value, float)), (name, line)
     kl = [line["kl"] for line in tiny.metrics(tmp_path / "grpo", "train")]
-    assert abs(kl[0]) < 1e-6 < kl[1]  # the reference is the start, and stays it
+    assert abs(kl[0]) < 1e-6 < kl[1]  # the reference is the initial policy and does not change
 
 
 def test_experts_are_missing(ranks, sft_run, tmp_path):
@@ -170,7 +181,7 @@ def test_experts_are_missing(ranks, sft_run, tmp_path):
     assert status == 2 and "bare.jsonl:1" in errors and "response" in errors
 
 
-@pytest.mark.full  # the fast tier has it at one rank
+@pytest.mark.full  # the fast tier covers this on one rank
 def test_a_killed_run_keeps_its_rollouts_at_two_ranks(ranks, sft_run, tmp_path):
     folder, short = tmp_path / "run", ["--rl.steps=1", "--rl.eval_every=1"]
     for status, _ in ranks.run(_rl, rl_options(sft_run, folder, *short), 1, world=2, deadline=240):

@@ -26,7 +26,7 @@ def test_a_single_process_learns_from_mixed_rewards(single):
     assert any(0 < line["reward"] < 1 and line["grad_norm"] > 0 for line in train)
     assert all(
         line["ratio"] == pytest.approx(1, abs=1e-6) for line in train
-    )  # one update a step: the policy is the one that sampled
+    )  # one update per step: the policy is the one that sampled
     assert [line["step"] for line in single if line["kind"] == "eval"] == [0, 2, 4]
 
 
@@ -34,7 +34,7 @@ def test_several_updates_a_step(ranks, sft_run, tmp_path):
     lines = run(ranks, sft_run, tmp_path / "run", 1, "--rl.updates=2", "--rl.algorithm=grpo", "--rl.steps=2")
     train = [line for line in lines if line["kind"] == "train"]
     for line in train:
-        # The first of the two updates has ratio 1 to fp32's rounding (another forward pass), the second has moved.
+        # The first update has ratio 1 up to fp32 rounding (another forward pass); by the second the policy has moved.
         assert 1e-6 < abs(line["ratio"] - 1) < 0.2
     assert "logprob" in {entry["phase"] for entry in tiny.ledger(tmp_path / "run")}
     assert train[0]["kept_prompts"] == 8 and train[0]["rounds"] == 1
@@ -58,7 +58,7 @@ def test_layouts_agree(ranks, sft_run, single, tmp_path, layout):
     assert [(line["step"], line["kind"]) for line in lines] == [(line["step"], line["kind"]) for line in single]
     before, ours = single[0], lines[0]
     assert ours["eflops_sft"] == before["eflops_sft"] > 0
-    # A sampled token flips only where two log-probs agree to 1e-6: one of 64 problems at the most.
+    # A sampled token flips only where two log-probs agree to 1e-6: in one of 64 problems at most.
     assert ours["score"] == pytest.approx(before["score"], abs=100 / 64 + 1e-9)
     first, reference = lines[1], single[1]
     assert first["reward"] == pytest.approx(reference["reward"], abs=0.03)

@@ -1,4 +1,4 @@
-"""`pctrain sft` on several sources: what is trained on, what is written down, and when it stops."""
+"""`pctrain sft` on several sources: what it trains on, what it records, and when it stops."""
 
 import gzip
 import importlib.util
@@ -17,7 +17,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def sources(sft_run, tmp_path_factory):
-    """Three forms of the same problems: a plain file, an archive and RETU's parquet, the last as a glob."""
+    """Return the same problems in three forms: a plain file, an archive, and RETU's parquet given as a glob."""
     folder = tmp_path_factory.mktemp("sources")
     lines = (sft_run / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (folder / "plain.jsonl").write_text("".join(lines[:60]))
@@ -82,13 +82,13 @@ def test_what_is_written_down(three_sources):
     train = tiny.metrics(three_sources, "train")
     for line in train:
         parts = [line[f"loss/{name}"] for name in ("plain", "packed", "retu") if f"loss/{name}" in line]
-        assert min(parts) <= line["loss"] <= max(parts)  # a mean of them, weighted by tokens
+        assert min(parts) <= line["loss"] <= max(parts)  # their mean, weighted by tokens
         assert line["loss_spike"] == 0 and 0 <= line["padding_share"] < 0.05 and line["loss_tokens"] < line["tokens"]
     assert sum("loss/packed" in line for line in train) >= STEPS - 2
     times = [json.loads(line) for line in (three_sources / "metrics.jsonl").read_text().splitlines()]
     times = [line for line in times if line["kind"] == "train"]
     assert all(0 < line["time/mfu"] < 1 and line["time/tokens_per_second"] > 100 for line in times)
-    # A checkpoint is validated too, and every validation has its regime so far.
+    # Every checkpoint is validated too, and every validation records the regime so far.
     val = tiny.metrics(three_sources, "val")
     assert [line["step"] for line in val] == [0, 4, 6, 8, 12]
     assert all(line["regime"] == "stable" for line in val[1:]) and val[-1]["val_loss"] < val[0]["val_loss"]
@@ -120,7 +120,7 @@ def test_the_data_parallel_size_changes_nothing(ranks, sft_run, sources, three_s
             assert (key in a) == (key in b) and a.get(key, 0) == pytest.approx(b.get(key, 0), rel=1e-5)
 
 
-def test_a_killed_run_goes_on_at_the_sample(ranks, sft_run, sources, three_sources, tmp_path):
+def test_a_killed_run_resumes_at_the_same_sample(ranks, sft_run, sources, three_sources, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(three_sources, copy)
     (copy / "summary.json").unlink()
@@ -128,14 +128,14 @@ def test_a_killed_run_goes_on_at_the_sample(ranks, sft_run, sources, three_sourc
         shutil.rmtree(copy / "checkpoints" / f"step-{step}")
     succeed(ranks, *arguments(sft_run, copy, sources))
     assert tiny.metrics(copy) == tiny.metrics(three_sources)
-    weights = sources[:2] + [{**sources[2], "weight": 3}]
+    weights = [*sources[:2], {**sources[2], "weight": 3}]
     (copy / "summary.json").unlink()
     [(status, errors)] = ranks.run(tiny.cli, *arguments(sft_run, copy, weights), world=1)
     assert status == 2 and "data.train.2.weight: 2.0 -> 3.0" in errors
 
 
 def test_epochs_in_place_of_steps(ranks, sft_run, sources, tmp_path):
-    """60 + 0.5 x 80 + 2 x 60 = 220 samples an epoch, 16 a step."""
+    """An epoch has 60 + 0.5 x 80 + 2 x 60 = 220 samples, 16 per step."""
     succeed(ranks, *arguments(sft_run, tmp_path / "run", sources, "--sft.epochs=0.5"))
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["summary"]["steps"] == 7
     assert (tmp_path / "run" / "checkpoints" / "step-7").is_dir()
@@ -145,7 +145,7 @@ def test_epochs_in_place_of_steps(ranks, sft_run, sources, tmp_path):
 
 
 def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):
-    """Twelve trajectories by heart: the validation loss turns soon."""
+    """The model memorizes twelve trajectories, so the validation loss soon rises."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join((sft_run / "data" / "train.jsonl").read_text().splitlines(keepends=True)[:12]))
     options = [
@@ -175,7 +175,7 @@ def test_a_run_stops_when_its_regime_is_over(ranks, sft_run, tmp_path):
         f"RL would start from step {val[-1]['rl_start']}"
         in (tmp_path / "run" / "train.log").read_text().splitlines()[-2]
     )
-    # Killed between its last checkpoint and its summary: it does not train on.
+    # Killed between its last checkpoint and its summary: it does not train further.
     (tmp_path / "run" / "summary.json").unlink()
     succeed(ranks, *command)
     assert tiny.metrics(tmp_path / "run", "val") == val

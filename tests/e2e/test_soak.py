@@ -1,6 +1,6 @@
-"""A long RL run takes no more and more: memory, open files, threads and processes of its ranks stay what they are.
+"""A long RL run does not leak: memory, open files, threads and processes of its ranks stay constant.
 
-Full tier: 30 minutes or 1,000 steps, whichever is longer (PCTRAIN_SOAK_MINUTES and PCTRAIN_SOAK_STEPS make it shorter or longer).
+Full tier: 30 minutes or 1,000 steps, whichever is longer. PCTRAIN_SOAK_MINUTES and PCTRAIN_SOAK_STEPS change both.
 """
 
 import json
@@ -19,17 +19,17 @@ from tests.helpers.forked import Forked
 from tests.helpers.tiny import rl_options
 
 MINUTES, STEPS = float(os.environ.get("PCTRAIN_SOAK_MINUTES", 30)), int(os.environ.get("PCTRAIN_SOAK_STEPS", 1000))
-ZOMBIE_SECONDS = 5.0  # a child that has ended is a zombie until its parent asks for it
+ZOMBIE_SECONDS = 5.0  # a child that has ended is a zombie until its parent waits for it
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Of one rank and all that it has started. `zombies`: ids of processes that have ended and were not asked for."""
+    """Resources of one rank and its descendants; `zombies` are ids of ended processes that nobody waited for."""
 
     step: int
-    memory: float  # MB resident that are its own (not files)
-    held: float  # MB that the rank has allocated and not freed: of its resident memory what is no hole
-    blocks: int  # that Python has allocated
+    memory: float  # MB resident, without pages of files
+    held: float  # MB allocated and not freed: resident memory without the holes
+    blocks: int  # blocks allocated by Python
     files: int
     threads: int
     processes: int
@@ -37,24 +37,24 @@ class Sample:
 
 
 def family(pid):
-    """{id: status fields} of a process and its descendants."""
+    """Return {id: status fields} of a process and its descendants."""
     status = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             lines = (entry / "status").read_text().splitlines()
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         status[int(entry.name)] = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    found, todo = {}, [pid]
+    members, todo = {}, [pid]
     while todo:
-        one = todo.pop()
-        found[one] = status[one]
-        todo += [child for child, fields in status.items() if int(fields["PPid"]) == one]
-    return found
+        member = todo.pop()
+        members[member] = status[member]
+        todo += [child for child, fields in status.items() if int(fields["PPid"]) == member]
+    return members
 
 
 def look(pid, step, counted):
-    """`counted`: what hooks.memory_is_counted wrote."""
+    """Measure one rank; `counted` is the line that hooks.memory_is_counted wrote."""
     members = family(pid)
     held, blocks = counted.read_text().split()
     own = [
@@ -62,7 +62,7 @@ def look(pid, step, counted):
         for fields in members.values()
         if "RssAnon" in fields
     ]
-    zombies = frozenset(one for one, fields in members.items() if fields["State"].startswith("Z"))
+    zombies = frozenset(member for member, fields in members.items() if fields["State"].startswith("Z"))
     return Sample(
         step,
         sum(own) / 1024,
@@ -76,8 +76,10 @@ def look(pid, step, counted):
 
 
 def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
-    """[samples of each rank], one in `interval` seconds, of a run that evaluates and saves every so many steps, and that is asked to stop
-    at the end."""
+    """Return [samples of each rank], one per `interval` seconds.
+
+    The run evaluates and saves regularly, and is asked to stop at the end.
+    """
     arguments = [
         "rl",
         *rl_options(
@@ -108,7 +110,7 @@ def soak(forked, sft_run, folder, world, every, interval, seconds, steps):
 
 
 def quarters(seen, what):
-    """Median of the second quarter of the steps, and of the last: the first warms up."""
+    """Return the medians over the second and the last quarter of the steps; the first quarter warms up."""
     last = seen[-1].step
     second = [getattr(sample, what) for sample in seen if last / 4 < sample.step <= last / 2]
     fourth = [getattr(sample, what) for sample in seen if sample.step > 3 * last / 4]
@@ -116,7 +118,11 @@ def quarters(seen, what):
 
 
 def check(samples, interval, allowed):
-    """`allowed`: by how much more memory (MB), held memory (MB) and blocks there may be in the last quarter than in the second."""
+    """Assert that nothing grows.
+
+    `allowed` is by how much resident memory (MB), held memory (MB) and blocks may grow between the second and the last
+    quarter.
+    """
     for seen in samples:
         for what in ("files", "threads", "processes"):
             before, after = quarters(seen, what)
@@ -124,20 +130,20 @@ def check(samples, interval, allowed):
         for what, more in allowed.items():
             before, after = quarters(seen, what)
             assert after - before < more, (what, before, after)
-        longest = Counter(one for sample in seen for one in sample.zombies).most_common(1)
+        longest = Counter(zombie for sample in seen for zombie in sample.zombies).most_common(1)
         assert not longest or longest[0][1] * interval <= ZOMBIE_SECONDS, longest
 
 
 @pytest.fixture
 def forked():
-    # vLLM's oneDNN keeps a kernel of 0.3 MB for every (weight, number of tokens) it has met, 1,024 of them: that cache is to be full long
-    # before memory is compared. Large blocks are mapped one by one, and go back when they are freed.
+    # vLLM's oneDNN caches up to 1,024 kernels of 0.3 MB, one per (weight, number of tokens). The cache must be full
+    # long before memory is compared. Large blocks are mapped one by one, and returned when they are freed.
     with Forked(MALLOC_ARENA_MAX="2", MALLOC_MMAP_THRESHOLD_="131072", ONEDNN_PRIMITIVE_CACHE_CAPACITY="48") as server:
         yield server
 
 
 def test_a_few_steps(forked, sft_run, tmp_path):
-    """Finds what is left open, running or unasked for at every step, evaluation or checkpoint; a leak of memory only where it is large."""
+    """Find whatever stays open, running or not waited for at each step, evaluation or save; only large memory leaks."""
     check(
         soak(forked, sft_run, tmp_path, world=1, every=3, interval=0.2, seconds=0, steps=24),
         0.2,
@@ -158,10 +164,12 @@ def test_half_an_hour_or_a_thousand_steps(forked, sft_run, tmp_path):
     for rank, seen in enumerate(samples):
         memory, held, blocks, files = (quarters(seen, what) for what in ("memory", "held", "blocks", "files"))
         print(
-            f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
-            f"held {held[0]:.1f} and {held[1]:.1f} MB, blocks {blocks[0]:g} and {blocks[1]:g}, open files {files[0]:g} and {files[1]:g}, "
+            f"rank {rank}: {seen[-1].step} steps, {len(seen)} s; second and last quarter: "
+            f"memory {memory[0]:.1f} and {memory[1]:.1f} MB, "
+            f"held {held[0]:.1f} and {held[1]:.1f} MB, blocks {blocks[0]:g} and {blocks[1]:g}, "
+            f"open files {files[0]:g} and {files[1]:g}, "
             f"{seen[-1].processes} processes, {seen[-1].threads} threads"
         )
-    # Held memory swings by a megabyte. What is resident grows slowly with the holes, by 3 to 7 MB between these quarters of 1,300 to 2,000
-    # steps, where nothing more is held.
+    # Held memory swings by a megabyte. Resident memory grows slowly with the holes, by 3 to 7 MB between these quarters
+    # of 1,300 to 2,000 steps, even when no more memory is held.
     check(samples, 1.0, {"memory": 12.0, "held": 3.0, "blocks": 15_000})

@@ -1,4 +1,4 @@
-"""A real study over two sets: two jobs that meet in one folder, one of them killed; RL that stops when its ceiling is known."""
+"""A real study over two sets: two jobs share one folder, one is killed, and RL stops when its ceiling is known."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from tests.helpers.tiny import rl_options
 
 
 def study_arguments(sft_run, folder, *more):
-    """Two sets from the trajectories of `sft_run`: the shorter and the longer ones."""
+    """Return two sets from the trajectories of `sft_run`: the shorter and the longer ones."""
     lines = sorted((sft_run / "data" / "train.jsonl").read_text().splitlines(keepends=True), key=len)
     for name, part in (("easy", lines[:100]), ("hard", lines[100:])):
         (folder.parent / f"{name}.jsonl").write_text("".join(part))
@@ -54,9 +54,9 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
             time.sleep(0.05)
         assert one.kill() == -9
         assert other.wait(600) == 0, other.log.read_text()[-3000:]
-        told = other.log.read_text()
-        assert "5 stages, policy paper" in told and "running: process" in told
-        assert "Which set first?" in told and "What does the evidence not support?" in told
+        output = other.log.read_text()
+        assert "5 stages, policy paper" in output and "running: process" in output
+        assert "Which set first?" in output and "What does the evidence not support?" in output
 
         found = sorted(str(path.parent.relative_to(folder)) for path in folder.rglob("summary.json"))
         assert found == ["rl-step-0", "sets/easy/rl-step-60", "sets/easy/sft", "sets/hard/rl-step-60", "sets/hard/sft"]
@@ -72,7 +72,7 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
         assert before == {name: (folder / name / "metrics.jsonl").read_bytes() for name in found}
         assert "about 0 FLOPs of training compute left" in again.log.read_text()
 
-    # The job that took over after the kill ended with the numbers of one that nothing happened to.
+    # The job that took over after the kill ends with the numbers of an uninterrupted one.
     [(status, errors)] = ranks.run(
         tiny.cli, *study_arguments(sft_run, tmp_path / "whole", "--only=easy"), world=1, deadline=400
     )
@@ -83,7 +83,10 @@ def test_two_jobs_meet_in_one_folder_and_one_of_them_is_killed(ranks, sft_run, t
 
 
 def _rl_with_ceiling_at(found_at, *arguments):
-    """`pctrain rl` whose fit calls the ceiling identified from `found_at` scores on; how often it was asked."""
+    """Run `pctrain rl` with a fit that calls the ceiling identified from `found_at` scores on.
+
+    Return also the number of scores that each call of the fit saw.
+    """
     from pctrain.rl import journal
 
     def fit(folder):
@@ -99,7 +102,7 @@ def _rl_with_ceiling_at(found_at, *arguments):
 
 @pytest.mark.parametrize("within, ends", [(1.0, 2), pytest.param(0.7, 4, marks=pytest.mark.full)])
 def test_rl_stops_when_its_ceiling_is_known(ranks, sft_run, tmp_path, within, ends):
-    """The interval reaches 0.8 points from the estimate."""
+    """The fit's interval reaches 0.8 points from the estimate."""
     folder = tmp_path / "run"
     command = rl_options(sft_run, folder, "--rl.eval_every=1", "--rl.checkpoint_every=4", f"--rl.stop_within={within}")
     [(status, errors, asked)] = ranks.run(_rl_with_ceiling_at, 3, *command, world=1, deadline=240)
@@ -109,7 +112,7 @@ def test_rl_stops_when_its_ceiling_is_known(ranks, sft_run, tmp_path, within, en
     assert ("rl.stop_within" in (folder / "train.log").read_text()) == (ends == 2) and (
         folder / "checkpoints" / f"step-{ends}"
     ).is_dir()
-    if ends == 2:  # killed between its last checkpoint and its summary: it does not train on
+    if ends == 2:  # killed between its last checkpoint and its summary: it does not train further
         (folder / "summary.json").unlink()
         [(status, errors, asked)] = ranks.run(_rl_with_ceiling_at, 3, *command, world=1, deadline=240)
         assert status == 0, errors

@@ -1,4 +1,4 @@
-"""Attention of one sequence by its definition, and layouts of packs: what the layers' attention is held against."""
+"""Attention of one sequence by its definition, and pack layouts, as the reference for the layers' attention."""
 
 import torch
 
@@ -14,7 +14,7 @@ def layout_of(lengths, tokens, dim=8):
 
 
 def attend_alone(q, k, v, angles):
-    """One sequence [length, heads, dim] by its definition, with a mask and no fused kernel."""
+    """Compute attention of one sequence [length, heads, dim] by its definition, with a mask and no fused kernel."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 
     q, k = (_apply_rotary_pos_emb_bshd(x, angles[: len(x), 0]) for x in (q, k))

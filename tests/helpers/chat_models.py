@@ -1,7 +1,7 @@
-"""Hugging Face directories with the chat templates and special tokens of published models, and small byte-level BPE tokenizers.
+"""Hugging Face directories with published chat templates and special tokens, and small byte-level BPE tokenizers.
 
-The tokenizers are trained from a few lines, with the pattern that Llama 3 and Qwen split text by: their merges differ from the models'
-own, where tokens may be cut does not.
+The tokenizers are trained from a few lines, with the pattern that Llama 3 and Qwen use to split text. Their merges
+differ from the models' own; the places where tokens may be cut do not.
 """
 
 import json
@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 TEMPLATES = Path(__file__).parent / "templates"
 CHATML = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 LLAMA = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-# {template: (special tokens, added tokens that are not special, bos, eos)}, as the models' tokenizer_config.json have them.
+# {template: (special tokens, added tokens that are not special, bos, eos)}, from the models' tokenizer_config.json.
 MODELS = {
     "llama3": (LLAMA, [], "<|begin_of_text|>", "<|eot_id|>"),
     "llama3_2": (LLAMA, [], "<|begin_of_text|>", "<|eot_id|>"),
@@ -28,11 +28,14 @@ TEXT = [
     "naïve 你好 😀",
     "don't\n\n\n  x",
 ]
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def make(folder: Path, name: str, *, eos: str | None = None) -> Path:
-    """The directory of model `name`: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
+    """Write the directory of model `name`: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
     special, added, bos, own_eos = MODELS[name]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -1,4 +1,4 @@
-"""What the pages show a reader: commands, Python snippets, YAML files, links. Nothing is run here."""
+"""Read commands, Python snippets, YAML files and links from the documentation pages. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _WHERE = ("*.md", "docs/**/*.md", "configs/**/*.md", "kernels/*.md", "benchmarks
 PAGES = sorted(path for pattern in _WHERE for path in ROOT.glob(pattern))
 # benchmarks/ says how something was measured once, and the changelog how things were.
 GUIDES = [page for page in PAGES if page.parent.name != "benchmarks" and page.name != "CHANGELOG.md"]
-# What a command line begins with, behind settings of environment variables.
+# Programs that a command line may begin with, after environment settings.
 STARTS = ("pctrain", "torchrun", "bash", "launch/", "sbatch", "python", "pip", "docker")
 ASSIGNMENT = re.compile(r"[A-Z_][A-Z0-9_]*=\S*")
 PLACEHOLDER = re.compile(r"[A-Z]+(-[A-Z]+|-or-[A-Z]+)*(\.\.\.)?|[A-Z]+=[A-Z]+|\.\.\.|<\w+>")
@@ -20,7 +20,11 @@ PLACEHOLDER = re.compile(r"[A-Z]+(-[A-Z]+|-or-[A-Z]+)*(\.\.\.)?|[A-Z]+=[A-Z]+|\.
 
 @dataclass(frozen=True)
 class Shown:
-    """One command. `environment`: the variables set in front of it; `words`: the rest, as a shell splits it. `alone`: in a block."""
+    """A command of a page.
+
+    `environment` has the variables set in front of it, `words` the rest as a shell splits it. `alone` says that it is
+    in a block.
+    """
 
     page: str
     environment: tuple[str, ...]
@@ -33,7 +37,7 @@ class Shown:
 
     @property
     def is_form(self) -> bool:
-        """A command's name, or one with placeholders (RUN, N, ...) in running text: a form of a command, none that could be typed."""
+        """Return whether this is no command to type: a bare name in running text, or one with placeholders (RUN, N)."""
         return not self.alone and (
             not any("=" in word or "." in word or "/" in word for word in self.words[1:])
             or any(PLACEHOLDER.fullmatch(word.rpartition("=")[2]) for word in self.words[1:])
@@ -41,7 +45,7 @@ class Shown:
 
 
 def commands(page: Path) -> list[Shown]:
-    """Every command of a page, in its order: lines of fenced bash blocks and of indented blocks, and what stands between backticks."""
+    """Return every command of a page in order: lines of fenced bash blocks and indented blocks, and inline code."""
     text, name = page.read_text(encoding="utf-8"), str(page.relative_to(ROOT))
     found: list[tuple[int, Shown]] = []
     for place, block in [*fenced(text, ("bash", "sh", "shell", "console", "")), *_indented(text)]:
@@ -57,7 +61,7 @@ def commands(page: Path) -> list[Shown]:
 
 
 def fenced(text: str, languages: tuple[str, ...]) -> list[tuple[int, str]]:
-    """(place, content) of the fenced blocks of these languages."""
+    """Return (place, content) of the fenced blocks in these languages."""
     return [
         (match.start(), match[2])
         for match in re.finditer(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
@@ -73,7 +77,7 @@ def _indented(text: str) -> list[tuple[int, str]]:
 
 
 def _unrolled(block: str) -> str:
-    """`for x in a b; do ... done`: its lines once with each word."""
+    """Expand `for x in a b; do ... done`: return its lines once per word."""
 
     def unroll(loop: re.Match) -> str:
         return "\n".join(loop[3].replace(f"${loop[1]}", word) for word in loop[2].split())
@@ -85,7 +89,7 @@ def _shown(line: str, page: str, alone: bool) -> Shown | None:
     try:
         words = shlex.split(line, comments=True)
     except ValueError:
-        return None  # no shell's: an apostrophe of a formula or of prose
+        return None  # not shell: an apostrophe in a formula or in prose
     environment = [word for word in words if ASSIGNMENT.fullmatch(word)]
     if words[: len(environment)] != environment:
         environment = []

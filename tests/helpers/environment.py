@@ -1,12 +1,12 @@
-"""The environment of the tests, set on import and before anything imports torch."""
+"""Set the tests' environment on import, before anything imports torch."""
 
 import os
 import signal
 
-# A shell that starts the tests in the background has them ignore Ctrl-C, and what they start would inherit that.
+# A shell that starts the tests in the background makes them ignore Ctrl-C, and child processes would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Set before anything imports torch. CUDA_VISIBLE_DEVICES="" hides GPUs: set it yourself to run the tests with one.
+# CUDA_VISIBLE_DEVICES="" hides GPUs: set it yourself to run the tests with one.
 for _name, _value in {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",

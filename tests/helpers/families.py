@@ -15,10 +15,10 @@ COMMON = {
     "eos_token_id": 2,
     "bos_token_id": 1,
     "pad_token_id": None,
-    # Large enough that a swapped or misplaced matrix moves log-probs by far more than the tolerance.
+    # Large enough that a misplaced matrix moves log-probs by far more than the tolerance.
     "initializer_range": 0.2,
 }
-# The original context is below the test's, so that all three kinds of frequencies occur: kept, interpolated, divided.
+# The original context is shorter than the test's, so all three kinds of frequencies occur: kept, interpolated, divided.
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 5000.0,
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def make(name: str, folder: Path, *, max_shard_size: str = "50GB") -> Path:
-    """Every weight is random, norms and biases too: a constant would hide a tensor that is not loaded."""
+    """Save a model of random weights, also norms and biases: a constant would hide a tensor that is not loaded."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""`pctrain` commands in processes of their own that start at once: forks of one process that has imported everything.
+"""Start `pctrain` commands at once, as forks of one process that has imported everything.
 
     with Forked() as forked:
         run = forked.start(["sft", "--run.dir=..."], log)
@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 class Forked:
     def __init__(self, **environment: str) -> None:
-        """`environment`: of all processes, besides this one's."""
-        self._mark = f"PCTRAIN_FORKED={uuid.uuid4().hex}"  # in the environment of all that comes of this server, and of nothing else
+        """Server that forks commands; `environment` is added to this process's environment for all of them."""
+        # Only processes that come from this server have this in their environment.
+        self._mark = f"PCTRAIN_FORKED={uuid.uuid4().hex}"
         all_of_it = {
             **os.environ,
             "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}",
@@ -46,13 +47,13 @@ class Forked:
         self._server.wait()
 
     def start(self, arguments: list[str], log: Path, hook: str = "", **environment: str) -> Run:
-        """`hook`: a function of hooks.py, called before the command."""
+        """Start a command; `hook` is a function of hooks.py that is called before it."""
         return Run(self, self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment}), log)
 
     def start_ranks(
         self, arguments: list[str], folder: Path, world: int, hook: str = "", **environment: str
     ) -> list[Run]:
-        """One process a rank, as torchrun would start them; rank r's output goes to `folder`/rank-r.log."""
+        """Start one process per rank, as torchrun would; the output of rank r goes to `folder`/rank-r.log."""
         folder.mkdir(exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -76,7 +77,7 @@ class Forked:
         ]
 
     def orphans(self) -> list[int]:
-        """Processes of killed runs that live on: forks of the server whose parent is gone."""
+        """Return the surviving processes of killed runs: forks of the server whose parent is gone."""
         found = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
@@ -86,7 +87,7 @@ class Forked:
                 )
                 mine = self._mark.encode() in (entry / "environ").read_bytes()
             except OSError:
-                continue  # it has ended
+                continue  # the process has ended
             if (
                 mine
                 and __file__.encode() in command
@@ -110,7 +111,7 @@ class Run:
     status: int | None = None
 
     def poll(self) -> int | None:
-        """Exit status (negative: killed by that signal), or None while it runs."""
+        """Return the exit status (negative: killed by that signal), or None while the process runs."""
         if self.status is None:
             self.status = self.forked.ask({"poll": self.pid})
         return self.status
@@ -123,7 +124,10 @@ class Run:
         return self.status
 
     def kill(self) -> int:
-        """SIGKILL to the process alone: what it started lives on. Returns the exit status, which is that of a run that was faster."""
+        """Send SIGKILL to this process alone, not to its children.
+
+        Return the exit status; it is the run's own if the run ended first.
+        """
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
         return self.wait(10)
@@ -131,7 +135,7 @@ class Run:
 
 def _serve() -> None:
     import pctrain.rl.loop
-    import pctrain.sft.loop  # noqa: F401
+    import pctrain.sft.loop  # noqa: F401  imported before the forks
     from pctrain.cli.main import main
 
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""What goes wrong in a forked run (forked.py), done to it before its command starts."""
+"""Faults and delays that forked.py injects into a run before its command starts."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 
 def _in_step_3(act):
-    """`act()` before the engine samples, on the last rank, in the third step."""
+    """Call `act()` on the last rank before the engine samples the third step."""
     from pctrain.distributed.health import watchdog
     from pctrain.rollout.queue import RequestQueue
 
@@ -35,16 +35,16 @@ def engine_hangs():
 
 
 def sft_waits_before_its_end():
-    """With its last checkpoint and its weights written: whoever kills it comes early enough, on a machine of any speed."""
+    """Block after the last checkpoint and the weights are written, so that a kill comes in time on any machine."""
     from pctrain.sft import loop
 
     loop._finish = lambda *_: time.sleep(600)
 
 
 def memory_is_counted():
-    """Once a second glibc gives back what is free, and `$HELD`-RANK gets what is not: `<MB> <blocks of Python>`.
+    """Once a second, return free memory to the system and write `<MB held> <Python blocks>` to `$HELD`-RANK.
 
-    Resident is more: pages in which something is held beside holes.
+    Resident memory is larger: a page with one held object stays resident with all its holes.
     """
     file = f"{os.environ['HELD']}-{os.environ['RANK']}"
 
@@ -60,7 +60,7 @@ def memory_is_counted():
 
 
 def _held_by_glibc(file):
-    """Bytes that are allocated and not freed, in all its arenas and in mappings of their own."""
+    """Return the bytes allocated and not freed, in all glibc arenas and separate mappings."""
     glibc = ctypes.CDLL(None)
     glibc.fopen.restype = ctypes.c_void_p
     stream = ctypes.c_void_p(glibc.fopen(f"{file}.xml".encode(), b"w"))
@@ -68,12 +68,12 @@ def _held_by_glibc(file):
     glibc.fclose(stream)
     with open(f"{file}.xml") as xml:
         totals = ElementTree.parse(xml).getroot()
-    size = {(one.tag, one.get("type")): int(one.get("size")) for one in totals if one.get("size")}
+    size = {(entry.tag, entry.get("type")): int(entry.get("size")) for entry in totals if entry.get("size")}
     return size["system", "current"] + size["total", "mmap"] - size["total", "fast"] - size["total", "rest"]
 
 
 def rank_1_is_slow():
-    """At each of its micro-batches, as a GPU that is too hot."""
+    """Sleep in each micro-batch, like a GPU that is too hot."""
     from pctrain.core import step
     from pctrain.run import stragglers
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pctrain_kernels import linear_logprob_entropy, reference
 
-# fp32 rounding of dot products of some dozen terms and of logits of size 10: some units of 6e-8 of the largest value or norm.
+# fp32 rounding of short dot products and of logits near 10: a few units of 6e-8 of the largest value or norm.
 LOGPROB_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-6
 VALUE_TOLERANCE = 2e-6  # relative to the sum of magnitudes: fp32 rounding of each term
@@ -17,7 +17,7 @@ VALUE_TOLERANCE = 2e-6  # relative to the sum of magnitudes: fp32 rounding of ea
 def make_inputs(
     tokens: int, vocab: int, width: int = 24, *, seed: int = 0, ignored: float = 0.3, valid: int | None = None
 ):
-    """hidden [T, H], weight [V, H] fp32 leaves, target [T] below `valid` with a share of -100."""
+    """Return fp32 leaves hidden [T, H] and weight [V, H], and target [T] less than `valid` with a share of -100."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
     weight = (0.5 * torch.randn(vocab, width, generator=generator)).requires_grad_()
@@ -27,13 +27,13 @@ def make_inputs(
 
 
 def exact_logits(tokens: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs on a grid so coarse that fp32 holds every logit exactly: errors are the softmax's own."""
+    """Return inputs on a grid so coarse that fp32 holds every logit exactly: errors are the softmax's own."""
     hidden, weight, target = make_inputs(tokens, vocab, ignored=0)
     return (hidden.detach() * 4).round() / 4, (weight.detach() * 4).round() / 4, target
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Norm of the difference over the norm of what is wanted."""
+    """Return the norm of the difference divided by the norm of the expected value."""
     assert torch.isfinite(got).all()
     return float((got.double() - want).norm() / want.norm().clamp_min(1e-30)) if want.numel() else 0.0
 
@@ -43,7 +43,7 @@ def double(*tensors: Tensor) -> list[Tensor]:
 
 
 def clipped_policy(logprob, entropy, streams):
-    """Clipped ratio with an entropy bonus and a KL penalty: what a user may write."""
+    """Compute a clipped ratio with an entropy bonus and a KL penalty, as a user may write it."""
     ratio = (logprob - streams["old_logprob"]).exp()
     advantage = streams["advantage"]
     surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
@@ -53,7 +53,7 @@ def clipped_policy(logprob, entropy, streams):
 
 
 def make_streams(hidden, weight, target, *, seed: int = 3, **options):
-    """Streams near the current policy, so that some ratios are clipped and some are not; weights with zeros."""
+    """Return streams near the current policy, so that only some ratios are clipped, and weights with zeros."""
     generator = torch.Generator().manual_seed(seed)
     logprob = reference.linear_logprob_entropy(hidden, weight, target, **options)[0].detach()
     noise = torch.randn(3, target.shape[0], generator=generator) * 0.3
@@ -62,7 +62,7 @@ def make_streams(hidden, weight, target, *, seed: int = 3, **options):
 
 
 class Tensors(TorchDispatchMode):
-    """Watches every operation below autograd: elements of the tensors made, and the matrix products."""
+    """Record every operation below autograd: sizes of the new tensors, and the matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Tensors(TorchDispatchMode):
 def compare(
     hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options
 ) -> None:
-    """Values and gradients of the fused operation and the definition."""
+    """Return values and gradients of the fused operation and of the definition."""
     generator = torch.Generator().manual_seed(1)
     signs = torch.randn(2, target.shape[0], generator=generator, dtype=torch.float64)
     signs[0 if upstream == "entropy" else 1] *= upstream == "both"
@@ -107,7 +107,7 @@ def compare(
 
 
 def check_padding_columns_take_no_part() -> None:
-    """Compare with the definition where the weight has rows behind the vocabulary that would dominate every softmax."""
+    """Compare with the definition when the weight has rows past the vocabulary that would dominate every softmax."""
     hidden, weight, target = make_inputs(17, 70, valid=61)
     with torch.no_grad():
         weight[61:] = 1e4

@@ -1,4 +1,4 @@
-"""The loss of each algorithm sample by sample and token by token, as its paper writes it: what the algorithms are held against."""
+"""Each algorithm's loss sample by sample and token by token, as its paper writes it: the reference in the tests."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 
 
 def grpo(groups, tokens, *, low=0.2, high=0.2, std=False, entropy_coef=0.001, kl=None):
-    """-mean over tokens of min(r A, clip(r) A), sample by sample, token by token."""
+    """Return -mean over tokens of min(r A, clip(r) A), sample by sample, token by token."""
     values, count, row = torch.zeros((), dtype=torch.float64), 0, 0
     for group in groups:
         mean = sum(group.rewards) / len(group.rewards)
@@ -70,7 +70,7 @@ def prefix_rft(groups, tokens, *, share=0.2, clip=0.2, entropy_coef=0.001):
     loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
     for group in groups:
         mean = sum(group.rewards) / len(group.rewards)
-        for reward, prefix in zip(group.rewards, group.prefixes):
+        for reward, prefix in zip(group.rewards, group.prefixes, strict=True):
             of_row, n = next(rows), len(prefix)
             kept = sorted(range(n), key=lambda t: -of_row.entropy[t].item())[: -(-int(100 * share) * n // 100)]
             for t in range(len(of_row.logprob)):

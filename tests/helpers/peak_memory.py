@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one rank."""
+    """Memory of one rank, in bytes."""
 
     base: int  # resident after the imports
     # Most that was resident after that, in the rank or in one of its writing processes with the pages they share.
@@ -31,7 +31,7 @@ def measure(*command: object, world: int = 1) -> list[Memory]:
 
 
 def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
-    """As `measure`, of any program whose last line is a `Memory` as JSON."""
+    """Do as `measure` for any program whose last line is a `Memory` as JSON."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +66,7 @@ def on_ranks(program: str, *arguments: object, world: int = 1) -> list[Memory]:
 
 
 def status(key: str) -> int:
-    """A size in bytes from /proc/self/status: VmRSS is resident now, VmHWM the most there was."""
+    """Return a size in bytes from /proc/self/status: VmRSS is resident now, VmHWM is the peak."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024
 
@@ -77,7 +77,7 @@ def main() -> int:
     importlib.import_module("pctrain.tools.convert")  # torch and megatron-core belong to the base
 
     base = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # restart VmHWM
     code = cli.main(sys.argv[1:])
     writers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(json.dumps({"base": base, "peak": max(status("VmHWM"), writers)}))

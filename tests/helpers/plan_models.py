@@ -59,7 +59,7 @@ def write_config(folder: Path, shape: dict) -> Path:
 
 
 def write_model(folder: Path, **shape: object) -> Path:
-    """A Llama with random weights in float32."""
+    """Save a Llama with random weights in float32."""
     import torch
 
     from pctrain.core import weights

@@ -8,7 +8,7 @@ logprobs = st.floats(-4, 0)
 
 
 def columns(rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """-> logprob, entropy (leaves) and streams, float64."""
+    """Return logprob and entropy (leaves) and streams, in float64."""
     *values, expert = zip(*rows, strict=True)
     lp, entropy, advantage, old, ref, rollout = (torch.tensor(column, dtype=torch.float64) for column in values)
     streams = {"advantage": advantage, "old_logprob": old, "ref_logprob": ref, "rollout_logprob": rollout}

@@ -1,12 +1,13 @@
-"""Gloo ranks that stay alive over many tests: starting a rank costs seconds (torch, megatron-core), a call on one milliseconds.
+"""Gloo ranks that stay alive over many tests: starting a rank takes seconds, a call takes milliseconds.
 
-`RankPool(world).run(fn, *args)` runs a module-level function on every rank and returns the results by rank. Each rank is a process
-of its own with RANK, WORLD_SIZE, MASTER_ADDR... as torchrun would set them. Every call has process groups of its own, the default one
-initialised over the whole world; all are taken down after it.
+`RankPool(world).run(fn, *args)` runs a module-level function on every rank and returns the results by rank. Each rank
+is a separate process with RANK, WORLD_SIZE, MASTER_ADDR... as torchrun would set them. Every call has new process
+groups, with the default group over the whole world. They are destroyed after the call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -21,14 +22,14 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-START_SECONDS = 180.0  # importing torch on a busy machine
+START_SECONDS = 180.0  # allows for importing torch on a busy machine
 GRACE_SECONDS = (
-    15.0  # how long the others may still answer once one rank has failed: they may hang in a collective with it
+    15.0  # seconds for the other ranks to answer after a failure: they may hang in a collective with the failed rank
 )
 
 
 class RanksFailed(AssertionError):
-    """One or more ranks raised or did not answer. `causes`: {rank: exception}, of those that raised one that can be pickled."""
+    """One or more ranks raised or did not answer; `causes` is {rank: exception}, where it can be pickled."""
 
     def __init__(self, message: str, causes: dict[int, BaseException]) -> None:
         super().__init__(message)
@@ -36,7 +37,7 @@ class RanksFailed(AssertionError):
 
 
 class RankPool:
-    """`world` processes; started by the first call, and again after a call that left them in doubt."""
+    """`world` processes; the first call starts them, and so does a call after they were left in an unknown state."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -44,7 +45,7 @@ class RankPool:
         self._pipes: list[Connection] = []
 
     def run(self, fn: Callable[..., Any], *args: Any, deadline: float = 120.0, **kwargs: Any) -> list[Any]:
-        """`fn(*args, **kwargs)` on every rank; the results by rank. RanksFailed names the ranks that raised or hung."""
+        """Run `fn(*args, **kwargs)` on every rank; return the results by rank or raise RanksFailed."""
         if not self._processes:
             self._start()
         call = pickle.dumps((fn, args, kwargs))
@@ -90,12 +91,12 @@ class RankPool:
             port = probe.getsockname()[1]
         context = get_context("spawn")
         for rank in range(self.world):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, there, os.getpid()))
+            own_end, rank_end = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, port, rank_end, os.getpid()))
             process.start()
-            there.close()
+            rank_end.close()
             self._processes.append(process)
-            self._pipes.append(here)
+            self._pipes.append(own_end)
         answers = self._collect(START_SECONDS)
         failed = {rank: answer for rank, answer in answers.items() if not answer["ok"]}
         silent = [rank for rank in range(self.world) if rank not in answers]
@@ -104,13 +105,13 @@ class RankPool:
             raise RanksFailed(_describe(_serve, failed, silent, START_SECONDS), {})
 
     def stop(self) -> None:
-        """Kill every rank together with what it started; each is the leader of a process group of its own."""
+        """Kill every rank together with its children; each rank leads a separate process group."""
         for process in self._processes:
-            for kill in (lambda: os.killpg(process.pid, signal.SIGKILL), process.kill):
-                try:
-                    kill()
-                except ProcessLookupError:
-                    pass  # it died before it led a group, or is gone already
+            # It may have died before it led a group, or be gone already.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
             process.join()
         for pipe in self._pipes:
             pipe.close()
@@ -126,7 +127,7 @@ class Ranks:
     def run(
         self, fn: Callable[..., Any], *args: Any, world: int = 2, deadline: float = 120.0, **kwargs: Any
     ) -> list[Any]:
-        """Run a module-level function on `world` ranks (1, 2 or 4); returns the results by rank, or raises RanksFailed."""
+        """Run a module-level function on `world` ranks (1, 2 or 4); return results by rank, or raise RanksFailed."""
         if world not in (1, 2, 4):
             raise ValueError(f"world {world}: expected 1, 2 or 4")
         return self._pools.setdefault(world, RankPool(world)).run(fn, *args, deadline=deadline, **kwargs)
@@ -145,7 +146,7 @@ def _describe(fn: Callable[..., Any], failed: dict[int, dict[str, Any]], silent:
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> None:
-    """A rank's life: join the world, answer calls until the pipe closes."""
+    """Run a rank: join the world, then answer calls until the pipe closes."""
     os.setsid()
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a killed pytest leaves no ranks behind
     if os.getppid() != parent:
@@ -182,12 +183,14 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> N
 
 
 def _call(call: bytes, store: Any, name: str, rank: int, world: int) -> Any:
-    """Runs the call in process groups of its own. They all go with it: a gloo group keeps threads that poll, and megatron-core makes
-    some forty groups each time."""
+    """Run the call in new process groups, and destroy them afterwards.
+
+    A gloo group keeps polling threads, and megatron-core makes some forty groups per call.
+    """
     import torch.distributed as dist
 
     dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=world)
-    # A rank whose function is over at once would close its connections while another one still makes its own.
+    # A rank that returns at once would close its connections while another rank still makes its own.
     store.set(f"{name} joined {rank}", "")
     store.wait([f"{name} joined {other}" for other in range(world)])
     fn, args, kwargs = pickle.loads(call)
@@ -208,7 +211,7 @@ def _answer(work: Callable[[], Any]) -> bytes:
         answer = {"ok": False, "exception": error, "traceback": traceback.format_exc()}
         try:
             data = pickle.dumps(answer)
-            pickle.loads(data)  # some exceptions pickle, and fail to be read
+            pickle.loads(data)  # some exceptions pickle but cannot be unpickled
             return data
         except Exception:
             return pickle.dumps(answer | {"exception": None})

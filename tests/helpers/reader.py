@@ -1,4 +1,4 @@
-"""A reader's folder: every file that the commands of the pages name, small; and the commands themselves, run in it in a rank's process."""
+"""A reader's folder with small versions of every file that the pages name, and a runner for the pages' commands."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from tests.helpers.doc_pages import GUIDES, ROOT, fenced
 
 def lines(path: Path, records: list[dict]) -> None:
     text = "".join(json.dumps(record) + "\n" for record in records)
-    (gzip.open(path, "wt") if path.suffix == ".gz" else open(path, "w")).write(text)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt") as file:
+        file.write(text)
 
 
 def files_of_pages() -> dict[str, str]:
-    """{name: content} of the YAML and Python files that the pages show; the first line of each is a comment with its name."""
+    """Return {name: content} of the pages' YAML and Python files; the first line of each is a comment with its name."""
     found = {}
     for page in GUIDES:
         for _, block in fenced(page.read_text(encoding="utf-8"), ("yaml", "python")):
@@ -32,7 +34,7 @@ def files_of_pages() -> dict[str, str]:
 
 
 def lay_out(folder: Path, sft_run: Path) -> None:
-    """`sft_run`: a finished run of the tests' small model; its data and weights stand in for all that a reader has."""
+    """Build the folder from `sft_run`, a finished run of the small model; its data and weights replace the reader's."""
     import pyarrow
     import pyarrow.parquet
 
@@ -77,7 +79,7 @@ def lay_out(folder: Path, sft_run: Path) -> None:
 
 
 def _benchmarks(folder: Path, problems: list[dict]) -> None:
-    """The files of docs/evaluate.md, each with the columns of its layout."""
+    """Write the files of docs/evaluate.md, each with the columns of its layout."""
     import pyarrow
     import pyarrow.parquet
     import zstandard
@@ -95,7 +97,7 @@ def _benchmarks(folder: Path, problems: list[dict]) -> None:
 
 
 def cluster(folder: Path, to: Path) -> None:
-    """The same files in `to`, with the shape of a published model in the place of the small ones: nothing of it can be run."""
+    """Copy the folder to `to` with config.json files of published shapes, which serve plans but cannot run."""
     for path in folder.iterdir():
         if path.name != "models" and not path.name.startswith("Qwen"):
             (to / path.name).symlink_to(path)
@@ -124,7 +126,7 @@ def cluster(folder: Path, to: Path) -> None:
 
 
 def run(folder: Path, commands: list[tuple[str, ...]]) -> list[tuple[int, str]]:
-    """(exit status, what was printed) of `pctrain` commands one after the other, up to the first that fails."""
+    """Run `pctrain` commands until one fails; return (exit status, output)."""
     from pctrain.cli.main import main
 
     before, found = os.getcwd(), []

@@ -25,7 +25,7 @@ PROMPT = [7, 8, 9]
 
 
 def algorithm(name: str, **options) -> Algorithm:
-    """An algorithm with options of its own and keys of `rl` (updates, group)."""
+    """Return an algorithm with the given options and keys of `rl` (updates, group)."""
     rl = {key: value for key, value in options.items() if key in RLConfig.model_fields}
     own = {key: value for key, value in options.items() if key not in rl}
     return algorithms.build(RLConfig(algorithm={"name": name, **own}, **rl), MAX_RESPONSE)
@@ -130,8 +130,8 @@ def compare(algo: Algorithm, groups: list[Group], naive, seed: int, moved: bool 
     needed = set(algo.streams_from_pass) | ({"old_logprob"} if moved else set())
     loss, metrics = total(algo, algo.finish(with_pass(rows, tokens, needed)), tokens)
     want = naive(groups, tokens)
-    assert abs(float(want.detach())) > 1e-4  # there is something to compare
+    assert abs(float(want.detach())) > 1e-4  # the loss is not trivially zero
     np.testing.assert_allclose(loss.item(), want.item(), rtol=2e-6, atol=1e-7)
-    for ours, theirs in zip(gradients(loss, tokens), gradients(want, tokens), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-7)  # streams are float32
+    for got, expected in zip(gradients(loss, tokens), gradients(want, tokens), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-7)  # streams are float32
     return metrics

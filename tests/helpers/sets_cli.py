@@ -1,4 +1,4 @@
-"""What the tests of the commands on trajectory sets share: records in a file, a command as a user types it, and what it left."""
+"""Helpers for tests of the trajectory-set commands: write records, run a command, read its output."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def read(path: Path) -> list[dict]:
 
 
 def run(*arguments: object) -> str:
-    """What `pctrain data ARGUMENTS` printed; it must succeed."""
+    """Run `pctrain data ARGUMENTS`, which must succeed; return its output."""
     status, printed, errors = run_status(*arguments)
     assert status == 0, errors
     return printed
 
 
 def refused(*arguments: object) -> str:
-    """The message of `pctrain data ARGUMENTS`, which must refuse."""
+    """Run `pctrain data ARGUMENTS`, which must refuse; return its message."""
     status, _, errors = run_status(*arguments)
     assert status == 2, f"status {status}: {errors}"
     return errors

@@ -1,4 +1,4 @@
-"""A model and data small enough for many layouts, and what one rank does with them."""
+"""A model and data small enough for many layouts, and the functions that one rank runs on them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def hf_dir(folder: Path, *, tied: bool) -> Path:
 
 
 def rows(count: int = 24, seed: int = 0, longest: int = 90) -> list[Row]:
-    """Sequences of very different lengths: several attention buckets, several packs."""
+    """Return sequences of very different lengths: several attention buckets, several packs."""
     rng = np.random.default_rng(seed)
     return [
         make_row(rng.integers(3, 260, 5).tolist(), rng.integers(3, 260, rng.integers(2, longest)).tolist())
@@ -65,7 +65,7 @@ def learner(
 
 
 def step(model, step: int):
-    """One SFT step on the batch of that step. (What the auxiliary loss of experts is depends on the packs.)"""
+    """Run one SFT step on that step's batch. (The auxiliary loss of experts depends on the packs.)"""
     from pctrain.sft.loss import cross_entropy
 
     of_experts = model.modules[0].config.moe_aux_loss_coeff > 0

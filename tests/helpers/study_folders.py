@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs of one step, about those of the quick start
+STEP_SFT, STEP_RL = 2e-9, 4e-9  # EFLOPs per step, close to the quick start's
 # (step, validation loss): adaptive, stable with one transient point, mild, severe.
 LOSSES = [
     (0, 4.0),

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory, and their comparison."""
+"""Read and compare the tensors of Hugging Face directories."""
 
 import numpy as np
 from safetensors.numpy import load_file

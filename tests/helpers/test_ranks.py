@@ -25,7 +25,7 @@ def fail_on(rank):
 def meet_without(rank):
     if dist.get_rank() == rank:
         raise ValueError(f"broken on purpose on {rank}")
-    dist.barrier()  # the failed rank does not come
+    dist.barrier()  # the failed rank never arrives
 
 
 def hang_on(rank):
@@ -52,7 +52,7 @@ def tensor_parallel_size(size):
 
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=size
-    )  # refuses to be called twice without a tear-down
+    )  # a second initialization without a tear-down would fail
     return parallel_state.get_tensor_model_parallel_world_size()
 
 
@@ -71,12 +71,12 @@ def test_the_processes_stay_alive_between_calls(ranks):
 
 
 def test_a_failing_rank_is_named_with_its_traceback(ranks, monkeypatch):
-    monkeypatch.setattr("tests.helpers.ranks.GRACE_SECONDS", 2.0)  # rank 0 will not answer, however long it is given
+    monkeypatch.setattr("tests.helpers.ranks.GRACE_SECONDS", 2.0)  # rank 0 will not answer, however long the deadline
     said = r"(?s)rank 1 failed:.*fail_on.*ValueError: broken on purpose on 1.*no answer .* rank\(s\) 0"
     with pytest.raises(RanksFailed, match=said) as failure:
         ranks.run(fail_on, 1)
     assert isinstance(failure.value.causes[1], ValueError)
-    assert len(ranks.run(add_up, 1)) == 2  # and the next call finds working ranks
+    assert len(ranks.run(add_up, 1)) == 2  # the next call finds working ranks
 
 
 def test_a_collective_without_a_failed_rank_ends_at_once(ranks):
@@ -96,7 +96,7 @@ def test_an_error_on_all_ranks_keeps_the_processes(ranks):
 def test_a_hanging_rank_is_named_within_the_deadline(ranks):
     with pytest.raises(RanksFailed, match=r"no answer within 1 s from rank\(s\) 0$"):
         ranks.run(hang_on, 0, deadline=1)
-    # That this line is reached shows that nobody waited for the rank's ten minutes of sleep.
+    # Reaching this line shows that nobody waited for the rank's ten minutes of sleep.
     assert len(ranks.run(add_up, 1)) == 2
 
 

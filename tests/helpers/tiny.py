@@ -1,4 +1,4 @@
-"""A study small enough for a test, and yet one in which every reward occurs: two-term sums, learnt in seconds."""
+"""A study small enough for a test in which every reward still occurs: two-term sums, learned in seconds."""
 
 from __future__ import annotations
 
@@ -11,14 +11,38 @@ from pctrain.config.load import load
 from pctrain.config.tree import Config
 
 OPTIONS = [
-    "--data.problems.min_terms=2", "--data.problems.max_terms=3", "--data.problems.train=200", "--data.problems.validation=40",
-    "--data.problems.test=64", "--data.problems.rl=200", "--model.architecture.layers=2", "--model.architecture.hidden=64",
-    "--model.architecture.heads=2", "--model.architecture.kv_heads=2", "--model.architecture.ffn=128", "--model.architecture.context=160",
-    "--sft.steps=120", "--sft.batch_size=16", "--sft.token_budget=512", "--sft.val_every=20", "--sft.eval_every=60", "--sft.checkpoint_every=20",
-    "--sft.optimizer.lr=5e-3", "--sft.optimizer.warmup=10",
-    "--rl.steps=4", "--rl.prompts=8", "--rl.round_prompts=12", "--rl.max_rounds=3", "--rl.group=4", "--rl.token_budget=1024", "--rl.eval_every=2",
-    "--rl.checkpoint_every=2", "--rl.optimizer.lr=1e-3", "--rollout.max_response=24", "--rollout.kv_cache_mb=64",
-]  # fmt: skip
+    "--data.problems.min_terms=2",
+    "--data.problems.max_terms=3",
+    "--data.problems.train=200",
+    "--data.problems.validation=40",
+    "--data.problems.test=64",
+    "--data.problems.rl=200",
+    "--model.architecture.layers=2",
+    "--model.architecture.hidden=64",
+    "--model.architecture.heads=2",
+    "--model.architecture.kv_heads=2",
+    "--model.architecture.ffn=128",
+    "--model.architecture.context=160",
+    "--sft.steps=120",
+    "--sft.batch_size=16",
+    "--sft.token_budget=512",
+    "--sft.val_every=20",
+    "--sft.eval_every=60",
+    "--sft.checkpoint_every=20",
+    "--sft.optimizer.lr=5e-3",
+    "--sft.optimizer.warmup=10",
+    "--rl.steps=4",
+    "--rl.prompts=8",
+    "--rl.round_prompts=12",
+    "--rl.max_rounds=3",
+    "--rl.group=4",
+    "--rl.token_budget=1024",
+    "--rl.eval_every=2",
+    "--rl.checkpoint_every=2",
+    "--rl.optimizer.lr=1e-3",
+    "--rollout.max_response=24",
+    "--rollout.kv_cache_mb=64",
+]
 
 
 def config(folder: Path, *options: str) -> Config:
@@ -26,7 +50,7 @@ def config(folder: Path, *options: str) -> Config:
 
 
 def metrics(folder: Path, kind: str | None = None) -> list[dict]:
-    """The lines of a run without the times, the only values that two runs of one config do not share."""
+    """Return the lines of a run without the times, the only values in which two runs of one config differ."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in line.items() if not k.startswith("time/")} for line in lines if kind in (None, line["kind"])
@@ -39,7 +63,7 @@ def ledger(folder: Path) -> list[dict]:
 
 
 def cli(*arguments: str) -> tuple[int, str]:
-    """(exit status, what went to stderr) of a command, in this process."""
+    """Run a command in this process; return (exit status, stderr)."""
     from pctrain.cli.main import main
 
     errors = io.StringIO()
@@ -49,7 +73,7 @@ def cli(*arguments: str) -> tuple[int, str]:
 
 
 def command(*arguments):
-    """(exit status, output) of one command on this rank."""
+    """Run one command on this rank; return (exit status, output)."""
     from pctrain.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
@@ -69,5 +93,5 @@ def rl_options(sft_run, folder, *more):
 
 
 def sft(folder):
-    """(exit status, what went to stderr) of an SFT run without benchmarks."""
+    """Run SFT without benchmarks; return (exit status, stderr)."""
     return cli("sft", *OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0")

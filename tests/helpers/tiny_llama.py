@@ -1,4 +1,4 @@
-"""Tiny Llama models whose log-probs are far from flat, and transformers' fp32 forward as the oracle."""
+"""Tiny Llama models whose log-probs are far from flat, and transformers' fp32 forward pass as the reference."""
 
 import numpy as np
 import torch
@@ -28,7 +28,10 @@ def build(tied: bool, seed: int):
 
 
 def oracle(model, temperature: float):
-    """`learner_logprobs` of a transformers model: rows of ids -> per row float32 [L], entry i for token i, entry 0 is 0."""
+    """Return a transformers model's log-probs in the form of `learner_logprobs`.
+
+    Rows of ids give one float32 [L] each; entry i is for token i, and entry 0 is 0.
+    """
 
     @torch.no_grad()
     def logprobs(rows):
@@ -43,7 +46,7 @@ def oracle(model, temperature: float):
 
 
 def stream(model):
-    """What the learner's `hf_weights` yields: full tensors, each in its own storage, the tied head after the embedding."""
+    """Return the tensors as the learner's `hf_weights` yields them: full, not sharing storage, the tied head second."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue

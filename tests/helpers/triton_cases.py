@@ -25,30 +25,36 @@ from tests.helpers.kernel_inputs import (
     relative,
 )
 
-# Relative to the norm of the gradient. fp32: the rounding of exp and of the row sums, a few units of 6e-8. Half precision: the one
-# rounding of the result, which is a truncation to 8 bits in the interpreter's bf16.
+# Relative to the norm of the gradient. fp32: the rounding of exp and of the row sums, a few units of 6e-8. Half
+# precision: one rounding of the result, which is a truncation to 8 bits in the interpreter's bf16.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 8e-3}
 
 BLOCK = launch_shape(10**6)[0]
 
-GUARD = 77.0  # what lies between the rows, and must lie there after
+GUARD = 77.0  # fills the memory between the rows, and must still be there afterwards
 
 
 def pairwise(axes: dict[str, list]) -> list[dict]:
-    """Combinations in which any two values of any two axes meet; greedy, and the same every time."""
+    """Return combinations in which any two values of any two axes meet; greedy and deterministic."""
     names = list(axes)
     missing = {
-        ((a, x), (b, y)) for a, b in itertools.combinations(names, 2) for x in range(len(axes[a])) for y in range(len(axes[b]))
-    }  # fmt: skip
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(names, 2)
+        for x in range(len(axes[a]))
+        for y in range(len(axes[b]))
+    }
     every = [
         dict(zip(names, indices, strict=True))
         for indices in itertools.product(*(range(len(values)) for values in axes.values()))
     ]
+
+    def missing_pairs(row: dict) -> set:
+        return set(itertools.combinations(row.items(), 2)) & missing
+
     chosen = []
     while missing:
-        pairs_of = lambda row: {pair for pair in itertools.combinations(row.items(), 2)} & missing  # noqa: E731
-        best = max(every, key=lambda row: len(pairs_of(row)))
-        missing -= pairs_of(best)
+        best = max(every, key=lambda row: len(missing_pairs(row)))
+        missing -= missing_pairs(best)
         chosen.append({name: axes[name][index] for name, index in best.items()})
     return chosen
 
@@ -59,7 +65,7 @@ def name_of(options: dict) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """A block of logits, and what is asked of it. `shards`: columns at which the vocabulary is cut."""
+    """A block of logits and the operations to check on it. `shards` are the columns at which the vocabulary is cut."""
 
     dtype: torch.dtype = torch.float32
     gradient: torch.dtype = torch.float32
@@ -71,7 +77,7 @@ class Case:
     shards: tuple[int, ...] = ()
 
     def values(self) -> tuple[Tensor, Tensor]:
-        """logits [T, V] and targets [T], some of them on the edges of shards."""
+        """Return logits [T, V] and targets [T], some of them on the edges of shards."""
         generator = torch.Generator().manual_seed(5)
         logits = 3 * torch.randn(self.tokens, self.vocab, generator=generator)
         target = torch.randint(self.vocab, (self.tokens,), generator=generator)
@@ -82,7 +88,7 @@ class Case:
 
 
 def laid_out(logits: Tensor, layout: str) -> tuple[Tensor, Tensor]:
-    """(memory [rows, columns] full of GUARD but for them, the logits in it); behind the last row there are 4096 more."""
+    """Return (memory [rows, columns] filled with GUARD, the logits in it); 4096 guarded columns follow the last row."""
     rows, columns = logits.shape
     top, left, right = {"contiguous": (0, 0, 0), "padded": (0, 0, 21), "sliced": (2, 5, 8)}[layout]
     width = left + columns + right
@@ -92,15 +98,15 @@ def laid_out(logits: Tensor, layout: str) -> tuple[Tensor, Tensor]:
 
 
 def upstream_of(case: Case) -> tuple[Tensor, Tensor | None]:
-    """dlogprob, dentropy [T] of random sign."""
+    """Return dlogprob and dentropy [T] of random sign."""
     signs = torch.randn(2, case.tokens, generator=torch.Generator().manual_seed(6))
     return signs[0] * (case.upstream != "entropy"), None if "logprob" in case.upstream else signs[1]
 
 
 def merged(parts: list[RowStatistics], temperature: float) -> RowStatistics:
-    """As `merge_shards` does it, without a process group."""
+    """Merge shards as `merge_shards` does, without a process group."""
     stacked = torch.stack([torch.stack([value for value in part if value is not None]) for part in parts])
-    with mock.patch.object(merge, "gather_ranks", lambda mine, group: stacked):
+    with mock.patch.object(merge, "gather_ranks", return_value=stacked):
         return merge.merge_shards(parts[0], temperature, group=object())
 
 
@@ -109,7 +115,7 @@ def largest_error(got: Tensor, want: Tensor) -> float:
 
 
 def check(case: Case, values: tuple[Tensor, Tensor] | None = None, kernels: type = TritonSoftmax) -> dict[str, float]:
-    """Asserts that statistics and gradient are those of float64; returns the errors."""
+    """Assert that statistics and gradient equal those in float64; return the errors."""
     values, target = values or case.values()
     want_entropy = case.upstream != "logprob alone"
     exact = values.double().requires_grad_()
@@ -160,16 +166,19 @@ def confident_case(case: Case, lead: float) -> tuple[Tensor, Tensor]:
 
 
 def check_confident(kernels: type = TritonSoftmax) -> None:
-    """p of the target from 0.9999 to 1 - 1e-11: its gradient (1 - p) keeps its relative precision. (fp16 has no numbers so small.)"""
+    """Check that the gradient 1 - p keeps its relative precision for p of the target from 0.9999 to 1 - 1e-11.
+
+    (fp16 has no numbers so small.)
+    """
     for lead in (20.0, 27.0, 36.0):
         for dtype in (torch.float32, torch.bfloat16):
             case = Case(gradient=dtype, upstream="logprob alone")
             logits, target = confident_case(case, lead)
-            if lead < 30:  # further on, autograd's own difference is too coarse
+            if lead < 30:  # beyond this, autograd's own difference is too coarse
                 check(case, (logits, target), kernels)
             rest = logits.double().exp().scatter(1, target[:, None], 0).sum(1, keepdim=True)
             want = rest / (rest + torch.tensor(lead).double().exp())
-            assert 0 < want.min() and want.max() < 1e-3
+            assert want.min() > 0 and want.max() < 1e-3
             block = kernels(logits, target, 1.0, False)
             got = (
                 block.gradient(block.statistics(), torch.ones(case.tokens), None, dtype)
@@ -180,9 +189,9 @@ def check_confident(kernels: type = TritonSoftmax) -> None:
 
 
 def check_beyond_two_to_the_31(kernels: type = TritonSoftmax) -> None:
-    """Three rows of bf16 logits 2^30 elements apart, in memory of which only those pages are ever touched.
+    """Return three rows of bf16 logits 2^30 elements apart, in memory of which only those pages are ever touched.
 
-    The view begins 2^31 elements behind the memory's start: an offset that wraps would read zeros there, not crash.
+    The view begins 2^31 elements after the memory's start, so an offset that wraps would read zeros, not crash.
     """
     stride, columns = 2**30 + 16, 40
     no_reserve = 0x4000  # MAP_NORESERVE
@@ -201,7 +210,7 @@ def check_beyond_two_to_the_31(kernels: type = TritonSoftmax) -> None:
 
 
 class GpuProducts:
-    """Matrix products that take half precision operands of any layout, as a GPU's do, and remember those that came."""
+    """Accept half precision operands of any layout, as a GPU's matrix products do, and record them."""
 
     def __init__(self) -> None:
         self.dlogits: list[Tensor] = []
@@ -238,7 +247,7 @@ def head_inputs(options: dict) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check_head(options: dict) -> dict[str, float]:
-    """Both operations and their gradients against the definition in float64, dW in fp32 (`grad_weight_out`) too."""
+    """Check both operations and their gradients against float64, also dW in fp32 (`grad_weight_out`)."""
     hidden, weight, target = head_inputs(options)
     tokens, chunk = target.shape[0], {"one": 1, "odd": 7, "all": None}[options["chunk"]]
     temperature, tolerance = options["temperature"], GRADIENT_TOLERANCE[options["dtype"]]
@@ -254,9 +263,16 @@ def check_head(options: dict) -> dict[str, float]:
     got_gradients = torch.autograd.grad((weights[0] * got[0]).sum() + (weights[1] * got[1]).sum(), (hidden, weight))
     main_grad = torch.zeros(weight.shape)
     loss, _ = linear_token_loss(
-        hidden, weight, target, lambda logprob, entropy, streams: (streams["a"] * logprob + streams["b"] * entropy, {}),
-        streams={"a": weights[0], "b": weights[1]}, denom=1, temperature=temperature, chunk_tokens=chunk, grad_weight_out=main_grad,
-    )  # fmt: skip
+        hidden,
+        weight,
+        target,
+        lambda logprob, entropy, streams: (streams["a"] * logprob + streams["b"] * entropy, {}),
+        streams={"a": weights[0], "b": weights[1]},
+        denom=1,
+        temperature=temperature,
+        chunk_tokens=chunk,
+        grad_weight_out=main_grad,
+    )
     loss.backward()
     errors = {
         "logprob": largest_error(got[0], want[0]),
@@ -266,9 +282,11 @@ def check_head(options: dict) -> dict[str, float]:
     assert all(error < LOGPROB_TOLERANCE for error in errors.values()), errors
     # A gradient returned in half precision is rounded once more.
     for name, value, wanted, bound in (
-        ("dX", got_gradients[0], want_gradients[0], 2 * tolerance), ("dW", got_gradients[1], want_gradients[1], 2 * tolerance),
-        ("dX of the loss", hidden.grad, want_gradients[0], 2 * tolerance), ("dW in main_grad", main_grad, want_gradients[1], tolerance),
-    ):  # fmt: skip
+        ("dX", got_gradients[0], want_gradients[0], 2 * tolerance),
+        ("dW", got_gradients[1], want_gradients[1], 2 * tolerance),
+        ("dX of the loss", hidden.grad, want_gradients[0], 2 * tolerance),
+        ("dW in main_grad", main_grad, want_gradients[1], tolerance),
+    ):
         if wanted.norm() > 1e-12:
             errors[name] = relative(value, wanted)
             assert errors[name] < bound, f"{name}: {errors}"
@@ -278,6 +296,12 @@ def check_head(options: dict) -> dict[str, float]:
 
 
 EXAMPLE = {
-    "dtype": torch.bfloat16, "vocab": 127, "tokens": 17, "temperature": 1.0, "ignored": "some", "upstream": "both",
-    "layout": "contiguous", "chunk": "odd",
-}  # fmt: skip
+    "dtype": torch.bfloat16,
+    "vocab": 127,
+    "tokens": 17,
+    "temperature": 1.0,
+    "ignored": "some",
+    "upstream": "both",
+    "layout": "contiguous",
+    "chunk": "odd",
+}

@@ -1,4 +1,4 @@
-"""The server of `pctrain report --watch` in a thread, for tests that ask it."""
+"""Run the server of `pctrain report --watch` in a thread, for tests that send requests to it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pctrain.report import watch
 
 
 class Serving:
-    """A server in a thread, as `watch.main` makes it."""
+    """Run a server in a thread, as `watch.main` makes it."""
 
     def __init__(self, source: Path) -> None:
         self.server = watch.serve(source, 0)

@@ -5,7 +5,7 @@ import pytest
 
 @pytest.fixture
 def gpu_products(monkeypatch) -> Iterator:
-    """The head computes as on a GPU: half precision weights stay what they are, and so dlogits are made in place."""
+    """Let the head compute as on a GPU: half precision weights stay as they are, so dlogits are made in place."""
     from pctrain_kernels import head
     from tests.helpers.triton_cases import GpuProducts
 
@@ -13,4 +13,4 @@ def gpu_products(monkeypatch) -> Iterator:
     monkeypatch.setattr(head, "operand", lambda tensor: tensor)
     monkeypatch.setattr(head, "product", products.product)
     monkeypatch.setattr(head, "add_product", products.add_product)
-    yield products
+    return products

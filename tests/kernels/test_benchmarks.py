@@ -1,4 +1,4 @@
-"""The benchmarks of the kernels package: what a run leaves behind, and that a wrong provider gets no time."""
+"""The benchmarks of the kernels package: the files a run writes, and that a wrong provider gets no time."""
 
 from __future__ import annotations
 
@@ -43,14 +43,12 @@ def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, c
         if row["status"] == "ok":
             quantiles = [row["quantiles_ms"][q] for q in ("10", "25", "50", "75", "90")]
             assert (
-                0 < quantiles[0] and quantiles == sorted(quantiles) and row["median_ms"] == pytest.approx(quantiles[2])
+                quantiles[0] > 0 and quantiles == sorted(quantiles) and row["median_ms"] == pytest.approx(quantiles[2])
             )
             assert row["turns"] == benchmarks.harness.LEAST_TURNS
             assert row["of_floor"] == 1 if row["provider"] == "floor" else row["of_floor"] > 0
-            assert (
-                row["provider"] == "floor"
-                or row["peak_bytes"] >= row["result_bytes"] > 0
-                and max(row["errors"].values()) < 1e-4
+            assert row["provider"] == "floor" or (
+                row["peak_bytes"] >= row["result_bytes"] > 0 and max(row["errors"].values()) < 1e-4
             )
         else:
             assert row["status"] in ("absent", "error") and row["reason"] and "median_ms" not in row
@@ -59,7 +57,7 @@ def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, c
 
 
 def without_softmax(results: dict[str, torch.Tensor], target: torch.Tensor) -> None:
-    """dW of tokens that are nobody's target: all of it comes from the softmax."""
+    """Compute dW of tokens that are no target: all of it comes from the softmax."""
     others = torch.ones(96, dtype=torch.bool)
     others[target] = False
     results["grad_weight"][others] = 0

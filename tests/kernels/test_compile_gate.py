@@ -1,5 +1,7 @@
-"""Every Triton kernel compiles for GPUs that are not here, and none spills registers. `PCTRAIN_TRITON=DIR` names another Triton
-(`pip install --no-deps --target DIR triton==3.6.0`)."""
+"""Every Triton kernel compiles for GPUs that are not present, and none spills registers.
+
+`PCTRAIN_TRITON=DIR` names another Triton (`pip install --no-deps --target DIR triton==3.6.0`).
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ TRITON = os.environ.get("PCTRAIN_TRITON") or None
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    """A process of its own: this one may have imported Triton already, or set it to interpret."""
+    """Run the gate in a separate process: this one may have imported Triton already, or set it to interpret."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([*([TRITON] if TRITON else []), str(BENCHMARKS)])
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=1200)

@@ -1,6 +1,6 @@
-"""The Triton kernels on CPU tensors: every test of the operations once more, in Triton's interpreter, and the tests of the kernels.
+"""Run the operations' tests again, and the kernels' tests, with the Triton kernels on CPU tensors, interpreted.
 
-Triton decides when it is imported, by TRITON_INTERPRET, whether to interpret: so this needs a process of its own.
+TRITON_INTERPRET takes effect when Triton is imported, so this needs a separate process.
 """
 
 from __future__ import annotations
@@ -25,23 +25,38 @@ FILES = [
     "test_linear_token_loss.py",
     "test_vocab_parallel.py",
     pytest.param("test_logits.py", marks=pytest.mark.full),
-]  # what the others do to the same kernels, at more sizes
-# 2048 rows would take a minute; the others do not reach the kernels, or import much.
-LEFT_OUT = "not never_exist and not memory_beside and not float64_inputs and not transformers"
+]  # the other files cover the same kernels at more sizes
+# 2048 rows would take a minute; the others do not reach the kernels, or import much
+LEFT_OUT = "not never_exist and not extra_memory and not float64_inputs and not transformers"
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_interpreted(file: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning", "-k", LEFT_OUT, HERE / file],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore::RuntimeWarning",
+            "-k",
+            LEFT_OUT,
+            HERE / file,
+        ],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert re.search(r"\d+ passed", run.stdout) and "skipped" not in run.stdout, run.stdout[-500:]
 
 
 def test_without_a_gpu_triton_is_not_imported() -> None:
-    """The package and its operations work where Triton is missing."""
+    """The package and its operations work without Triton."""
     code = """
 import sys
 sys.modules["triton"] = None  # importing it raises

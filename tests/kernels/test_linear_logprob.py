@@ -30,12 +30,17 @@ def test_values_and_gradients_are_those_of_the_definition(upstream: str, chunk: 
 
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.integers(1, 40), vocab=st.integers(1, 300), padding=st.integers(0, 70), seed=st.integers(0, 1000),
-    temperature=st.floats(0.3, 3), ignored=st.sampled_from([0.0, 0.5]), chunk=st.none() | st.integers(1, 50),
-)  # fmt: skip
+    tokens=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    padding=st.integers(0, 70),
+    seed=st.integers(0, 1000),
+    temperature=st.floats(0.3, 3),
+    ignored=st.sampled_from([0.0, 0.5]),
+    chunk=st.none() | st.integers(1, 50),
+)
 def test_any_shape_agrees_with_the_definition(tokens, vocab, padding, seed, temperature, ignored, chunk) -> None:
     hidden, weight, target = make_inputs(tokens, vocab + padding, seed=seed, ignored=ignored, valid=vocab)
-    # A temperature of 0.3 makes logits three times as large, and their rounding with them.
+    # A temperature of 0.3 makes logits and their rounding errors three times as large.
     options = {"valid_vocab": vocab, "temperature": temperature}
     want = reference.linear_logprob_entropy(*double(hidden, weight), target, **options)
     got = linear_logprob_entropy(hidden, weight, target, chunk_tokens=chunk, **options)
@@ -69,7 +74,7 @@ def test_bfloat16_inputs_are_computed_in_fp32() -> None:
         assert tensor.grad.dtype == torch.bfloat16
         assert (
             relative(tensor.grad, want_tensor.grad) < 2**-8
-        )  # the one rounding of the result to bf16: half a unit of 2^-8
+        )  # one rounding of the result to bf16: half a unit of 2^-8
 
 
 def test_padding_columns_take_no_part() -> None:
@@ -87,7 +92,7 @@ def test_logits_offset_by_ten_thousand() -> None:
         torch.testing.assert_close(got_value.double(), want_value, rtol=0, atol=LOGPROB_TOLERANCE)
     (want_gradient,) = torch.autograd.grad((want[0] - want[1]).sum(), want_inputs[1:])
     (got_gradient,) = torch.autograd.grad((got[0] - got[1]).sum(), weight)
-    # Column 0 is 100 times sums that cancel to rounding errors: nothing to be relative to.
+    # Column 0 is 100 times sums that cancel to rounding errors: a relative error has no meaning there.
     assert relative(got_gradient[:, 1:], want_gradient[:, 1:]) < GRADIENT_TOLERANCE
 
 
@@ -210,7 +215,7 @@ def test_agrees_with_cross_entropy_of_torch_and_transformers() -> None:
         ({"grad_weight_out": torch.zeros(50, 24), "weight": torch.zeros(50, 24)}, "does not require a gradient"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_mismatched_arguments_are_refused(change: dict, message: str) -> None:
     hidden, weight, target = make_inputs(8, 50)
     with pytest.raises(ValueError, match=message):
         linear_logprob_entropy(**({"hidden": hidden, "weight": weight, "target": target} | change))

@@ -44,7 +44,7 @@ TOKEN_LOSSES = {loss.__name__: loss for loss in (nll, clipped_policy, shaped_exp
 
 
 def both(hidden, weight, target, token_loss, streams, token_weight, *, upstream: float = 1.0, fused=None, **options):
-    """(loss, metrics, gradients) of the fused operation in fp32 and of the definition in float64."""
+    """Return (loss, metrics, gradients) of the fused operation in fp32 and of the definition in float64."""
     got_loss, got_metrics = linear_token_loss(
         hidden,
         weight,
@@ -59,9 +59,14 @@ def both(hidden, weight, target, token_loss, streams, token_weight, *, upstream:
     got = torch.autograd.grad(got_loss * upstream, (hidden, weight))
     inputs = double(hidden, weight)
     want_loss, want_metrics = reference.linear_token_loss(
-        *inputs, target, token_loss, streams={name: stream.double() for name, stream in streams.items()}, denom=37.0,
-        token_weight=None if token_weight is None else token_weight.double(), **options,
-    )  # fmt: skip
+        *inputs,
+        target,
+        token_loss,
+        streams={name: stream.double() for name, stream in streams.items()},
+        denom=37.0,
+        token_weight=None if token_weight is None else token_weight.double(),
+        **options,
+    )
     return (got_loss, got_metrics, got), (want_loss, want_metrics, torch.autograd.grad(want_loss * upstream, inputs))
 
 
@@ -98,20 +103,27 @@ def test_any_loss_is_differentiated_as_by_autograd(token_loss, chunk) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    tokens=st.integers(0, 40), vocab=st.integers(2, 200), seed=st.integers(0, 1000), ignored=st.sampled_from([0.0, 0.5, 1.1]),
-    weighted=st.booleans(), chunk=st.none() | st.integers(1, 50), temperature=st.sampled_from([1.0, 0.7]),
-)  # fmt: skip
+    tokens=st.integers(0, 40),
+    vocab=st.integers(2, 200),
+    seed=st.integers(0, 1000),
+    ignored=st.sampled_from([0.0, 0.5, 1.1]),
+    weighted=st.booleans(),
+    chunk=st.none() | st.integers(1, 50),
+    temperature=st.sampled_from([1.0, 0.7]),
+)
 def test_any_shape_agrees_with_the_definition(tokens, vocab, seed, ignored, weighted, chunk, temperature) -> None:
     inputs = [tensor.detach().double() for tensor in make_inputs(tokens, vocab, seed=seed, ignored=ignored)]
     hidden, weight, target = inputs[0].requires_grad_(), inputs[1].requires_grad_(), inputs[2].long()
     streams, token_weight = make_streams(hidden, weight, target, temperature=temperature)
     options = {
-        "streams": {name: stream.double() for name, stream in streams.items()}, "denom": torch.tensor(11.0),
-        "token_weight": token_weight.double() if weighted else None, "temperature": temperature,
-    }  # fmt: skip
+        "streams": {name: stream.double() for name, stream in streams.items()},
+        "denom": torch.tensor(11.0),
+        "token_weight": token_weight.double() if weighted else None,
+        "temperature": temperature,
+    }
     got, got_metrics = linear_token_loss(hidden, weight, target, clipped_policy, chunk_tokens=chunk, **options)
     want, want_metrics = reference.linear_token_loss(hidden, weight, target, clipped_policy, **options)
-    # In float64 the algorithm itself is compared: rounding is out of the picture.
+    # In float64 the algorithm itself is compared, without rounding.
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got_metrics, want_metrics, rtol=1e-12, atol=1e-12)
     gradients = torch.autograd.grad(got, (hidden, weight))
@@ -149,7 +161,7 @@ def test_bfloat16_gradients() -> None:
     got, want = both(hidden, weight, target, clipped_policy, streams, token_weight)
     for got_gradient, want_gradient in zip(got[2], want[2], strict=True):
         assert got_gradient.dtype == torch.bfloat16
-        assert relative(got_gradient, want_gradient) < 2**-8  # the one rounding of the result to bf16
+        assert relative(got_gradient, want_gradient) < 2**-8  # one rounding of the result to bf16
     main_grad = torch.zeros(101, 24)
     linear_token_loss(
         hidden,
@@ -256,7 +268,7 @@ def test_the_logits_of_the_batch_never_exist_at_once() -> None:
     with Tensors() as seen:
         loss, _ = linear_token_loss(hidden, weight, target, nll, streams={}, denom=tokens)
         loss.backward()
-    assert seen.products % 3 == 0  # three products a chunk, forward and backward together
+    assert seen.products % 3 == 0  # three products per chunk, forward and backward together
     assert (
         vocab * width < seen.largest <= 2**25 // 4
     )  # the chunk's logits are seen, and are within their budget; T * V is 33 million
@@ -274,7 +286,7 @@ def test_the_logits_of_the_batch_never_exist_at_once() -> None:
         ({"token_loss": lambda logprob, entropy, streams: (torch.zeros_like(logprob), {})}, "nothing to differentiate"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_mismatched_arguments_are_refused(change: dict, message: str) -> None:
     hidden, weight, target = make_inputs(8, 50)
     call = {"hidden": hidden, "weight": weight, "target": target, "token_loss": nll, "streams": {}, "denom": 1.0}
     with pytest.raises(ValueError, match=message):
@@ -295,7 +307,7 @@ def test_the_package_needs_torch_alone_and_triton_in_files_named_after_it() -> N
 
 
 def with_maxima(logprob, entropy, streams):
-    """Losses that have a maximum among their metrics, and the same values as a mean."""
+    """Return losses that report a maximum among their metrics, and the same values as a mean."""
     return -logprob, {"nll": -logprob.detach(), "max/nll": -logprob.detach(), "max/signed": streams["signed"]}
 
 
@@ -313,7 +325,7 @@ def test_maxima_are_over_tokens_of_weight_above_0(chunk, grad) -> None:
         got = linear_token_loss(hidden, weight, target, with_maxima, chunk_tokens=chunk, **options)[1]
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert got["max/signed"] == signed[labelled[1:]].max() < 0
-    assert got["max/nll"] < got["nll"]  # the one is no sum
+    assert got["max/nll"] < got["nll"]  # one of them is not a sum
 
 
 def test_the_maximum_over_no_token_is_minus_infinity() -> None:

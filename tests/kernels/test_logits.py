@@ -1,4 +1,4 @@
-"""Log-probability, entropy and cross entropy of given logits against their float64 definition: one process, then vocabulary shards."""
+"""Log-prob, entropy and cross entropy of given logits against float64: on one process, then on vocabulary shards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from pctrain_kernels import logits as logits_module
 from pctrain_kernels import reference, vocab_parallel_cross_entropy, vocab_parallel_logprob_entropy
 from tests.helpers.kernel_inputs import LOGPROB_TOLERANCE, Tensors, relative
 
-# Of the gradient's norm: rounding of exponentials of arguments up to 10 or so; a half precision result is rounded once, half a unit.
+# Relative to the gradient's norm: rounding of exponentials of arguments near 10; half precision adds one rounding, half
+# a unit.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 SHAPES = [(0, 5), (1, 1), (17, 1), (1, 127), (17, 127), (32, 1003)]
 LAYOUTS = ["contiguous", "padded rows", "sliced", "transposed"]
@@ -33,21 +34,23 @@ def make_logits(
     layout="contiguous",
     valid=None,
 ):
-    """logits [T, V], a leaf in a memory of that layout, and target [T] below `valid`, a share of it -100."""
+    """Return logits [T, V], a leaf in memory of that layout, and target [T] less than `valid` with a share of -100."""
     generator = torch.Generator().manual_seed(seed)
     values = (3 * torch.randn(tokens, vocab, generator=generator)).to(dtype)
     memory = torch.full((tokens + 3, vocab + 7), 5.0, dtype=dtype)
     view = {
-        "contiguous": lambda: torch.empty(tokens, vocab, dtype=dtype), "padded rows": lambda: memory[:tokens, :vocab],
-        "sliced": lambda: memory[2 : 2 + tokens, 3 : 3 + vocab], "transposed": lambda: torch.empty(vocab, tokens, dtype=dtype).t(),
-    }[layout]()  # fmt: skip
+        "contiguous": lambda: torch.empty(tokens, vocab, dtype=dtype),
+        "padded rows": lambda: memory[:tokens, :vocab],
+        "sliced": lambda: memory[2 : 2 + tokens, 3 : 3 + vocab],
+        "transposed": lambda: torch.empty(vocab, tokens, dtype=dtype).t(),
+    }[layout]()
     target = torch.randint(valid or vocab, (tokens,), generator=generator)
     target[torch.rand(tokens, generator=generator) < ignored] = -100
     return view.copy_(values).requires_grad_(), target
 
 
 def random_signs(tokens: int, upstream: str) -> Tensor:
-    """[2, T] derivatives of log-prob and entropy."""
+    """Return random derivatives [2, T] of log-prob and entropy."""
     signs = torch.randn(2, tokens, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     signs[0] *= upstream != "entropy"
     signs[1] *= upstream != "logprob"
@@ -57,7 +60,7 @@ def random_signs(tokens: int, upstream: str) -> Tensor:
 def compare(
     logits: Tensor, target: Tensor, *, upstream: str = "both", inplace: bool = False, tolerance: float = 1.0, **options
 ) -> None:
-    """Values and gradient of op 1 and of its definition in float64; the caller's logits are as they were after forward."""
+    """Return value and gradient of op 1 and of its float64 definition; check that forward keeps the logits."""
     signs = random_signs(len(target), upstream)
     leaf = logits.detach().double().requires_grad_()
     want = reference.vocab_parallel_logprob_entropy(leaf, target, **options)
@@ -99,21 +102,33 @@ def test_any_layout_and_dtype(layout, dtype, ignored, inplace) -> None:
 
 @settings(max_examples=40)
 @given(
-    tokens=st.integers(1, 40), vocab=st.integers(1, 300), padding=st.integers(0, 70), seed=st.integers(0, 1000),
-    temperature=st.floats(0.3, 3), ignored=st.sampled_from([0.0, 0.5, 1.1]), inplace=st.booleans(), block=st.integers(1, 20),
-    upstream=st.sampled_from(["logprob", "entropy", "both"]), layout=st.sampled_from(LAYOUTS),
-)  # fmt: skip
+    tokens=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    padding=st.integers(0, 70),
+    seed=st.integers(0, 1000),
+    temperature=st.floats(0.3, 3),
+    ignored=st.sampled_from([0.0, 0.5, 1.1]),
+    inplace=st.booleans(),
+    block=st.integers(1, 20),
+    upstream=st.sampled_from(["logprob", "entropy", "both"]),
+    layout=st.sampled_from(LAYOUTS),
+)
 def test_any_shape_agrees_with_the_definition(
     tokens, vocab, padding, seed, temperature, ignored, inplace, block, upstream, layout
 ) -> None:
     logits, target = make_logits(tokens, vocab + padding, seed=seed, ignored=ignored, valid=vocab, layout=layout)
-    # Rows in blocks of `block`. A temperature of 0.3 makes logits three times as large, and their rounding with them. A gradient that is
-    # exactly 0 (one valid column) has no norm to be relative to: `relative` would divide by it.
+    # Rows are in blocks of `block`. A temperature of 0.3 makes logits and their rounding errors three times as large. A
+    # gradient that is exactly 0 (one valid column) has a norm of 0, by which `relative` would divide.
     with mock.patch.object(logits_module, "CPU_BLOCK_BYTES", 4 * vocab * block):
         compare(
-            logits, target, upstream=upstream, inplace=inplace, tolerance=3 * max(1, 1 / temperature),
-            temperature=temperature, valid_vocab=vocab,
-        )  # fmt: skip
+            logits,
+            target,
+            upstream=upstream,
+            inplace=inplace,
+            tolerance=3 * max(1, 1 / temperature),
+            temperature=temperature,
+            valid_vocab=vocab,
+        )
 
 
 def test_float64_and_gradcheck() -> None:
@@ -204,12 +219,12 @@ def test_an_in_place_gradient_reaches_what_made_the_logits() -> None:
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
 
 
-def test_memory_beside_the_gradient_is_blocks_of_rows() -> None:
+def test_extra_memory_of_the_gradient_is_blocks_of_rows() -> None:
     logits, target = make_logits(700, 4000, ignored=0)
     with Tensors() as seen:
         logprob, entropy = vocab_parallel_logprob_entropy(logits, target, inplace_backward=True)
         (logprob + entropy).sum().backward()
-    made = {shape for shape in seen.sizes if shape != logits.numel()}  # the logits themselves pass by
+    made = {shape for shape in seen.sizes if shape != logits.numel()}  # views of the logits are no new memory
     assert 4000 < max(made) <= logits_module.CPU_BLOCK_BYTES // 4 < logits.numel()
 
 
@@ -278,7 +293,7 @@ def test_vocab_start_moves_the_targets() -> None:
         ({"z_loss": torch.nan}, "z_loss"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_mismatched_arguments_are_refused(change: dict, message: str) -> None:
     logits, target = make_logits(8, 50)
     with pytest.raises(ValueError, match=message):
         vocab_parallel_cross_entropy(**({"logits": logits, "target": target} | change))
@@ -340,8 +355,21 @@ CASES = {
     "four of one column": Case((1, 1, 1, 1), tokens=17),
 }
 SMOOTHING = {"label_smoothing": 0.2, "z_loss": 0.01}
-COLLECTIVES = [name for name in ("all_gather_into_tensor", "all_gather_single", "all_gather", "all_reduce", "broadcast", "reduce",
-                                 "reduce_scatter", "reduce_scatter_tensor", "all_to_all_single") if hasattr(dist, name)]  # fmt: skip
+COLLECTIVES = [
+    name
+    for name in (
+        "all_gather_into_tensor",
+        "all_gather_single",
+        "all_gather",
+        "all_reduce",
+        "broadcast",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "all_to_all_single",
+    )
+    if hasattr(dist, name)
+]
 
 
 def run_cases(cases: dict[str, Case]) -> dict[str, dict]:
@@ -354,7 +382,7 @@ def run_cases(cases: dict[str, Case]) -> dict[str, dict]:
 
 
 def run_case(case: Case, group: dist.ProcessGroup) -> dict:
-    """What this rank gets of both operations, and the shapes that its collectives sent, forward and backward apart."""
+    """Return this rank's results of both operations, and the shapes of its collectives by direction."""
     rank = dist.get_rank(group)
     whole, target = case.inputs()
     shard = whole[:, case.start[rank] : case.start[rank] + case.shards[rank]]
@@ -377,13 +405,15 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict:
         gradients = [torch.autograd.grad((signs * torch.stack(values[:2])).sum(), leaves[0])[0]]
         gradients += [torch.autograd.grad((signs[0] * values[2]).sum(), leaves[1])[0]]
     return {
-        "values": [value.detach() for value in (*values, plain)], "gradients": gradients,
-        "forward": forward, "backward": sent[len(forward) :],
-    }  # fmt: skip
+        "values": [value.detach() for value in (*values, plain)],
+        "gradients": gradients,
+        "forward": forward,
+        "backward": sent[len(forward) :],
+    }
 
 
 class counted_collectives:
-    """Notes the shape of the tensor that each collective of torch.distributed sends."""
+    """Record the shape of the tensor that each collective of torch.distributed sends."""
 
     def __init__(self, sent: list[tuple]) -> None:
         self.sent = sent
@@ -425,7 +455,7 @@ def test_shards_agree_with_one_process_and_ranks_bit_for_bit(results, name: str)
     want_gradients = [torch.autograd.grad((signs * torch.stack(want[:2])).sum(), leaf)[0]]
     want_gradients += [torch.autograd.grad((signs[0] * want[2]).sum(), leaf)[0]]
     want += [reference.vocab_parallel_cross_entropy(leaf, target, **options)]
-    # Logits near 600 leave the fp32 sum of smoothing with an error of some units of 3e-5.
+    # Logits near 600 give the fp32 sum of smoothing an error of a few units of 3e-5.
     size = max(1, case.offset / 50)
     for got in by_rank:
         assert all(torch.equal(*pair) for pair in zip(got["values"], by_rank[0]["values"], strict=True))

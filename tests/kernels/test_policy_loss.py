@@ -17,15 +17,21 @@ from tests.helpers.kernel_inputs import GRADIENT_TOLERANCE, VALUE_TOLERANCE, dou
 from tests.helpers.policy_cases import columns, logprobs
 
 DEFAULTS = {
-    "clip_low": 0.2, "clip_high": 0.28, "dual_clip": None, "kl_coef": 0.0, "kl_kind": "k3", "entropy_coef": 0.0, "is_cap": None,
+    "clip_low": 0.2,
+    "clip_high": 0.28,
+    "dual_clip": None,
+    "kl_coef": 0.0,
+    "kl_kind": "k3",
+    "entropy_coef": 0.0,
+    "is_cap": None,
     "expert_shaping": None,
-}  # fmt: skip
+}
 
 
 def by_hand(
     lp, entropy, *, advantage, old_logprob=None, ref_logprob=None, rollout_logprob=None, expert_mask=False, **options
 ):
-    """(loss, d loss / d logprob, d loss / d entropy) of one token, in Python floats: the formula and its derivative, case by case."""
+    """Return (loss, d loss / d logprob, d loss / d entropy) of one token, case by case in Python floats."""
     o = SimpleNamespace(**(DEFAULTS | options))
     old = lp if old_logprob is None else old_logprob
     if expert_mask:
@@ -55,7 +61,7 @@ def by_hand(
     return loss - o.entropy_coef * entropy, slope, -o.entropy_coef
 
 
-# One token: logprob, entropy, advantage, the log-probs of old policy, reference and sampler, and whether it is an expert's.
+# One token: logprob, entropy, advantage, log-probs of old policy, reference and sampler, and whether it is an expert's.
 tokens = st.lists(
     st.tuples(logprobs, st.floats(0, 3), st.floats(-2, 2), logprobs, logprobs, logprobs, st.booleans()),
     min_size=1,
@@ -65,10 +71,17 @@ clips = st.none() | st.floats(0, 0.5)
 
 
 @given(
-    rows=tokens, clip_low=clips, clip_high=clips, dual_clip=st.none() | st.floats(1.6, 4), kl=st.sampled_from([0.0, 0.3]),
-    kl_kind=st.sampled_from(["k2", "k3"]), entropy_coef=st.sampled_from([0.0, 0.2]), is_cap=st.none() | st.floats(0.5, 3),
-    shaping=st.none() | st.floats(0.01, 1), old=st.booleans(),
-)  # fmt: skip
+    rows=tokens,
+    clip_low=clips,
+    clip_high=clips,
+    dual_clip=st.none() | st.floats(1.6, 4),
+    kl=st.sampled_from([0.0, 0.3]),
+    kl_kind=st.sampled_from(["k2", "k3"]),
+    entropy_coef=st.sampled_from([0.0, 0.2]),
+    is_cap=st.none() | st.floats(0.5, 3),
+    shaping=st.none() | st.floats(0.01, 1),
+    old=st.booleans(),
+)
 def test_any_options_follow_the_formula(
     rows, clip_low, clip_high, dual_clip, kl, kl_kind, entropy_coef, is_cap, shaping, old
 ) -> None:
@@ -77,10 +90,16 @@ def test_any_options_follow_the_formula(
         if wanted in (None, False):
             del streams[name]
     options = {
-        "clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "kl_coef": kl, "kl_kind": kl_kind,
-        "entropy_coef": entropy_coef, "is_cap": is_cap, "expert_shaping": shaping,
-    }  # fmt: skip
-    if old:  # a ratio on an edge has two slopes; test_clip_edges has them
+        "clip_low": clip_low,
+        "clip_high": clip_high,
+        "dual_clip": dual_clip,
+        "kl_coef": kl,
+        "kl_kind": kl_kind,
+        "entropy_coef": entropy_coef,
+        "is_cap": is_cap,
+        "expert_shaping": shaping,
+    }
+    if old:  # a ratio on an edge has two slopes; test_clip_edges covers those
         ratio = (logprob.detach() - streams["old_logprob"]).exp()
         edges = [1 - (clip_low or 0), 1 + (clip_high or 0), dual_clip or 1]
         assume(all(((ratio - edge).abs() > 1e-9).all() for edge in edges))
@@ -98,7 +117,7 @@ def test_any_options_follow_the_formula(
 
 
 def one(ratio: float, advantage: float, **options) -> tuple[float, float, dict[str, float]]:
-    """(loss, d loss / d ratio, metrics) of a token with that ratio."""
+    """Return (loss, d loss / d ratio, metrics) of a token with that ratio."""
     logprob = torch.tensor([0.0], dtype=torch.float64, requires_grad=True)
     old = torch.tensor([-math.log(ratio)], dtype=torch.float64)
     loss, metrics = policy_loss(
@@ -109,13 +128,18 @@ def one(ratio: float, advantage: float, **options) -> tuple[float, float, dict[s
 
 
 def test_clip_edges() -> None:
-    """Bounds 0.5 and 1.5, exact in binary: on the bound the token still counts in full, beyond it not at all."""
+    """With bounds 0.5 and 1.5, exact in binary, a token on the bound still counts in full, and beyond it not at all."""
     options = {"clip_low": 0.5, "clip_high": 0.5, "dual_clip": 2.0}
-    cases = {  # ratio, advantage: loss / -advantage, slope / -advantage, what is clipped
-        (0.25, 1.0): (0.25, 1, None), (0.5, 1.0): (0.5, 1, None), (1.5, 1.0): (1.5, 1, None), (1.6, 1.0): (1.5, 0, "clipped_high"),
-        (0.25, -1.0): (0.5, 0, "clipped_low"), (0.5, -1.0): (0.5, 1, None), (1.6, -1.0): (1.6, 1, None),
+    cases = {  # ratio, advantage: loss / -advantage, slope / -advantage, which clip is counted
+        (0.25, 1.0): (0.25, 1, None),
+        (0.5, 1.0): (0.5, 1, None),
+        (1.5, 1.0): (1.5, 1, None),
+        (1.6, 1.0): (1.5, 0, "clipped_high"),
+        (0.25, -1.0): (0.5, 0, "clipped_low"),
+        (0.5, -1.0): (0.5, 1, None),
+        (1.6, -1.0): (1.6, 1, None),
         (3.0, -1.0): (2, 0, "clipped_dual"),
-    }  # fmt: skip
+    }
     for (ratio, advantage), (value, slope, which) in cases.items():
         loss, got_slope, metrics = one(ratio, advantage, **options)
         assert ratio not in (0.5, 1.5) or metrics["ratio"] == ratio  # an edge is an edge
@@ -144,31 +168,62 @@ def test_metrics() -> None:
     )
     expert, entropy = torch.arange(200) % 5 == 0, torch.rand(200, generator=generator)
     loss, metrics = policy_loss(
-        logprob, entropy, advantage=advantage, old_logprob=old, ref_logprob=ref, rollout_logprob=rollout, expert_mask=expert,
-        dual_clip=3.0, is_cap=2.0, expert_shaping=0.1,
-    )  # fmt: skip
+        logprob,
+        entropy,
+        advantage=advantage,
+        old_logprob=old,
+        ref_logprob=ref,
+        rollout_logprob=rollout,
+        expert_mask=expert,
+        dual_clip=3.0,
+        is_cap=2.0,
+        expert_shaping=0.1,
+    )
     assert sorted(metrics) == sorted(names)
     own, ratio = (~expert).double(), (logprob - old).exp()
     want = {
-        "ratio": own * ratio, "clipped_low": own * (ratio < 0.8) * (advantage < 0), "clipped_high": own * (ratio > 1.28) * (advantage > 0),
-        "clipped_dual": own * (ratio > 3) * (advantage < 0), "is_weight": own * (old - rollout).exp().clamp(max=2), "expert": 1 - own,
-        "kl": (ref - logprob).exp() - (ref - logprob) - 1, "entropy": entropy.double(),
-    }  # fmt: skip
+        "ratio": own * ratio,
+        "clipped_low": own * (ratio < 0.8) * (advantage < 0),
+        "clipped_high": own * (ratio > 1.28) * (advantage > 0),
+        "clipped_dual": own * (ratio > 3) * (advantage < 0),
+        "is_weight": own * (old - rollout).exp().clamp(max=2),
+        "expert": 1 - own,
+        "kl": (ref - logprob).exp() - (ref - logprob) - 1,
+        "entropy": entropy.double(),
+    }
     for name, value in want.items():
         assert value.sum() > 0
         torch.testing.assert_close(metrics[name], value, rtol=1e-12, atol=1e-12)
-    # The reference is told of, not trained towards.
-    assert torch.equal(loss, policy_loss(logprob, entropy, advantage=advantage, old_logprob=old, rollout_logprob=rollout, dual_clip=3.0,
-                                         expert_mask=expert, is_cap=2.0, expert_shaping=0.1)[0])  # fmt: skip
+    # The KL to the reference is reported but not trained on.
+    assert torch.equal(
+        loss,
+        policy_loss(
+            logprob,
+            entropy,
+            advantage=advantage,
+            old_logprob=old,
+            rollout_logprob=rollout,
+            dual_clip=3.0,
+            expert_mask=expert,
+            is_cap=2.0,
+            expert_shaping=0.1,
+        )[0],
+    )
 
 
 def test_streams_of_an_expert_that_mean_nothing_do_no_harm() -> None:
     logprob = torch.tensor([-1.0, -1.0], requires_grad=True)
     nothing = torch.tensor([-0.9, torch.nan])
     loss, metrics = policy_loss(
-        logprob, None, advantage=torch.ones(2), old_logprob=nothing, rollout_logprob=-nothing, is_cap=2.0,
-        expert_mask=torch.tensor([False, True]), expert_shaping=0.1,
-    )  # fmt: skip
+        logprob,
+        None,
+        advantage=torch.ones(2),
+        old_logprob=nothing,
+        rollout_logprob=-nothing,
+        is_cap=2.0,
+        expert_mask=torch.tensor([False, True]),
+        expert_shaping=0.1,
+    )
     loss.sum().backward()
     assert loss.isfinite().all() and logprob.grad.isfinite().all() and metrics["ratio"][1] == 0
 
@@ -223,7 +278,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("change, message", BAD)
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
+def test_mismatched_arguments_are_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         policy_loss(torch.zeros(8), torch.zeros(8), **({"advantage": torch.zeros(8)} | change))
     hidden, weight, target = make_inputs(8, 20)
@@ -242,7 +297,7 @@ def test_an_entropy_bonus_needs_the_entropy() -> None:
 
 
 def head_inputs(tokens: int = 33, vocab: int = 101):
-    """hidden, weight, target, streams near the current policy so that all bounds are met by some, and weights with zeros."""
+    """Return hidden, weight, target, streams that meet every bound for some tokens, and weights with zeros."""
     hidden, weight, target = make_inputs(tokens, vocab)
     logprob = reference.linear_logprob_entropy(hidden, weight, target)[0].detach()
     noise = torch.randn(4, tokens, generator=torch.Generator().manual_seed(3))
@@ -269,9 +324,13 @@ def test_the_linear_loss_is_op_four_with_that_function() -> None:
     options = {"denom": 7.0, "token_weight": token_weight, "temperature": 0.8, "chunk_tokens": 9, "valid_vocab": 101}
     got = linear_policy_loss(hidden, weight, target, **streams, **EVERY_OPTION, **options)
     want = linear_token_loss(
-        hidden, weight, target, lambda logprob, entropy, rows: policy_loss(logprob, entropy, **rows, **EVERY_OPTION), streams=streams,
+        hidden,
+        weight,
+        target,
+        lambda logprob, entropy, rows: policy_loss(logprob, entropy, **rows, **EVERY_OPTION),
+        streams=streams,
         **options,
-    )  # fmt: skip
+    )
     assert torch.equal(got[0], want[0]) and got[1] == want[1] and len(got[1]) == 8
     gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss, _ in (got, want)]
     assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
@@ -297,7 +356,7 @@ def test_the_linear_loss_against_float64_autograd_over_the_full_logits() -> None
     for got, expected in zip(
         torch.autograd.grad(loss, (hidden, weight)), torch.autograd.grad(want, leaves), strict=True
     ):
-        # e^(logprob - old) carries an error of the log-prob, some 1e-6 here.
+        # e^(logprob - old) carries an error of the log-prob, some 1e-6 here
         assert relative(got, expected) < 2 * GRADIENT_TOLERANCE
 
 
@@ -306,9 +365,14 @@ def test_no_advantage_or_no_weight_is_no_gradient(advantage: float, token_weight
     hidden, weight, target, streams, _ = head_inputs()
     weights = torch.full(target.shape, token_weight)
     loss, _ = linear_policy_loss(
-        hidden, weight, target, advantage=torch.full(target.shape, advantage), old_logprob=streams["old_logprob"], denom=7,
+        hidden,
+        weight,
+        target,
+        advantage=torch.full(target.shape, advantage),
+        old_logprob=streams["old_logprob"],
+        denom=7,
         token_weight=weights,
-    )  # fmt: skip
+    )
     gradients = torch.autograd.grad(loss, (hidden, weight))
     assert loss == 0 and not any(gradient.any() for gradient in gradients)
 
@@ -346,7 +410,7 @@ def test_micro_batches_add_up_to_the_batch(main_grad: bool) -> None:
 def test_linear_cross_entropy_is_that_of_torch() -> None:
     hidden, weight, target, _, token_weight = head_inputs()
     leaves = double(hidden, weight)
-    logprob, entropy = reference.linear_logprob_entropy(*leaves, target, temperature=0.8)
+    _, entropy = reference.linear_logprob_entropy(*leaves, target, temperature=0.8)
     want = torch.nn.functional.cross_entropy(leaves[0] @ leaves[1].T / 0.8, target, reduction="none")
     want = (want * token_weight.double()).sum() / 7
     options = {"denom": 7, "token_weight": token_weight, "temperature": 0.8}
@@ -365,7 +429,7 @@ def test_linear_cross_entropy_is_that_of_torch() -> None:
 
 
 def run_shards(shards: tuple[int, ...]) -> dict:
-    """Both linear losses of this rank's shard of the vocabulary."""
+    """Compute both linear losses for this rank's shard of the vocabulary."""
     import torch.distributed as dist
 
     rank = dist.get_rank()

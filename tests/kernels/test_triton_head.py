@@ -30,11 +30,18 @@ from tests.helpers.triton_cases import (
     pairwise,
 )
 
-HEAD_CASES = pairwise({
-    "dtype": [torch.float32, torch.float16, torch.bfloat16], "vocab": [1, 127, 1000, 1003], "tokens": [0, 1, 17],
-    "temperature": [1.0, 0.7, 1.7], "ignored": ["none", "some", "all"], "upstream": ["logprob", "entropy", "both"],
-    "layout": ["contiguous", "padded", "sliced"], "chunk": ["one", "odd", "all"],
-})  # fmt: skip
+HEAD_CASES = pairwise(
+    {
+        "dtype": [torch.float32, torch.float16, torch.bfloat16],
+        "vocab": [1, 127, 1000, 1003],
+        "tokens": [0, 1, 17],
+        "temperature": [1.0, 0.7, 1.7],
+        "ignored": ["none", "some", "all"],
+        "upstream": ["logprob", "entropy", "both"],
+        "layout": ["contiguous", "padded", "sliced"],
+        "chunk": ["one", "odd", "all"],
+    }
+)
 
 
 @pytest.mark.parametrize("options", HEAD_CASES, ids=name_of)
@@ -42,10 +49,10 @@ def test_both_operations_agree_with_the_definition(options: dict, gpu_products) 
     check_head(options)
 
 
-def test_half_precision_gradients_lie_in_the_memory_of_the_logits(gpu_products) -> None:
+def test_half_precision_gradients_reuse_the_memory_of_the_logits(gpu_products) -> None:
     check_head(EXAMPLE)
     assert gpu_products.dlogits
-    # Rows of 127 fp32 logits begin 128 apart; so their bf16 gradients do 256 apart.
+    # Rows of 127 fp32 logits begin 128 apart, so their bf16 gradients begin 256 apart.
     assert all(dlogits.stride() == (256, 1) and dlogits.shape[1] == 127 for dlogits in gpu_products.dlogits)
 
 
@@ -65,9 +72,15 @@ def test_accumulation_over_micro_batches_is_one_batch(gpu_products) -> None:
     def run(rows: slice, main_grad: Tensor) -> None:
         pieces = {name: stream[rows] for name, stream in streams.items()}
         linear_token_loss(
-            hidden[rows], weight, target[rows], clipped_policy, streams=pieces, denom=9, token_weight=token_weight[rows],
+            hidden[rows],
+            weight,
+            target[rows],
+            clipped_policy,
+            streams=pieces,
+            denom=9,
+            token_weight=token_weight[rows],
             grad_weight_out=main_grad,
-        )  # fmt: skip
+        )
 
     whole, halves = torch.zeros(2, *weight.shape).unbind()
     run(slice(None), whole)

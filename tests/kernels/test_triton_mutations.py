@@ -1,4 +1,4 @@
-"""Faults put into the Triton kernels: the checks of triton_cases.py must find each of them."""
+"""Inject faults into the Triton kernels: the checks of triton_cases.py must detect each of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from tests.helpers.triton_cases import (
 
 @pytest.fixture
 def mutated(tmp_path, monkeypatch) -> Callable[..., ModuleType]:
-    """A copy of a module with a piece of its text replaced: in the `which`-th of its `times` places."""
+    """Return a copy of a module with a piece of its text replaced at the `which`-th of its `times` places."""
 
     def make(original: ModuleType, old: str, new: str, *, which: int = 0, times: int = 1) -> ModuleType:
         pieces = Path(original.__file__).read_text().split(old)
@@ -107,7 +107,7 @@ def test_mutation_no_padding_mask_in_the_head(mutated, monkeypatch) -> None:
 
 
 def test_mutation_blocks_downwards(mutated_kernels) -> None:
-    """In place, a block's gradient would overwrite logits that are still to be read."""
+    """Written in place, a block's gradient would overwrite logits that are still to be read."""
     down = "index = (columns - 1) // block * block - start + tl.arange(0, block)"
     with pytest.raises(AssertionError, match="gradient"):
         check(BLOCKS, kernels=mutated_kernels("index = start + tl.arange(0, block)", down, which=1, times=2))

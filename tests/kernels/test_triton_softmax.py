@@ -1,7 +1,8 @@
 """The Triton kernels beneath `softmax_of` against float64, on a CPU in Triton's interpreter.
 
-The interpreter is chosen when Triton is imported, so `test_interpreted.py` runs this file in a process of its own. It takes some
-milliseconds a row and block: hence few rows. It rounds fp32 to bf16 by truncation, and knows neither threads nor barriers.
+The interpreter is chosen when Triton is imported, so `test_interpreted.py` runs this file in a separate process. A row
+and block takes some milliseconds, hence few rows. The interpreter truncates fp32 to bf16, and it has neither threads
+nor barriers.
 """
 
 from __future__ import annotations
@@ -33,14 +34,22 @@ from tests.helpers.triton_cases import (
     pairwise,
 )
 
-SOFTMAX_CASES = pairwise({
-    "dtypes": [
-        (torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
-        (torch.float16, torch.float16), (torch.bfloat16, torch.bfloat16),
-    ],
-    "vocab": [1, 127, 1000, 1003, 4096], "tokens": [0, 1, 17, 32], "temperature": [1.0, 0.6, 1.7],
-    "upstream": ["logprob alone", "logprob", "entropy", "both"], "layout": ["contiguous", "padded", "sliced"],
-})  # fmt: skip
+SOFTMAX_CASES = pairwise(
+    {
+        "dtypes": [
+            (torch.float32, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.float32, torch.float16),
+            (torch.float16, torch.float16),
+            (torch.bfloat16, torch.bfloat16),
+        ],
+        "vocab": [1, 127, 1000, 1003, 4096],
+        "tokens": [0, 1, 17, 32],
+        "temperature": [1.0, 0.6, 1.7],
+        "upstream": ["logprob alone", "logprob", "entropy", "both"],
+        "layout": ["contiguous", "padded", "sliced"],
+    }
+)
 
 
 @pytest.mark.parametrize("options", SOFTMAX_CASES, ids=name_of)
@@ -80,14 +89,14 @@ def test_a_target_in_no_shard_is_in_no_column() -> None:
         row = block.statistics()
         assert (row.target == -torch.inf).all()
         torch.testing.assert_close(row.rest, (logits - logits.amax(1, keepdim=True)).exp().sum(1))
-        # Another shard holds the target, and adds nothing else here.
+        # Another shard holds the target and adds nothing else here.
         row = row._replace(target=torch.zeros(4))
         gradient = block.gradient(row, torch.ones(4), None, torch.float32)
         torch.testing.assert_close(gradient, -(logits - row.max[:, None]).exp() / row.sum()[:, None])
 
 
 def offset_case(case: Case) -> tuple[Tensor, Tensor]:
-    """Logits near 1e4, on a grid that fp32 holds there."""
+    """Check logits near 1e4, on a grid that fp32 holds there."""
     logits, target = case.values()
     return (logits * 256).round() / 256 + 1e4, target
 
@@ -106,7 +115,7 @@ def test_a_confident_target_keeps_the_precision_of_its_gradient() -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("place", [0, 3, BLOCK + 5])
 @pytest.mark.parametrize("is_target", [False, True])
-def test_what_is_not_finite_stays_so(want_entropy: bool, bad: float, place: int, is_target: bool) -> None:
+def test_non_finite_logits_stay_non_finite(want_entropy: bool, bad: float, place: int, is_target: bool) -> None:
     logits = torch.randn(2, BLOCK + 100)
     logits[1, place] = bad
     target = torch.tensor([place, place if is_target else 7])
@@ -121,7 +130,7 @@ def test_what_is_not_finite_stays_so(want_entropy: bool, bad: float, place: int,
 
 @pytest.mark.parametrize("masked", [slice(0, BLOCK + 2), slice(5, 9), slice(BLOCK - 1, None)])
 def test_columns_of_probability_zero(masked: slice) -> None:
-    """Logits of -inf: the log-prob is that of the others, the entropy is NaN (0 times -inf) as in the definition."""
+    """Logits of -inf leave the log-prob to the others; the entropy is NaN (0 times -inf), as in the definition."""
     logits = torch.randn(3, BLOCK + 100)
     logits[:2, masked] = -torch.inf
     target = torch.tensor([BLOCK + 9 if masked.start == 0 else 3, masked.start, 4])
@@ -148,7 +157,7 @@ def test_the_lowest_of_numbers_is_a_logit_like_others() -> None:
     lowest = torch.finfo(torch.float32).min
     check(Case(vocab=BLOCK + 7, tokens=1), (torch.full((1, BLOCK + 7), lowest), torch.tensor([4])))
     logits = torch.full((1, BLOCK + 7), lowest)
-    logits[0, -1] = -lowest  # farther apart than the largest number
+    logits[0, -1] = -lowest  # their difference exceeds the largest number
     row = TritonSoftmax(logits, torch.tensor([BLOCK + 6]), 1.0, False).statistics()
     assert row.logprob() == 0
 
@@ -176,9 +185,12 @@ def test_softmax_of_chooses_the_kernels() -> None:
         ({"logits": torch.zeros(40, 3).t()}, "contiguous columns"),
     ],
 )
-def test_what_does_not_fit_is_refused(change: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        block = TritonSoftmax(
-            **({"column": torch.zeros(3, dtype=torch.int64), "temperature": 1.0, "want_entropy": False} | change)
-        )
+def test_mismatched_arguments_are_refused(change: dict, message: str) -> None:
+    options = {"column": torch.zeros(3, dtype=torch.int64), "temperature": 1.0, "want_entropy": False} | change
+
+    def value_and_gradient() -> None:
+        block = TritonSoftmax(**options)
         block.gradient(block.statistics(), torch.ones(3), None, torch.float32)
+
+    with pytest.raises(ValueError, match=message):
+        value_and_gradient()

@@ -1,4 +1,4 @@
-"""Vocabulary and sequence parallel heads on gloo ranks against the float64 definition on one process; ranks equal bit for bit.
+"""Vocabulary and sequence parallel heads on gloo ranks against float64 on one process; ranks are equal bit for bit.
 
 All cases run in one call on four ranks: two groups of two, then all four.
 """
@@ -77,7 +77,7 @@ CASES = {
 
 
 def run_cases(cases: dict[str, Case]) -> dict[str, dict]:
-    """On every rank: what both operations give, by case."""
+    """Return both operations' results by case; runs on every rank."""
     rank = dist.get_rank()
     pairs = [dist.new_group(pair) for pair in ([0, 1], [2, 3])]
     groups = {2: pairs[rank // 2], 4: dist.group.WORLD}
@@ -130,17 +130,21 @@ def run_case(case: Case, group: dist.ProcessGroup) -> dict:
     finally:
         head_module.CPU_LOGITS_BYTES, parallel._all_gather = budget, gather
     return {
-        "logprob": logprob.detach(), "entropy": entropy.detach(), "loss": loss.detach(), "metrics": metrics,
+        "logprob": logprob.detach(),
+        "entropy": entropy.detach(),
+        "loss": loss.detach(),
+        "metrics": metrics,
         "evaluated": {"loss": evaluated[0], **evaluated[1]},
         "grad_hidden": [hidden.grad for hidden, _ in leaves],
         "grad_weight": main_grads if case.main_grad else [weight.grad for _, weight in leaves],
-        "forward_collectives": forward_collectives, "loss_collectives": collectives,
-    }  # fmt: skip
+        "forward_collectives": forward_collectives,
+        "loss_collectives": collectives,
+    }
 
 
 @pytest.fixture(scope="module")
 def results(ranks) -> dict[str, list[dict]]:
-    """{case: results by rank of its group}; the second group of two is listed after the first."""
+    """Return {case: results by rank of its group}; the second group of two follows the first."""
     by_rank = ranks.run(run_cases, CASES, world=4)
     return {name: [by_rank[rank][name] for rank in range(4)] for name in CASES}
 
@@ -153,9 +157,14 @@ def test_agrees_with_one_process_and_ranks_agree_bit_for_bit(results, name: str)
     logprob, entropy = reference.linear_logprob_entropy(*inputs, target, **case.options)
     objective = logprob.sum() - 0.3 * (entropy * torch.arange(case.tokens)).sum()
     loss, metrics = reference.linear_token_loss(
-        *inputs, target, clipped_policy, streams={key: stream.double() for key, stream in streams.items()}, denom=7,
-        token_weight=token_weight.double(), **case.options,
-    )  # fmt: skip
+        *inputs,
+        target,
+        clipped_policy,
+        streams={key: stream.double() for key, stream in streams.items()},
+        denom=7,
+        token_weight=token_weight.double(),
+        **case.options,
+    )
     want_gradients = [torch.autograd.grad(value, inputs) for value in (objective, loss)]
 
     for got in by_rank:
@@ -166,7 +175,7 @@ def test_agrees_with_one_process_and_ranks_agree_bit_for_bit(results, name: str)
             assert all(torch.equal(*pair) for pair in zip(got["grad_hidden"], by_rank[0]["grad_hidden"], strict=True))
 
     got, world = by_rank[0], len(case.shards)
-    # fp32 rounding of the largest logits, a few units: an absolute error of the logits is a relative one of the probabilities.
+    # A few units of fp32 rounding of the largest logits: their absolute error is a relative error of the probabilities.
     rounding = 4 * 2**-23 * case.offset * (world - 1)
     torch.testing.assert_close(got["logprob"].double(), logprob, rtol=0, atol=LOGPROB_TOLERANCE + rounding)
     torch.testing.assert_close(got["entropy"].double(), entropy, rtol=0, atol=LOGPROB_TOLERANCE + rounding)
@@ -191,5 +200,6 @@ def test_one_collective_a_forward_and_one_a_chunk(results) -> None:
     labelled = int((CASES["uneven"].inputs()[2] != -100).sum())
     assert forward == [(4, labelled)]
     assert len(loss) == -(-labelled // 7) and sum(shape[1] for shape in loss) == labelled
-    # Without a given size the chunks follow from the largest shard (85 rows here; by its own 16 a rank would take 28 rows at once).
+    # By default the largest shard sets the chunk size (85 rows here; the 16 rows of this rank would allow 28 rows at
+    # once).
     assert all(shape[1] <= 5 for shape in results["unevenly chunked by default"][0]["loss_collectives"])

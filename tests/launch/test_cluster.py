@@ -1,4 +1,7 @@
-"""launch/torchrun.sh and launch/slurm.sbatch: what they start and refuse; real ranks that die, are asked to stop, are cut off."""
+"""launch/torchrun.sh and launch/slurm.sbatch: the commands they start, and what they refuse.
+
+Real ranks die, are asked to stop and lose their network.
+"""
 
 import os
 import signal
@@ -24,7 +27,7 @@ def executable(path, text):
 
 
 def script(path, *arguments, **environment):
-    """(exit status, output)."""
+    """Return (exit status, output)."""
     kept = ("PATH", "HOME", "LANG")
     result = subprocess.run(
         ["bash", str(path), *arguments],
@@ -38,7 +41,7 @@ def script(path, *arguments, **environment):
 
 @pytest.fixture
 def venv(tmp_path):
-    """An environment whose Python prints what it is asked for."""
+    """Return an environment whose Python prints how it is called."""
     executable(tmp_path / "venv/bin/python", 'echo "$@"')
     executable(tmp_path / "bin/nvidia-smi", "exit 1")
     return {"PCTRAIN_VENV": str(tmp_path / "venv"), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
@@ -56,12 +59,12 @@ def test_one_node(venv, tmp_path):
 
 
 def test_several_nodes(venv):
-    _, told = script(
+    _, output = script(
         TORCHRUN, "rl", NNODES="2:4", RDZV="node1:29500", RDZV_ID="run7", LOCAL_ADDR="10.0.0.2", NPROC="8", **venv
     )
     assert (
-        "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id run7 --local-addr 10.0.0.2 --nproc-per-node 8 "
-        in told
+        "--nnodes 2:4 --rdzv-backend c10d --rdzv-endpoint node1:29500 --rdzv-id run7 --local-addr 10.0.0.2 "
+        "--nproc-per-node 8 " in output
     )
     assert (
         "--rdzv-conf is_host=true"
@@ -70,21 +73,21 @@ def test_several_nodes(venv):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "told"),
+    ("arguments", "environment", "message"),
     [
         ([], {}, "no command given"),
         (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
         (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
     ],
 )
-def test_torchrun_refuses(venv, arguments, environment, told):
+def test_torchrun_refuses(venv, arguments, environment, message):
     status, output = script(TORCHRUN, *arguments, **venv | environment)
-    assert status == 2 and told in output
+    assert status == 2 and message in output
 
 
 @pytest.fixture
 def slurm(tmp_path):
-    """A Slurm that notes what it is asked for, and runs steps here; a torchrun.sh that notes what it was started with."""
+    """Return a fake Slurm that records its calls and runs steps here, and a torchrun.sh that records its start."""
     executable(tmp_path / "bin/srun", 'shift; exec "$@"')
     executable(tmp_path / "bin/scontrol", f'echo "scontrol $*" >> {tmp_path}/calls; echo node7; echo node8')
     executable(
@@ -105,8 +108,8 @@ mkdir -p "$run"; [[ -z "${{STOPPED:-}}" ]] || touch "$run/to-be-continued"; exit
 
 
 def test_slurm_starts_every_node_and_asks_for_its_place_again(slurm, tmp_path):
-    status, told = script(SBATCH, "sft", "--config", "x.yaml", STOPPED="1", **slurm)
-    assert status == 0 and "to be continued: requeued" in told
+    status, output = script(SBATCH, "sft", "--config", "x.yaml", STOPPED="1", **slurm)
+    assert status == 0 and "to be continued: requeued" in output
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == [
         "scontrol show hostnames node[7-8]",
@@ -127,22 +130,22 @@ def test_an_array_is_one_run_a_seed(slurm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("left_out", "arguments", "told"),
+    ("left_out", "arguments", "message"),
     [
         ("RUN_DIR", ["sft"], "set RUN_DIR"),
         ("", [], "no command given"),
         ("PCTRAIN_ROOT", ["sft"], "submit from the checkout"),
     ],
 )
-def test_slurm_refuses(slurm, tmp_path, left_out, arguments, told):
+def test_slurm_refuses(slurm, tmp_path, left_out, arguments, message):
     environment = {name: value for name, value in slurm.items() if name != left_out} | {
         "SLURM_SUBMIT_DIR": str(tmp_path / "elsewhere")
     }
     status, output = script(SBATCH, *arguments, **environment)
-    assert status == 2 and told in output
+    assert status == 2 and message in output
 
 
-# ---- real ranks --------------------------------------------------------------------------------------------------------------
+# ---- real ranks ----
 
 
 def sft(folder, *more):
@@ -160,7 +163,7 @@ def sft(folder, *more):
 
 
 def launch(arguments, log, before=(), **environment):
-    """torchrun.sh with this very Python."""
+    """Return an environment in which torchrun.sh uses this very Python."""
     venv = log.with_name("venv")
     executable(venv / "bin/python", f'exec {sys.executable} "$@"')
     variables = {
@@ -186,13 +189,13 @@ def wait_for_step(folder, step, *processes, seconds=240):
 
 
 def family(pid):
-    """{pid: RANK or None} of a process and all that descend from it; torchrun gives every rank a session of its own."""
+    """Return {pid: RANK or None} of a process and its descendants; torchrun gives every rank a separate session."""
     children = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
-            continue  # it has ended
+            continue  # the process has ended
         children.setdefault(parent, []).append(int(entry.name))
     found, todo = {}, [pid]
     while todo:
@@ -210,12 +213,12 @@ def family(pid):
 
 
 def rank(process, number):
-    """The process of a rank; what it started itself has a younger pid."""
+    """Return the process of a rank; its children have younger pids."""
     return min(pid for pid, found in family(process.pid).items() if found == number)
 
 
 def end(process):
-    """With all that it started."""
+    """Kill a process and its descendants."""
     for pid in family(process.pid):
         try:
             os.kill(pid, signal.SIGKILL)
@@ -245,7 +248,7 @@ def test_a_killed_rank_is_started_again_by_itself(tmp_path):
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_the_signal_before_the_time_limit(tmp_path):
-    """As Slurm sends it: USR1 to every process of the step, what starts the ranks among them."""
+    """Send USR1 as Slurm does: to every process of the step, including those that start the ranks."""
     folder, log = tmp_path / "run", tmp_path / "log"
     process = launch(sft(folder), log, **LOOPBACK)
     try:
@@ -270,7 +273,7 @@ def _may_make_namespaces():
 
 @pytest.fixture
 def two_hosts():
-    """Names of two network namespaces, joined by a pair of wires, 10.77.0.1 and 10.77.0.2."""
+    """Return the names of two network namespaces, 10.77.0.1 and 10.77.0.2, connected by a veth pair."""
     try:
         reason = _may_make_namespaces()
     except FileNotFoundError:
@@ -278,7 +281,10 @@ def two_hosts():
     if reason:
         pytest.skip(f"two hosts on one machine: {reason}")
     names = [f"pctrain-{os.getpid()}-{side}" for side in "ab"]
-    run = lambda line: subprocess.run(["ip", *line.split()], check=True)  # noqa: E731
+
+    def run(line):
+        subprocess.run(["ip", *line.split()], check=True)
+
     try:
         for name in names:
             run(f"netns add {name}")
@@ -307,7 +313,7 @@ def start_hosts(hosts, arguments, folder, **environment):
             MAX_RESTARTS="0",
             **environment,
         )
-        for number, (side, host) in enumerate(zip("ab", hosts), start=1)
+        for number, (side, host) in enumerate(zip("ab", hosts, strict=True), start=1)
     ]
 
 
@@ -319,7 +325,7 @@ def _log(folder, side):
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["cut off", "killed"])
-def test_a_host_that_goes_is_told_of_within_the_deadline_and_a_restart_goes_on(two_hosts, tmp_path, how):
+def test_a_lost_host_is_reported_within_the_deadline_and_a_restart_resumes(two_hosts, tmp_path, how):
     folder = tmp_path / "run"
     arguments = sft(folder, "--parallel.tensor=2", "--parallel.timeout=30")
     hosts = start_hosts(two_hosts, arguments, tmp_path)
@@ -331,12 +337,12 @@ def test_a_host_that_goes_is_told_of_within_the_deadline_and_a_restart_goes_on(t
             subprocess.run(["ip", "-n", two_hosts[1], "link", "set", "veth0", "down"], check=True)
         assert (
             hosts[0].wait(120) != 0
-        )  # the deadline is 30 s, the grace 6 s; torchrun's own end and a busy machine take the rest
-        told = (tmp_path / "a" / "log").read_text()
+        )  # the deadline is 30 s, the grace 6 s; the rest allows for torchrun's own exit and a busy machine
+        output = (tmp_path / "a" / "log").read_text()
         if how == "killed":
-            assert "error: rank 2, 3 does not answer: dead, stopped, or cut off" in told
-        else:  # both sides live and share the run folder: it is the network
-            assert "the network between them is cut" in told
+            assert "error: rank 2, 3 does not answer: dead, stopped, or cut off" in output
+        else:  # both sides live and share the run folder: only the network fails
+            assert "the network between them is cut" in output
     finally:
         for host in hosts:
             end(host)

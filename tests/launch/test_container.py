@@ -1,4 +1,4 @@
-"""launch/Dockerfile without Docker: its words, its pins, the files that it copies, the shell of its steps; and the commands of the page."""
+"""launch/Dockerfile without Docker: its instructions, pins, copied files and shell steps, and the page's commands."""
 
 import fnmatch
 import json
@@ -15,11 +15,11 @@ from tests.helpers.doc_pages import commands
 
 ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "launch" / "Dockerfile"
-WORDS = ("ARG", "FROM", "RUN", "USER", "WORKDIR", "ENV", "COPY", "CMD")  # no ADD: it may fetch from the net
+WORDS = ("ARG", "FROM", "RUN", "USER", "WORKDIR", "ENV", "COPY", "CMD")  # not ADD: it may download
 
 
 def parse() -> list[tuple[str, str]]:
-    """(instruction, arguments), comments left out, continued lines joined."""
+    """Return (instruction, arguments) of each line, without comments and with continued lines joined."""
     text = re.sub(r"^\s*#.*\n", "", FILE.read_text(), flags=re.M)
     lines = [line for line in re.sub(r"\\\n", " ", text).splitlines() if line.strip()]
     return [(line.split(" ", 1)[0], line.split(" ", 1)[1].strip()) for line in lines]
@@ -40,7 +40,7 @@ def stages() -> dict[str, list[tuple[str, str]]]:
 
 
 def ignored(path: str) -> bool:
-    """By .dockerignore: the last pattern that fits decides, `!` takes back."""
+    """Apply .dockerignore: the last matching pattern decides, and `!` re-includes."""
     state = False
     for line in (ROOT / ".dockerignore").read_text().splitlines():
         pattern = line.strip().lstrip("!")
@@ -64,7 +64,7 @@ def test_bases_are_pinned_as_the_doctor_knows_them():
     assert arguments["CUDA"] == doctor.CUDA and re.fullmatch(r"3\.11\.\d+", arguments["PYTHON"])
     bases = [text.split(" AS ")[0] for word, text in STEPS if word == "FROM"]
     assert bases == ["python:${PYTHON}-slim-bookworm", "python", "nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04"]
-    assert not re.search(r"==\d", FILE.read_text())  # the versions of packages are in pyproject.toml and setup.sh alone
+    assert not re.search(r"==\d", FILE.read_text())  # package versions are in pyproject.toml and setup.sh only
 
 
 @pytest.mark.parametrize("step", RUNS, ids=range(len(RUNS)))
@@ -88,7 +88,7 @@ def test_a_target_installs_as_anywhere_else_and_runs_as_a_user(target):
     assert json.loads(dict(steps)["CMD"]) == ["pctrain", "doctor"]
 
 
-def test_what_is_copied_exists_and_reaches_the_builder():
+def test_copied_files_exist_and_reach_the_builder():
     copied = [text.split() for word, text in STEPS if word == "COPY"]
     sources = {
         source
@@ -114,7 +114,7 @@ def test_what_is_copied_exists_and_reaches_the_builder():
 
 
 def test_the_environments_files_are_copied_before_the_code():
-    """What setup.sh and the packaging read at that point is there: packaging works with no more than these files."""
+    """The files that setup.sh and the packaging read in that step suffice to build the package."""
     steps = stages()["cpu"]
     install = steps.index(("RUN", "bash launch/setup.sh"))
     early = [text for word, text in steps[:install] if word == "COPY"]
@@ -144,9 +144,11 @@ def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
     ]
     done = subprocess.run(install, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
-    shutil.copytree(ROOT / "pctrain" / "common", tmp_path / "checkout" / "pctrain" / "common")  # the code comes later
+    # The code is copied later.
+    shutil.copytree(ROOT / "pctrain" / "common", tmp_path / "checkout" / "pctrain" / "common")
     program = (
-        f"import site; site.addsitedir({str(tmp_path / 'there')!r}); import pctrain.common.errors as e; import importlib.util as u; "
+        f"import site; site.addsitedir({str(tmp_path / 'there')!r}); "
+        "import pctrain.common.errors as e; import importlib.util as u; "
         "print(e.__file__, u.find_spec('pctrain_kernels').origin)"
     )
     seen = subprocess.run(

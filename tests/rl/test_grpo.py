@@ -76,8 +76,8 @@ def test_at_ratio_one_the_gradient_is_reinforce():
         -(row.streams["advantage"][-1].item() * t.logprob).sum() for row, t in zip(rows, tokens, strict=True)
     )
     reinforce = reinforce / sum(len(t.logprob) for t in tokens)
-    for ours, theirs in zip(rl_cases.gradients(loss, tokens), rl_cases.gradients(reinforce, tokens), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=0)
+    for actual, expected in zip(rl_cases.gradients(loss, tokens), rl_cases.gradients(reinforce, tokens), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=0)
     assert metrics["ratio"] == 1 and metrics["clip_share"] == 0
 
 

@@ -62,20 +62,22 @@ def test_values_gradients_and_metrics_are_equal_bit_for_bit(case, moved):
     if not moved:
         del streams["old_logprob"]
     arguments = _kernel_arguments(algorithm, streams, kernel_options)
-    ours, our_metrics, our_gradients = _with_gradients(lambda lp, h: algorithm.loss(lp, h, streams), logprob, entropy)
-    theirs, their_metrics, their_gradients = _with_gradients(
+    actual, actual_metrics, actual_gradients = _with_gradients(
+        lambda lp, h: algorithm.loss(lp, h, streams), logprob, entropy
+    )
+    expected, expected_metrics, expected_gradients = _with_gradients(
         lambda lp, h: policy_loss(lp, h, **arguments), logprob, entropy
     )
-    assert torch.equal(ours, theirs)
-    for mine, other in zip(our_gradients, their_gradients, strict=True):
+    assert torch.equal(actual, expected)
+    for mine, other in zip(actual_gradients, expected_gradients, strict=True):
         assert (mine is None and other is None) or torch.equal(mine, other)
-    assert torch.equal(our_metrics["clip_share"], their_metrics["clipped_low"] + their_metrics["clipped_high"])
-    for key in {"ratio", "entropy", "kl", "is_weight", "expert"} & set(our_metrics):
-        assert torch.equal(our_metrics[key], their_metrics[key]), key
+    assert torch.equal(actual_metrics["clip_share"], expected_metrics["clipped_low"] + expected_metrics["clipped_high"])
+    for key in {"ratio", "entropy", "kl", "is_weight", "expert"} & set(actual_metrics):
+        assert torch.equal(actual_metrics[key], expected_metrics[key]), key
     if moved and name != "luffy":
-        assert 0.05 < our_metrics["clip_share"].mean() < 0.95
+        assert 0.05 < actual_metrics["clip_share"].mean() < 0.95
     if "dual_clip" in options and moved:
-        assert torch.equal(our_metrics["dual_clip_share"], their_metrics["clipped_dual"])
+        assert torch.equal(actual_metrics["dual_clip_share"], expected_metrics["clipped_dual"])
 
 
 def test_through_the_fused_head_too():
@@ -94,4 +96,4 @@ def test_through_the_fused_head_too():
         loss, _ = fused(*inputs, target, denom=float(N), **arguments)
         loss.backward()
         results.append((loss.detach(), inputs[0].grad, inputs[1].grad))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*results, strict=True))

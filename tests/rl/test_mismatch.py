@@ -1,4 +1,4 @@
-"""Learner against engine: the measures, and the gate: in the first update both are one policy."""
+"""Mismatch of learner and engine: the metrics, and the check that both are one policy in the first update."""
 
 import math
 
@@ -41,11 +41,11 @@ def test_the_policy_that_sampled_is_the_old_one_where_there_is_one():
     assert of_one_token(-9.0, -1.5, old_logprob=-1.5)["mismatch/mean"] == 0
 
 
-def test_what_the_engine_did_not_sample_is_not_measured():
+def test_tokens_that_the_engine_did_not_sample_are_not_measured():
     assert set(of_one_token(-9.0, math.nan).values()) == {0.0}
 
 
-def test_without_the_engines_logprobs_the_loss_is_what_it_was():
+def test_without_the_engines_logprobs_the_loss_is_unchanged():
     streams = {"advantage": torch.ones(2)}
     loss = mismatch.measured(lambda logprob, entropy, given: (given["advantage"], {"ratio": logprob}))
     value, metrics = loss(torch.zeros(2), None, streams)
@@ -60,7 +60,7 @@ def test_in_bfloat16_the_correction_is_on_unless_the_config_says_otherwise():
 
 
 def _first_step(directory, layout, tensor):
-    """Sample with a real engine and update on that: (the first update, rows, the learner's log-probs, weights)."""
+    """Sample with a real engine and train on that; return (first update, rows, the learner's log-probs, weights)."""
     from pctrain.rollout import RolloutEngine
 
     model = small.learner(directory, layout)
@@ -123,7 +123,7 @@ def test_in_the_first_update_learner_and_engine_are_one_policy(ranks, directory,
 
 
 def test_one_temperature_for_engine_logprobs_entropy_and_loss(ranks, directory):
-    """Each against transformers at that temperature; at any other the figures are far off."""
+    """Engine and learner agree with transformers at that temperature; at any other the values are far off."""
     from transformers import LlamaForCausalLM
 
     ((update, rows, logprobs, weights),) = ranks.run(_first_step, directory, {}, 1, world=1, deadline=240)

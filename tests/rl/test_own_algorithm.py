@@ -53,7 +53,7 @@ def test_it_overrides_what_differs():
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "parts"),
     [
         ("own_algorithms:Absent", ["own_algorithms.py has no Absent; its algorithms: Halved, Harder, Forgetful"]),
         (
@@ -64,16 +64,16 @@ def test_it_overrides_what_differs():
         ("absent_algorithms:Any", ["No module named 'absent_algorithms'", "looked in"]),
     ],
 )
-def test_a_wrong_name_is_an_error_before_anything_is_written(folder, capsys, name, told):
+def test_a_wrong_name_is_an_error_before_anything_is_written(folder, capsys, name, parts):
     before = sorted(folder.rglob("*"))
     assert main(["rl", f"--rl.algorithm={name}"]) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"error: rl.algorithm = '{name}': ") and all(part in said for part in told)
+    assert said.startswith(f"error: rl.algorithm = '{name}': ") and all(part in said for part in parts)
     assert [path for path in sorted(folder.rglob("*")) if path not in before and "__pycache__" not in str(path)] == []
 
 
 @pytest.mark.parametrize("name", ["ppo", "a:b:c", "a b:C", ":C", "a:"])
-def test_a_name_of_another_form_is_refused_with_what_there_is(name):
+def test_a_malformed_name_is_refused_with_the_list_of_algorithms(name):
     with pytest.raises(
         UserError, match=r"rl.algorithm .command line.: expected 'grpo', .*'prefix_rft' or module:Class, such as"
     ):
@@ -104,7 +104,7 @@ def test_a_study_accepts_it_and_finds_its_folder_again(tmp_path):
     assert place.folder == own.folder(tmp_path, 100) and (place.algorithm, place.step) == ("own_algorithms.Halved", 100)
 
 
-def test_it_has_options_of_its_own():
+def test_it_has_its_own_options():
     config = load(
         None, ["--rl.algorithm=own_algorithms:Harder", "--rl.algorithm.strength=2", "--rl.algorithm.clip_low=0.1"]
     )
@@ -127,7 +127,7 @@ def test_a_wrong_option_of_it_is_refused(capsys, option, says):
 
 
 def test_its_traits_are_planned():
-    """An own algorithm with dynamic sampling and an expert in the group was planned as plain GRPO."""
+    """A user's own algorithm with dynamic sampling and an expert in the group used to be planned as plain GRPO."""
     from pctrain.plan.options import PlanOptions
     from pctrain.plan.shapes import hf_config
     from pctrain.plan.work import work
@@ -164,11 +164,11 @@ def test_in_a_comparison_it_starts_where_its_traits_say(tmp_path):
 
 
 def test_a_comparison_refuses_it_as_pure_rl():
-    with pytest.raises(UserError, match=r"learns from experts, but study.policy = compare"):
+    with pytest.raises(UserError, match=r"learns from experts, but study\.policy = compare"):
         load(None, ["--study.policy=compare", "--sft.eval_every=100", "--rl.algorithm=own_algorithms:Harder"])
 
 
-def test_a_trait_on_the_class_itself_is_refused(folder):
+def test_a_trait_set_on_the_class_is_refused(folder):
     (folder / "old_algorithms.py").write_text(
         "from pctrain.rl.algorithms.grpo import GRPO\nclass Old(GRPO):\n    dynamic_sampling = True\n"
     )

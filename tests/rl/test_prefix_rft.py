@@ -1,4 +1,4 @@
-"""Prefix-RFT: by hand, against a version written sample by sample, and the prefixes it asks for."""
+"""Prefix-RFT: by hand, against a version written sample by sample, and the prefixes that it requests."""
 
 import math
 

@@ -23,7 +23,7 @@ ON, OFF = len(rl_cases.PROMPT) + RESPONSE, len(rl_cases.PROMPT) + EXPERT
 
 
 class PretendLearner:
-    """Everything that a step asks of a learner, without a model."""
+    """Fake learner with every method that a step calls, without a model."""
 
     def pack(self, rows, token_budget, denominator=None):
         return rows
@@ -92,8 +92,8 @@ def test_luffy_and_srft_count_the_expert_four_times(name):
     assert ("logprob" in ledger.totals()) == (name == "srft") and ledger.totals()["expert"]["exact_flops"] == 0
 
 
-def test_upt_counts_what_it_learns_from():
-    """One prompt nobody solves: the expert's trajectory in place of its rollouts."""
+def test_upt_counts_the_rows_it_trains_on():
+    """One prompt has no right rollout: the expert's trajectory replaces its rollouts."""
     rollout, expert = (length * flops.paper_forward_per_token(QWEN2_5_7B, length) for length in (ON, OFF))
     assert step_of("upt", [[0.0] * GROUP, *MIXED[1:]]).eflops_rl * EFLOP == pytest.approx(
         PROMPTS * GROUP * rollout + 3 * (2 * GROUP * rollout + expert)

@@ -24,7 +24,7 @@ def test_advantages_by_hand():
     rewards = np.array([1, 0, 0, 0])
     assert grpo_advantages(rewards, std_normalise=False).tolist() == [0.75, -0.25, -0.25, -0.25]
     np.testing.assert_allclose(grpo_advantages(rewards, std_normalise=True), [1.5, -0.5, -0.5, -0.5], rtol=1e-5)
-    # Left out: 1 - 0 of the others; 0 - 1/3.
+    # Leave-one-out: 1 - 0 of the others; 0 - 1/3.
     np.testing.assert_allclose(grpo_advantages(rewards, leave_one_out=True), [1, -1 / 3, -1 / 3, -1 / 3])
 
 
@@ -56,7 +56,7 @@ def test_rows_by_hand():
     assert [row.streams["advantage"][-1] for row in rows] == [0.5, -0.5, 0, 0]
 
 
-def test_minibatches_share_the_rows_out():
+def test_minibatches_partition_the_rows():
     rows = list(range(10))
     assert [len(part) for part in split(rows, 4)] == [2, 3, 3, 2]
     assert np.concatenate(split(rows, 4)).tolist() == rows
@@ -100,7 +100,7 @@ def test_k1_is_subtracted_from_the_reward():
         of_row.old[0], of_row.ref[0] = old, ref
     finished = algorithm.finish(rl_cases.with_pass(rows, tokens, algorithm.streams_from_pass))
     assert [row.streams["advantage"][-1] for row in finished] == pytest.approx([0.4125, -0.4125])
-    # And it is no loss: with the ratio at 1 the loss is -A, and its gradient too.
+    # The KL is no loss term: with the ratio at 1 the loss is -A, and so is its gradient.
     for of_row in tokens:
         of_row.old[0] = of_row.logprob[0].item()
     for row, of_row in zip(finished, tokens, strict=True):
@@ -140,7 +140,7 @@ def test_the_entropy_bonus():
 
 
 def weights_by_hand(groups, tokens, *, level, cap):
-    """(importance weight of each token of each row), from the log-probs themselves."""
+    """Return the importance weight of each token of each row, from the log-probs themselves."""
     found, rows = [], iter(tokens)
     for group in groups:
         for completion in group.completions:
@@ -175,8 +175,8 @@ def test_importance_weights_multiply_the_surrogate(level, updates):
 
 @pytest.mark.parametrize("name", ["luffy", "srft", "upt", "prefix_rft"])
 @pytest.mark.parametrize("level", ["token", "sequence"])
-def test_what_an_expert_wrote_has_no_importance_weight(name, level):
-    """Where engine and learner agree, the corrected loss is the plain one, also on rows that nobody sampled."""
+def test_an_experts_tokens_have_no_importance_weight(name, level):
+    """Where engine and learner agree, the corrected loss is the plain one, also on rows that were not sampled."""
     groups = rl_cases.random_groups(5, prefix=name == "prefix_rft")
     results = {}
     for correction in ("none", level):

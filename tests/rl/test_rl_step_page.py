@@ -1,4 +1,4 @@
-"""docs/rl_step.md names functions and the files that they are in: each is there."""
+"""Every function that docs/rl_step.md names is in the file that the page links to."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Dynamic sampling: full batches of informative prompts, a cap, a carry-over, and nothing lost without a reason."""
+"""Dynamic sampling: full batches of informative prompts, a cap, a carry-over, and a reason for every rejected group."""
 
 import json
 from dataclasses import asdict
@@ -21,7 +21,7 @@ GROUP = 4
 
 
 class Worker:
-    """A rollout worker that answers with the number of the request, so that its verifier can decide by prompt."""
+    """Rollout worker that answers with the number of the request, so that its verifier can decide by prompt."""
 
     def __init__(self, finish=("stop",), verifier=None):
         self.seeds, self.requests, self.finish = [], [], finish
@@ -40,17 +40,18 @@ class Worker:
 
 
 class Algorithm:
-    """`prefix`: expert tokens that the last rollout of a prompt continues."""
+    """Return a stream of groups; `prefix` are expert tokens that the last rollout of a prompt continues."""
 
     def __init__(self, dynamic, group=GROUP, prefix=()):
-        self.options, self.group, self.prefix = SimpleNamespace(dynamic_sampling=dynamic), group, list(prefix)
+        self.options = SimpleNamespace(dynamic_sampling=dynamic)
+        self.group, self.prefix = group, list(prefix)
 
     def prefixes(self, problem, step, total_steps, seed):
         return [[] for _ in range(self.group - 1)] + [self.prefix]
 
 
 class Verifier:
-    """Problem i: mixed rewards where i is a multiple of 3, else all right or all wrong."""
+    """Reward problem i: mixed rewards if i is a multiple of 3, else all right or all wrong."""
 
     def score(self, items):
         rewards = []
@@ -100,9 +101,9 @@ def test_the_rounds_are_capped():
     assert sampled.metrics()["reward"] == 1.0 and sampled.metrics()["dropped_prompts"] == 24
 
 
-def test_every_request_has_a_seed_of_its_own():
+def test_every_request_has_its_own_seed():
     groups = sampler(prompts=8)
-    stream = PromptStream(PROBLEMS[:5], seed=1)  # the set comes round again within a step
+    stream = PromptStream(PROBLEMS[:5], seed=1)  # the set starts again within a step
     groups.sample_groups(stream, 1)
     groups.sample_groups(stream, 2)
     seeds = groups.worker.seeds
@@ -135,7 +136,7 @@ def test_sampling_again_gives_the_same(dynamic):
 
 
 class Half:
-    """Problem i: i % 5 of the four rollouts are right."""
+    """Reward problem i: i % 5 of the four rollouts are right."""
 
     def score(self, items):
         return [Verdict(float(int(text) % GROUP < int(answer) % 5), "right") for text, answer in items]
@@ -151,7 +152,7 @@ def test_groups_are_selected_by_the_number_of_right_rollouts():
 
 
 def test_a_response_that_was_cut_is_wrong_or_judged():
-    """The second of every two is cut; problems 3 and 6 have every second one right."""
+    """Every second response is truncated; in problems 3 and 6 every second response is right."""
     right = {}
     for truncated in ("wrong", "masked"):
         groups = sampler(dynamic=False, worker=Worker(("stop", "length")), truncated=truncated, prompts=2)
@@ -175,7 +176,7 @@ def test_a_rollout_that_continues_a_prefix():
     assert group.prefixes == [[], [], [], prefix] and sum(group.lengths) == GROUP * (2 + 2) + 3
 
 
-# ---- rollouts on the disk
+# ---- rollouts on disk ----
 
 
 def test_rollouts_come_back_from_the_disk_bit_for_bit(tmp_path):
@@ -202,7 +203,7 @@ def test_rollouts_of_other_problems_and_damaged_files(tmp_path):
 
 
 def test_rollouts_that_do_not_fit_each_other(tmp_path):
-    """Found by fuzzing: tokens belonged to another rollout, or the error came later and did not name the file."""
+    """Cases found by fuzzing: tokens belonged to another rollout, or the error came later and did not name the file."""
     stream, path = PromptStream(PROBLEMS, seed=1), tmp_path / "step-1.replay.npz"
     replay.save(path, 1, sampler().sample_groups(stream, 1), stream.state_dict())
     with np.load(path) as archive:
@@ -232,7 +233,7 @@ def test_rollouts_that_do_not_fit_each_other(tmp_path):
         stream.load_state_dict({"position": 0, "carried": [10**6]})
 
 
-def test_what_a_checkpoint_covers_is_deleted(tmp_path):
+def test_rollouts_covered_by_a_checkpoint_are_deleted(tmp_path):
     for step in (1, 2, 10):
         replay.path_of(tmp_path, step).parent.mkdir(exist_ok=True)
         replay.path_of(tmp_path, step).write_bytes(b"")

@@ -40,4 +40,7 @@ def test_is_the_naive_version(seed):
 
 def test_the_expert_takes_one_place_in_the_group():
     algorithm = rl_cases.algorithm("srft")
-    assert algorithm.options.needs_expert and algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7
+    assert (
+        algorithm.options.needs_expert
+        and algorithm.prefixes(rl_cases.random_groups(0)[0].problem, 1, 10, 0) == [[]] * 7
+    )

@@ -43,7 +43,7 @@ def test_is_the_naive_version(seed, gamma):
 
 
 def test_the_published_normaliser_weighs_sft_by_its_own_tokens():
-    """RL: sum / longest response. SFT: token mean."""
+    """RL rows divide their sum by the longest response, SFT rows by their tokens."""
     groups = rl_cases.random_groups(0, prompts=5)
     algorithm = rl_cases.algorithm("upt", normaliser="published", entropy_coef=0.0, updates=2)
 
@@ -69,7 +69,7 @@ def test_advantages_with_k1_leave_the_experts_rows_alone():
 
 
 def test_a_step_that_trains_on_experts_alone_reports_no_ratios():
-    """From a base model no rollout is right: every update is SFT, and a mean over what was sampled does not exist."""
+    """From a base model no rollout is right: every update is SFT, and there are no means over rollouts."""
     from pctrain.core import Update
     from pctrain.rl.update import mean_metrics
 

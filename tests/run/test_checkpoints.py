@@ -48,7 +48,7 @@ def test_the_manifest_describes_the_checkpoint(config, tmp_path):
     assert manifest["step"] == 50 and manifest["kind"] == "sft" and manifest["layout"] == {"world": 1}
     assert manifest["fingerprints"] == {
         str(data): "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
-    }  # sha256sum's
+    }  # in the format of sha256sum
     assert manifest["files"].keys() == {"inner/state.json", "weights.bin"}
     assert manifest["files"]["weights.bin"] == {
         "bytes": 13,
@@ -230,7 +230,7 @@ def test_sigkill_at_any_moment_leaves_whole_checkpoints_and_lines(config, second
     assert steps == list(range(1, last + 1))
 
 
-def test_a_state_that_no_run_wrote_is_named(tmp_path):
+def test_an_invalid_state_is_named(tmp_path):
     sums = dict.fromkeys(sorted(SUMS), 1.0)
     state = {
         "ledger": {"joint": 0.0, "totals": {"sft_update": sums}},

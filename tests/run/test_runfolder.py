@@ -1,4 +1,4 @@
-"""The run folder: its files, what is refused, and what a kill may leave."""
+"""The run folder: its files, what it refuses, and the state that a kill may leave."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_another_config_is_refused_with_every_differing_key(config, data):
     before = tree(config.run.dir)
     config.sft.optimizer.lr = 2e-5
     config.sft.steps = 2000
-    config.parallel.tensor = 2  # may change, so it is not listed
+    config.parallel.tensor = 2  # this key may change, so it is not listed
     with pytest.raises(UserError) as error:
         RunFolder.open(config, "sft", [data])
     message = str(error.value)
@@ -94,7 +94,7 @@ def test_layout_and_sizes_of_helpers_may_change(config, data, key, value):
     section, name = key.split(".")
     setattr(getattr(config, section), name, value)
     RunFolder.open(config, "sft", [data]).close()
-    assert read_config(config.run.dir)[0] == config  # config.yaml says what the newest start ran with
+    assert read_config(config.run.dir)[0] == config  # config.yaml has the newest start's config
     assert key in (config.run.dir / "train.log").read_text()
 
 
@@ -245,7 +245,7 @@ def test_metrics_are_one_json_object_a_line(config):
             },
         )
         run.record(1, "val", {"val_loss": float("nan"), "val_tokens": 3, "other": -math.inf})
-        text = (config.run.dir / "metrics.jsonl").read_text()  # flushed: readable while the run goes on
+        text = (config.run.dir / "metrics.jsonl").read_text()  # flushed: readable while the run continues
     assert text == (
         '{"step": 1, "kind": "train", "eflops_sft": 0.1, "eflops_rl": 0, "loss": 0.5, "tokens": 7, "lr": 0.25}\n'
         '{"step": 1, "kind": "val", "val_loss": null, "val_tokens": 3, "other": null}\n'
@@ -290,7 +290,7 @@ def write_steps(run, first, last):
 
 
 def without_times(files):
-    """train.log's lines begin with the time of day."""
+    """Remove the time of day from the lines of train.log."""
     return {
         name: b"\n".join(line[19:] for line in data.split(b"\n")) if name == "train.log" else data
         for name, data in files.items()
@@ -354,7 +354,7 @@ def test_a_finished_run_names_the_next_command_and_is_left_alone(config, capsys)
     shown = capsys.readouterr().out
     assert command in shown and "val_loss" in shown and "0.25" in shown and str(config.run.dir)[:20] in shown
     before = tree(config.run.dir)
-    config.parallel.tensor = 2  # may change, and still nothing is written
+    config.parallel.tensor = 2  # this key may change, and still nothing is written
     with RunFolder.open(config, "sft", []) as run:
         assert run.finished
         run.say_finished()
@@ -402,7 +402,7 @@ def test_hostile_files_of_a_run_are_named(config, data):
             run.rewind(1)
         (run.path / "metrics.jsonl").write_text("")
         (run.path / "rollouts").mkdir()
-        (run.path / "rollouts" / "step-x.jsonl").touch()  # not the run's, and left alone
+        (run.path / "rollouts" / "step-x.jsonl").touch()  # a file that the run did not write is left alone
         (run.path / "train.log").write_text(f"t step {'9' * 5000} loss\n")
         run.rewind(1)
         assert (run.path / "rollouts" / "step-x.jsonl").exists()

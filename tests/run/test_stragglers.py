@@ -1,4 +1,4 @@
-"""Which rank is slow: its own work is told from its waiting for others, in real collectives and in a run."""
+"""Which rank is slow: own work is distinguished from waiting for others, in real collectives and in a run."""
 
 import io
 import json
@@ -16,8 +16,8 @@ from pctrain.report import ledger_table
 from pctrain.run import stragglers
 from pctrain.run.stragglers import PHASES, WINDOW, WINDOW_SECONDS, RankTimes
 
-STEPS = max(WINDOW, int(WINDOW_SECONDS / 2))  # steps of a window where a step takes two seconds
-LATE = 0.1  # seconds that rank 1 comes late to a collective
+STEPS = max(WINDOW, int(WINDOW_SECONDS / 2))  # steps of a window, with steps of two seconds
+LATE = 0.1  # seconds by which rank 1 is late to a collective
 
 
 def test_the_seconds_of_a_phase_are_its_own(monkeypatch):
@@ -33,7 +33,7 @@ def test_the_seconds_of_a_phase_are_its_own(monkeypatch):
 
 
 def collectives():
-    """{collective: own seconds of this rank in a phase in which rank 1 came late to it}."""
+    """Return {collective: this rank's own seconds in a phase in which rank 1 was late to it}."""
     import torch
     import torch.distributed as dist
 
@@ -61,7 +61,7 @@ def collectives():
     }
     found = {}
     for name, act in acts.items():
-        act()  # connections are made at the first
+        act()  # connections are made in the first collective
         tries = []
         for _ in range(20):  # a busy machine may stop any rank for as long
             dist.barrier()
@@ -78,14 +78,14 @@ def collectives():
     return found
 
 
-def test_what_a_rank_waits_in_a_collective_is_not_its_work(ranks):
+def test_waiting_in_a_collective_is_not_counted_as_work(ranks):
     prompt, late = ranks.run(collectives)
     assert all(seconds < LATE / 2 for seconds in prompt.values()), prompt
     assert all(seconds >= LATE * 0.9 for seconds in late.values()), late
 
 
 class Event:
-    """In the place of a GPU's: the stream's clock is `now`, and what it has not come to is not over."""
+    """Replaces a GPU event: `now` is the stream's clock, and an event after it has not finished."""
 
     now, over = 0.0, float("inf")
 
@@ -113,7 +113,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
     monkeypatch.setattr(phases.time, "perf_counter", lambda: Event.now)
     timed = waits._timed(collective, waits._on_stream)
     phases.take()
-    timed(100.0)  # in no phase: not looked at
+    timed(100.0)  # outside a phase: not measured
     with watchdog.phase("update"):
         Event.now += 1.0
         assert timed(2.0) == "work"
@@ -121,7 +121,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
         Event.over = Event.now
         timed(4.0)
     waits.settle()
-    assert phases.take() == {"update": 6.0}  # of 8 seconds 2; the other collective is still under way
+    assert phases.take() == {"update": 6.0}  # 2 of 8 seconds; the other collective is still under way
     Event.over = Event.now
     waits.settle()
     assert phases._waits == {"update": 4.0} and waits._pairs == []
@@ -132,7 +132,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
 
 
 class Run:
-    """A run folder that keeps what is said."""
+    """A run folder that keeps the log lines."""
 
     def __init__(self, path):
         self.path, self.writes, self.said = path, True, []
@@ -159,7 +159,7 @@ def own(update, rollout=(1.0, 1.0, 1.0, 1.0)):
     return rows
 
 
-def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
+def test_a_rank_that_keeps_lagging_is_reported_once_until_it_recovers(times):
     for step in range(1, 4 * STEPS + 1):
         times.at(step, own([1.0, 1.02, 1.5, 0.98]))
         assert len(times.run.said) == (step >= 2 * STEPS)
@@ -175,23 +175,23 @@ def test_a_rank_that_keeps_lagging_is_told_of_once_until_it_recovers(times):
     assert len(times.run.said) == 2
 
 
-def test_one_slow_window_is_not_told(times):
+def test_one_slow_window_is_not_reported(times):
     for step in range(1, 10 * STEPS + 1):
         slow = (step - 1) // STEPS % 2  # every other minute
         times.at(step, own([1.0, 1.02, 1.0 + 0.5 * slow, 0.98]))
     assert times.run.said == []
 
 
-def test_what_nobody_would_mend_is_not_told(times):
+def test_lags_not_worth_fixing_are_not_reported(times):
     rng = np.random.default_rng(0)
     for step in range(1, 150):
         uneven = np.ones(4)
         uneven[step % 4] = 1.6  # another rank is slow each time, as with prompts of different lengths
         times.at(step, own(1 + 0.05 * rng.random(4), uneven))
     for step in range(100, 250):
-        times.at(step, own([0.01, 0.01, 0.05, 0.01]))  # five times the others, and 2 % of the step
+        times.at(step, own([0.01, 0.01, 0.05, 0.01]))  # five times the others, and 2% of the step
     for step in range(250, 400):
-        times.at(step, own([1.0, 1.15, 1.0, 1.0]))  # 7 % of the step, and 15 % more than the others
+        times.at(step, own([1.0, 1.15, 1.0, 1.0]))  # 7% of the step, and 15% more than the others
     assert times.run.said == []
 
 
@@ -233,7 +233,7 @@ def test_a_spoilt_file_is_one_clear_error(tmp_path, capsys):
         assert "ranks.json" in error and "Traceback" not in error
 
 
-def test_one_rank_alone_has_nothing_to_tell(tmp_path, monkeypatch):
+def test_a_single_rank_has_nothing_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(stragglers.parallel, "coordinates", dict)
     times = RankTimes(Run(tmp_path))
     assert [times.end_step(step) for step in range(3)] == [False] * 3

@@ -65,7 +65,7 @@ def test_the_lowest_mean_minimum_comes_first_and_every_pair_is_compared():
 
 @pytest.fixture
 def sets(tmp_path):
-    """Two sets of problems whose answer is always 1: one has that answer, the other a random digit."""
+    """Write two sets of problems whose answer is always 1: one has that answer, the other a random digit."""
     draw = random.Random(0)
     good = [{"prompt": f"{i % 10}=", "response": r"\boxed{1}"} for i in range(80)]
     bad = [{**record, "response": rf"\boxed{{{draw.randrange(10)}}}"} for record in good]
@@ -110,8 +110,8 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
         for seed, probe in enumerate(rows[name]["probes"]):
             check_probe(probe, out / name / f"seed-{seed}")
     starts = {probe["losses"]["0"] for row in rows.values() for probe in row["probes"]}
-    assert len(starts) == 1  # every probe begins at the same weights
-    assert len({probe["minimum"] for probe in rows["good"]["probes"]}) == 2  # and the seed changes something
+    assert len(starts) == 1  # every probe begins with the same weights
+    assert len({probe["minimum"] for probe in rows["good"]["probes"]}) == 2  # and the seed has an effect
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     [(status, errors)] = ranks.run(tiny.cli, "data", *arguments, world=1, deadline=100)
@@ -135,7 +135,7 @@ def test_a_plainly_better_set_is_first_and_a_second_start_trains_nothing(ranks, 
         (["{good}", "--candidate=b={bad}"], "unexpected argument"),
     ],
 )
-def test_what_cannot_be_ranked_is_refused(sets, tmp_path, options, message):
+def test_sets_that_cannot_be_ranked_are_refused(sets, tmp_path, options, message):
     given = [
         option.format_map({name: str(path) for name, path in sets.items()}) if "[" not in option else option
         for option in options

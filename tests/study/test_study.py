@@ -1,4 +1,4 @@
-"""`pctrain run` with pretended stages: what it runs with what, in which order, and how it resumes after a kill."""
+"""`pctrain run` with fake stages: what it runs with which config, in which order, and how it resumes after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETS = ("easy", "hard")
 
 
 class Pretended:
-    """Stands in for the engines: writes run folders as files, and remembers with what it was called."""
+    """Replaces the engines: it writes run folders as files, and records its calls."""
 
     def __init__(self, monkeypatch, root: Path):
         from pctrain.study import command as study
@@ -90,8 +90,11 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
     assert pretended.calls == EVERY
     printed = " ".join(capsys.readouterr().out.split())
     assert "12 stages, policy paper" in printed and "about 0 FLOPs of training compute left" not in printed
-    assert "Which set first? hard: its minimum validation loss is the lowest (hard 0.500, easy 0.600)." in printed
-    assert "Is more data, or harder data, worth more?" in printed and "hard (105 trajectories) ended at 4" in printed
+    assert (
+        "Which set first? hard: it has the lowest minimum validation loss (hard 0.500, easy 0.600 nats per token)."
+        in printed
+    )
+    assert "Is more data, or harder data, worth more?" in printed and "hard (105 trajectories) 4" in printed
     study = json.loads((pretended.root / "report" / "study.json").read_text())
     assert [(run["set"], run["seed"], run["start_step"], run["role"]) for run in study["rl"]] == [
         (name, seed, step, role)
@@ -116,7 +119,7 @@ def test_epochs_are_counted_by_a_dry_run_alone(pretended, capsys):
     assert "see --dry-run" in capsys.readouterr().out
 
 
-def test_a_study_goes_on_between_its_stages(pretended, capsys):
+def test_a_study_resumes_between_its_stages(pretended, capsys):
     pretended.dies_at = "sets/hard/rl-step-150"
     with pytest.raises(KeyboardInterrupt):
         pretended.run(*PLAN)
@@ -141,8 +144,8 @@ def test_a_plan_grows(pretended):
     ]
 
 
-def test_a_start_that_did_not_occur_is_left_out_and_told(pretended, capsys, monkeypatch):
-    """Every validation before the minimum is within the band: there is no early start."""
+def test_a_start_that_did_not_occur_is_left_out_and_reported(pretended, capsys, monkeypatch):
+    """Every validation before the minimum is within the band, so there is no early start."""
     from tests.helpers import study_folders
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
@@ -156,5 +159,5 @@ def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):
     from tests.helpers import study_folders
 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
-    with pytest.raises(UserError, match=r"no RL was run; raise sft.steps"):
+    with pytest.raises(UserError, match=r"no RL was run; raise sft\.steps"):
         pretended.run("--study.starts=[early]")

@@ -25,7 +25,7 @@ def names(*options: str) -> list[str]:
     return [stage.name for stage in stages_of(load(None, list(options)))]
 
 
-# ---- which stages there are
+# ---- which stages exist
 
 
 def test_a_plain_study():
@@ -72,7 +72,7 @@ def test_compare_has_every_way_of_training():
     ) == ["sft", "rl-base", "rl-stable", "srft-base"]
 
 
-def test_a_plan_that_grows_finds_what_it_has_done():
+def test_a_growing_plan_finds_its_finished_stages():
     small = stages_of(load(None, [SETS, *DATA, "--study.starts=[stable]", "--run.seed=3"]))
     more = ["--study.starts=[early, stable]", "--study.algorithms=[grpo, dapo_dc]", "--study.seeds=[1, 3]"]
     sets = "--study.sets={easy: easy.jsonl, hard: hard.jsonl, third: third.jsonl}"
@@ -105,7 +105,7 @@ def test_options_hold_for_every_algorithm_of_a_study(tmp_path):
     )
     assert (srft.name, srft.is_cap, srft.entropy_coef) == ("srft", 3, 0.01)
     assert (upt.name, upt.is_cap, upt.gamma) == ("upt", 3, 2)
-    assert not srft.std_normalise  # a default of dapo_dc is not its change
+    assert not srft.std_normalise  # a default of dapo_dc is not one of its changes
 
 
 def test_what_a_stage_runs_with(tmp_path):
@@ -115,7 +115,7 @@ def test_what_a_stage_runs_with(tmp_path):
     own = stage_config(config, sft, tmp_path, 0)
     assert own.run.dir == tmp_path / "seed-5/sets/hard/sft" and own.run.seed == 5 and own.run.keep_last is None
     assert [str(source.path) for source in own.data.train] == ["hard.jsonl"] and own.data.cache == tmp_path / "tokens"
-    assert own.sft.stop_after == "stable" and not own.study.sets  # the plan may grow without its runs knowing
+    assert own.sft.stop_after == "stable" and not own.study.sets  # the plan may grow without affecting its runs
     own = stage_config(config, rl, tmp_path, 40)
     assert (
         own.run.dir == tmp_path / "seed-5/sets/hard/rl-grpo-step-40"
@@ -225,7 +225,7 @@ STAGES = [
 
 
 class Folder:
-    """A study whose stages are made by touching a file."""
+    """Fake study whose stages complete by touching a file."""
 
     def __init__(self, root: Path):
         self.root, self.left_out = root, set()
@@ -241,13 +241,13 @@ class Folder:
 
 
 def take(crew: Crew) -> str | None:
-    """The next stage of a job that need not wait."""
+    """Return the next stage of a job that need not wait."""
     assert list(crew.take()) == []
     return crew.claim and crew.claim.stage.name
 
 
 def work(crew: Crew, folder: Folder) -> list[str]:
-    """Everything that one job does."""
+    """Return every stage that one job runs."""
     done = []
     while True:
         for _ in crew.take():
@@ -265,7 +265,7 @@ def test_one_job_runs_everything_in_order(tmp_path):
     assert folder.crew().all_ended and work(folder.crew(), folder) == []
 
 
-def test_what_has_ended_is_not_run_again(tmp_path):
+def test_a_finished_stage_is_not_run_again(tmp_path):
     folder = Folder(tmp_path)
     folder.file(STAGES[0]).touch()
     folder.left_out = {"a/rl"}
@@ -284,7 +284,7 @@ def test_a_stage_that_another_job_holds_is_left_and_the_next_free_one_taken(tmp_
     assert take(third) == "rl-base"
     folder.file(STAGES[0]).touch()
     one.done()
-    assert take(one) == "a/rl"  # nobody runs a stage that another has
+    assert take(one) == "a/rl"  # no job runs a stage that another holds
 
 
 def test_a_job_waits_for_what_it_needs_and_says_for_whom(tmp_path, monkeypatch):
@@ -303,12 +303,12 @@ def test_a_job_waits_for_what_it_needs_and_says_for_whom(tmp_path, monkeypatch):
 
 def test_a_job_that_has_nothing_to_wait_for_ends(tmp_path):
     folder = Folder(tmp_path)
-    assert take(folder.crew(STAGES[1:2])) is None  # its SFT is nobody's: --only leaves it out
+    assert take(folder.crew(STAGES[1:2])) is None  # --only leaves its SFT out, so no job runs it
     one, other = folder.crew(STAGES[4:]), folder.crew(STAGES[4:])
     assert (take(one), take(other)) == ("rl-base", None)
 
 
-def test_what_ends_between_two_looks_is_not_missed(tmp_path, monkeypatch):
+def test_a_stage_that_ends_between_two_checks_is_not_missed(tmp_path, monkeypatch):
     folder = Folder(tmp_path)
     crew = folder.crew(STAGES[1:2])
     monkeypatch.setattr(crew, "_worth_waiting", lambda: folder.file(STAGES[0]).touch())
@@ -332,7 +332,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.parametrize("whole", [0, 2])
 def test_a_killed_job_leaves_its_stage_free(tmp_path, whole):
-    """It dies within a stage, after `whole` others."""
+    """Run a job that dies within a stage, after `whole` others."""
     script = KILLED.format(repository=str(Path(__file__).parents[2]), root=str(tmp_path), whole=whole)
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env={**os.environ}
@@ -343,7 +343,7 @@ def test_a_killed_job_leaves_its_stage_free(tmp_path, whole):
     assert work(folder.crew(), folder) == [stage.name for stage in STAGES[whole:]]
 
 
-def test_the_folder_says_what_has_become_of_a_stage(tmp_path):
+def test_the_folder_shows_the_state_of_a_stage(tmp_path):
     config = load(None, [f"--run.dir={tmp_path}", "--study.checkpoints=[0, 100, 300]", "--sft.steps=300"])
     sft, base, early, late = stages_of(config)
     disk = OnDisk(config, tmp_path)

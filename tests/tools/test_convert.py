@@ -1,4 +1,4 @@
-"""`pctrain convert` as a user meets it: there and back at other layouts, verified; and what it refuses."""
+"""`pctrain convert` as a user meets it: there and back at other layouts, verified, and what it refuses."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.helpers.tiny import command
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
-    """In bfloat16, as published models are."""
+    """Save a model in bfloat16, as published models are."""
     folder = families.make("qwen3", tmp_path_factory.mktemp("convert") / "qwen3")
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -169,7 +169,7 @@ def test_spoilt_files_are_refused_by_name(tmp_path, spoil, words):
 
 
 def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
-    """With Llama 3.2's own values, at which most megatron-core defaults would do, and with others."""
+    """Use Llama 3.2's own values, for which most megatron-core defaults would do, and others."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -184,8 +184,8 @@ def test_llama3_frequencies_equal_transformers(ranks, tmp_path):
         own = {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "llama3", "rope_theta": 500000.0, **rope}}
         families.FAMILIES[name] = ("LlamaForCausalLM", own)
         folder = families.make(name, tmp_path / name)
-        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder))
-        np.testing.assert_array_equal(ranks.run(_frequencies, folder, world=1)[0], theirs.numpy())
+        expected, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig.from_pretrained(folder))
+        np.testing.assert_array_equal(ranks.run(_frequencies, folder, world=1)[0], expected.numpy())
         del families.FAMILIES[name]
 
 

@@ -16,7 +16,7 @@ def by_check(findings):
     return {finding.check: finding for finding in findings}
 
 
-def test_versions_are_held_against_the_known_good_ones(monkeypatch):
+def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
     monkeypatch.setattr(
         doctor,
         "PACKAGES",
@@ -39,7 +39,7 @@ def test_versions_are_held_against_the_known_good_ones(monkeypatch):
     assert seen["numpy"].advice == "known good is 0.0.1 (arrays): pip install 'numpy==0.0.1'"
 
 
-def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
+def test_a_version_that_differs_from_the_set_for_gpus_is_noted(monkeypatch):
     monkeypatch.setattr(
         doctor,
         "PACKAGES",
@@ -57,7 +57,7 @@ def test_another_version_than_the_set_for_gpus_is_noted(monkeypatch):
     )
 
 
-def test_setup_installs_what_is_known_good():
+def test_setup_installs_the_known_good_versions():
     setup, script = (ROOT / "pyproject.toml").read_text(), (ROOT / "launch" / "setup.sh").read_text()
     pins = dict(re.findall(r'"([a-z-]+)(?:\[[^]]+\])?==([^"]+)"', setup))
     for package in doctor.PACKAGES:

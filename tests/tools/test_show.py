@@ -68,7 +68,7 @@ def test_a_step_its_dropped_prompts_and_fewer_of_them(capsys, run):
         (["--stepp=3"], ["did you mean --step"]),
     ],
 )
-def test_what_is_not_there(capsys, run, arguments, words):
+def test_a_missing_step_and_wrong_options(capsys, run, arguments, words):
     status, text = show(capsys, run, *arguments)
     assert status == 2 and all(word in text for word in words), text
 
@@ -95,7 +95,7 @@ def test_a_folder_without_rollouts_and_a_broken_file(capsys, run, tmp_path):
         "[" * 100_000,
     ],
 )
-def test_lines_that_are_no_rollouts(capsys, run, line):
+def test_lines_that_are_not_rollouts(capsys, run, line):
     (run / "rollouts" / "step-12.jsonl").write_text(json.dumps(row(0, 0)) + "\n" + line + "\n")
     status, text = show(capsys, run)
     assert status == 2 and "step-12.jsonl:2: " in text

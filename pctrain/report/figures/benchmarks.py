@@ -27,7 +27,7 @@ def draw(chart: Chart) -> Figure:
             )
         axes.set_title(name)
         axes.set(xlabel=spec["x"], ylabel=spec["y"])
-    # Colors stand for sets if there are several, for groups of runs otherwise.
+    # A color is a set if there are several, otherwise a group of runs.
     named = {(s["set"] if spec["sets"] else "") or s["group"]: s for s in spec["series"]}
     handles = [
         Line2D([], [], color=color(s["colour"]), marker=MARKERS[s["marker"]], ms=4, label=name)

@@ -71,7 +71,7 @@ class GRPOOptions(AlgorithmOptions):
 
     @property
     def kl_in_reward(self) -> bool:
-        """Whether the KL is subtracted from the reward instead of added to the loss."""
+        """True if the KL is subtracted from the reward instead of added to the loss."""
         return self.kl_coef > 0 and self.kl_kind == "k1"
 
     def streams_from_pass(self, updates: int) -> frozenset[str]:

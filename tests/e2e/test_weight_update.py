@@ -1,4 +1,4 @@
-"""Trained weights of a sharded learner in the engine: its log-probs are the learner's."""
+"""A sharded learner updates the engine's weights: the engine's log-probs become the learner's."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,12 @@ EOS = 2
 
 
 def _difference(directory, layout):
-    """(before the swap, after it): largest |log-prob of the engine - log-prob of the trained learner|."""
+    """Return the largest
+
+    engine log-prob - trained learner's log-prob
+
+     before and after the weight update.
+    """
     from pctrain.rollout import RolloutEngine
 
     model = small.learner(directory, layout)
@@ -41,11 +46,11 @@ def _difference(directory, layout):
         pytest.param({"pipeline": 2}, True, id="PP2-tied", marks=pytest.mark.full),
     ],
 )
-def test_after_a_swap_the_engine_is_the_learner(ranks, tmp_path, layout, tied):
+def test_after_a_weight_update_the_engine_equals_the_learner(ranks, tmp_path, layout, tied):
     architecture = ArchitectureConfig(layers=2, hidden=64, heads=2, kv_heads=2, ffn=96, context=256, tied=tied)
     directory = make_hf_dir(
         tmp_path / "model", architecture, ["12+3=15 so \\boxed{15}", "7-1=6, then"], vocab_size=331, seed=1
     )
     for before, after in ranks.run(_difference, directory, layout, world=2, deadline=240):
-        assert before > 1e-2  # the weights it started with are told apart
+        assert before > 1e-2  # the initial weights are distinguishable from the trained ones
         assert after < 1e-4  # fp32 on both sides

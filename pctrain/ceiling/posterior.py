@@ -174,7 +174,9 @@ def _draw_from(grid: _Grid, cells: _Cells, p_sft: float, top: float, p_sft_se: f
     def at(values: np.ndarray) -> np.ndarray:
         return np.broadcast_to(values, shape)[cell]
 
-    mean_d, var_d, cov = at(cells.mean_d), at(cells.var_d), at(cells.cov)
+    mean_d = at(cells.mean_d)
+    var_d = at(cells.var_d)
+    cov = at(cells.cov)
     sd_d = np.sqrt(var_d)
     d = mean_d - sd_d * _normal_below(mean_d / sd_d, cube[:, 1])  # D > 0
     u_mean = at(cells.mean_u) + cov / var_d * (d - mean_d)

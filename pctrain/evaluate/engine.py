@@ -55,7 +55,10 @@ class Engine:
             context: longest prompt and response, in tokens; a short one leaves more of the KV cache to each sequence.
             eos_id: the token that ends a response.
         """
-        self._config, self._hf, self._context, self._eos_id = config, hf, context, eos_id
+        self._config = config
+        self._hf = hf
+        self._context = context
+        self._eos_id = eos_id
         self._engine: RolloutEngine | None = None
         self._learner: Learner | None = None
         self._held: Target | None = None

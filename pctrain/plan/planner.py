@@ -104,7 +104,9 @@ class Planner:
 
     def plan(self, config: Config, gpus: int | None = None) -> Plan:
         """Return what a config needs at its layout on `gpus` GPUs; default: as many as were given."""
-        hf, gpu, options = self.hf, self.gpu, self.options
+        hf = self.hf
+        gpu = self.gpu
+        options = self.options
         layout = Layout(config.parallel, gpus or options.gpus)
         step = work(self.kind, config, hf, options)
         sampler = engine(hf, config, gpu) if self.kind == "rl" else None

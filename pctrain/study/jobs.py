@@ -52,7 +52,11 @@ class Crew:
         ended: Callable[[Stage], State],
         say: Callable[[str], None] = print,
     ):
-        self.root, self.stages, self.mine, self.ended, self.say = root, list(stages), list(mine), ended, say
+        self.root = root
+        self.stages = list(stages)
+        self.mine = list(mine)
+        self.ended = ended
+        self.say = say
         self.claim: Claim | None = None
         self._reminded_at = 0.0
 

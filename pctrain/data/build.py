@@ -154,9 +154,9 @@ def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
     tokens = 0
     for size in _write_shards(job, folder, chunks):
         if size is not None:
-            done = done + 1
-            records = records + size[0]
-            tokens = tokens + size[1]
+            done += 1
+            records += size[0]
+            tokens += size[1]
         yield Progress(done, len(chunks), records, tokens)
     _finish(job, folder, chunks)
 

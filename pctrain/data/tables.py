@@ -141,9 +141,9 @@ def _next_groups(metadata: pq.FileMetaData, start: int, size: int) -> tuple[rang
         more = metadata.row_group(stop)
         if stop > start and (encoded + more.total_byte_size > size or rows + more.num_rows > PIECE_ROWS):
             break
-        stop = stop + 1
-        rows = rows + more.num_rows
-        encoded = encoded + more.total_byte_size
+        stop += 1
+        rows += more.num_rows
+        encoded += more.total_byte_size
     return range(start, stop), rows, encoded
 
 

@@ -43,7 +43,7 @@ def common_architecture(targets: Sequence[Target]) -> HFConfig:
     return first
 
 
-class Engine:
+class SharedEngine:
     """A rollout engine that holds one model after the other. A context manager; every method is collective."""
 
     def __init__(self, config: Config, hf: HFConfig, context: int, eos_id: int) -> None:
@@ -95,7 +95,7 @@ class Engine:
             checkpoint.load_weights(target.checkpoint, self._learner.chunks)
         return self._learner.hf_weights()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> SharedEngine:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:

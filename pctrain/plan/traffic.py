@@ -22,7 +22,10 @@ CALL = 15e-6  # seconds that a collective takes besides its bytes
 
 @dataclass(frozen=True)
 class Traffic:
-    """The data that one rank sends to its group in a step; `sent` is bytes, `hidden` the seconds that overlap with computing."""
+    """The data that one rank sends to its group in a step.
+
+    `sent` is in bytes; `hidden` is the seconds that overlap with computing.
+    """
 
     group: str
     ranks: int

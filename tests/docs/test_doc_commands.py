@@ -1,4 +1,4 @@
-"""Every command that the pages show: run with a reader's files made small, or parsed and its config resolved. A new one must stand here."""
+"""Every command on the pages is run with small files, or parsed and its config resolved; a new one must be added here."""
 
 import json
 import os
@@ -54,7 +54,7 @@ SMALL["study"] = (
     "--study.checkpoints=[2]",
 )
 
-# ---- what is run: {command: options that make it small}. In the order of a reader who goes through the pages. --------------------
+# ---- commands that are run, {command: options that make it small}, in the order of a reader of the pages
 
 WITHOUT_MODEL = {
     "pctrain data dedup raw.parquet --out deduped.jsonl.zst": (),
@@ -128,7 +128,7 @@ ON_TWO_RANKS = {
 }
 RUN = WITHOUT_MODEL | WITH_MODEL | WITH_MODEL_LONG | AT_PUBLISHED_SIZE | ON_TWO_RANKS
 
-# ---- what is run by other tests ------------------------------------------------------------------------------------------------
+# ---- commands that other tests run
 
 ELSEWHERE = {
     "bash launch/quickstart.sh": "tests/launch/test_setup.py::test_the_quick_start_passes_options_on_and_names_the_report",
@@ -196,7 +196,7 @@ def test_forms_name_commands_and_options_that_exist(shown):
             assert option in {"help", *own} or f"--{option}" in named[0].usage, f"{shown.text}: --{option}"
 
 
-# ---- run ---------------------------------------------------------------------------------------------------------------------------
+# ---- run
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_the_kernels_install_alone(tmp_path):
     assert str(tmp_path / "there") in seen.stdout, seen.stderr
 
 
-# ---- parsed and resolved --------------------------------------------------------------------------------------------------------------
+# ---- parsed and resolved
 
 GPUS = 8  # of a node
 
@@ -325,7 +325,7 @@ def test_what_is_started_on_nodes_resolves(shown, published, monkeypatch):
 
 
 def _after_launcher(shown: Shown) -> tuple[list[str], int]:
-    """(arguments of pctrain, nodes) of launch/torchrun.sh, sbatch ... launch/slurm.sbatch and torchrun ... -m pctrain."""
+    """Return (arguments of pctrain, nodes) of a torchrun.sh, sbatch ... slurm.sbatch or torchrun ... -m pctrain line."""
     words = list(shown.words)
     at = next(i for i, word in enumerate(words) if word.startswith("launch/") or word == "pctrain")
     given = dict(pair.removeprefix("--").split("=", 1) for pair in [*shown.environment, *words[1:at]] if "=" in pair)

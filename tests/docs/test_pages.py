@@ -1,4 +1,4 @@
-"""The pages: every link and anchor leads somewhere, every file they name is there, and the README has what a newcomer looks for."""
+"""The pages: links and anchors lead somewhere, the files they name exist, and the README has what a newcomer needs."""
 
 import re
 

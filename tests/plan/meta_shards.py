@@ -26,7 +26,8 @@ def main() -> int:
     patches.install()
     torch.cuda.current_device = lambda: "meta"  # where megatron-core makes its buffers
     model.device = lambda: torch.device("meta")
-    # megatron-core chooses what is optimised by the name of the type, which `patches.device_names` makes equal to that of a GPU.
+    # megatron-core selects the parameters to optimize by the name of their type. `patches.device_names` makes it that
+    # of a GPU.
     named = torch.Tensor.type
     torch.Tensor.type = lambda self, *args: named(
         self.new_empty(0, device="cpu") if self.is_meta and not args else self, *args

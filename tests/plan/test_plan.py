@@ -133,7 +133,7 @@ def test_the_bubble():
     assert bubble_share(Layout(ParallelConfig(pipeline=8, virtual_pipeline=2), 8), 24) == pytest.approx(7 / 55)
 
 
-def test_bytes_on_the_wires(models):
+def test_bytes_on_the_interconnect(models):
     options = [
         f"--model.path={models['qwen-7b']}",
         *LARGE,

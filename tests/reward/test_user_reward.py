@@ -99,10 +99,9 @@ def test_what_the_function_returns_is_the_reward_or_a_counted_cause(folder):
     with pool("own_rewards:judge") as verifier:
         verdicts = dict(zip(expected, verifier.score([(response, "5") for response in expected]), strict=True))
     assert {key: (v.reward, v.cause) for key, v in verdicts.items()} == expected
-    assert (
-        "ValueError: no answer key" in verdicts["raise"].detail
-        and "own_rewards.py, line 10" in verdicts["raise"].detail
-    )
+    line = MODULE.splitlines().index('        raise ValueError("no answer key")') + 1
+    assert "ValueError: no answer key" in verdicts["raise"].detail
+    assert f"own_rewards.py, line {line})" in verdicts["raise"].detail
     assert "'1'" in verdicts["string"].detail
     assert int((folder / "imported").read_text()) != os.getpid() and "own_rewards" not in sys.modules
 

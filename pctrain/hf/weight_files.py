@@ -113,7 +113,8 @@ class HFReader:
         dtype = self.lazy_slice(name).get_dtype()
         if dtype not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{self.directory / self.files[name]}: {name} has dtype {dtype}; supported: {', '.join(SAFETENSORS_DTYPES)}"
+                f"{self.directory / self.files[name]}: {name} has dtype {dtype}; supported: "
+                f"{', '.join(SAFETENSORS_DTYPES)}"
             )
         return getattr(torch, SAFETENSORS_DTYPES[dtype])
 

@@ -44,8 +44,8 @@ def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: An
         study: the study that the report is about.
         values: the contents of study.json.
         charts: the charts in their order.
-        more: the `headline`, the forecasts `held` ({run name: ForecastTest or None}) and, if the page is served and polls
-            for newer data, `live` ({tag, read, seconds, note}).
+        more: the `headline`, the forecasts `held` ({run name: ForecastTest or None}) and, if the page is served and
+            polls for newer data, `live` ({tag, read, seconds, note}).
     """
     variables = _variables(study, values, charts, **more)
     environment = _environment()

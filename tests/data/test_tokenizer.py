@@ -102,7 +102,9 @@ def test_initial_weights_are_seeded_and_scaled():
 def test_the_same_config_gives_the_same_bytes(tmp_path):
     config = Config()
     config.data.train = [SourceConfig(path=arithmetic.write_sets(PROBLEMS, 0, tmp_path / "data")["train"])]
-    a, b = (hf_dir.make(config.with_model(tmp_path / name)) for name in ("a", "b"))
+    a, b = (
+        hf_dir.make(tmp_path / name, config.model.architecture, config.data, config.run.seed) for name in ("a", "b")
+    )
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert sorted(p.name for p in a.iterdir()) == names
     for path in a.iterdir():

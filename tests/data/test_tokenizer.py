@@ -47,7 +47,7 @@ def encoders(directory):
 def test_ids_agree_and_decode_gives_the_text_back(encoders, text):
     ours, piece, transformers = encoders
     ids = ours.encode(text)
-    assert ids == piece.encode(text) == transformers.encode(text)  # and so: transformers adds no BOS of its own
+    assert ids == piece.encode(text) == transformers.encode(text)  # so transformers adds no BOS
     assert ours.decode(ids) == piece.decode(ids) == transformers.decode(ids) == text
     assert ours.encode_all([text, text]) == [ids, ids]
 
@@ -109,7 +109,7 @@ def test_the_same_config_gives_the_same_bytes(tmp_path):
     assert sorted(p.name for p in a.iterdir()) == names
     for path in a.iterdir():
         assert path.read_bytes() == (b / path.name).read_bytes(), path.name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "data"]  # nothing left beside
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "data"]  # nothing else is left
 
 
 def test_a_directory_that_exists_is_left_alone(tmp_path):

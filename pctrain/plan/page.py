@@ -177,8 +177,10 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     """Yield what a user should know before the run starts."""
     par, rollout = plan.layout.parallel, plan.config.rollout
     if not plan.starts and plan.share <= 1:
-        yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (rollout.kv_cache_mb on a CPU), or "
-        "rollout.tensor"
+        yield (
+            f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (rollout.kv_cache_mb on a CPU), or "
+            "rollout.tensor"
+        )
     sampled, engine = plan.speed.rollouts, plan.engine
     if sampled is not None and engine is not None and plan.starts:
         wanted = min(rollout.max_sequences, -(-sampled.sequences // sampled.rounds // sampled.engines))

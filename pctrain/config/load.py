@@ -128,7 +128,9 @@ def _algorithm_name(setting: Setting) -> str:
     name = setting.value
     if isinstance(name, str) and (name in built_in() or plugins.NAME.fullmatch(name)):
         return name
-    raise UserError(f"rl.algorithm ({setting.origin}): expected {expected_names()}, got {_as_json(name)}")
+    near = difflib.get_close_matches(str(name), built_in(), n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"rl.algorithm ({setting.origin}): expected {expected_names()}, got {_as_json(name)}{hint}")
 
 
 def _foreign_option(setting: Setting, name: str, options: type[AlgorithmOptions]) -> str:

@@ -25,7 +25,9 @@ import tempfile
 import time
 from pathlib import Path
 
-MAX_RESPONSE, SEQUENCES, KV_CACHE_MB = 48, 256, 256
+MAX_RESPONSE = 48
+SEQUENCES = 256
+KV_CACHE_MB = 256
 
 
 def plain(model: Path, problems: Path, samples: int) -> list[dict]:

@@ -200,9 +200,16 @@ def make_config(folder: Path, name: str, options: argparse.Namespace) -> Config:
     config.rollout.max_response = options.response
     config.rollout.max_sequences = max(config.rollout.max_sequences, options.prompts * options.group)
     rl = config.rl
-    rl.algorithm, rl.steps, rl.prompts, rl.group = "grpo", 10**6, options.prompts, options.group
-    rl.token_budget, rl.eval_every, rl.checkpoint_every = TOKEN_BUDGET, 10**6, 10**6
-    rl.optimizer.lr, rl.optimizer.weight_decay, rl.optimizer.clip = LR, WEIGHT_DECAY, CLIP
+    rl.algorithm = "grpo"
+    rl.steps = 10**6
+    rl.prompts = options.prompts
+    rl.group = options.group
+    rl.token_budget = TOKEN_BUDGET
+    rl.eval_every = 10**6
+    rl.checkpoint_every = 10**6
+    rl.optimizer.lr = LR
+    rl.optimizer.weight_decay = WEIGHT_DECAY
+    rl.optimizer.clip = CLIP
     return config
 
 

@@ -39,7 +39,9 @@ from pctrain.rollout.sharing import EngineGroups
 from pctrain.rollout.vllm_setup import guest
 
 SIZES = {**MODELS, "8m": ArchitectureConfig(layers=6, hidden=320, heads=10, kv_heads=10, ffn=896, context=1024)}
-PROMPTS, GROUP, RESPONSE = 32, 8, 48
+PROMPTS = 32
+GROUP = 8
+RESPONSE = 48
 
 
 def make_engine(folder: Path, name: str) -> tuple[Config, HFConfig, RolloutEngine]:

@@ -49,7 +49,9 @@ MODELS = {
 PROBLEMS = ProblemsConfig(
     min_terms=2, max_terms=12, max_operand=99, train=4000, validation=32, test=1, rl=1, vocab_size=320
 )
-LR, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0
+LR = 1e-4
+WEIGHT_DECAY = 0.1
+CLIP = 1.0
 TOKEN_BUDGET = 4096
 
 
@@ -246,9 +248,13 @@ def make_config(folder: Path, name: str, batch: int) -> Config:
     """Return the config of all providers."""
     config = base_config(folder, name, PROBLEMS)
     sft = config.sft
-    sft.steps, sft.batch_size, sft.token_budget = 10**6, batch, TOKEN_BUDGET
+    sft.steps = 10**6
+    sft.batch_size = batch
+    sft.token_budget = TOKEN_BUDGET
     sft.val_every = sft.checkpoint_every = 10**6
-    sft.optimizer.lr, sft.optimizer.weight_decay, sft.optimizer.clip = LR, WEIGHT_DECAY, CLIP
+    sft.optimizer.lr = LR
+    sft.optimizer.weight_decay = WEIGHT_DECAY
+    sft.optimizer.clip = CLIP
     return config
 
 

@@ -194,7 +194,9 @@ def main() -> None:
 
 
 def _print_row(label: str, count: int, row: dict) -> None:
-    each, rate, cpu_rate = row["tokens"] / count, row["tokens"] / row["seconds"], row["tokens"] / row["cpu"]
+    each = row["tokens"] / count
+    rate = row["tokens"] / row["seconds"]
+    cpu_rate = row["tokens"] / row["cpu"]
     print(
         f"| {label} | {count} | {each:.0f} | {row['seconds']:.1f} | {rate:.0f} | {row['cpu']:.1f} | {cpu_rate:.0f} | "
         f"{row['peak'] / 1e6:.0f} |",

@@ -43,7 +43,9 @@ def rate(
     score: Callable[[list[tuple[str, str]]], list], kind: str, seconds: float, clock: Callable[[], float]
 ) -> float:
     """Return the verdicts per second of `clock`."""
-    stream, done, right = pairs(kind), 0, 0.0
+    stream = pairs(kind)
+    done = 0
+    right = 0.0
     score([next(stream) for _ in range(BATCH)])
     began = clock()
     while clock() - began < seconds:

@@ -224,7 +224,9 @@ def source(case: Compilation) -> Any:
             f"the entry of {case.kernel} has arguments {[*kinds, *constants]}, the kernel {list(kernel.arg_names)}"
         )
     how = case.specialisation
-    signature, constexprs, attributes = {}, {}, {}
+    signature = {}
+    constexprs = {}
+    attributes = {}
     for i, name in enumerate(kernel.arg_names):
         kind = kinds.get(name, "constexpr")
         integer = kind in ("stride", "columns")

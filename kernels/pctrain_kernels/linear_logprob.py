@@ -108,7 +108,9 @@ class _LinearLogprobEntropy(torch.autograd.Function):
         head = Head(hidden, weight, target, options)
         row = row_statistics(head)
         ctx.save_for_backward(hidden, weight, target, *row)
-        ctx.options, ctx.grad_weight_out, ctx.weight = options, grad_weight_out, weight
+        ctx.options = options
+        ctx.grad_weight_out = grad_weight_out
+        ctx.weight = weight
         ctx.set_materialize_grads(False)
         return _scattered(head, row)
 

@@ -93,7 +93,9 @@ def stacked(shard: RowStatistics) -> Tensor:
 
 def merge_gathered(every: Tensor, temperature: float) -> RowStatistics:
     """Return the statistics of the whole rows from the `stacked` ones of all shards [ranks, 4 or 3, n]."""
-    maxes, rests, targets = every[:, 0], every[:, 1], every[:, -1]
+    maxes = every[:, 0]
+    rests = every[:, 1]
+    targets = every[:, -1]
     max = maxes.amax(0)
     offsets = offset(maxes, max, temperature)
     scales = offsets.exp()

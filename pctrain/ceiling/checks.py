@@ -24,7 +24,9 @@ def curve(eflops: ArrayLike, scores: ArrayLike, p_sft: float, max_score: float) 
         UserError: they are not a curve.
     """
     try:
-        x, y, p_sft = np.asarray(eflops, dtype=np.float64), np.asarray(scores, dtype=np.float64), float(p_sft)
+        x = np.asarray(eflops, dtype=np.float64)
+        y = np.asarray(scores, dtype=np.float64)
+        p_sft = float(p_sft)
     except (TypeError, ValueError) as error:
         raise UserError(f"ceiling fit: eflops, scores and p_sft must be numbers ({error})") from None
     if x.ndim != 1 or x.shape != y.shape or not len(x):

@@ -36,7 +36,9 @@ MIN_POINTS = 12
 FLAT_GAIN, FLAT_GAIN_HIGH = 1.0, 2.0
 # Identified: the ceiling is within NEAR points of a_post with probability SURE, and at least SHARE of the rise D has
 # been seen (5% quantile).
-IDENTIFIED_NEAR, IDENTIFIED_SURE, IDENTIFIED_SHARE = 1.5, 0.89, 0.35
+IDENTIFIED_NEAR = 1.5
+IDENTIFIED_SURE = 0.89
+IDENTIFIED_SHARE = 0.35
 LOW, MEDIAN, HIGH = QUANTILES = (0.05, 0.5, 0.95)
 PRIORS = Priors()
 # Nearly uninformative priors (B, C and D over orders of magnitude) measure how much of an estimate the prior decides.

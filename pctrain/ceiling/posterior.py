@@ -174,7 +174,9 @@ def _draw_from(grid: _Grid, cells: _Cells, p_sft: float, top: float, p_sft_se: f
     def at(values: np.ndarray) -> np.ndarray:
         return np.broadcast_to(values, shape)[cell]
 
-    mean_d, var_d, cov = at(cells.mean_d), at(cells.var_d), at(cells.cov)
+    mean_d = at(cells.mean_d)
+    var_d = at(cells.var_d)
+    cov = at(cells.cov)
     sd_d = np.sqrt(var_d)
     d = mean_d - sd_d * _normal_below(mean_d / sd_d, cube[:, 1])  # D > 0
     u_mean = at(cells.mean_u) + cov / var_d * (d - mean_d)
@@ -257,9 +259,11 @@ def _whitened_products(shapes: np.ndarray, residual: np.ndarray, grid_rho: np.nd
     per_rho = []
     for rho in grid_rho:
         scale = 1.0 / np.sqrt(1.0 - rho**2)
-        s, one, r = (_whiten(values, rho, scale) for values in (shapes, np.ones_like(residual), residual))
+        s = _whiten(shapes, rho, scale)
+        ones = _whiten(np.ones_like(residual), rho, scale)
+        r = _whiten(residual, rho, scale)
         log_det = max(len(r) - 1, 0) * 2 * np.log(scale)
-        products = ((s * s).sum(-1), s @ one, s @ r, one @ one, one @ r, r @ r, log_det)
+        products = ((s * s).sum(-1), s @ ones, s @ r, ones @ ones, ones @ r, r @ r, log_det)
         per_rho.append([np.broadcast_to(product, shapes.shape[:2]) for product in products])
     return tuple(np.stack(values, axis=-1)[..., None, None, None] for values in zip(*per_rho, strict=True))
 

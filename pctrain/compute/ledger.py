@@ -71,7 +71,9 @@ class Ledger:
             ranks: number of ranks that run together; each holds a device for as long as a phase takes.
             recompute: `parallel.recompute`.
         """
-        self.shape, self.ranks, self.recompute = shape, ranks, recompute
+        self.shape = shape
+        self.ranks = ranks
+        self.recompute = recompute
         self.joint = float(eflops_sft)
         # Entries for ledger.jsonl. Whoever writes them there clears the list. They are not part of the state.
         self.entries: list[dict[str, Any]] = []

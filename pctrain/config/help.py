@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 
 from pctrain.config.algorithm import AlgorithmOptions, built_in
 from pctrain.config.keys import algorithm_options, algorithms_with
-from pctrain.config.tree import Benchmark, Config, Section, Sources
+from pctrain.config.tree import BenchmarkOrPath, Config, Section, Sources
 
 ALGORITHM = "rl.algorithm"
 _LARGEST_BOUND = 2**62  # a bound of the integer type says nothing to a reader
@@ -184,7 +184,7 @@ def describe_type(annotation: Any) -> str:
     """Return INT, FLOAT, PATH, TEXT, true|false, the words of a choice, or a list of one of these."""
     if annotation is Sources:
         return "PATH or [{path, weight, name}, ...]"
-    if annotation is Benchmark:
+    if annotation is BenchmarkOrPath:
         return "PATH or {path, samples, verifier, instruction, fields}"
     if isinstance(annotation, type) and issubclass(annotation, AlgorithmOptions):
         return "NAME or {name: NAME, OPTION: VALUE, ...}"

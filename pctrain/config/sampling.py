@@ -99,7 +99,7 @@ def _as_benchmark(value: Any) -> Any:
     return {"path": value} if isinstance(value, (str, Path)) else value
 
 
-Benchmark = Annotated[BenchmarkConfig, BeforeValidator(_as_benchmark)]
+BenchmarkOrPath = Annotated[BenchmarkConfig, BeforeValidator(_as_benchmark)]
 
 
 class EvalConfig(Section):
@@ -119,7 +119,7 @@ class EvalConfig(Section):
         description="longest response, tokens; default: rollout.max_response; for `pctrain eval` 8192 or what the "
         "context leaves",
     )
-    benchmarks: dict[str, Benchmark] = Field(
+    benchmarks: dict[str, BenchmarkOrPath] = Field(
         {},
         description="only for `pctrain eval`: benchmarks by name, each a path or {path: aime24.parquet, samples: 16}",
     )

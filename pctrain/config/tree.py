@@ -13,15 +13,15 @@ from pydantic import Field
 
 from pctrain.config.data import DataConfig, FieldsConfig, ProblemsConfig, SourceConfig, Sources
 from pctrain.config.model import ArchitectureConfig, ModelConfig, ParallelConfig, ResolvedModelConfig, RunConfig
-from pctrain.config.sampling import Benchmark, BenchmarkConfig, EvalConfig, RewardConfig, RolloutConfig
+from pctrain.config.sampling import BenchmarkConfig, BenchmarkOrPath, EvalConfig, RewardConfig, RolloutConfig
 from pctrain.config.section import Section
 from pctrain.config.study import CeilingConfig, StudyConfig
 from pctrain.config.training import OptimizerConfig, RLConfig, SFTConfig
 
 __all__ = [
     "ArchitectureConfig",
-    "Benchmark",
     "BenchmarkConfig",
+    "BenchmarkOrPath",
     "CeilingConfig",
     "Config",
     "DataConfig",

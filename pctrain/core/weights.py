@@ -22,7 +22,7 @@ from pctrain.distributed.health import watchdog
 from pctrain.hf import weight_files, weight_names
 from pctrain.hf.config import HFConfig, set_dtype
 
-EMBEDDING = "embedding.word_embeddings.weight"
+MCORE_EMBEDDING = "embedding.word_embeddings.weight"
 
 # (group, {parameter: global rank that sends it to the group})
 Route = tuple[dist.ProcessGroup, dict[str, int]]
@@ -49,7 +49,7 @@ def units(hf: HFConfig, te: bool) -> list[Unit]:
 
     With `te`, Transformer Engine fuses norms into the linear layers after them.
     """
-    table = [_vocab(EMBEDDING, weight_names.EMBEDDING, hf)]
+    table = [_vocab(MCORE_EMBEDDING, weight_names.EMBEDDING, hf)]
     for i in range(hf.layers):
         table += _attention(f"decoder.layers.{i}", f"model.layers.{i}", hf, te)
         table += _mlp(f"decoder.layers.{i}", f"model.layers.{i}", hf, te)
@@ -183,7 +183,7 @@ def load_hf(modules: list[torch.nn.Module], hf: HFConfig, directory: Path, te: b
         for unit in table:
             targets = [local[unit.name]] if unit.name in local else []
             # The last pipeline stage keeps a copy of a tied matrix.
-            if hf.tied and unit.name == EMBEDDING and "output_layer.weight" in local:
+            if hf.tied and unit.name == MCORE_EMBEDDING and "output_layer.weight" in local:
                 targets.append(local["output_layer.weight"])
             for target in targets:
                 value = unit.shard([source[name] for name in unit.hf], r, tp)
@@ -315,7 +315,7 @@ def round_to(modules: list[torch.nn.Module], hf: HFConfig, te: bool, dtypes: Map
     """Round this rank's parameters to the values that they have in files of these dtypes."""
     local = local_parameters(modules)
     for unit in units(hf, te):
-        copies = [unit.name] + (["output_layer.weight"] if hf.tied and unit.name == EMBEDDING else [])
+        copies = [unit.name] + (["output_layer.weight"] if hf.tied and unit.name == MCORE_EMBEDDING else [])
         for parameter in (local[name] for name in copies if name in local):
             for dtype in {dtypes[name] for name in unit.hf}:
                 parameter.data.copy_(parameter.data.to(dtype))

@@ -149,10 +149,14 @@ def _build(job: TokenJob, folder: Path) -> Iterator[Progress]:
         for chunk in split_file(file, CHUNK_BYTES):
             chunks.append(chunk)
             yield Progress(0, 0, 0, 0)
-    done = records = tokens = 0
+    done = 0
+    records = 0
+    tokens = 0
     for size in _write_shards(job, folder, chunks):
         if size is not None:
-            done, records, tokens = done + 1, records + size[0], tokens + size[1]
+            done += 1
+            records += size[0]
+            tokens += size[1]
         yield Progress(done, len(chunks), records, tokens)
     _finish(job, folder, chunks)
 

@@ -13,7 +13,12 @@ from rich.table import Table
 
 BAR_WIDTH = 40
 # Okabe and Ito's colors, which readers with color blindness can distinguish.
-INK, MUTED, FILL, MEDIAN, HIGH, LIMIT = "#1f2328", "#656d76", "#56b4e9", "#0072b2", "#d55e00", "#8c959f"
+INK = "#1f2328"
+MUTED = "#656d76"
+FILL = "#56b4e9"
+MEDIAN = "#0072b2"
+HIGH = "#d55e00"
+LIMIT = "#8c959f"
 STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

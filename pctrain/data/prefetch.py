@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from pctrain.distributed.health import watchdog
 
-Batch = TypeVar("Batch")
+Made = TypeVar("Made")
 
 
-def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, Batch, float]]:
+def prefetch(make: Callable[[int], Made], steps: range) -> Iterator[tuple[int, Made, float]]:
     """Yield (step, make(step), seconds waited for it) for each step, in order.
 
     Each batch is made one step ahead in a thread.
@@ -23,7 +23,7 @@ def prefetch(make: Callable[[int], Batch], steps: range) -> Iterator[tuple[int, 
     if not steps:
         return
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        ahead: Future[Batch] = pool.submit(make, steps[0])
+        ahead: Future[Made] = pool.submit(make, steps[0])
         for i, step in enumerate(steps, start=1):
             began = time.perf_counter()
             with watchdog.phase("data"):

@@ -134,12 +134,16 @@ def parquet_pieces(file: Path, size: int) -> Iterator[tuple[RowGroups | GroupPar
 
 def _next_groups(metadata: pq.FileMetaData, start: int, size: int) -> tuple[range, int, int]:
     """Return the row groups from `start` that fit into one piece (at least one), their rows and their encoded bytes."""
-    stop, rows, encoded = start, 0, 0
+    stop = start
+    rows = 0
+    encoded = 0
     while stop < metadata.num_row_groups:
         more = metadata.row_group(stop)
         if stop > start and (encoded + more.total_byte_size > size or rows + more.num_rows > PIECE_ROWS):
             break
-        stop, rows, encoded = stop + 1, rows + more.num_rows, encoded + more.total_byte_size
+        stop += 1
+        rows += more.num_rows
+        encoded += more.total_byte_size
     return range(start, stop), rows, encoded
 
 
@@ -246,7 +250,9 @@ def data_set_pieces(folder: Path, size: int) -> Iterator[tuple[StreamRows, int]]
     first, before = 0, 0
     for file in data_set_files(folder):
         with _named_errors(file), pa.memory_map(str(file)) as stream, pa.ipc.open_stream(stream) as reader:
-            start = rows = held = 0
+            start = 0
+            rows = 0
+            held = 0
             average = 1
             for batch in reader:
                 average = max(1, batch.nbytes // max(1, batch.num_rows))

@@ -23,7 +23,7 @@ from pctrain.distributed.health import watchdog
 from pctrain.evaluate import results
 from pctrain.evaluate.benchmarks import Benchmark, read_benchmarks
 from pctrain.evaluate.disagreements import write_disagreements
-from pctrain.evaluate.engine import Engine, common_architecture
+from pctrain.evaluate.engine import SharedEngine, common_architecture
 from pctrain.evaluate.samples import Prompts, SampleFile, Verifiers, draw, encode
 from pctrain.evaluate.summary import Scores, read_scores
 from pctrain.evaluate.targets import Target
@@ -51,7 +51,7 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
         _locked(out),
         watchdog.watch(out, config.parallel.timeout, parallel.rank(), parallel.world_size(), session.this_start()),
         Verifiers(config.reward) as verifiers,
-        Engine(config, hf, context, models[0].eos_id) as engine,
+        SharedEngine(config, hf, context, models[0].eos_id) as engine,
     ):
         if longest + max_response > hf.context:
             _say(
@@ -168,7 +168,7 @@ def _start_verifiers(benchmarks: Sequence[Benchmark], verifiers: Verifiers, conf
 
 
 def _sample(
-    models: Sequence[_Reader], engine: Engine, verifiers: Verifiers, config: Config, max_response: int, out: Path
+    models: Sequence[_Reader], engine: SharedEngine, verifiers: Verifiers, config: Config, max_response: int, out: Path
 ) -> None:
     """Draw the samples that are missing. A model whose samples are all there is not loaded."""
     work: list[tuple[_Reader, Prompts, SampleFile]] = []
@@ -190,7 +190,7 @@ def _fill(
     file: SampleFile,
     model: _Reader,
     prompts: Prompts,
-    engine: Engine,
+    engine: SharedEngine,
     verifiers: Verifiers,
     config: Config,
     max_response: int,

@@ -43,7 +43,7 @@ def common_architecture(targets: Sequence[Target]) -> HFConfig:
     return first
 
 
-class Engine:
+class SharedEngine:
     """A rollout engine that holds one model after the other. A context manager; every method is collective."""
 
     def __init__(self, config: Config, hf: HFConfig, context: int, eos_id: int) -> None:
@@ -55,7 +55,10 @@ class Engine:
             context: longest prompt and response, in tokens; a short one leaves more of the KV cache to each sequence.
             eos_id: the token that ends a response.
         """
-        self._config, self._hf, self._context, self._eos_id = config, hf, context, eos_id
+        self._config = config
+        self._hf = hf
+        self._context = context
+        self._eos_id = eos_id
         self._engine: RolloutEngine | None = None
         self._learner: Learner | None = None
         self._held: Target | None = None
@@ -92,7 +95,7 @@ class Engine:
             checkpoint.load_weights(target.checkpoint, self._learner.chunks)
         return self._learner.hf_weights()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> SharedEngine:
         return self
 
     def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:

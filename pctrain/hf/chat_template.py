@@ -42,7 +42,9 @@ class ChatTemplate:
         Raises:
             UserError: the source is not Jinja; the message has the line.
         """
-        self.source, self.special_tokens, self.where = source, dict(special_tokens), where
+        self.source = source
+        self.special_tokens = dict(special_tokens)
+        self.where = where
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:

@@ -16,7 +16,9 @@ from pctrain.hf.config import read_raw
 from pctrain.hf.directory import CONFIG, SPECIAL_TOKENS, TOKENIZER, TOKENIZER_CONFIG, is_hf_directory
 
 # Ids of the trained tokenizer's special pieces; Llama's numbers.
-UNKNOWN_ID, BOS_ID, EOS_ID = 0, 1, 2
+UNKNOWN_ID = 0
+BOS_ID = 1
+EOS_ID = 2
 # One piece: the model learns to open a box as one decision, and no merge can tie the brace to the answer inside.
 BOX = "\\boxed{"
 

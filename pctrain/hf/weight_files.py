@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name: torch's name
+SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' name: torch's name
 # Pages of a mapped file count as this process's memory until the file is closed: it is reopened after so many bytes.
 _MAPPED_BYTES = 16 << 20
 SHARD_BYTES = 5 * 10**9  # most bytes of one file
@@ -111,11 +111,12 @@ class HFReader:
         import torch
 
         dtype = self.lazy_slice(name).get_dtype()
-        if dtype not in DTYPES:
+        if dtype not in SAFETENSORS_DTYPES:
             raise UserError(
-                f"{self.directory / self.files[name]}: {name} has dtype {dtype}; supported: {', '.join(DTYPES)}"
+                f"{self.directory / self.files[name]}: {name} has dtype {dtype}; supported: "
+                f"{', '.join(SAFETENSORS_DTYPES)}"
             )
-        return getattr(torch, DTYPES[dtype])
+        return getattr(torch, SAFETENSORS_DTYPES[dtype])
 
     def check(
         self, expected: Mapping[str, tuple[int, ...]], architecture: str, *, ignored: frozenset[str] = frozenset()
@@ -221,7 +222,7 @@ def _write_tensor(file: BinaryIO, tensor: torch.Tensor, dtype: torch.dtype) -> N
 
 def _header(shard: list[Entry]) -> bytes:
     """Return the header of a file with its length in front."""
-    names = {torch_name: name for name, torch_name in DTYPES.items()}
+    names = {torch_name: name for name, torch_name in SAFETENSORS_DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers refuses files that name no framework
     offset = 0
     for entry in shard:

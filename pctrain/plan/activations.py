@@ -26,7 +26,10 @@ class Activations:
     """
 
     def __init__(self, hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, tokens: int, entropy: bool):
-        self.hf, self.layout, self.gpu, self.entropy = hf, layout, gpu, entropy
+        self.hf = hf
+        self.layout = layout
+        self.gpu = gpu
+        self.entropy = entropy
         self.par = par = layout.parallel
         self.size = DTYPE_BYTES[config.model.dtype]
         self.te = config.model.spec == "te" or (config.model.spec == "auto" and not gpu.is_cpu)

@@ -51,7 +51,7 @@ def _layout(plan: Plan) -> dict[str, Any]:
         "flops": speed.flops,
         "bubble": speed.bubble,
         "micro_batches": speed.micro_batches,
-        "traffic": [asdict(one) for one in speed.traffic],
+        "traffic": [asdict(traffic) for traffic in speed.traffic],
         "engine": None if plan.engine is None else {**asdict(plan.engine), "tokens": plan.engine.tokens},
         "rollouts": None if speed.rollouts is None else asdict(speed.rollouts),
     }

@@ -8,7 +8,7 @@ from typing import Any
 
 from pctrain.config.tree import Config
 from pctrain.plan.planner import Plan
-from pctrain.plan.work import Kind
+from pctrain.run.config_file import Kind
 
 LAYOUT_KEYS = (
     "parallel.tensor",

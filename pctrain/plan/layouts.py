@@ -11,7 +11,7 @@ from pctrain.common.errors import UserError
 from pctrain.config.check import check_combinations
 from pctrain.config.tree import Config, ParallelConfig
 from pctrain.hf.config import HFConfig
-from pctrain.plan.work import Kind
+from pctrain.run.config_file import Kind
 
 CHECKED = ("model", "parallel", "rollout")
 MOST_VIRTUAL = 4  # virtual stages per stage: with more, traffic grows by more than the bubble shrinks

@@ -9,7 +9,7 @@ from pctrain.config.tree import Config
 from pctrain.hf.config import HFConfig
 from pctrain.plan.activations import FP32, Activations
 from pctrain.plan.gpus import GIB, Gpu
-from pctrain.plan.rollouts import Engine
+from pctrain.plan.rollouts import EngineMemory
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, buffers, chunks
 
 SWAP_BUCKETS = 2 * (512 << 20)  # core/weight_buckets.py: one is sent while the other is read
@@ -72,7 +72,7 @@ def memory(
     tokens: int,
     micro_batches: int,
     reserve: float,
-    engine: Engine | None,
+    engine: EngineMemory | None,
     reference: bool,
     offload: bool,
 ) -> Memory:

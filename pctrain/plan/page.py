@@ -52,7 +52,10 @@ def one_of_each(plans: Sequence[Plan]) -> list[Plan]:
 
 
 def _title(planner: Planner) -> str:
-    options, work, hf, gpu = planner.options, planner.work, planner.hf, planner.gpu
+    options = planner.options
+    work = planner.work
+    hf = planner.hf
+    gpu = planner.gpu
     return (
         f"{planner.kind} of {hf.architecture}, {_count(all_parameters(hf))} parameters, on {options.gpus} x "
         f"{gpu.name} ({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + "
@@ -162,7 +165,9 @@ def _traffic(console: Console, plan: Plan) -> None:
 
 
 def _rollouts(planner: Planner, plan: Plan) -> Iterator[str]:
-    sampled, engine, rollout = plan.speed.rollouts, plan.engine, plan.config.rollout
+    sampled = plan.speed.rollouts
+    engine = plan.engine
+    rollout = plan.config.rollout
     if sampled is None or engine is None:
         return
     longest = planner.work.prompt + rollout.max_response
@@ -203,7 +208,9 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
 
 def assumptions(planner: Planner) -> Iterator[str]:
     """Yield the assumptions behind the numbers."""
-    options, gpu, work = planner.options, planner.gpu, planner.work
+    options = planner.options
+    gpu = planner.gpu
+    work = planner.work
     yield _rates(gpu, planner)
     yield (
         f"a GPU reaches {options.mfu:.0%} of that while it computes (--mfu), an interconnect {LINK_SHARE:.0%} of its "

@@ -15,10 +15,11 @@ from pctrain.plan.gpus import GIB, Gpu, find
 from pctrain.plan.layouts import candidates, limits, problem
 from pctrain.plan.memory import Memory, memory
 from pctrain.plan.options import PlanOptions
-from pctrain.plan.rollouts import Engine, engine
+from pctrain.plan.rollouts import EngineMemory, engine
 from pctrain.plan.shapes import Layout, hf_config
 from pctrain.plan.speed import Speed, speed
-from pctrain.plan.work import Kind, Work, work
+from pctrain.plan.work import Work, work
+from pctrain.run.config_file import Kind
 
 EQUAL = 1.05  # step times within this factor count as equal: the estimates are no better
 MORE_GPUS = 64  # largest multiple of the GPUs that is tried if nothing fits
@@ -34,7 +35,7 @@ class Plan:
     context: int
     memory: Memory
     speed: Speed
-    engine: Engine | None
+    engine: EngineMemory | None
 
     @property
     def share(self) -> float:
@@ -104,7 +105,9 @@ class Planner:
 
     def plan(self, config: Config, gpus: int | None = None) -> Plan:
         """Return what a config needs at its layout on `gpus` GPUs; default: as many as were given."""
-        hf, gpu, options = self.hf, self.gpu, self.options
+        hf = self.hf
+        gpu = self.gpu
+        options = self.options
         layout = Layout(config.parallel, gpus or options.gpus)
         step = work(self.kind, config, hf, options)
         sampler = engine(hf, config, gpu) if self.kind == "rl" else None

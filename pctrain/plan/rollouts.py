@@ -19,7 +19,7 @@ SCHEDULING = 2e-3  # seconds per token for vLLM's scheduler and sampler
 
 
 @dataclass(frozen=True)
-class Engine:
+class EngineMemory:
     """One vLLM engine on `rollout.tensor` ranks; bytes on one rank.
 
     Attributes:
@@ -48,7 +48,7 @@ class Engine:
         return self.tokens // length
 
 
-def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
+def engine(hf: HFConfig, config: Config, gpu: Gpu) -> EngineMemory:
     """Return the engine of a config.
 
     On a GPU it takes `rollout.gpu_memory` of the memory while awake; asleep (level 2) it keeps neither weights nor
@@ -61,12 +61,12 @@ def engine(hf: HFConfig, config: Config, gpu: Gpu) -> Engine:
     token = 2 * hf.layers * heads * hf.head_dim * size
     if gpu.is_cpu:
         cache = float(rollout.kv_cache_mb << 20)
-        return Engine(whole, weights, cache, weights + cache + CPU_ENGINE, weights + cache + CPU_ENGINE, token)
+        return EngineMemory(whole, weights, cache, weights + cache + CPU_ENGINE, weights + cache + CPU_ENGINE, token)
     share = rollout.gpu_memory * gpu.memory
     # Activations of the largest pass, and float32 logits of every sequence.
     width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
     passing = PREFILL * size * (3 * width / rollout.tensor + 4 * hf.hidden) + 2 * rollout.max_sequences * hf.vocab * 4
-    return Engine(whole, weights, max(0.0, share - weights - passing), share, ASLEEP, token)
+    return EngineMemory(whole, weights, max(0.0, share - weights - passing), share, ASLEEP, token)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def rollouts(
     config: Config,
     layout: Layout,
     gpu: Gpu,
-    sampler: Engine,
+    sampler: EngineMemory,
     *,
     prompt: float,
     response: float,

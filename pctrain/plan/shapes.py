@@ -77,7 +77,7 @@ class Layout:
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `_chunk` makes each only once
-class Chunk:
+class ModelChunk:
     """One module of a rank (a stage or a virtual stage): elements of each parameter, in the order of the module.
 
     `own_bucket` is the index in `dense` of an embedding that is tied to the head of the last stage.
@@ -93,7 +93,7 @@ class Chunk:
         return sum(self.dense) + sum(self.expert)
 
 
-def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[Chunk]:
+def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[ModelChunk]:
     """Return the modules of a pipeline stage."""
     par = layout.parallel
     layers, v = layout.stage_layers(hf.layers)[stage], par.virtual_pipeline
@@ -108,7 +108,7 @@ def chunks(hf: HFConfig, layout: Layout, stage: int) -> list[Chunk]:
 @lru_cache  # a search asks for the same ones repeatedly
 def _chunk(
     hf: HFConfig, tensor: int, ranks_of_experts: int, layers: int, first: bool, last: bool, tied_over_stages: bool
-) -> Chunk:
+) -> ModelChunk:
     embedding = hf.padded_vocab(tensor) // tensor * hf.hidden
     dense, expert = [embedding] if first else [], []
     own = 0 if first and tied_over_stages else None
@@ -121,7 +121,7 @@ def _chunk(
             if tied_over_stages:
                 own = len(dense)
             dense.append(embedding)
-    return Chunk(tuple(dense), tuple(expert), own)
+    return ModelChunk(tuple(dense), tuple(expert), own)
 
 
 def _dense_of_layer(hf: HFConfig, tensor: int) -> list[int]:
@@ -170,7 +170,7 @@ def buffers(hf: HFConfig, layout: Layout, stage: int) -> Buffers:
 
 
 @lru_cache
-def _padded(chunk: Chunk, of_experts: bool, ranks: int, bucket: int | None) -> int:
+def _padded(chunk: ModelChunk, of_experts: bool, ranks: int, bucket: int | None) -> int:
     """Return the elements of one buffer (megatron-core 0.16.1, distributed/param_and_grad_buffer.py).
 
     Parameters are laid out from the last to the first, each from a multiple of 64. Each bucket ends at a multiple of
@@ -197,8 +197,8 @@ def _up(number: int, multiple: int) -> int:
 @lru_cache
 def all_parameters(hf: HFConfig) -> int:
     """Return the elements of the whole model; a tied matrix counts once."""
-    one = Layout(ParallelConfig(), 1)
-    return sum(chunk.parameters for chunk in chunks(hf, one, 0))
+    single_rank = Layout(ParallelConfig(), 1)
+    return sum(chunk.parameters for chunk in chunks(hf, single_rank, 0))
 
 
 def largest_matrix(hf: HFConfig, par: ParallelConfig) -> int:

@@ -11,7 +11,7 @@ from pctrain.compute import flops
 from pctrain.config.tree import Config
 from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import Gpu
-from pctrain.plan.rollouts import Engine, Rollouts, rollouts
+from pctrain.plan.rollouts import EngineMemory, Rollouts, rollouts
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters, buffers
 from pctrain.plan.traffic import LINK_SHARE, Traffic, traffic
 from pctrain.plan.work import Work
@@ -41,7 +41,7 @@ def speed(
     layout: Layout,
     gpu: Gpu,
     work: Work,
-    engine: Engine | None,
+    engine: EngineMemory | None,
     *,
     mfu: float,
     per_node: int,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
-from typing import Literal
 
 import numpy as np
 
@@ -12,8 +11,8 @@ from pctrain.compute import flops
 from pctrain.config.tree import Config, RLConfig, RolloutConfig, SFTConfig
 from pctrain.hf.config import HFConfig
 from pctrain.plan.options import PlanOptions
+from pctrain.run.config_file import Kind
 
-Kind = Literal["sft", "rl"]
 KEPT = 0.5  # assumed share of prompts that dynamic sampling keeps
 PROMPT = 256  # assumed mean prompt, tokens
 

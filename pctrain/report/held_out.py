@@ -13,7 +13,7 @@ from pctrain.report.study_data import CURVE_POINTS, FittedRun, RLRun
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class ForecastTest:
     """The forecast of a fit that saw only the first points of a run, and how the other points compare with it.
 
     `curve` is {eflops_rl, median, low, high} over the whole run. Its interval is that of a measured score, noise
@@ -27,7 +27,7 @@ class HeldOut:
     outside: int  # held-out points above or below the interval
 
 
-def predict(run: RLRun) -> HeldOut | None:
+def predict(run: RLRun) -> ForecastTest | None:
     """Return the forecast, or None if the run has no fit or the first 71% of its points are too few for a ceiling."""
     if not isinstance(run, FittedRun):
         return None
@@ -48,7 +48,7 @@ def predict(run: RLRun) -> HeldOut | None:
     measured = y[kept:][before]
     miss = measured - predicted[before]
     outside = (measured < below[before]) | (measured > above[before])
-    return HeldOut(
+    return ForecastTest(
         seen=len(run.points) - len(x) + kept,
         curve={"eflops_rl": grid.tolist(), "median": median.tolist(), "low": low.tolist(), "high": high.tolist()},
         predicted=predicted.tolist(),

@@ -37,7 +37,10 @@ ROLE_COLOURS = {"early": "blue", "stable": "green", "overfit": "vermillion"}
 OTHER_COLOURS = ["purple", "orange", "blue", "green", "vermillion", "sky"]
 SET_COLOURS = ["blue", "vermillion", "green", "purple", "orange", "sky"]
 MARKERS = ("o", "s", "^", "D", "v", "P")  # of matplotlib; charts.js.j2 has those of plotly in the same order
-INK, MUTED, GRID, BASE = "#1f2328", "#656d76", "#e4e7eb", "#c3cad2"
+INK = "#1f2328"
+MUTED = "#656d76"
+GRID = "#e4e7eb"
+BASE = "#c3cad2"
 STYLE = {  # for matplotlib.rc_context
     "font.family": "DejaVu Sans",
     "font.size": 10,

@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from pctrain.compute.ledger import PHASES
 from pctrain.report.charts.chart import Chart
-from pctrain.report.held_out import HeldOut
+from pctrain.report.held_out import ForecastTest
 from pctrain.report.looks import PALETTE, PHASE_NAMES, REGIME_COLOURS, ceiling_text, flops_text, run_looks
 from pctrain.report.study_data import Study
 
@@ -44,8 +44,8 @@ def render(study: Study, values: dict[str, Any], charts: list[Chart], **more: An
         study: the study that the report is about.
         values: the contents of study.json.
         charts: the charts in their order.
-        more: the `headline`, the forecasts `held` ({run name: HeldOut or None}) and, if the page is served and polls
-            for newer data, `live` ({tag, read, seconds, note}).
+        more: the `headline`, the forecasts `held` ({run name: ForecastTest or None}) and, if the page is served and
+            polls for newer data, `live` ({tag, read, seconds, note}).
     """
     variables = _variables(study, values, charts, **more)
     environment = _environment()
@@ -96,7 +96,7 @@ def _variables(
     charts: list[Chart],
     *,
     headline: str,
-    held: dict[str, HeldOut | None],
+    held: dict[str, ForecastTest | None],
     live: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     phases = [phase for phase in PHASES if phase in values["ledger"]]

@@ -18,7 +18,10 @@ from pctrain_kernels import TokenLoss
 Correction = Literal["none", "token", "sequence"]
 Streams = dict[str, torch.Tensor]
 
-MEAN, MAX, KL, BEYOND_2X = "mismatch/mean", "max/mismatch", "mismatch/kl", "mismatch/beyond_2x"
+MEAN = "mismatch/mean"
+MAX = "max/mismatch"
+KL = "mismatch/kl"
+BEYOND_2X = "mismatch/beyond_2x"
 # These are 0 on an expert's tokens, so that their mean over the sampled tokens is a quotient of sums.
 METRICS_OF_SAMPLED = (MEAN, KL, BEYOND_2X)
 

@@ -109,7 +109,9 @@ def size_fault(path: Path) -> str | None:
 
 def content_faults(path: Path, names: Iterable[str]) -> list[str | None]:
     """Return, for each of the named files, what is wrong with its bytes, or None. Reads them completely."""
-    path, names, files = Path(path), list(names), read_manifest(path)["files"]
+    path = Path(path)
+    names = list(names)
+    files = read_manifest(path)["files"]
     with ThreadPoolExecutor(_THREADS) as threads:
         return list(threads.map(lambda name: _content_fault(path / name, files[name]["sha256"]), names))
 

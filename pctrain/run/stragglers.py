@@ -94,7 +94,9 @@ class RankTimes:
     def _laggards(self) -> list[Laggard]:
         """Return the ranks that lag in this window and the one before. Each is reported once, until it catches up."""
         window, step = np.stack(self._window), float(np.median(self._step_seconds))  # [steps, world, phases]
-        before, lagging, laggards = self._lagging, set(), []
+        before = self._lagging
+        lagging = set()
+        laggards = []
         for phase in range(len(PHASES)):
             times = window[:, :, phase]
             rank = int(times.mean(0).argmax())

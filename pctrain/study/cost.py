@@ -43,7 +43,7 @@ CHARACTERS_PER_TOKEN = 2.0  # assumed for a tokenizer that is still to be traine
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TrajectoryLengths:
     """Lengths of sampled trajectories in tokens, int64 [n] each: whole, and the part before the response."""
 
     whole: np.ndarray
@@ -55,7 +55,7 @@ class Costs:
 
     def __init__(self, config: Config, counts: bool):
         self.config, self.counts = config, counts
-        self._lengths: dict[str, Lengths] = {}
+        self._lengths: dict[str, TrajectoryLengths] = {}
 
     def of(self, stage: Stage) -> float | None:
         """Return the FLOPs of a whole stage by the paper's formulas; None if that needs a count."""
@@ -85,11 +85,11 @@ class Costs:
         vocab = self.config.data.problems.vocab_size
         return ModelShape(a.layers, a.hidden, a.ffn, a.heads, a.kv_heads, a.hidden // a.heads, vocab, a.tied)
 
-    def _measure(self, set_name: str) -> Lengths:
+    def _measure(self, set_name: str) -> TrajectoryLengths:
         lengths = [self._length(record) for record in islice(self._records(set_name), SAMPLE)]
         usable = [pair for pair in lengths if pair is not None]
         whole, prompt = np.array(usable or [(1, 1)]).T
-        return Lengths(whole, prompt)
+        return TrajectoryLengths(whole, prompt)
 
     def _records(self, set_name: str) -> Iterable[Record]:
         data, sources = self.config.data, self._sources(set_name)

@@ -41,7 +41,7 @@ class Crew:
         stages: all stages.
         mine: the stages that this job runs.
         ended: returns whether a stage is "done", "left out" (its start did not occur) or "to do".
-        say: prints a line.
+        print_line: prints a line.
     """
 
     def __init__(
@@ -50,9 +50,13 @@ class Crew:
         stages: Sequence[Stage],
         mine: Sequence[Stage],
         ended: Callable[[Stage], State],
-        say: Callable[[str], None] = print,
+        print_line: Callable[[str], None] = print,
     ):
-        self.root, self.stages, self.mine, self.ended, self.say = root, list(stages), list(mine), ended, say
+        self.root = root
+        self.stages = list(stages)
+        self.mine = list(mine)
+        self.ended = ended
+        self.print_line = print_line
         self.claim: Claim | None = None
         self._reminded_at = 0.0
 
@@ -114,5 +118,5 @@ class Crew:
         now = time.monotonic()
         if running and (not self._reminded_at or now - self._reminded_at > REMIND):
             self._reminded_at = now
-            self.say("waiting for " + ", ".join(f"{name} ({runner})" for name, runner in running))
+            self.print_line("waiting for " + ", ".join(f"{name} ({runner})" for name, runner in running))
         return bool(running)

@@ -5,7 +5,7 @@ import torch
 from pctrain.core.layers.packed_attention import PackedLayout
 
 
-def layout_of(lengths, tokens, dim=8):
+def layout_of(lengths: list[int], tokens: int, dim: int = 8) -> tuple[PackedLayout, list[int]]:
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     layout = PackedLayout.build(bounds, tokens, channels=128)
     positions = torch.arange(max(lengths), dtype=torch.float64)
@@ -13,7 +13,7 @@ def layout_of(lengths, tokens, dim=8):
     return layout, bounds.tolist()
 
 
-def attend_alone(q, k, v, angles):
+def attend_alone(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Compute attention of one sequence [length, heads, dim] by its definition, with a mask and no fused kernel."""
     from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
 

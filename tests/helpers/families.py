@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 COMMON = {
     "vocab_size": 331,
@@ -29,7 +30,7 @@ _LLAMA3 = {
 }
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16}
 
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaForCausalLM", {"tie_word_embeddings": False}),
     "llama3": ("LlamaForCausalLM", {"tie_word_embeddings": True, "rope_parameters": _LLAMA3}),
     "mistral": ("MistralForCausalLM", {"tie_word_embeddings": False, "sliding_window": None, "head_dim": 12}),

@@ -35,20 +35,26 @@ class Forked:
             **dict([self._mark.split("=")]),
             **environment,
         }
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._server = subprocess.Popen([sys.executable, __file__], env=all_of_it, **pipes)
-        assert self._server.stdout.readline() == "ready\n"
+        self._server = subprocess.Popen(
+            [sys.executable, __file__], env=all_of_it, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._server.stdin is not None and self._server.stdout is not None
+        self._questions = self._server.stdin
+        self._answers = self._server.stdout
+        assert self._answers.readline() == "ready\n"
 
     def __enter__(self) -> Forked:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.stdin.close()  # the server kills what still runs
+        self._questions.close()  # the server kills what still runs
         self._server.wait()
 
     def start(self, arguments: list[str], log: Path, hook: str = "", **environment: str) -> Run:
         """Start a command; `hook` is a function of hooks.py that is called before it."""
-        return Run(self, self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment}), log)
+        pid = self.ask({"start": arguments, "log": str(log), "hook": hook, "environment": environment})
+        assert pid is not None
+        return Run(self, pid, log)
 
     def start_ranks(
         self, arguments: list[str], folder: Path, world: int, hook: str = "", **environment: str
@@ -78,13 +84,11 @@ class Forked:
 
     def orphans(self) -> list[int]:
         """Return the surviving processes of killed runs: forks of the server whose parent is gone."""
-        found = []
+        orphans = []
         for entry in Path("/proc").glob("[0-9]*"):
             try:
-                command, parent = (
-                    (entry / "cmdline").read_bytes(),
-                    int((entry / "stat").read_text().rpartition(")")[2].split()[1]),
-                )
+                command = (entry / "cmdline").read_bytes()
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
                 mine = self._mark.encode() in (entry / "environ").read_bytes()
             except OSError:
                 continue  # the process has ended
@@ -94,13 +98,13 @@ class Forked:
                 and int(entry.name) != self._server.pid
                 and parent != self._server.pid
             ):
-                found.append(int(entry.name))
-        return found
+                orphans.append(int(entry.name))
+        return orphans
 
     def ask(self, question: dict) -> int | None:
-        self._server.stdin.write(json.dumps(question) + "\n")
-        self._server.stdin.flush()
-        return json.loads(self._server.stdout.readline())
+        self._questions.write(json.dumps(question) + "\n")
+        self._questions.flush()
+        return json.loads(self._answers.readline())
 
 
 @dataclass
@@ -118,10 +122,10 @@ class Run:
 
     def wait(self, deadline: float) -> int:
         end = time.monotonic() + deadline
-        while self.poll() is None:
+        while (status := self.poll()) is None:
             assert time.monotonic() < end, f"still running after {deadline} s:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.02)
-        return self.status
+        return status
 
     def kill(self) -> int:
         """Send SIGKILL to this process alone, not to its children.

@@ -5,50 +5,53 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
 from xml.etree import ElementTree
 
 
-def _in_step_3(act):
+def _in_step_3(act: Callable[[], None]) -> None:
     """Call `act()` on the last rank before the engine samples the third step."""
     from pctrain.distributed.health import watchdog
     from pctrain.rollout.queue import RequestQueue
 
     sample = RequestQueue.run
 
-    def faulty(self, *arguments, **options):
+    def faulty(self: RequestQueue, *arguments: Any, **options: Any) -> Any:
         if os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) and watchdog._step == 3:
             act()
         return sample(self, *arguments, **options)
 
-    RequestQueue.run = faulty
+    mock.patch.object(RequestQueue, "run", faulty).start()
 
 
-def engine_raises():
-    def act():
+def engine_raises() -> None:
+    def act() -> None:
         raise RuntimeError("the engine ran out of pages")
 
     _in_step_3(act)
 
 
-def engine_hangs():
+def engine_hangs() -> None:
     _in_step_3(lambda: time.sleep(600))
 
 
-def sft_waits_before_its_end():
+def sft_waits_before_its_end() -> None:
     """Block after the last checkpoint and the weights are written, so that a kill comes in time on any machine."""
     from pctrain.sft import loop
 
-    loop._finish = lambda *_: time.sleep(600)
+    mock.patch.object(loop, "_finish", side_effect=lambda *_: time.sleep(600)).start()
 
 
-def memory_is_counted():
+def memory_is_counted() -> None:
     """Once a second, return free memory to the system and write `<MB held> <Python blocks>` to `$HELD`-RANK.
 
     Resident memory is larger: a page with one held object stays resident with all its holes.
     """
     file = f"{os.environ['HELD']}-{os.environ['RANK']}"
 
-    def counts():
+    def counts() -> None:
         while True:
             ctypes.CDLL(None).malloc_trim(0)
             with open(f"{file}.tmp", "w") as out:
@@ -59,7 +62,7 @@ def memory_is_counted():
     threading.Thread(target=counts, daemon=True).start()
 
 
-def _held_by_glibc(file):
+def _held_by_glibc(file: str) -> int:
     """Return the bytes allocated and not freed, in all glibc arenas and separate mappings."""
     glibc = ctypes.CDLL(None)
     glibc.fopen.restype = ctypes.c_void_p
@@ -68,11 +71,11 @@ def _held_by_glibc(file):
     glibc.fclose(stream)
     with open(f"{file}.xml") as xml:
         totals = ElementTree.parse(xml).getroot()
-    size = {(entry.tag, entry.get("type")): int(entry.get("size")) for entry in totals if entry.get("size")}
+    size = {(entry.tag, entry.get("type")): int(entry.get("size", "")) for entry in totals if entry.get("size")}
     return size["system", "current"] + size["total", "mmap"] - size["total", "fast"] - size["total", "rest"]
 
 
-def rank_1_is_slow():
+def rank_1_is_slow() -> None:
     """Sleep in each micro-batch, like a GPU that is too hot."""
     from pctrain.core import step
     from pctrain.run import stragglers
@@ -80,9 +83,9 @@ def rank_1_is_slow():
     stragglers.WINDOW_SECONDS = 0.0
     loss = step.PackHead.loss
 
-    def slow(self, *arguments, **options):
+    def slow(self: step.PackHead, *arguments: Any, **options: Any) -> Any:
         if os.environ.get("RANK") == "1":
             time.sleep(0.04)
         return loss(self, *arguments, **options)
 
-    step.PackHead.loss = slow
+    mock.patch.object(step.PackHead, "loss", slow).start()

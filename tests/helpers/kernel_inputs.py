@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,7 +18,7 @@ VALUE_TOLERANCE = 2e-6  # relative to the sum of magnitudes: fp32 rounding of ea
 
 def make_inputs(
     tokens: int, vocab: int, width: int = 24, *, seed: int = 0, ignored: float = 0.3, valid: int | None = None
-):
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return fp32 leaves hidden [T, H] and weight [V, H], and target [T] less than `valid` with a share of -100."""
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(tokens, width, generator=generator).requires_grad_()
@@ -42,7 +44,7 @@ def double(*tensors: Tensor) -> list[Tensor]:
     return [tensor.detach().double().requires_grad_() for tensor in tensors]
 
 
-def clipped_policy(logprob, entropy, streams):
+def clipped_policy(logprob: Tensor, entropy: Tensor, streams: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a clipped ratio with an entropy bonus and a KL penalty, as a user may write it."""
     ratio = (logprob - streams["old_logprob"]).exp()
     advantage = streams["advantage"]
@@ -52,7 +54,9 @@ def clipped_policy(logprob, entropy, streams):
     return loss, {"ratio": ratio, "entropy": entropy, "clipped": ((ratio < 0.8) | (ratio > 1.28)).float()}
 
 
-def make_streams(hidden, weight, target, *, seed: int = 3, **options):
+def make_streams(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, seed: int = 3, **options: Any
+) -> tuple[dict[str, Tensor], Tensor]:
     """Return streams near the current policy, so that only some ratios are clipped, and weights with zeros."""
     generator = torch.Generator().manual_seed(seed)
     logprob = reference.linear_logprob_entropy(hidden, weight, target, **options)[0].detach()
@@ -73,7 +77,7 @@ class Tensors(TorchDispatchMode):
     def largest(self) -> int:
         return max(self.sizes, default=0)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_)
         for tensor in result if isinstance(result, (tuple, list)) else [result]:
@@ -83,14 +87,14 @@ class Tensors(TorchDispatchMode):
 
 
 def compare(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options
+    hidden: Tensor, weight: Tensor, target: Tensor, *, upstream: str = "both", chunk: int | None = None, **options: Any
 ) -> None:
     """Return values and gradients of the fused operation and of the definition."""
     generator = torch.Generator().manual_seed(1)
     signs = torch.randn(2, target.shape[0], generator=generator, dtype=torch.float64)
     signs[0 if upstream == "entropy" else 1] *= upstream == "both"
     want_inputs = double(hidden, weight)
-    want = reference.linear_logprob_entropy(*want_inputs, target, **options)
+    want = reference.linear_logprob_entropy(want_inputs[0], want_inputs[1], target, **options)
     want_gradients = torch.autograd.grad(
         sum((sign * value).sum() for sign, value in zip(signs, want, strict=True)), want_inputs
     )

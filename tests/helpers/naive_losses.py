@@ -1,11 +1,24 @@
 """Each algorithm's loss sample by sample and token by token, as its paper writes it: the reference in the tests."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
+from pctrain.rl.groups import Group
+from tests.helpers.rl_cases import Tokens
 
-def grpo(groups, tokens, *, low=0.2, high=0.2, std=False, entropy_coef=0.001, kl=None):
+
+def grpo(
+    groups: list[Group],
+    tokens: list[Tokens],
+    *,
+    low: float = 0.2,
+    high: float = 0.2,
+    std: bool = False,
+    entropy_coef: float = 0.001,
+    kl: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
     """Return -mean over tokens of min(r A, clip(r) A), sample by sample, token by token."""
     values, count, row = torch.zeros((), dtype=torch.float64), 0, 0
     for group in groups:
@@ -29,7 +42,7 @@ def grpo(groups, tokens, *, low=0.2, high=0.2, std=False, entropy_coef=0.001, kl
     return values / count
 
 
-def luffy(groups, tokens, *, entropy_coef=0.001):
+def luffy(groups: list[Group], tokens: list[Tokens], *, entropy_coef: float = 0.001) -> torch.Tensor:
     loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
     for group in groups:
         rewards = [*group.rewards, 1.0]  # the expert's
@@ -44,7 +57,7 @@ def luffy(groups, tokens, *, entropy_coef=0.001):
     return loss / count
 
 
-def srft(groups, tokens, *, entropy_coef=0.001):
+def srft(groups: list[Group], tokens: list[Tokens], *, entropy_coef: float = 0.001) -> torch.Tensor:
     loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
     for group in groups:
         rewards = [*group.rewards, 1.0]
@@ -66,7 +79,14 @@ def srft(groups, tokens, *, entropy_coef=0.001):
     return loss / count
 
 
-def prefix_rft(groups, tokens, *, share=0.2, clip=0.2, entropy_coef=0.001):
+def prefix_rft(
+    groups: list[Group],
+    tokens: list[Tokens],
+    *,
+    share: float = 0.2,
+    clip: float = 0.2,
+    entropy_coef: float = 0.001,
+) -> torch.Tensor:
     loss, count, rows = torch.zeros((), dtype=torch.float64), 0, iter(tokens)
     for group in groups:
         mean = sum(group.rewards) / len(group.rewards)
@@ -82,7 +102,7 @@ def prefix_rft(groups, tokens, *, share=0.2, clip=0.2, entropy_coef=0.001):
     return loss / count
 
 
-def upt(groups, tokens, *, gamma, coefficient):
+def upt(groups: list[Group], tokens: list[Tokens], *, gamma: float, coefficient: float) -> torch.Tensor:
     loss, count, rows = torch.zeros((), dtype=torch.float64), 0, list(tokens)
     for group in groups:
         if sum(group.rewards) <= gamma:

@@ -7,7 +7,7 @@ from torch import Tensor
 logprobs = st.floats(-4, 0)
 
 
-def columns(rows) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def columns(rows: list[tuple]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return logprob and entropy (leaves) and streams, in float64."""
     *values, expert = zip(*rows, strict=True)
     lp, entropy, advantage, old, ref, rollout = (torch.tensor(column, dtype=torch.float64) for column in values)

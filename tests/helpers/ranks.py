@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -69,7 +70,8 @@ class RankPool:
         end = time.monotonic() + deadline
         open_pipes = {pipe: rank for rank, pipe in enumerate(self._pipes)}
         while open_pipes and (left := end - time.monotonic()) > 0:
-            for pipe in wait(list(open_pipes), timeout=left):
+            ready = wait(list(open_pipes), timeout=left)
+            for pipe in [pipe for pipe in open_pipes if pipe in ready]:
                 rank = open_pipes.pop(pipe)
                 try:
                     answers[rank] = pickle.loads(pipe.recv_bytes())
@@ -179,7 +181,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection, parent: int) -> N
             return
         sys.path.extend(folder for folder in path if folder not in sys.path)
         number += 1
-        pipe.send_bytes(_answer(lambda call=call, number=number: _call(call, store, f"call {number}", rank, world)))
+        pipe.send_bytes(_answer(partial(_call, call, store, f"call {number}", rank, world)))
 
 
 def _call(call: bytes, store: Any, name: str, rank: int, world: int) -> Any:

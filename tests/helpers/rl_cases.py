@@ -5,7 +5,9 @@ The tests compare them with naive versions of each algorithm.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,14 +19,14 @@ from pctrain.reward import Verdict
 from pctrain.rl.algorithms import registry as algorithms
 from pctrain.rl.algorithms.base import Algorithm
 from pctrain.rl.algorithms.normaliser import normalise
-from pctrain.rl.groups import Group
+from pctrain.rl.groups import Group, MemberRow
 from pctrain.rollout import Completion
 
 MAX_RESPONSE = 12
 PROMPT = [7, 8, 9]
 
 
-def algorithm(name: str, **options) -> Algorithm:
+def algorithm(name: str, **options: Any) -> Algorithm:
     """Return an algorithm with the given options and keys of `rl` (updates, group)."""
     rl = {key: value for key, value in options.items() if key in RLConfig.model_fields}
     own = {key: value for key, value in options.items() if key not in rl}
@@ -32,7 +34,12 @@ def algorithm(name: str, **options) -> Algorithm:
 
 
 def group(
-    index: int, rewards: list[float], responses: list[list[int]], prefixes=None, expert=(), logprobs=None
+    index: int,
+    rewards: list[float],
+    responses: list[list[int]],
+    prefixes: list[list[int]] | None = None,
+    expert: Sequence[int] = (),
+    logprobs: Sequence[list[float] | None] | None = None,
 ) -> Group:
     verdicts = [Verdict(reward, "right" if reward else "wrong") for reward in rewards]
     logprobs = logprobs or [None] * len(rewards)
@@ -71,19 +78,22 @@ class Tokens:
 def random_tokens(lengths: list[int], seed: int, old: bool = True) -> list[Tokens]:
     """Return values for each response, exact in float32. Without `old` the policy has not moved."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    tokens = []
     for n in lengths:
         logprob, entropy, moved, ref = (torch.rand(n, generator=generator).double() for _ in range(4))
         before = (-logprob + (moved - 0.5)).float().double() if old else -logprob
-        found.append(Tokens((-logprob).requires_grad_(), (2 * entropy).requires_grad_(), before, -ref))
-    return found
+        tokens.append(Tokens((-logprob).requires_grad_(), (2 * entropy).requires_grad_(), before, -ref))
+    return tokens
 
 
-def response_lengths(rows: list[Row]) -> list[int]:
+NaiveLoss = Callable[[list[Group], list[Tokens]], torch.Tensor]
+
+
+def response_lengths(rows: Sequence[Row]) -> list[int]:
     return [len(row) - len(PROMPT) for row in rows]
 
 
-def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
+def with_pass(rows: Sequence[MemberRow], tokens: list[Tokens], needed: Collection[str]) -> list[MemberRow]:
     """Return the rows with the streams of the pass without gradients; NaN on the prompt, which nothing may read."""
     named = {"old_logprob": "old", "ref_logprob": "ref", "entropy": "entropy"}
     full = []
@@ -99,7 +109,7 @@ def with_pass(rows: list[Row], tokens: list[Tokens], needed) -> list[Row]:
     return full
 
 
-def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch.Tensor, dict[str, float]]:
+def total(algo: Algorithm, rows: Sequence[Row], tokens: list[Tokens]) -> tuple[torch.Tensor, dict[str, float]]:
     """Return (loss, metrics) of the rows as one update: all tokens in one tensor, weighted as in `core.step`."""
     rows, denominator = normalise(rows, algo.options.normaliser, algo.max_response)
     own = [row.weights > 0 for row in rows]
@@ -119,11 +129,11 @@ def total(algo: Algorithm, rows: list[Row], tokens: list[Tokens]) -> tuple[torch
 def gradients(loss: torch.Tensor, tokens: list[Tokens]) -> list[np.ndarray]:
     """Return d loss / d logprob and d loss / d entropy of every response, in turn."""
     leaves = [leaf for t in tokens for leaf in (t.logprob, t.entropy)]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [np.zeros(len(leaf)) if g is None else g.numpy() for g, leaf in zip(found, leaves, strict=True)]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [np.zeros(len(leaf)) if g is None else g.numpy() for g, leaf in zip(grads, leaves, strict=True)]
 
 
-def compare(algo: Algorithm, groups: list[Group], naive, seed: int, moved: bool = True) -> dict[str, float]:
+def compare(algo: Algorithm, groups: list[Group], naive: NaiveLoss, seed: int, moved: bool = True) -> dict[str, float]:
     """Assert that loss and gradients of `algo` equal those of `naive(groups, tokens by row)`; return the metrics."""
     rows = algo.rows(groups)
     tokens = random_tokens(response_lengths(rows), seed, old=moved)

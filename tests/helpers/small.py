@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pctrain.config.tree import ArchitectureConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from pctrain.data.rows import Row, make_row
 from pctrain.data.scratch_model import make_hf_dir
+
+if TYPE_CHECKING:
+    from pctrain.core import Learner, Update
 
 OPTIMIZER = OptimizerConfig(lr=3e-3, warmup=5, weight_decay=0.1)
 BUDGET = 256
@@ -51,12 +55,12 @@ def learner(
     total_steps: int = 100,
     dtype: str = "float32",
     router_aux_loss: float = 0.0,
-):
+) -> Learner:
     from pctrain.core import Learner
 
-    model = ModelConfig(path=directory, checkpoint=checkpoint, dtype=dtype, router_aux_loss=router_aux_loss)
+    config = ModelConfig.model_validate({"dtype": dtype, "router_aux_loss": router_aux_loss})
     return Learner(
-        model,
+        config.resolved(directory, checkpoint),
         ParallelConfig(**layout),
         optimizer_config=optimizer if train else None,
         total_steps=total_steps,
@@ -64,7 +68,7 @@ def learner(
     )
 
 
-def step(model, step: int):
+def step(model: Learner, step: int) -> Update:
     """Run one SFT step on that step's batch. (The auxiliary loss of experts depends on the packs.)"""
     from pctrain.sft.loss import cross_entropy
 
@@ -88,7 +92,7 @@ def train(directory: Path, layout: dict, steps: int, *, router_aux_loss: float =
     }
 
 
-def save_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+def save_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options: Any) -> tuple:
     """Train `steps` steps, save a checkpoint in `folder`, and return the result of as many more."""
     from pctrain.distributed import parallel
 
@@ -102,13 +106,13 @@ def save_and_continue(directory: Path, layout: dict, folder: Path, steps: int, *
     return train_on(model, steps)
 
 
-def load_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options) -> tuple:
+def load_and_continue(directory: Path, layout: dict, folder: Path, steps: int, **options: Any) -> tuple:
     model = learner(directory, layout, **options)
     model.load(folder)
     return train_on(model, steps)
 
 
-def train_on(model, steps: int) -> tuple:
+def train_on(model: Learner, steps: int) -> tuple:
     """Train `steps` more steps; return losses, gradient norms, (learning rate, metrics) and the final weights."""
     updates = [step(model, i) for i in range(steps, 2 * steps)]
     weights = {name: tensor.numpy().copy() for name, tensor in model.hf_weights()}

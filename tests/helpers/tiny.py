@@ -72,7 +72,7 @@ def cli(*arguments: str) -> tuple[int, str]:
     return status, errors.getvalue()
 
 
-def command(*arguments):
+def command(*arguments: str | Path) -> tuple[int, str]:
     """Run one command on this rank; return (exit status, output)."""
     from pctrain.cli.main import main
 
@@ -82,7 +82,7 @@ def command(*arguments):
     return status, out.getvalue() + err.getvalue()
 
 
-def rl_options(sft_run, folder, *more):
+def rl_options(sft_run: Path, folder: Path, *more: str) -> list[str]:
     data = [f"--data.{name}={sft_run}/data/{name}.jsonl" for name in ("train", "validation", "test", "rl")]
     start = [
         f"--model.path={sft_run}/model",
@@ -92,6 +92,6 @@ def rl_options(sft_run, folder, *more):
     return [*OPTIONS, *data, *start, *more]
 
 
-def sft(folder):
+def sft(folder: Path) -> tuple[int, str]:
     """Run SFT without benchmarks; return (exit status, stderr)."""
     return cli("sft", *OPTIONS, f"--run.dir={folder}", "--sft.eval_every=0")

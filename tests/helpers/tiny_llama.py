@@ -1,12 +1,15 @@
 """Tiny Llama models whose log-probs are far from flat, and transformers' fp32 forward pass as the reference."""
 
+from collections.abc import Callable, Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
 VOCAB, CONTEXT, EOS = 320, 256, 2
 
 
-def build(tied: bool, seed: int):
+def build(tied: bool, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -27,14 +30,14 @@ def build(tied: bool, seed: int):
         return LlamaForCausalLM(config).float().eval()
 
 
-def oracle(model, temperature: float):
+def oracle(model: Any, temperature: float) -> Callable[[list[list[int]]], list[np.ndarray]]:
     """Return a transformers model's log-probs in the form of `learner_logprobs`.
 
     Rows of ids give one float32 [L] each; entry i is for token i, and entry 0 is 0.
     """
 
     @torch.no_grad()
-    def logprobs(rows):
+    def logprobs(rows: list[list[int]]) -> list[np.ndarray]:
         out = []
         for row in rows:
             ids = torch.tensor([row])
@@ -45,7 +48,7 @@ def oracle(model, temperature: float):
     return logprobs
 
 
-def stream(model):
+def stream(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Return the tensors as the learner's `hf_weights` yields them: full, not sharing storage, the tied head second."""
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:

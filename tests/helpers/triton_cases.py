@@ -116,24 +116,25 @@ def largest_error(got: Tensor, want: Tensor) -> float:
 
 def check(case: Case, values: tuple[Tensor, Tensor] | None = None, kernels: type = TritonSoftmax) -> dict[str, float]:
     """Assert that statistics and gradient equal those in float64; return the errors."""
-    values, target = values or case.values()
+    source, target = values or case.values()
     want_entropy = case.upstream != "logprob alone"
-    exact = values.double().requires_grad_()
+    exact = source.double().requires_grad_()
     log_p = torch.log_softmax(exact / case.temperature, 1)
     want_logprob = log_p.gather(1, target[:, None]).squeeze(1)
     want_entropies = -(log_p.exp() * log_p).sum(1)
 
-    memory, logits = laid_out(values, case.layout)
+    memory, logits = laid_out(source, case.layout)
     untouched = torch.ones_like(memory, dtype=torch.bool)
     cuts = (0, *case.shards, case.vocab)
     blocks, parts = [], []
     for start, end in itertools.pairwise(cuts):
         part = logits[:, start:end]
-        blocks.append(kernels(part, target - start, case.temperature, want_entropy) if end > start else None)
+        block = kernels(part, target - start, case.temperature, want_entropy) if end > start else None
+        blocks.append(block)
         none = torch.full((case.tokens,), -torch.inf)
-        parts.append(blocks[-1].statistics() if end > start else empty_shard(none, want_entropy))
+        parts.append(empty_shard(none, want_entropy) if block is None else block.statistics())
     row = merged(parts, case.temperature) if case.shards else parts[0]
-    assert torch.equal(row.max, values.float().amax(1))
+    assert torch.equal(row.max, source.float().amax(1))
     errors = {"logprob": largest_error(row.logprob(), want_logprob)}
     if want_entropy:
         errors["entropy"] = largest_error(row.entropy(), want_entropies)
@@ -255,7 +256,7 @@ def check_head(options: dict) -> dict[str, float]:
     signs[0] *= options["upstream"] != "entropy"
     signs[1] *= options["upstream"] != "logprob"
     exact = double(hidden, weight)
-    want = reference.linear_logprob_entropy(*exact, target, temperature=temperature)
+    want = reference.linear_logprob_entropy(exact[0], exact[1], target, temperature=temperature)
     want_gradients = torch.autograd.grad((signs[0] * want[0]).sum() + (signs[1] * want[1]).sum(), exact)
 
     got = linear_logprob_entropy(hidden, weight, target, temperature=temperature, chunk_tokens=chunk)

@@ -90,11 +90,10 @@ def test_a_study_runs_its_plan_and_answers(pretended, capsys):
     assert pretended.calls == EVERY
     printed = " ".join(capsys.readouterr().out.split())
     assert "12 stages, policy paper" in printed and "about 0 FLOPs of training compute left" not in printed
-    assert (
-        "Which set first? hard: it has the lowest minimum validation loss (hard 0.500, easy 0.600 nats per token)."
-        in printed
-    )
-    assert "Is more data, or harder data, worth more?" in printed and "hard (105 trajectories) 4" in printed
+    best_set = "hard: it has the lowest minimum validation loss (hard 0.500, easy 0.600 nats per token)."
+    assert f"Which set first? {best_set}" in printed
+    assert "Is more data, or harder data, worth more?" in printed
+    assert "Highest last scores: " in printed and "hard (105 trajectories) 4" in printed
     study = json.loads((pretended.root / "report" / "study.json").read_text())
     assert [(run["set"], run["seed"], run["start_step"], run["role"]) for run in study["rl"]] == [
         (name, seed, step, role)

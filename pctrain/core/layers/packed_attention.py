@@ -64,7 +64,9 @@ class PackedLayout(RotatedLayout):
             buckets.append((count, width))
             offset += count * width
         if not buckets:  # a padding pack: nothing to attend to, but every layer still needs an output
-            buckets, indices, offset = [(1, 1)], [np.zeros(1, np.int64)], 1
+            buckets = [(1, 1)]
+            indices = [np.zeros(1, np.int64)]
+            offset = 1
         index = np.concatenate(indices)
         in_place = offset <= tokens and bool((index == np.arange(offset)).all())
         longest = int(lengths.max(initial=1))

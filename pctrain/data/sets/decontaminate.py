@@ -50,7 +50,7 @@ def main(call: CommandCall[DecontaminateOptions]) -> None:
 
 
 @dataclass
-class Benchmark:
+class BenchmarkText:
     """The prompts of one benchmark, as words, and what was found of it in the data."""
 
     name: str
@@ -72,7 +72,7 @@ class Benchmark:
         }
 
 
-def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
+def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> BenchmarkText:
     """Read the prompts of a benchmark.
 
     Raises:
@@ -89,7 +89,7 @@ def read_benchmark(path: Path, fields: FieldsConfig, n: int) -> Benchmark:
     seen = Counter(gram for prompt in prompts for gram in set(ngram_hashes(word_hashes(prompt), n).tolist()))
     limit = max(BOILERPLATE_AT_LEAST, BOILERPLATE * len(prompts))
     boilerplate = {gram for gram, count in seen.items() if count >= limit}
-    return Benchmark(str(path), data.files, ids, prompts, boilerplate)
+    return BenchmarkText(str(path), data.files, ids, prompts, boilerplate)
 
 
 @dataclass(frozen=True)
@@ -101,24 +101,26 @@ class Match:
     text: str  # the words that both have
 
 
-Place = tuple[int, int]  # a prompt: the number of its benchmark, and its number there
+PromptPlace = tuple[int, int]  # a prompt: the number of its benchmark, and its number there
 
 
 class Search:
     """A search for all prompts of all benchmarks in one text at a time."""
 
-    def __init__(self, benchmarks: list[Benchmark], n: int):
+    def __init__(self, benchmarks: list[BenchmarkText], n: int):
         self.benchmarks, self.n = benchmarks, n
-        self._by_gram: dict[int, Place] = {}
-        self._by_whole: dict[int, dict[int, list[Place]]] = {}  # number of words -> hash of the whole prompt -> prompts
-        self._by_words: dict[tuple[str, ...], Place] = {}
+        self._by_gram: dict[int, PromptPlace] = {}
+        self._by_whole: dict[
+            int, dict[int, list[PromptPlace]]
+        ] = {}  # number of words -> hash of the whole prompt -> prompts
+        self._by_words: dict[tuple[str, ...], PromptPlace] = {}
         for b, benchmark in enumerate(benchmarks):
             for p, prompt in enumerate(benchmark.prompts):
                 self._add((b, p), prompt, benchmark.boilerplate)
         self._grams = np.array(sorted(self._by_gram), np.uint64)
         self._wholes = {length: np.array(sorted(keys), np.uint64) for length, keys in self._by_whole.items()}
 
-    def _add(self, place: Place, prompt: list[str], boilerplate: set[int]) -> None:
+    def _add(self, place: PromptPlace, prompt: list[str], boilerplate: set[int]) -> None:
         hashes = word_hashes(prompt)
         grams = [gram for gram in ngram_hashes(hashes, self.n).tolist() if gram not in boilerplate]
         for gram in grams:
@@ -210,7 +212,7 @@ def _find_match(record: Record, search: Search, options: DecontaminateOptions) -
     return match
 
 
-def _print_benchmarks(benchmarks: list[Benchmark]) -> None:
+def _print_benchmarks(benchmarks: list[BenchmarkText]) -> None:
     from rich.table import Table
     from rich.text import Text
 

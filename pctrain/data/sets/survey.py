@@ -21,7 +21,7 @@ Hashes = tuple[bytes, np.ndarray | None]  # key and sketch of an entry
 
 
 @dataclass(frozen=True)
-class Entry:
+class SurveyEntry:
     """A record that can be used.
 
     `key` identifies the normal form of its texts. `sketch`, uint64 [bands], is used to search for near-duplicates.
@@ -32,12 +32,14 @@ class Entry:
     sketch: np.ndarray | None
 
 
-def survey(data: Data, by: By, near: NearOptions | None, workers: int | None, doing: str) -> Iterator[Entry | Fault]:
+def survey(
+    data: Data, by: By, near: NearOptions | None, workers: int | None, doing: str
+) -> Iterator[SurveyEntry | Fault]:
     """Yield one entry or fault for every record, in order."""
     place = 0
     for results in data.map_chunks(partial(_hash_chunk, data, by, near), doing, workers):
         for result in results:
-            yield result if isinstance(result, Fault) else Entry(place, *result)
+            yield result if isinstance(result, Fault) else SurveyEntry(place, *result)
             place += 1
 
 

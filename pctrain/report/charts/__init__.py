@@ -18,11 +18,11 @@ from pctrain.report.charts import (
     validation_loss,
 )
 from pctrain.report.charts.chart import Chart
-from pctrain.report.held_out import HeldOut
+from pctrain.report.held_out import ForecastTest
 from pctrain.report.study_data import Study
 
 
-def build(study: Study, held: Mapping[str, HeldOut | None]) -> list[Chart]:
+def build(study: Study, held: Mapping[str, ForecastTest | None]) -> list[Chart]:
     """Build the charts that the study has data for, in the order of the page. `held` is by run name."""
     charts = [
         validation_loss.build(study),

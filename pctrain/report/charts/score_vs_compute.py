@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pctrain.report.charts.chart import Chart, group_name, identity, point_steps, readable_scale, set_names
-from pctrain.report.held_out import HeldOut
+from pctrain.report.held_out import ForecastTest
 from pctrain.report.looks import Look, ceiling_text, run_looks
 from pctrain.report.study_data import FittedRun, RLRun, ScoredRun, SFTRun, Study
 
@@ -38,7 +38,7 @@ COLUMNS = (
 )
 
 
-def build(study: Study, held: Mapping[str, HeldOut | None]) -> Chart | None:
+def build(study: Study, held: Mapping[str, ForecastTest | None]) -> Chart | None:
     """Build the chart, or return None if no run has a score. `held` is by run name."""
     sft = [run for run in study.sft if run.scores]
     rl = study.scored
@@ -77,7 +77,7 @@ def _sft_series(run: SFTRun, factor: float) -> dict[str, Any]:
     }
 
 
-def _rl_series(run: ScoredRun, factor: float, held: HeldOut | None) -> dict[str, Any]:
+def _rl_series(run: ScoredRun, factor: float, held: ForecastTest | None) -> dict[str, Any]:
     equal = run.sft_equal
     return {
         "kind": "rl",
@@ -100,7 +100,7 @@ def _fit(run: ScoredRun, factor: float) -> dict[str, Any] | None:
     return _scaled(curve, factor) | {"identified": run.fit.verdict == "identified"}
 
 
-def _forecast(held: HeldOut | None, factor: float) -> dict[str, Any] | None:
+def _forecast(held: ForecastTest | None, factor: float) -> dict[str, Any] | None:
     if held is None:
         return None
     return _scaled(held.curve, factor) | {"seen": held.seen, "rmse": held.rmse, "outside": held.outside}
@@ -167,7 +167,7 @@ def _sft_rows(run: SFTRun) -> list[list[Any]]:
     ]
 
 
-def _rl_rows(run: ScoredRun, held: HeldOut | None) -> list[list[Any]]:
+def _rl_rows(run: ScoredRun, held: ForecastTest | None) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for i, (p, fitted) in enumerate(zip(run.points, _fitted_scores(run), strict=True)):
         held_out: int | str = ""

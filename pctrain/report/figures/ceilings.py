@@ -59,7 +59,9 @@ def _draw_base(axes: Axes, row: int, bar: dict[str, Any], begin: float) -> None:
 
 def _draw_ceiling(axes: Axes, row: int, bar: dict[str, Any], begin: float) -> None:
     """Draw the bar of PL_rl, pale and hatched if the ceiling is not identified."""
-    base, own, ceiling = bar["p_sft"], color(bar["colour"]), bar["ceiling"]
+    base = bar["p_sft"]
+    own = color(bar["colour"])
+    ceiling = bar["ceiling"]
     top, width = max(ceiling["a"], base), _width(axes, begin)
     if not bar["solid"]:
         axes.barh(

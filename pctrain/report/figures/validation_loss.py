@@ -63,7 +63,9 @@ def _set_loss_scale(axes: Axes, losses: Sequence[float]) -> tuple[float, float]:
 
 def _draw_series(axes: Axes, series: dict[str, Any], several: bool) -> None:
     own = color(series["colour"])
-    x, y, minimum = series["x"], series["y"], series["minimum"]
+    x = series["x"]
+    y = series["y"]
+    minimum = series["minimum"]
     fill = [REGIME_COLOURS[regime] for regime in series["regimes"]] if several else own
     axes.plot(x, y, color=own, lw=1.8, zorder=3)
     axes.scatter(x, y, s=12 if len(x) < DENSE else 4, c=fill, edgecolors=own, linewidths=0.7, zorder=4)

@@ -211,7 +211,7 @@ PROVIDERS: dict[str, tuple[Callable, dict]] = {
 
 
 def tokenised(config: Config) -> list:
-    """Return the training samples as pctrain tokenises them."""
+    """Return the training samples as pctrain tokenizes them."""
     from pctrain.data.build import TokenJob, build, folder_of
     from pctrain.data.store import TokenStore
 

@@ -1,4 +1,4 @@
-"""Tokenise trajectories into the cache: tokens/s and memory of building and reading, against datasets + transformers.
+"""Tokenize trajectories into the cache: tokens/s and memory of building and reading, against datasets + transformers.
 
     python benchmarks/tokenise.py [--counts 10000 100000] [--hf-dir DIR] [--folder DIR]
 
@@ -104,7 +104,7 @@ def measure_read(folder: str, batch: str) -> dict:
 
 
 def measure_datasets(hf_dir: str, file: str, processes: str) -> dict:
-    """Tokenise with datasets.map over transformers' chat template; return its seconds and tokens."""
+    """Tokenize with datasets.map over transformers' chat template; return its seconds and tokens."""
     import datasets
     from transformers import AutoTokenizer
 

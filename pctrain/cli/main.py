@@ -22,9 +22,8 @@ HELP = ("-h", "--help", "help")
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 for a failed run, 2 for bad input, 130 for Ctrl-C."""
-    is_first_rank = (
-        os.environ.get("RANK", "0") == "0"
-    )  # under torchrun every rank finds the same mistake; one reports it
+    # Under torchrun every rank finds the same mistake; one reports it.
+    is_first_rank = os.environ.get("RANK", "0") == "0"
     try:
         run_command(sys.argv[1:] if arguments is None else arguments)
         return 0
@@ -80,8 +79,8 @@ def _find_command(arguments: list[str]) -> tuple[Command[Any], list[str]]:
             return command, arguments[len(words) :]
     group = [command.name for command in COMMANDS if command.name.split()[0] == arguments[0]]
     if group and (len(arguments) == 1 or arguments[1].startswith("-")):
-        known = ", ".join(f"pctrain {name}" for name in group)
-        raise UserError(f"pctrain {arguments[0]} needs one more word; known: {known}")
+        known = ", ".join(name.split()[1] for name in group)
+        raise UserError(f"pctrain {arguments[0]} needs a subcommand: {known}")
     typed = " ".join(arguments[:2]) if group else arguments[0]
     names = [command.name for command in COMMANDS]
     near = difflib.get_close_matches(typed, names, n=1, cutoff=0.5)

@@ -116,7 +116,12 @@ def _add_option(parser: argparse.ArgumentParser, name: str, field: FieldInfo | N
 
 def _spellings(name: str) -> list[str]:
     """Return the ways to type an option: `--dry_run` and `--dry-run`."""
-    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+    return list(dict.fromkeys([f"--{name}", _dashed(name)]))
+
+
+def _dashed(name: str) -> str:
+    """Return the way that help and messages write a command's own option: `--dry-run`."""
+    return f"--{name.replace('_', '-')}"
 
 
 # ---- a command's own options ----------------------------------------------------------------------------------
@@ -124,11 +129,11 @@ def _spellings(name: str) -> list[str]:
 
 def _add_own(command: Command[Any], own: dict[str, Any], name: str, text: str | None) -> None:
     if not text:
-        raise UserError(f"pctrain {command.name}: --{name} needs a value: --{name}=VALUE")
+        raise UserError(f"pctrain {command.name}: {_dashed(name)} needs a value: {_dashed(name)}=VALUE")
     if _is_list(command.own, name):
         own.setdefault(name, []).append(text)
     elif name in own:
-        raise UserError(f"pctrain {command.name}: --{name} is given more than once: {own[name]}, {text}")
+        raise UserError(f"pctrain {command.name}: {_dashed(name)} is given more than once: {own[name]}, {text}")
     else:
         own[name] = text
 
@@ -152,11 +157,11 @@ def _value_error(command: Command[Any], item: Any) -> str:
     if item["type"] == "missing":
         field = command.own.model_fields[name]
         return (
-            f"pctrain {command.name} needs --{name} {describe_type(field.annotation)} ({field.description}); "
+            f"pctrain {command.name} needs {_dashed(name)} {describe_type(field.annotation)} ({field.description}); "
             f"usage: {command.usage}"
         )
     expected = item["msg"].removeprefix("Input should be ").partition(", unable to")[0]
-    return f"pctrain {command.name}: --{name}: expected {expected}, got {str(item['input'])!r}"
+    return f"pctrain {command.name}: {_dashed(name)}: expected {expected}, got {str(item['input'])!r}"
 
 
 def _unknown_option(command: Command[Any], argument: str) -> str:
@@ -171,9 +176,9 @@ def _unknown_option(command: Command[Any], argument: str) -> str:
         return unknown_key(name, "command line")
     near = difflib.get_close_matches(name.replace("-", "_"), [*own, CONFIG], n=1, cutoff=0.6)
     if near:
-        hint = f"did you mean --{near[0]}?"
+        hint = f"did you mean {_dashed(near[0])}?"
     elif own:
-        hint = f"its options are: {', '.join(f'--{known}' for known in own)}"
+        hint = f"its options are: {', '.join(_dashed(known) for known in own)}"
     else:
         hint = f"usage: {command.usage}"
     return f"pctrain {command.name}: unknown option --{name}; {hint}"

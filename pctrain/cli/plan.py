@@ -16,7 +16,9 @@ from pctrain.plan.options import PlanOptions
 class DoctorOptions(Section):
     """Options of `pctrain doctor`."""
 
-    folder: Path = Field(Path("."), description="where runs will be written: is it writable, and is there space")
+    folder: Path = Field(
+        Path("."), description="folder where runs will be written: check that it is writable and has space"
+    )
 
 
 def _plan(call: Call[PlanOptions]) -> None:

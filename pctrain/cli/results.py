@@ -71,10 +71,10 @@ def _fit(call: Call[FitOptions]) -> None:
 def _report(call: Call[ReportOptions]) -> None:
     options, source = call.options, Path(call.operands[0])
     if options.port is not None and not options.watch:
-        raise UserError("pctrain report: --port is where --watch serves; give --watch as well")
+        raise UserError("pctrain report: --port is the port of --watch; add --watch")
     chosen = [name for name in ("out", "ledger", "watch") if getattr(options, name)]
     if len(chosen) > 1:
-        raise UserError(f"pctrain report: --{chosen[0]} and --{chosen[1]} are two different things; give one of them")
+        raise UserError(f"pctrain report: --{chosen[0]} and --{chosen[1]} exclude each other; give one of them")
     if options.ledger:
         from pctrain.report.ledger_table import main as print_ledger
 

@@ -138,7 +138,7 @@ COMMANDS = (
         _make_set,
         (
             "pctrain data select rated.jsonl --out hard.jsonl --take=hard --size=102000",
-            "pctrain data select rated.jsonl --out even.jsonl --take=uniform --size=102000 --max_length=16384 "
+            "pctrain data select rated.jsonl --out even.jsonl --take=uniform --size=102000 --max-length=16384 "
             "--model.path=Qwen2.5-7B",
             "pctrain data select all.jsonl --out s1k.jsonl --size=1000 --prefer=longest",
         ),

@@ -33,9 +33,7 @@ class StudyOptions(Section):
     dry_run: bool = Field(
         False, description="print the plan, which stages are done and what the others will cost; write nothing"
     )
-    only: list[str] = Field(
-        [], description="a stage, or a set or seed whose stages this job runs; can be given several times"
-    )
+    only: list[str] = Field([], description="run only this stage, or the stages of this set or seed; may be repeated")
 
 
 def _run_sft(call: Call[NoOptions]) -> None:
@@ -48,7 +46,7 @@ def _run_sft(call: Call[NoOptions]) -> None:
 def _run_rl(call: Call[DebugOptions]) -> None:
     options = call.options
     if options.debug_rollout_only and options.debug_train_only is not None:
-        raise UserError("--debug_rollout_only samples and --debug_train_only trains: give one of them")
+        raise UserError("--debug-rollout-only and --debug-train-only exclude each other; give one of them")
     config = call.load_config()
     from pctrain.rl import debug, loop
 

@@ -20,6 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from pctrain.common.errors import ToBeContinued
+
 PLAIN_SECONDS = 10.0
 Item = TypeVar("Item")
 
@@ -54,18 +56,18 @@ class Bar:
     def _show(self) -> None:
         """Do nothing: this class is the bar of ranks other than 0."""
 
-    def _close(self, failed: bool) -> None:
-        pass
+    def _close(self, end: str | None = None) -> None:
+        """End the bar. `end` says why the work stopped early; None if it did not."""
 
     def pace(self) -> str:
-        """Return `2.1 step/s, 0:05:12 left`. Units done before this start do not count towards the rate."""
+        """Return `2.1 steps/s, 0:05:12 left`. Units done before this start do not count towards the rate."""
         elapsed, done = time.monotonic() - self._began, self.done - self.start
         if done <= 0 or elapsed <= 0:
             return ""
         rate = done / elapsed
-        speed = f"{rate:.3g} {self.unit}/s" if rate >= 0.5 else f"{1 / rate:.3g} s/{self.unit}"
+        speed = f"{rate:.3g} {_plural(self.unit)}/s" if rate >= 0.5 else f"{1 / rate:.3g} s/{self.unit}"
         left = (self.total - self.done) / rate
-        return f"{speed}, {_clock(left)} left" if left > 0 else f"{speed}, {_clock(elapsed)} in all"
+        return f"{speed}, {_clock(left)} left" if left > 0 else f"{speed}, {_clock(elapsed)} total"
 
     def shown_values(self) -> str:
         """Return the values next to the bar."""
@@ -90,17 +92,17 @@ class _PlainBar(Bar):
         if time.monotonic() - self._printed_at >= PLAIN_SECONDS:
             self._print()
 
-    def _close(self, failed: bool) -> None:
+    def _close(self, end: str | None = None) -> None:
         _PlainBar._open -= 1
-        if failed:
-            self._print(" (stopped by an error)")
+        if end is not None:
+            self._print(f" ({end})")
         elif self._printed_done != self.done and (self._outermost or self._printed_done is not None):
             self._print()
 
     def _print(self, end: str = "") -> None:
         share = 100 * self.done / self.total if self.total else 100
         parts = [
-            f"{self.description}: {self.done}/{self.total} {self.unit} ({share:.0f}%)",
+            f"{self.description}: {self.done}/{self.total} {_plural(self.unit)} ({share:.0f}%)",
             self.pace(),
             self.shown_values(),
         ]
@@ -130,7 +132,7 @@ class _RichBar(Bar):
     def _show(self) -> None:
         self._display.update(self._task, completed=self.done)
 
-    def _close(self, failed: bool) -> None:
+    def _close(self, end: str | None = None) -> None:
         if self._outermost:
             _RichBar._live = None
             self._display.stop()
@@ -167,10 +169,16 @@ def progress(description: str, total: int, *, unit: str = "step", start: int = 0
     bar = (visible if rank == 0 else Bar)(description, total, unit, start)
     try:
         yield bar
-    except BaseException as error:
-        bar._close(failed=not isinstance(error, GeneratorExit))  # leaving a `track` early is no error
+    except GeneratorExit:  # a `track` that was left early
+        bar._close()
         raise
-    bar._close(failed=False)
+    except (ToBeContinued, KeyboardInterrupt):
+        bar._close("interrupted")
+        raise
+    except BaseException:
+        bar._close("stopped by an error")
+        raise
+    bar._close()
 
 
 def track(items: Iterable[Item], description: str, total: int, *, unit: str = "item", rank: int = 0) -> Iterator[Item]:
@@ -179,6 +187,10 @@ def track(items: Iterable[Item], description: str, total: int, *, unit: str = "i
         for item in items:
             yield item
             bar.advance()
+
+
+def _plural(unit: str) -> str:
+    return unit if unit.isupper() else f"{unit}s"
 
 
 def _clock(seconds: float) -> str:

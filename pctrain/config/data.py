@@ -14,8 +14,8 @@ from pctrain.config.section import Section
 class ProblemsConfig(Section):
     """Generated arithmetic problems with worked solutions. Used if `data.train` is not given."""
 
-    min_terms: int = Field(3, ge=2, le=12, description="fewest terms of a chain")
-    max_terms: int = Field(4, ge=2, le=12, description="most terms of a chain")
+    min_terms: int = Field(3, ge=2, le=12, description="minimum number of terms in a problem")
+    max_terms: int = Field(4, ge=2, le=12, description="maximum number of terms in a problem")
     max_operand: int = Field(9, ge=1, le=9999, description="largest operand")
     train: int = Field(600, ge=1, description="expert trajectories for SFT, records")
     validation: int = Field(200, ge=1, description="held-out trajectories for the validation loss, records")
@@ -56,11 +56,13 @@ class FieldsConfig(Section):
     looked for in the columns of known layouts: `messages`; RETU's; or `prompt`, `response`, `answer`.
     """
 
-    prompt: str | None = Field(None, min_length=1, description="the question")
-    response: str | None = Field(None, min_length=1, description="the expert's trajectory")
-    answer: str | None = Field(None, min_length=1, description="the gold answer")
+    prompt: str | None = Field(None, min_length=1, description="column of the prompt; default: found by its name")
+    response: str | None = Field(
+        None, min_length=1, description="column of the expert's response; default: found by its name"
+    )
+    answer: str | None = Field(None, min_length=1, description="column of the gold answer; default: found by its name")
     messages: str | None = Field(
-        None, min_length=1, description="a chat in OpenAI's form, [{role, content}, ...], instead of the prompt"
+        None, min_length=1, description="column of a chat, [{role, content}, ...], used instead of prompt and response"
     )
 
 
@@ -73,7 +75,7 @@ class DataConfig(Section):
         "generated arithmetic",
     )
     validation: Sources | None = Field(
-        None, description="held-out trajectories for the validation loss; each counts once, weights are not read"
+        None, description="held-out trajectories for the validation loss; each counts once, weights are ignored"
     )
     test: Path | None = Field(None, description="problems to score on (prompt, answer): file, glob or folder")
     rl: Path | None = Field(

@@ -19,6 +19,8 @@ from pctrain.config.keys import algorithm_options, algorithms_with
 from pctrain.config.tree import BenchmarkOrPath, Config, Section, Sources
 
 ALGORITHM = "rl.algorithm"
+_LARGEST_BOUND = 2**62  # a bound of the integer type says nothing to a reader
+_NO_DEFAULT = ("[default: null]", "[default: []]", "[default: {}]")  # the description says what happens instead
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,22 @@ class _Option:
     @property
     def kind(self) -> str:
         return describe_type(self.field.annotation)
+
+
+class _Switch(_Option):
+    """An option that is typed without a value."""
+
+    @property
+    def kind(self) -> str:
+        return ""
+
+
+class _Repeated(_Option):
+    """An option that is typed once for each of its values."""
+
+    @property
+    def kind(self) -> str:
+        return f"{describe_type(get_args(self.field.annotation)[0])} ..."
 
 
 def option_lines(prefixes: Sequence[str]) -> list[str]:
@@ -58,11 +76,16 @@ def option_lines(prefixes: Sequence[str]) -> list[str]:
 
 
 def own_option_lines(own: type[Section]) -> list[str]:
-    """Return the help of a command's own options, the fields of `own`."""
+    """Return the help of a command's own options, the fields of `own`. A switch, off by default, shows no value."""
     lines: list[str] = []
     for name, field in own.model_fields.items():
+        key = name.replace("_", "-")
+        if field.default is False:
+            lines += _lines(_Switch(key, field, "[default: null]"))
+            continue
         default = None if field.is_required() else _shown(field.get_default(call_default_factory=True))
-        lines += _lines(_Option(name, field, "[required]" if default is None else f"[default: {default}]"))
+        option = _Repeated if get_origin(field.annotation) is list else _Option
+        lines += _lines(option(key, field, "[required]" if default is None else f"[default: {default}]"))
     return lines
 
 
@@ -76,7 +99,7 @@ def reference() -> str:
         "This page lists every config key. Set keys in a YAML file (`--config`) as a tree, or override them on the "
         "command\n"
         "line as `--section.key=value`. The key `base: FILE` of a file names one or several files that it overrides.\n"
-        "The page is made from the types in `pctrain/config/` by `python -m pctrain.config.help > docs/config.md`.",
+        "It is generated from the types in `pctrain/config/` by `python -m pctrain.config.help > docs/config.md`.",
     ]
     for name in Config.model_fields:
         section = getattr(Config(), name)
@@ -89,7 +112,7 @@ def reference() -> str:
 
 
 _ALGORITHM_NOTE = (
-    "Each algorithm has its options: `rl: {algorithm: {name: upt, gamma: 2}}` in a file, `--rl.algorithm=upt\n"
+    "Each algorithm has its own options: `rl: {algorithm: {name: upt, gamma: 2}}` in a file, `--rl.algorithm=upt\n"
     "--rl.algorithm.gamma=2` on the command line. An option that an algorithm does not have is an error."
 )
 
@@ -110,9 +133,9 @@ def help_width() -> int:
 
 def _lines(option: _Option) -> list[str]:
     indent = " " * 8
-    text = f"{option.description}  {option.default}"
-    wrapped = textwrap.wrap(text, help_width(), initial_indent=indent, subsequent_indent=indent)
-    return [f"  --{option.key} {option.kind}", *wrapped]
+    default = "" if option.default in _NO_DEFAULT else f"  {option.default}"
+    wrapped = textwrap.wrap(option.description + default, help_width(), initial_indent=indent, subsequent_indent=indent)
+    return [f"  --{option.key} {option.kind}".rstrip(), *wrapped]
 
 
 # ---- options of the tree ---------------------------------------------------------------------------------------------
@@ -199,7 +222,7 @@ def _limits(field: FieldInfo) -> str:
     bounds = [
         (signs[type(rule)], getattr(rule, type(rule).__name__.lower()))
         for rule in field.metadata
-        if type(rule) in signs
+        if type(rule) in signs and getattr(rule, type(rule).__name__.lower()) < _LARGEST_BOUND
     ]
     return ", ".join(f"{sign} {bound:g}" for sign, bound in bounds)
 

@@ -90,8 +90,9 @@ def unknown_key(dotted: str, origin: str) -> str:
     option = _RENAMED.get(name, name)
     if section == "rl" and option in algorithm_options():
         return (
-            f"unknown key {dotted} ({origin}); it is an option of the algorithm now: rl.algorithm.{option} on the "
-            f"command line, rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
+            f"unknown key {dotted} ({origin}); {option} is an option of the algorithm: write "
+            f"--rl.algorithm.{option}=VALUE on the command line, or "
+            f"rl: {{algorithm: {{name: {algorithms_with(option)[0]}, {option}: VALUE}}}} in a file"
         )
     near = nearest_keys(dotted)
     hint = f"did you mean {' or '.join(near)}?" if near else f"sections are: {', '.join(SECTIONS)}"

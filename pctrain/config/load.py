@@ -128,7 +128,9 @@ def _algorithm_name(setting: Setting) -> str:
     name = setting.value
     if isinstance(name, str) and (name in built_in() or plugins.NAME.fullmatch(name)):
         return name
-    raise UserError(f"rl.algorithm ({setting.origin}): expected {expected_names()}, got {_as_json(name)}")
+    near = difflib.get_close_matches(str(name), built_in(), n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise UserError(f"rl.algorithm ({setting.origin}): expected {expected_names()}, got {_as_json(name)}{hint}")
 
 
 def _foreign_option(setting: Setting, name: str, options: type[AlgorithmOptions]) -> str:
@@ -140,9 +142,9 @@ def _foreign_option(setting: Setting, name: str, options: type[AlgorithmOptions]
     if near and not others:
         hint = f"did you mean rl.algorithm.{near[0]}?"
     else:
-        owners = f"; {', '.join(others)} {'has' if len(others) == 1 else 'have'} it" if others else ""
-        hint = f"{name} has: {', '.join(has)}{owners}"
-    return f"rl.algorithm.{key} ({setting.origin}) is no option of {name}; {hint}"
+        owners = f"it belongs to {', '.join(others)}; " if others else ""
+        hint = f"{owners}{name} has: {', '.join(has)}"
+    return f"rl.algorithm.{key} ({setting.origin}) is not an option of {name}; {hint}"
 
 
 # ---- type errors -----------------------------------------------------------------------------------------------------
@@ -176,8 +178,14 @@ def _type_error(item: ErrorDetails, origins: Mapping[Key, str], prefix: Key) -> 
         return f"{name} ({origin}): {problem}; an item takes {', '.join(item_class.model_fields)}"
     if item["type"] == "algorithm_options":
         return f"{name} ({origin}): {item['msg']}"
-    expected = _EXPECTED.get(item["type"]) or item["msg"].removeprefix("Input should be ")
+    expected = _EXPECTED.get(item["type"]) or _expected_text(item["msg"])
     return f"{name} ({origin}): expected {expected}, got {cut(_as_json(item['input']))}"
+
+
+def _expected_text(message: str) -> str:
+    """Return what pydantic expects as a noun: `a value greater than or equal to 1`, or a list of choices."""
+    text = message.removeprefix("Input should be ")
+    return f"a value {text}" if text.startswith(("greater", "less")) else text
 
 
 def _option_in(location: Sequence[int | str]) -> Key:

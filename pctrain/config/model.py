@@ -26,7 +26,7 @@ class RunConfig(Section):
         "always keeps all checkpoints of SFT",
     )
     keep_every: int | None = Field(
-        None, ge=1, description="with run.keep_last: also keep the checkpoints of every so many steps"
+        None, ge=1, description="with run.keep_last: also keep each checkpoint whose step is a multiple of this"
     )
 
 
@@ -57,7 +57,7 @@ class ModelConfig(Section):
     spec: Literal["auto", "te", "torch-varlen", "torch"] = Field(
         "auto",
         description="layer implementation: te (Transformer Engine), torch-varlen (PyTorch with variable-length flash "
-        "attention, CUDA only), torch (plain PyTorch); auto: the fastest that runs here",
+        "attention, CUDA only), torch (plain PyTorch); auto: the fastest one available",
     )
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
         None,

@@ -23,13 +23,15 @@ class RolloutConfig(Section):
     max_prompt: int | None = Field(
         None,
         ge=1,
-        description="longest prompt of training and its scores, tokens; the KV cache must hold one with the longest "
-        "response; default: what the context leaves",
+        description="longest prompt in training and in its evaluations, tokens; the KV cache must hold it together "
+        "with the longest response; default: what the context leaves",
     )
     max_response: int = Field(48, ge=1, description="longest response, tokens")
-    max_sequences: int = Field(256, ge=1, description="sequences that an engine decodes at once")
-    kv_cache_mb: int = Field(256, ge=16, description="KV cache of an engine, MB (CPU only)")
-    gpu_memory: float = Field(0.4, gt=0, lt=1, description="share of GPU memory that an engine may use (GPU only)")
+    max_sequences: int = Field(256, ge=1, description="sequences that one engine decodes at once")
+    kv_cache_mb: int = Field(256, ge=16, description="KV cache of one engine, MB (CPU only)")
+    gpu_memory: float = Field(
+        0.4, gt=0, lt=1, description="share of the GPU's memory that an engine may use (GPU only)"
+    )
     verify_every: int = Field(
         10,
         ge=1,
@@ -62,13 +64,15 @@ class RewardConfig(Section):
     )
     workers: int = Field(1, ge=1, description="verifier processes per rank")
     timeout: float = Field(
-        5.0, gt=0, description="deadline of one verdict, seconds; a slower one is killed, counted and gets 0"
+        5.0,
+        gt=0,
+        description="deadline for one verdict, seconds; a slower one is killed and counted, and its reward is 0",
     )
     memory_mb: int = Field(
         2048,
         ge=64,
-        description="address space that a worker may take besides what its imports mapped, MB; a verdict that takes "
-        "more is counted as memory and gets 0 (Linux)",
+        description="address space that a worker may use beyond its imports, MB; a verdict that needs more is counted "
+        "as a `memory` fault, and its reward is 0 (Linux)",
     )
 
 
@@ -85,7 +89,7 @@ class BenchmarkConfig(Section):
         description="verifier of its score; default: reward.verifier, or `choice` for multiple choice",
     )
     instruction: str | None = Field(
-        None, description="text after each problem; default: eval.instruction; multiple choice has its own"
+        None, description="text to append to each problem; default: eval.instruction; multiple choice has its own"
     )
     fields: FieldsConfig = Field(default_factory=FieldsConfig, description="columns of an unknown layout")
 
@@ -101,12 +105,12 @@ BenchmarkOrPath = Annotated[BenchmarkConfig, BeforeValidator(_as_benchmark)]
 class EvalConfig(Section):
     """How a score is sampled: on data.test during training, and on benchmarks by `pctrain eval`."""
 
-    temperature: float = Field(0.7, ge=0, description="sampling temperature of evaluation; 0 is greedy")
+    temperature: float = Field(0.7, ge=0, description="sampling temperature for evaluation; 0: greedy")
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="evaluation samples from the most likely tokens with this total probability; 1: all",
+        description="nucleus sampling for evaluation: total probability of the tokens to sample from; 1: all tokens",
     )
     samples: int = Field(1, ge=1, description="samples per problem; the score is their mean")
     max_response: int | None = Field(
@@ -121,11 +125,11 @@ class EvalConfig(Section):
     )
     instruction: str | None = Field(
         None,
-        description="only for `pctrain eval`: text after each problem, such as: Put your final answer in \\boxed{}.",
+        description="only for `pctrain eval`: text to append to each problem, e.g. Put your final answer in \\boxed{}.",
     )
     judge: str | None = Field(
         None,
         min_length=1,
-        description="only for `pctrain eval`: your function as module:function, with the form of reward.verifier, "
-        "which decides where the two verifiers disagree",
+        description="only for `pctrain eval`: your function as module:function, of the same form as for "
+        "reward.verifier; it decides where the two verifiers disagree",
     )

@@ -41,9 +41,9 @@ class StudyConfig(Section):
     )
     algorithms: list[AlgorithmChoice] = Field(
         [],
-        description="RL algorithms, each a name or {name: NAME, OPTION: VALUE, ...}; options that rl.algorithm "
-        "changes hold for all of them; default: rl.algorithm; for policy compare all seven",
+        description="RL algorithms, each a name or {name: NAME, OPTION: VALUE, ...}; options set under rl.algorithm "
+        "apply to each that has them; default: rl.algorithm; for policy compare all seven",
     )
     seeds: list[int] = Field(
-        [], description="seeds (data order, sampling), each with a run of every stage; default: run.seed"
+        [], description="seeds of data order and sampling; every stage runs once per seed; default: run.seed"
     )

@@ -56,7 +56,7 @@ class SFTConfig(Section):
     checkpoint_every: int = Field(100, ge=1, description="steps between checkpoints; the last step always has one")
     stop_after: Literal["stable", "mild", "never"] = Field(
         "never",
-        description="stop when the validation loss has left this regime for good (ceiling.delta, ceiling.delta2)",
+        description="stop once the validation loss has left this regime for good (see ceiling.delta and delta2)",
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
 
@@ -70,14 +70,14 @@ class RLConfig(Section):
 
     algorithm: AlgorithmChoice = Field(
         default_factory=_default_algorithm,
-        description="a name, or {name: NAME, OPTION: VALUE, ...}. dapo_d: GRPO with dynamic sampling; dapo_dc: and "
-        "clip-higher; luffy, srft, upt and prefix_rft learn from experts as well; or your class as module:Class "
-        "(docs/your_own.md)",
+        description="a name, or {name: NAME, OPTION: VALUE, ...}. grpo; dapo_d: GRPO with dynamic sampling; dapo_dc: "
+        "dapo_d with clip-higher; luffy, srft, upt and prefix_rft: also learn from expert trajectories; or your own "
+        "class as module:Class (docs/your_own.md)",
     )
     steps: int = Field(50, ge=1, description="RL steps, each with one batch of rollouts")
     prompts: int = Field(32, ge=1, description="prompts per step, over all ranks")
     group: int = Field(
-        8, ge=2, description="rollouts per prompt; luffy and srft: one less, and the expert's trajectory"
+        8, ge=2, description="rollouts per prompt; for luffy and srft the expert's trajectory replaces one of them"
     )
     updates: int = Field(
         1, ge=1, description="optimizer updates per step; above 1 the policy moves within a step, and clipping matters"
@@ -86,25 +86,27 @@ class RLConfig(Section):
         2048, ge=16, description="tokens of one pack (micro-batch) on one rank; a multiple of parallel.tensor"
     )
     reference_offload: bool = Field(
-        False, description="keep the reference in host memory between its passes (GPU only; with a KL)"
+        False, description="keep the reference model in host memory between its passes (GPU only; needs a KL)"
     )
-    keep_low: int = Field(1, ge=0, description="dynamic sampling: fewest correct rollouts of a prompt that is kept")
+    keep_low: int = Field(
+        1, ge=0, description="dynamic sampling: keep a prompt if at least this many rollouts are correct"
+    )
     keep_high: int | None = Field(
-        None, ge=0, description="dynamic sampling: most correct rollouts of such a prompt; default: group - 1"
+        None, ge=0, description="dynamic sampling: and at most this many; default: rl.group - 1"
     )
-    max_rounds: int = Field(10, ge=1, description="dynamic sampling: most sampling rounds per step")
+    max_rounds: int = Field(10, ge=1, description="dynamic sampling: maximum number of sampling rounds per step")
     round_prompts: int = Field(48, ge=1, description="dynamic sampling: prompts per sampling round")
     truncated: Literal["wrong", "masked"] = Field(
         "wrong",
-        description="a response that rollout.max_response cuts counts as wrong, or is judged but not trained on "
-        "(masked)",
+        description="what to do with a response cut off at rollout.max_response: count it as wrong, or judge it but "
+        "do not train on it (masked)",
     )
     eval_every: int = Field(10, ge=1, description="steps between scores on data.test")
     checkpoint_every: int = Field(10, ge=1, description="steps between checkpoints; the last step always has one")
     stop_within: float | None = Field(
         None,
         gt=0,
-        description="stop when the ceiling is identified and its 90% interval reaches at most this far from the "
-        "estimate, points; default: never",
+        description="stop once the ceiling is identified and both ends of its 90% interval are within this many "
+        "points of the estimate; default: never",
     )
     optimizer: RLOptimizerConfig = Field(default_factory=RLOptimizerConfig)

@@ -292,7 +292,7 @@ class DataCheck:
             for line in trouble.lines():
                 console.print(Text(line), soft_wrap=True)
         console.print()
-        console.print(Text(f"written: {', '.join(map(str, written))}"), soft_wrap=True)
+        console.print(Text(f"Wrote {' and '.join(map(str, written))}."), soft_wrap=True)
         console.print(Text(self.summary()), soft_wrap=True)
 
     def summary(self) -> str:
@@ -305,7 +305,7 @@ class DataCheck:
             return f"all {self.records:,} records of {files} can be used{worth_a_look}"
         faults = ", ".join(f"{trouble.count:,} {trouble.kind}" for trouble in troubles if trouble.unusable)
         return (
-            f"NOT PASSED: {self.unusable:,} of {self.records + self.unusable:,} records of {files} cannot be used "
+            f"FAILED: {self.unusable:,} of {self.records + self.unusable:,} records of {files} cannot be used "
             f"({faults}){worth_a_look}"
         )
 

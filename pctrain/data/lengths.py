@@ -89,7 +89,7 @@ class Lengths:
         edges = bin_edges(values, bins=12)
         counts, _ = np.histogram(values, edges)
         width = len(f"{edges[-1] - 1:,}")
-        lines = [f"{name}, records"]
+        lines = [f"{name}: number of records"]
         for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True):
             mark = "█" * round(BAR_WIDTH * count / counts.max()) or ("▏" if count else "")
             lines.append(f"  {low:>{width},} - {high - 1:<{width},} {mark} {count:,}")

@@ -42,7 +42,7 @@ REMARKS = {
         "\\boxed{ has no closing brace: the response may have been cut off, and its answer cannot be extracted"
     ),
     "no_box": "the record has an answer, but the response has no \\boxed{...} to extract one from",
-    "overlong_policy": "the sample is longer than the model's context; data.overlong says what happens to it",
+    "overlong_policy": "the sample is longer than the model's context; data.overlong decides what happens to it",
 }
 
 

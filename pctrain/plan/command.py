@@ -52,4 +52,4 @@ def main(config: Config, base: Config, options: PlanOptions, pinned: Collection[
 
 
 def _wrote(console: Console, path: Path) -> None:
-    console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"Wrote {path}.", markup=False, highlight=False, soft_wrap=True)

@@ -38,8 +38,8 @@ class Gpu:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("h200", 139.7 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s a GPU"),
-        Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s a GPU"),
+        Gpu("h200", 139.7 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, "H200 SXM data sheet; DGX H200: 400 Gb/s per GPU"),
+        Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, "H100 SXM data sheet; DGX H100: 400 Gb/s per GPU"),
         Gpu(
             "a100-80",
             79.1 * GIB,
@@ -48,7 +48,7 @@ GPUS = {
             2.039e12,
             300e9,
             25e9,
-            "A100 80GB SXM data sheet; DGX A100: 200 Gb/s a GPU",
+            "A100 80GB SXM data sheet; DGX A100: 200 Gb/s per GPU",
         ),
         Gpu(
             "a100-40",
@@ -58,9 +58,11 @@ GPUS = {
             1.555e12,
             300e9,
             25e9,
-            "A100 40GB SXM data sheet; DGX A100: 200 Gb/s a GPU",
+            "A100 40GB SXM data sheet; DGX A100: 200 Gb/s per GPU",
         ),
-        Gpu("b200", 178.3 * GIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, "HGX B200 data sheet; DGX B200: 400 Gb/s a GPU"),
+        Gpu(
+            "b200", 178.3 * GIB, 2250e12, 75e12, 7.7e12, 900e9, 50e9, "HGX B200 data sheet; DGX B200: 400 Gb/s per GPU"
+        ),
     )
 }
 

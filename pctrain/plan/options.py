@@ -41,7 +41,7 @@ class PlanOptions(Section):
     reserve: float = Field(
         2.5,
         ge=0,
-        description="GiB per GPU for the CUDA context, libraries, NCCL's buffers and the allocator's holes (not for "
+        description="GiB per GPU for the CUDA context, libraries, NCCL's buffers and memory fragmentation (not for "
         "cpu)",
     )
     top: int = Field(8, ge=1, description="number of layouts in the table")

@@ -57,7 +57,7 @@ def _title(planner: Planner) -> str:
     hf = planner.hf
     gpu = planner.gpu
     return (
-        f"{planner.kind} of {hf.architecture}, {all_parameters(hf) / 1e9:.3g}B parameters, on {options.gpus} x "
+        f"{planner.kind} of {hf.architecture}, {_count(all_parameters(hf))} parameters, on {options.gpus} x "
         f"{gpu.name} ({gpu.memory / GIB:.1f} GiB each): a step of {work.sequences} sequences, {work.prompt} + "
         f"{work.response} tokens on average, packs of {work.token_budget}"
     )
@@ -182,8 +182,10 @@ def warnings(planner: Planner, plan: Plan) -> Iterator[str]:
     """Yield what a user should know before the run starts."""
     par, rollout = plan.layout.parallel, plan.config.rollout
     if not plan.starts and plan.share <= 1:
-        yield f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (rollout.kv_cache_mb on a CPU), or "
-        "rollout.tensor"
+        yield (
+            f"warning: {_too_small_a_cache(plan)}; raise rollout.gpu_memory (rollout.kv_cache_mb on a CPU), or "
+            "rollout.tensor"
+        )
     sampled, engine = plan.speed.rollouts, plan.engine
     if sampled is not None and engine is not None and plan.starts:
         wanted = min(rollout.max_sequences, -(-sampled.sequences // sampled.rounds // sampled.engines))
@@ -219,7 +221,7 @@ def assumptions(planner: Planner) -> Iterator[str]:
         holes = f"{cpu_holes(options.gpus):.0%} for what glibc keeps of freed tensors"
         reserve = f"{CPU_RUNTIME / 1e6:g} MB that torch maps at its first steps, {holes}"
     else:
-        reserve = f"{options.reserve:g} GiB for CUDA, NCCL, holes (--reserve)"
+        reserve = f"{options.reserve:g} GiB for CUDA, NCCL and fragmentation (--reserve)"
     yield f"memory: a micro-batch of full length; {reserve}"
     yield (
         "communication is not hidden, except gradients behind the backward pass, context parallelism behind "
@@ -236,6 +238,11 @@ def assumptions(planner: Planner) -> Iterator[str]:
             f"{work.rounds} round(s){rounds}; responses of {work.response} tokens (--response), the longest {longest}"
         )
     yield f"prompts of {work.prompt} tokens (--prompt); validation, scoring, checkpoints and verdicts are not counted"
+
+
+def _count(parameters: int) -> str:
+    """Return a number of parameters such as 7.62B or 0.681M."""
+    return f"{parameters / 1e9:.3g}B" if parameters >= 1e9 else f"{parameters / 1e6:.3g}M"
 
 
 def _rates(gpu: Gpu, planner: Planner) -> str:

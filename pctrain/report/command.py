@@ -127,7 +127,8 @@ def _print_summary(report: Report, out: Path, n_figures: int) -> None:
     console.print(report.words["headline"], highlight=False, markup=False)
     limits = len(report.values["not_shown"])
     console.print(
-        f"The report lists {limits} {'thing' if limits == 1 else 'things'} that this does not show.", highlight=False
+        f"The report lists {limits} {'thing' if limits == 1 else 'things'} that these runs do not show.",
+        highlight=False,
     )
     console.print(
         f"Wrote {out / 'report.html'}, {out / 'study.json'} and {n_figures} figures with their tables in "

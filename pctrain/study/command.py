@@ -129,8 +129,8 @@ def _conclude(root: Path, crew: Crew) -> None:
     for stage in crew.stages:
         if crew.ended(stage) == "left out":
             _say(
-                f"{stage.name}: no checkpoint of {stage.sft_folder(root)} is a start of kind {stage.start!r}: that "
-                "regime did not occur"
+                f"{stage.name}: left out, because no checkpoint of {stage.sft_folder(root)} is in the regime of the "
+                f"{stage.start!r} start"
             )
     if not crew.all_ended:
         states = [(stage.name, *crew.state(stage)) for stage in crew.stages]

@@ -64,7 +64,7 @@ def main(run: Path, step: int | None, prompts: int, dropped: bool) -> None:
 def _file_of(run: Path, step: int | None) -> Path:
     steps = rollout_files(run)
     if not steps:
-        raise UserError(f"{run} holds no rollouts (expected rollouts/step-N.jsonl); name the folder of an RL run")
+        raise UserError(f"{run} has no rollouts (expected rollouts/step-N.jsonl); name the folder of an RL run")
     chosen = max(steps) if step is None else step
     if chosen not in steps:
         near = min(steps, key=lambda known: abs(known - chosen))

@@ -117,7 +117,7 @@ def test_defaults_in_help_are_those_of_their_place():
         (["trian"], "unknown command 'trian'; did you mean `pctrain "),
         (["rpeort", "x"], "did you mean `pctrain report`?"),
         (["xyzzy"], "commands are: sft, rl, run, show, fit, report, eval, data generate"),
-        (["data"], "pctrain data needs one more word"),
+        (["data"], "pctrain data needs a subcommand: generate, check"),
         (["data", "genrate"], "did you mean `pctrain data generate`?"),
         (["data", "generate"], "needs --out PATH (folder for train.jsonl,"),
         (["sft", "--sft.stesp=3"], "unknown key sft.stesp (command line); did you mean sft.steps?"),
@@ -129,7 +129,7 @@ def test_defaults_in_help_are_those_of_their_place():
         (["sft", "sft.steps=3"], "unexpected argument 'sft.steps=3': options have the form --section.key=value"),
         (["sft", "--sft.step=3"], "did you mean sft.steps?"),  # a prefix of a key is not the key
         (["sft", "-x"], "unexpected argument '-x'"),
-        (["rl", "--temperature=1"], "unknown option --temperature; its options are: --debug_rollout_only"),
+        (["rl", "--temperature=1"], "unknown option --temperature; its options are: --debug-rollout-only"),
         (["fit"], "usage: pctrain fit CURVES"),
         (["fit", "a", "--out"], "--out needs a value: --out=VALUE"),
         (["fit", "a", "--out=b", "--out", "c"], "--out is given more than once: b, c"),

@@ -17,7 +17,7 @@ def test_without_a_terminal_there_is_one_line_at_the_end(capsys):
             bar.advance(loss=1.23456)
     shown = capsys.readouterr().out
     assert shown.count("\n") == 1
-    assert shown.startswith("SFT: 200/200 step (100%)") and "step/s" in shown and shown.endswith("loss 1.235\n")
+    assert shown.startswith("SFT: 200/200 steps (100%)") and "steps/s" in shown and shown.endswith("loss 1.235\n")
 
 
 def test_lines_come_every_ten_seconds_with_the_time_left(capsys, monkeypatch):
@@ -30,9 +30,9 @@ def test_lines_come_every_ten_seconds_with_the_time_left(capsys, monkeypatch):
         shown = capsys.readouterr().out.splitlines()
     # 4 s per step; the 20 steps of an earlier start do not count towards the rate
     assert [line.split("  ")[0] for line in shown] == [
-        "RL: 23/60 step (38%)",
-        "RL: 26/60 step (43%)",
-        "RL: 29/60 step (48%)",
+        "RL: 23/60 steps (38%)",
+        "RL: 26/60 steps (43%)",
+        "RL: 29/60 steps (48%)",
     ]
     assert "4 s/step, 0:02:28 left" in shown[0]
 
@@ -90,5 +90,9 @@ def test_nested_bars_share_the_terminal():
         pass
     assert process.wait() == 0
     assert (
-        b"outer" in shown and b"inner" in shown and b"problem/s" in shown and b"score 12.5" in shown and b"2/2" in shown
+        b"outer" in shown
+        and b"inner" in shown
+        and b"problems/s" in shown
+        and b"score 12.5" in shown
+        and b"2/2" in shown
     )

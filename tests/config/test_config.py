@@ -113,7 +113,7 @@ def test_a_key_like_nothing_lists_the_sections():
         ("sft.steps", "many", 'sft.steps (command line): expected an integer, got "many"'),
         ("sft.steps", "3.5", "sft.steps (command line): expected an integer, got 3.5"),
         ("sft.steps", "true", "sft.steps (command line): expected an integer, got true"),
-        ("sft.steps", "0", "sft.steps (command line): expected greater than or equal to 1, got 0"),
+        ("sft.steps", "0", "sft.steps (command line): expected a value greater than or equal to 1, got 0"),
         ("sft.optimizer.lr", "fast", 'sft.optimizer.lr (command line): expected a number, got "fast"'),
         ("sft.optimizer.lr", ".nan", "sft.optimizer.lr (command line): expected a finite number, got nan"),
         ("sft.optimizer.lr", ".inf", "sft.optimizer.lr (command line): expected a finite number, got inf"),
@@ -295,7 +295,7 @@ def test_malformed_command_line(tokens, message):
         (
             1,
             ["--rl.algorithm=srft", "--rl.algorithm.kl_coef=0.1"],
-            "rl.algorithm.kl_coef (command line) is no option of srft; srft has: std_normalise, ",
+            "rl.algorithm.kl_coef (command line) is not an option of srft; it belongs to grpo, dapo_d, ",
         ),
         (
             1,

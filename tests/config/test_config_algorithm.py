@@ -34,16 +34,17 @@ def test_the_paper_gives_each_algorithm_its_defaults():
     [
         (
             ["--rl.algorithm=srft", "--rl.algorithm.clip_low=0.1"],
-            "rl.algorithm.clip_low (command line) is no option of srft; srft has: std_normalise, leave_one_out, "
-            "entropy_coef, "
-            "normaliser, overlong_buffer, overlong_weight, is_correction, is_cap; grpo, dapo_d, dapo_dc, upt, "
-            "prefix_rft have "
-            "it",
+            "rl.algorithm.clip_low (command line) is not an option of srft; it belongs to grpo, dapo_d, dapo_dc, upt, "
+            "prefix_rft; srft has: std_normalise, leave_one_out, entropy_coef, normaliser, overlong_buffer, "
+            "overlong_weight, is_correction, is_cap",
         ),
-        (["--rl.algorithm.gamma=1"], "is_cap, clip_high; upt has it"),
+        (["--rl.algorithm.gamma=1"], "it belongs to upt; dapo_dc has: "),
         (["--rl.algorithm.clip_hgih=1"], "did you mean rl.algorithm.clip_high?"),
         (["--rl.algorithm.clip_high=x"], 'rl.algorithm.clip_high (command line): expected a number, got "x"'),
-        (["--rl.algorithm.clip_high=-1"], "rl.algorithm.clip_high (command line): expected greater than 0, got -1"),
+        (
+            ["--rl.algorithm.clip_high=-1"],
+            "rl.algorithm.clip_high (command line): expected a value greater than 0, got -1",
+        ),
         (["--rl.algorithm={name: grpo, clip_low: a}"], "rl.algorithm.clip_low (command line): expected a number"),
         (["--rl.algorithm=3"], "rl.algorithm (command line): expected 'grpo'"),
         (
@@ -54,9 +55,12 @@ def test_the_paper_gives_each_algorithm_its_defaults():
             ["--study.algorithms=[grpo, {name: upt, gama: 1}]"],
             "study.algorithms.1 (command line): gama: unknown option",
         ),
-        (["--rl.clip_high=0.3"], "it is an option of the algorithm now: rl.algorithm.clip_high on the command line"),
+        (
+            ["--rl.clip_high=0.3"],
+            "is an option of the algorithm: write --rl.algorithm.clip_high=VALUE on the command line",
+        ),
         (["--rl.upt_gamma=2"], "rl: {algorithm: {name: upt, gamma: VALUE}} in a file"),
-        (["--rl.prefix_beta_a=2"], "rl.algorithm.beta_a on the command line"),
+        (["--rl.prefix_beta_a=2"], "--rl.algorithm.beta_a=VALUE on the command line"),
     ],
 )
 def test_an_option_that_the_algorithm_does_not_have(overrides, message):
@@ -66,7 +70,7 @@ def test_an_option_that_the_algorithm_does_not_have(overrides, message):
 def test_an_option_of_another_algorithm_in_a_file_names_the_line(write):
     path = write("rl:\n  algorithm:\n    name: luffy\n    clip_low: 0.1\n    entropy_coef: much\n")
     message = refusal(path)
-    assert f"rl.algorithm.clip_low ({path}:4) is no option of luffy" in message
+    assert f"rl.algorithm.clip_low ({path}:4) is not an option of luffy" in message
     assert f"rl.algorithm.entropy_coef ({path}:5): expected a number" in message  # all mistakes at once
 
 

@@ -87,7 +87,7 @@ def test_a_record_that_cannot_be_used_is_counted_and_named(run, tmp_path, line, 
     lines = [json.dumps(good(i)).encode() for i in range(3)]
     (tmp_path / "train.jsonl").write_bytes(b"\n".join([*lines[:2], line, lines[2], line]))
     status, text, figures = run("train.jsonl")
-    assert status == 1 and "NOT PASSED: 2 of 5 records of 1 file cannot be used" in text
+    assert status == 1 and "FAILED: 2 of 5 records of 1 file cannot be used" in text
     assert kinds(figures) == {kind: 2} and figures["records"] == 3 and figures["unusable"] == 2
     assert [place for place, _ in figures["troubles"][0]["first"]] == ["train.jsonl:3", "train.jsonl:5"]
     assert f"unusable: 2 {kind}: {figures['troubles'][0]['advice']}" in text and "\n  train.jsonl:3: " in text

@@ -257,7 +257,7 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--ledger", "--watch"], "two different things"),
+        (["--ledger", "--watch"], "exclude each other"),
         (["--port=8000"], "give --watch"),
         (["--watch", "--port=0"], "--port"),
         (["--ledgre"], "did you mean --ledger"),

@@ -116,9 +116,9 @@ def test_it_has_its_own_options():
 @pytest.mark.parametrize(
     ("option", "says"),
     [
-        ("strength=-1", "rl.algorithm.strength (command line): expected greater than 0, got -1"),
+        ("strength=-1", "rl.algorithm.strength (command line): expected a value greater than 0, got -1"),
         ("strenght=1", "did you mean rl.algorithm.strength?"),
-        ("gamma=1", "rl.algorithm.gamma (command line) is no option of own_algorithms:Harder"),
+        ("gamma=1", "rl.algorithm.gamma (command line) is not an option of own_algorithms:Harder"),
     ],
 )
 def test_a_wrong_option_of_it_is_refused(capsys, option, says):

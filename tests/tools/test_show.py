@@ -75,7 +75,7 @@ def test_a_missing_step_and_wrong_options(capsys, run, arguments, words):
 
 def test_a_folder_without_rollouts_and_a_broken_file(capsys, run, tmp_path):
     status, text = show(capsys, tmp_path / "rollouts")
-    assert status == 2 and "holds no rollouts" in text
+    assert status == 2 and "has no rollouts" in text
     with open(run / "rollouts" / "step-12.jsonl", "a") as file:
         file.write("{\n")
     status, text = show(capsys, run)

@@ -58,10 +58,10 @@ def _check(options: SelectOptions) -> None:
         )
     if options.min_length is not None and options.max_length is not None and options.min_length > options.max_length:
         raise UserError(
-            f"--min_length={options.min_length} is above --max_length={options.max_length}, so no record would qualify"
+            f"--min-length={options.min_length} is above --max-length={options.max_length}, so no record would qualify"
         )
     if options.take is options.size is options.min_length is options.max_length is None:
-        raise UserError("pctrain data select: no criterion. Set --take, --size, --min_length or --max_length.")
+        raise UserError("pctrain data select: no criterion. Set --take, --size, --min-length or --max-length.")
 
 
 class Figures:

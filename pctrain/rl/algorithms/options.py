@@ -26,15 +26,17 @@ class GRPOOptions(AlgorithmOptions):
         0.2,
         gt=0,
         lt=1,
-        description="lower clip of the ratio: 1 - clip_low; without clip_high also the upper one: 1 + clip_low",
+        description="the ratio is clipped below at 1 - clip_low, and above at 1 + clip_low unless there is a clip_high",
     )
     dual_clip: float | None = Field(
         None,
         gt=1,
-        description="bound of the ratio where the advantage is negative (arXiv 1912.09729); default: none",
+        description="dual clip: upper bound of the ratio for negative advantages (arXiv 1912.09729); default: none",
     )
     kl_coef: float = Field(
-        0.0, ge=0, description="weight of the KL to the reference, the weights that the run starts from; 0: no KL"
+        0.0,
+        ge=0,
+        description="coefficient of the KL to the reference model (the weights the run starts from); 0: no KL",
     )
     kl_kind: Literal["k1", "k2", "k3"] = Field(
         "k3",
@@ -48,26 +50,26 @@ class GRPOOptions(AlgorithmOptions):
     entropy_coef: float = Field(0.001, ge=0, description=_ENTROPY)
     normaliser: Literal["token", "sequence", "fixed", "published"] = Field(
         "token",
-        description="denominator of the sum over tokens: token: their number; sequence: each response's length and "
-        "the number of responses (GRPO, arXiv 2402.03300); fixed: responses x rollout.max_response (Dr. GRPO, arXiv "
-        "2503.20783); published: rollout.max_response, and their own number for SFT tokens (published code of LUFFY, "
-        "UPT, Prefix-RFT)",
+        description="what the sum of token losses is divided by. token: the number of tokens; sequence: each "
+        "response's length, then the number of responses (GRPO, arXiv 2402.03300); fixed: responses x "
+        "rollout.max_response (Dr. GRPO, arXiv 2503.20783); published: rollout.max_response for RL tokens, their "
+        "number for SFT tokens (published code of LUFFY, UPT, Prefix-RFT)",
     )
     overlong_buffer: int = Field(
         0,
         ge=0,
-        description="length before rollout.max_response in which the penalty on long responses rises linearly, "
-        "tokens (DAPO, arXiv 2503.14476); 0: no penalty",
+        description="the penalty on long responses rises linearly over this many tokens before rollout.max_response "
+        "(DAPO, arXiv 2503.14476); 0: no penalty",
     )
     overlong_weight: float = Field(
         1.0, gt=0, description="penalty on a response of rollout.max_response tokens, subtracted from its reward"
     )
     is_correction: Literal["none", "token", "sequence"] | None = Field(
         None,
-        description="weigh sampled tokens by min(learner's probability / engine's, is_cap), per token or per whole "
-        "response; default: token in bfloat16, none in float32",
+        description="weight sampled tokens by min(learner's probability / engine's, is_cap), per token or per "
+        "response (sequence); default: token in bfloat16, none in float32",
     )
-    is_cap: float = Field(2.0, gt=0, description="largest such weight (truncated importance sampling, TIS)")
+    is_cap: float = Field(2.0, gt=0, description="cap of that weight (truncated importance sampling, TIS)")
 
     @property
     def kl_in_reward(self) -> bool:
@@ -138,8 +140,8 @@ class UPTOptions(GRPOOptions):
     gamma: int = Field(
         0,
         ge=0,
-        description="most correct rollouts of a prompt with which it is learned from the expert instead (published "
-        "code: 0; 2 for Llama)",
+        description="learn a prompt from the expert if at most this many of its rollouts are correct (published code: "
+        "0; 2 for Llama)",
     )
     sft_coef: float = Field(
         1.0, gt=0, description="weight of the expert's tokens (published code: 1.0; 0.3 for 1.5B parameters)"
@@ -160,17 +162,19 @@ class PrefixRFTOptions(GRPOOptions):
 
     needs_expert = True
     name: str = "prefix_rft"
-    low_start: float = Field(0.95, ge=0, le=1, description="smallest share of the expert's answer at the first step")
-    low_end: float = Field(
-        0.05, ge=0, le=1, description="smallest share at the last step; it follows a cosine from low_start"
+    low_start: float = Field(
+        0.95, ge=0, le=1, description="smallest share of the expert's response to use as prefix, first step"
     )
-    high: float = Field(0.95, ge=0, le=1, description="largest share of the expert's answer")
+    low_end: float = Field(0.05, ge=0, le=1, description="the same at the last step; between them it follows a cosine")
+    high: float = Field(0.95, ge=0, le=1, description="largest share of the expert's response to use as prefix")
     beta_a: float = Field(
-        1.0, gt=0, description="first parameter of the Beta distribution of the share (1 and 1: uniform)"
+        1.0,
+        gt=0,
+        description="first parameter of the Beta distribution that the share is drawn from (1 and 1: uniform)",
     )
     beta_b: float = Field(1.0, gt=0, description="second parameter of that distribution")
     entropy_share: float = Field(
-        0.2, gt=0, le=1, description="share of the prefix's tokens, those with the highest entropy, that are trained on"
+        0.2, gt=0, le=1, description="share of the prefix's tokens to train on, those with the highest entropy"
     )
 
     def streams_from_pass(self, updates: int) -> frozenset[str]:

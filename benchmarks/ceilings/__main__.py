@@ -26,7 +26,7 @@ from benchmarks.ceilings import published, regimes, simulated
 from benchmarks.ceilings.checks import Check, show
 from pctrain.ceiling.fit import fit_ceiling
 from pctrain.common.progress import make_console, progress, track
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 
 DRAWS, QUICK_DRAWS = 500, 4
 
@@ -117,7 +117,7 @@ def finish(checks: list[Check], out: Path | None, console: Console) -> int:
             }
             for c in checks
         ]
-        write_beside(out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        write_atomically(out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     judged = [check for check in checks if check.passed is not None]
     missed = [check.name for check in judged if not check.passed]
     console.print(

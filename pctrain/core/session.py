@@ -20,7 +20,7 @@ from pctrain.data.prepare import prepare
 from pctrain.data.sources import content_hash
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.hf.chat_template import ChatTemplate
 from pctrain.hf.directory import CHAT_TEMPLATE, model_files
 from pctrain.run import checkpoints
@@ -171,7 +171,7 @@ def export(run: RunFolder, learner: Learner, template: ChatTemplate | None) -> N
     learner.export(run.path / HF_FOLDER)
     if template is not None:
         source = template.source
-        parallel.from_rank_zero(lambda: write_beside(run.path / HF_FOLDER / CHAT_TEMPLATE, source))
+        parallel.from_rank_zero(lambda: write_atomically(run.path / HF_FOLDER / CHAT_TEMPLATE, source))
 
 
 def due(step: int, every: int, last: int) -> bool:

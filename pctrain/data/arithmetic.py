@@ -22,7 +22,7 @@ from pathlib import Path
 from pctrain.common.errors import UserError
 from pctrain.config.tree import ProblemsConfig
 from pctrain.data.records import Record
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 
 SETS = ("test", "validation", "rl", "train")  # the order in which they are drawn
 WITH_RESPONSE = ("validation", "train", "rl")  # in rl, only algorithms that learn from experts read the response
@@ -130,5 +130,7 @@ def _solution(steps: Sequence[str], answer: int, rng: random.Random) -> str:
 
 def _write(path: Path, records: list[Record]) -> Path:
     lines = [{"prompt": record.prompt, "response": record.response, "answer": record.answer} for record in records]
-    write_beside(path, "".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines))
+    write_atomically(
+        path, "".join(json.dumps({k: v for k, v in line.items() if v is not None}) + "\n" for line in lines)
+    )
     return path

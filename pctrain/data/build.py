@@ -38,7 +38,7 @@ from pctrain.data.records import Fault
 from pctrain.data.sources import CHUNK_BYTES, Chunk, chunk_columns, list_disk_files, read_numbered, split_file
 from pctrain.data.store import FORMAT, MANIFEST, is_finished, shard_file
 from pctrain.data.workers import HEARTBEAT, in_processes
-from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_beside
+from pctrain.files.durable import fingerprint, fsync, json_line, plain, write_atomically
 from pctrain.files.lock import lock_folder
 from pctrain.hf.chat_template import load
 
@@ -238,7 +238,7 @@ def _write_shard(encoder: Encoder, data: DataConfig, folder: Path, number: int, 
             shard.cut += sample.cut
     fsync(temporary)
     os.replace(temporary, tokens_file)
-    write_beside(shard_file(folder, number, "json"), json_line(asdict(shard)))
+    write_atomically(shard_file(folder, number, "json"), json_line(asdict(shard)))
     return shard.size
 
 
@@ -327,11 +327,11 @@ def _finish(job: TokenJob, folder: Path, chunks: list[Chunk]) -> None:
     if not sum(index.shards):
         raise _Refused(_nothing_left(job, index.counts, index.first_dropped))
     arrays = index.arrays()
-    write_beside(folder / "index.npz", _npz(arrays))
+    write_atomically(folder / "index.npz", _npz(arrays))
     for name in ("ids.jsonl", "dropped.jsonl"):
         fsync(folder / name)
     manifest = _manifest(job, chunks, index, arrays)
-    write_beside(folder / MANIFEST, json.dumps(plain(manifest), indent=1) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps(plain(manifest), indent=1) + "\n")
     for number in range(len(chunks)):  # the other files have all of their content now
         shard_file(folder, number, "json").unlink()
 
@@ -401,4 +401,4 @@ class _Hashes:
 
     def save(self) -> None:
         if not self._new.items() <= self._known.items():
-            write_beside(self._file, json.dumps(self._known | self._new, indent=1) + "\n")
+            write_atomically(self._file, json.dumps(self._known | self._new, indent=1) + "\n")

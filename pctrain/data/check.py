@@ -40,7 +40,7 @@ from pctrain.data.sources import (
     split_file,
 )
 from pctrain.data.troubles import MOST_PLACES, Trouble, Troubles
-from pctrain.files.durable import plain, write_beside
+from pctrain.files.durable import plain, write_atomically
 
 PICTURE, FIGURES = "lengths.png", "check.json"
 MOST_FILES = 20  # rows of the table in the terminal; check.json has all files
@@ -245,7 +245,7 @@ class DataCheck:
         try:
             (folder / PICTURE).unlink(missing_ok=True)  # a picture of an earlier check would be taken for this one's
             for name, content in files.items():
-                write_beside(folder / name, content)
+                write_atomically(folder / name, content)
         except OSError as error:
             raise UserError(
                 f"{folder}: the results cannot be written ({error.strerror}). Name another folder with --out DIR."

@@ -8,7 +8,7 @@ from typing import Any
 from pctrain.distributed import parallel
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate.samples import SAMPLES, Verifiers, read, verdict_fields
-from pctrain.files.durable import json_line, write_beside
+from pctrain.files.durable import json_line, write_atomically
 from pctrain.reward import Verdict
 from pctrain.reward.verdict import FAULTS
 
@@ -37,7 +37,7 @@ def write_disagreements(folder: Path, verifiers: Verifiers, judge: str | None) -
         }
         for line, verdict in zip(lines, verdicts, strict=True)
     ]
-    parallel.from_rank_zero(lambda: write_beside(file, "".join(map(json_line, rows))))
+    parallel.from_rank_zero(lambda: write_atomically(file, "".join(map(json_line, rows))))
 
 
 def differs(line: dict[str, Any]) -> bool:

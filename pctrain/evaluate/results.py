@@ -22,7 +22,7 @@ from pctrain.evaluate.benchmarks import Benchmark
 from pctrain.evaluate.statistics import Estimate
 from pctrain.evaluate.summary import MEANS, VERDICTS, Scores, differences, means
 from pctrain.evaluate.targets import Target
-from pctrain.files.durable import plain, write_beside
+from pctrain.files.durable import plain, write_atomically
 
 METHOD = (
     "percent, with 95% intervals whose sampled unit is the problem: Agresti-Coull over problem means (the variance "
@@ -81,14 +81,14 @@ class Results:
 def write(results: Results, out: Path) -> list[str]:
     """Write everything but the samples; return messages for the user."""
     text = json.dumps(plain(results.document()), indent=1, ensure_ascii=False, allow_nan=False)
-    write_beside(out / "results.json", text + "\n")
-    write_beside(out / "results.csv", _csv(results))
-    write_beside(out / "scores.png", score_figure.draw(results.scores))
+    write_atomically(out / "results.json", text + "\n")
+    write_atomically(out / "results.csv", _csv(results))
+    write_atomically(out / "scores.png", score_figure.draw(results.scores))
     overall = {name: means(list(scores.values()))["weighted"] for name, scores in results.scores.items()}
     curves, messages = rl_curves.curves_of(results.targets, overall)
     file = out / "curves.json"
     if curves:
-        write_beside(file, rl_curves.document(curves))
+        write_atomically(file, rl_curves.document(curves))
     else:
         file.unlink(missing_ok=True)  # from an earlier call with other models
     return messages

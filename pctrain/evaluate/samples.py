@@ -25,7 +25,7 @@ from pctrain.distributed.health import watchdog
 from pctrain.evaluate.benchmarks import Benchmark, Question
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files import json_file
-from pctrain.files.durable import cut_torn_line, json_line, write_beside
+from pctrain.files.durable import cut_torn_line, json_line, write_atomically
 from pctrain.reward import Verdict, VerifierPool
 from pctrain.rollout import Request, RolloutEngine, sampling_seed
 from pctrain.rollout.queue import Completion
@@ -135,7 +135,7 @@ class SampleFile:
         """Return the number of samples that an earlier start left."""
         file = self.folder / SETTINGS
         if not file.exists():
-            write_beside(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(file, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
         refuse_other(json_file.read_object(file, _ADVICE), json.loads(json_line(settings)), self.folder, "samples")
         if self.path.exists():
             return _count_lines(self.path)

@@ -30,7 +30,7 @@ from pctrain.data.sources import list_disk_files
 from pctrain.distributed import parallel
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files import json_file
-from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_beside
+from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_atomically
 from pctrain.hf.directory import content_digests
 from pctrain.reward.boxed import last_boxed
 from pctrain.rollout import Completion, sampling_seed
@@ -151,7 +151,7 @@ def _begin(file: Path, options: WinrateOptions, config: ResolvedConfig, data: Da
         "template": config.data.template,
     }
     if not file.exists():
-        write_beside(file, json_line(settings))
+        write_atomically(file, json_line(settings))
         return []
     cut_torn_line(file)
     before, rates = _read_progress(file)

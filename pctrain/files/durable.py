@@ -14,7 +14,7 @@ from typing import Any
 from pctrain.common.errors import UserError
 
 
-def write_beside(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file completely or not at all, by way of a temporary file next to it. Text is written as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -73,7 +73,7 @@ def rewrite_lines(file: Path, keep: Callable[[list[str]], list[str]]) -> None:
         raise UserError(f"{file}: not UTF-8 at byte {error.start + 1}; fix it, or set another run.dir") from None
     kept = keep(lines)
     if kept != lines:
-        write_beside(file, "".join(kept))
+        write_atomically(file, "".join(kept))
 
 
 def plain(value: Any) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from pctrain.common.errors import UserError
 from pctrain.compute.model_shape import ModelShape
 from pctrain.files import json_file
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.hf.directory import CONFIG
 
 LARGEST = 2**40  # no size of a model is above this
@@ -186,7 +186,7 @@ def set_dtype(directory: Path, dtype: str) -> None:
     raw = read_raw(directory)
     key = "torch_dtype" if "torch_dtype" in raw else "dtype"
     if raw.get(key) != dtype:
-        write_beside(Path(directory) / CONFIG, json.dumps({**raw, key: dtype}, indent=2) + "\n")
+        write_atomically(Path(directory) / CONFIG, json.dumps({**raw, key: dtype}, indent=2) + "\n")
 
 
 def _architecture(raw: Mapping[str, Any]) -> str:

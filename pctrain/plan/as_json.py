@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.plan.page import assumptions, warnings
 from pctrain.plan.planner import Plan, Planner
 
@@ -30,7 +30,7 @@ def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequen
         "assumptions": list(assumptions(planner)),
         "warnings": list(warnings(planner, plans[0])),
     }
-    write_beside(path, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _layout(plan: Plan) -> dict[str, Any]:

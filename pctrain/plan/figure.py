@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.plan.gpus import GIB
 from pctrain.plan.planner import Plan
 
@@ -49,4 +49,4 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8.5)
         image = io.BytesIO()
         figure.savefig(image, format="png", metadata={"Software": None})
-    write_beside(path, image.getvalue())
+    write_atomically(path, image.getvalue())

@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
-from pctrain.files.durable import plain, write_beside
+from pctrain.files.durable import plain, write_atomically
 from pctrain.report import charts, curve_report, figures, findings, held_out, page
 from pctrain.report.answers import answers
 from pctrain.report.looks import ceiling_text
@@ -76,11 +76,13 @@ def main(source: Path | str, out: Path | None = None) -> Path:
 
     (out / "figures").mkdir(parents=True, exist_ok=True)
     for name, png in pngs.items():
-        write_beside(out / "figures" / name, png)
+        write_atomically(out / "figures" / name, png)
     for chart in report.charts:
-        write_beside(out / "figures" / f"{chart.name}.csv", chart.csv())
-    write_beside(out / "study.json", json.dumps(report.values, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    write_beside(out / "report.html", html)
+        write_atomically(out / "figures" / f"{chart.name}.csv", chart.csv())
+    write_atomically(
+        out / "study.json", json.dumps(report.values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
+    write_atomically(out / "report.html", html)
     _print_summary(report, out, len(pngs))
     return out
 

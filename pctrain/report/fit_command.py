@@ -18,7 +18,7 @@ from pctrain.ceiling.forecast import at_budgets, held_out, reach
 from pctrain.ceiling.paper_fit import MIN_POINTS, PaperFit, paper_fit
 from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console, track
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.report import fit_tables
 from pctrain.report.curves import read_curves
 from pctrain.report.fit_options import PAPER_SHARE, FitOptions
@@ -55,7 +55,7 @@ def main(path: Path | str, options: FitOptions, console: Console | None = None) 
     ]
     rows = [result.row() for result in results]
     try:
-        write_beside(options.out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+        write_atomically(options.out, json.dumps(rows, indent=1, allow_nan=False) + "\n")
     except OSError as error:
         raise UserError(f"{options.out}: cannot be written ({error})") from None
     console = console or make_console()

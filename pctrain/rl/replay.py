@@ -18,7 +18,7 @@ from pctrain.common.errors import UserError
 from pctrain.data.problems import Problem
 from pctrain.distributed import parallel
 from pctrain.files import npz
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.reward import Verdict
 from pctrain.rl.groups import Group, Sampled
 from pctrain.rl.prompts import PromptStream
@@ -136,7 +136,7 @@ def save(path: Path, step: int, sampled: Sampled, prompt_state: dict) -> None:
         tokens=np.array([token for completion in completions for token in completion.token_ids], np.int32),
         logprobs=np.array([value for completion in completions for value in completion.logprobs or ()], np.float64),
     )
-    write_beside(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def load(path: Path, problems: list[Problem]) -> tuple[int, Sampled, dict]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from pctrain.common.errors import UserError
 from pctrain.files import json_file
-from pctrain.files.durable import fsync, sha256, write_beside
+from pctrain.files.durable import fsync, sha256, write_atomically
 from pctrain.run.names import CHECKPOINTS
 
 MANIFEST = "manifest.json"
@@ -175,7 +175,7 @@ def begin(final: Path) -> Path:
 
 def note_digests(temporary: Path, files: list[Path], writer: int) -> None:
     """Hash files of a checkpoint that is being written; leave the digests for `commit`. Any process may call it."""
-    write_beside(temporary / f"{writer}{_DIGESTS}", json.dumps(_digests(temporary, files)))
+    write_atomically(temporary / f"{writer}{_DIGESTS}", json.dumps(_digests(temporary, files)))
 
 
 def commit(temporary: Path, final: Path, about: Mapping[str, Any]) -> None:

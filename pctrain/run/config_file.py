@@ -19,7 +19,7 @@ from pctrain.common.errors import UserError
 from pctrain.config.load import dump
 from pctrain.config.tree import Config
 from pctrain.files import yaml_text
-from pctrain.files.durable import write_beside
+from pctrain.files.durable import write_atomically
 from pctrain.run.names import CONFIG, HF_FOLDER
 
 Kind = Literal["sft", "rl"]
@@ -63,7 +63,7 @@ def has_config(folder: Path) -> bool:
 def write_config(folder: Path, config: Config, kind: Kind, fingerprints: Mapping[str, str]) -> None:
     """Write config.yaml."""
     text = yaml.safe_dump({"kind": kind}) + dump(config) + yaml.safe_dump({"fingerprints": dict(fingerprints)})
-    write_beside(folder / CONFIG, text)
+    write_atomically(folder / CONFIG, text)
 
 
 def read_config(folder: Path) -> tuple[Config, Kind, dict[str, str]]:

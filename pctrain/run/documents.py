@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from pctrain.common.errors import UserError
 from pctrain.files import json_file
-from pctrain.files.durable import plain, write_beside
+from pctrain.files.durable import plain, write_atomically
 from pctrain.run.names import RANKS, START, SUMMARY
 
 ROLES = ("early", "stable", "overfit", "none")
@@ -113,4 +113,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _write(file: Path, values: Mapping[str, Any]) -> None:
-    write_beside(file, json.dumps(plain(values), indent=1) + "\n")
+    write_atomically(file, json.dumps(plain(values), indent=1) + "\n")

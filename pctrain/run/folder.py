@@ -25,7 +25,7 @@ from pctrain.common.errors import UserError
 from pctrain.common.progress import make_console
 from pctrain.config.tree import Config, RunConfig
 from pctrain.distributed.health import watchdog
-from pctrain.files.durable import cut_torn_line, fingerprint, fsync, json_line, plain, write_beside
+from pctrain.files.durable import cut_torn_line, fingerprint, fsync, json_line, plain, write_atomically
 from pctrain.files.lock import lock_folder
 from pctrain.run import checkpoints, config_file, documents, records, tracking
 from pctrain.run.config_file import Kind, config_hash
@@ -188,7 +188,7 @@ class RunFolder:
         """Write rollouts/step-N.jsonl: prompt, response, answer, reward, cause, finish, kept, why of every sample."""
         if self.writes:
             text = "".join(json_line(plain(row)) for row in rows)
-            write_beside(self.path / ROLLOUTS / f"step-{step}.jsonl", text)
+            write_atomically(self.path / ROLLOUTS / f"step-{step}.jsonl", text)
 
     def log(self, line: str) -> None:
         """Append a line to train.log, after the time of day.

@@ -30,7 +30,7 @@ from pctrain.data.sets.options import CommandCall, RankOptions
 from pctrain.data.sets.outputs import MANIFEST, describe_file, versions
 from pctrain.data.sources import list_files
 from pctrain.distributed import parallel
-from pctrain.files.durable import plain, write_beside
+from pctrain.files.durable import plain, write_atomically
 from pctrain.report.looks import flops_text
 from pctrain.rollout.worker import RolloutWorker
 from pctrain.sft import loop as sft
@@ -81,7 +81,7 @@ def _write_manifest(request: CommandCall[RankOptions], config: ResolvedConfig, c
         "candidates": {name: inputs(path) for name, path in candidates.items()},
         "validation": [entry for source in config.data.validation_sources() for entry in inputs(source.path)],
     }
-    write_beside(request.options.out / MANIFEST, _pretty(plain(manifest)))
+    write_atomically(request.options.out / MANIFEST, _pretty(plain(manifest)))
 
 
 def probe_config(config: ResolvedConfig, root: Path, name: str, path: Path, seed: int) -> ResolvedConfig:
@@ -104,8 +104,8 @@ def _report(seeds: Sequence[int], root: Path, paths: dict[str, Path]) -> None:
     ]
     ranked, comparisons = rank(candidates)
     result = plain(as_json(ranked, comparisons))
-    write_beside(root / "validation_loss.png", draw(ranked))
-    write_beside(root / "rank.json", _pretty(result))
+    write_atomically(root / "validation_loss.png", draw(ranked))
+    write_atomically(root / "rank.json", _pretty(result))
     lines = [str(comparison) for comparison in comparisons]
     lines += [f"warning: {warning}" for warning in result["warnings"]]
     _print(ranked, lines, root)

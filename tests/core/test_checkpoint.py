@@ -180,7 +180,7 @@ def _load_spoilt(directory, folder):
     return said
 
 
-def test_a_part_that_cannot_be_read_is_told(ranks, hf_dirs, tmp_path):
+def test_a_part_that_cannot_be_read_is_reported(ranks, hf_dirs, tmp_path):
     """Found by fuzzing: each way ended in another exception of pickle, torch or megatron-core."""
     [said] = ranks.run(_load_spoilt, hf_dirs[True], tmp_path / "step-1", world=1)
     assert {name for name, _ in said} >= {".metadata", "metadata.json", "common.pt"} and len(said) >= 16

@@ -73,7 +73,7 @@ def test_parts_are_bounded_and_the_same_each_time(tmp_path):
     ].done == path.stat().st_size
 
 
-def test_the_form_is_told_by_the_first_record_that_can_be_read(tmp_path):
+def test_the_form_follows_from_the_first_record_that_can_be_read(tmp_path):
     path = tmp_path / "data.jsonl"
     chat = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]}
     path.write_text("{\n\n" + f"{json.dumps(chat)}\n" * 3)

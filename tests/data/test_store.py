@@ -325,7 +325,7 @@ def shards(cache):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_a_stopped_build_leaves_no_process_and_goes_on_where_it_was(builder, hf_dir, tmp_path, many, how):
+def test_a_stopped_build_leaves_no_process_and_resumes_where_it_was(builder, hf_dir, tmp_path, many, how):
     cache = tmp_path / "cache"
     process = builder(cache, many)
     wait_for(lambda: len(shards(cache)) >= 3)
@@ -364,7 +364,7 @@ def test_two_builders_at_once_build_once(builder, tmp_path, many):
     assert sorted(built) == [False, True]
 
 
-def test_a_dead_worker_is_told(hf_dir, tmp_path, monkeypatch, many):
+def test_a_dead_worker_is_reported(hf_dir, tmp_path, monkeypatch, many):
     tiny_chunks(monkeypatch, 8000)
     job = TokenJob([many], hf_dir, DataConfig(workers=2), 4096)
     folder = folder_of(tmp_path / "cache", job)

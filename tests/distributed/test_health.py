@@ -118,7 +118,7 @@ def test_a_rank_that_raises_ends_the_others_before_their_deadline(scenes):
     assert scenes["raises"].report(1)["kind"] == "asked"
 
 
-def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(scenes):
+def test_a_rank_that_hangs_is_distinguished_from_those_that_wait_for_it(scenes):
     (status, told), (other, silent) = scenes["hangs"].end(0, 1)
     assert (status, other) == (1, 1) and silent == ""
     assert re.search(r"rank 1 made no progress for \d+ s in phase rollout of step 7, at .*", told)

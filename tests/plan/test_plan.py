@@ -413,7 +413,7 @@ def test_bad_input_is_one_clear_error(typed, words, capsys):
         assert word in error
 
 
-def test_a_layout_of_the_file_that_does_not_run_is_told_and_passed_over(models, tmp_path, capsys):
+def test_a_layout_of_the_file_that_does_not_run_is_reported_and_skipped(models, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(
         f"model: {{path: {models['qwen-7b']}, dtype: bfloat16}}\nparallel: {{tensor: 2, pipeline: 4}}\n"
         "sft: {batch_size: 60, token_budget: 4096}\n"

@@ -162,7 +162,7 @@ def test_verdicts_stand_on_the_bars(study_folder: Path) -> None:
     assert any(t.startswith("identified") for t in texts) and any(t.startswith("too short: no ceiling") for t in texts)
 
 
-def test_phases_are_named_beside_their_bars(study_folder: Path) -> None:
+def test_phases_are_named_next_to_their_bars(study_folder: Path) -> None:
     axes = figures.compute.draw(drawn(study_folder)["compute"]).axes[0]
     names = [
         "SFT updates",

@@ -27,7 +27,7 @@ from pctrain.data.records import Fault
 from pctrain.data.sets.options import CommandCall
 from pctrain.data.sources import list_disk_files
 from pctrain.data.writing import FORMATS, write_records
-from pctrain.files.durable import fingerprint, json_line, plain, write_beside
+from pctrain.files.durable import fingerprint, json_line, plain, write_atomically
 from pctrain.files.lock import lock_folder
 
 DROPPED, MANIFEST = "dropped.jsonl", "manifest.json"
@@ -140,7 +140,7 @@ class Outputs:
                 "versions": versions(),
             }
         )
-        write_beside(self.folder / MANIFEST, _pretty(manifest))
+        write_atomically(self.folder / MANIFEST, _pretty(manifest))
         self._publish()
         return manifest
 

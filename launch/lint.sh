@@ -24,7 +24,7 @@ fi
 check "$python" -m ruff check
 check "$python" -m ruff format --check
 check "$python" -m mypy
-check "$python" -m lizard -C 15 -L 60 -w pctrain kernels/pctrain_kernels benchmarks
+check "$python" -m lizard -C 15 -L 60 -w pctrain kernels benchmarks
 check no_long_files
 if ((${#failed[@]})); then
   printf 'lint: failed: %s\n' "${failed[@]}" >&2

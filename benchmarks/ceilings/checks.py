@@ -24,7 +24,7 @@ class Check:
 
     @property
     def passed(self) -> bool | None:
-        """Whether the target is met; None if there is no target or no value."""
+        """True if the target is met; None if there is no target or no value."""
         if (self.low is None and self.high is None) or np.isnan(self.value):
             return None
         return (self.low is None or self.value >= self.low) and (self.high is None or self.value <= self.high)

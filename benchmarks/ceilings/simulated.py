@@ -74,7 +74,7 @@ class Outcome:
 
     @property
     def covered(self) -> bool:
-        """Whether the 90% interval contains the true ceiling."""
+        """True if the 90% interval contains the true ceiling."""
         return self.low <= self.a <= self.high
 
     @property
@@ -89,7 +89,7 @@ class Outcome:
 
     @property
     def right(self) -> bool:
-        """Whether the verdict is true. `collapsed` and `too_short` never are: no curve collapses or is short."""
+        """True if the verdict is right. `collapsed` and `too_short` never are: no curve collapses or is short."""
         true = {"identified": self.error <= 1.5, "lower_bound": self.low <= self.a, "flat": self.gain <= 1.5}
         return true.get(self.verdict, False)
 

@@ -74,7 +74,7 @@ class Ledger:
         self.shape = shape
         self.ranks = ranks
         self.recompute = recompute
-        self.joint = float(eflops_sft)
+        self.eflops_at_switch = float(eflops_sft)
         # Entries for ledger.jsonl. Whoever writes them there clears the list. They are not part of the state.
         self.entries: list[dict[str, Any]] = []
         self._totals: dict[str, Sums] = {}
@@ -106,7 +106,7 @@ class Ledger:
     @property
     def eflops_sft(self) -> float:
         """EFLOPs of SFT so far; in an RL run, those up to the switch point."""
-        return self.joint + self._axis("sft")
+        return self.eflops_at_switch + self._axis("sft")
 
     @property
     def eflops_rl(self) -> float:
@@ -119,7 +119,7 @@ class Ledger:
 
     def state_dict(self) -> LedgerState:
         """Return plain JSON values. Floats survive `json` bit for bit (shortest round-trip text)."""
-        return {"joint": self.joint, "totals": self.totals()}
+        return {"joint": self.eflops_at_switch, "totals": self.totals()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned. Raises UserError for phases that this version does not know."""
@@ -129,7 +129,7 @@ class Ledger:
                 f"ledger: the saved state has unknown phases {', '.join(sorted(unknown))[:200]}. Another version of "
                 "pctrain wrote it: resume with that version, or start a new run"
             )
-        self.joint = float(state["joint"])
+        self.eflops_at_switch = float(state["joint"])
         self._totals = {phase: dict(total) for phase, total in state["totals"].items()}
         self.entries = []
 

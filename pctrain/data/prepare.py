@@ -40,7 +40,7 @@ def prepare(config: Config, root: Path) -> ResolvedConfig:
         if not all(path.exists() for path in problems.values()):
             arithmetic.write_sets(config.data.problems, config.run.seed, root / "data")
         if config.model.path is None and not resolved.model.path.exists():
-            scratch_model.make(resolved)
+            scratch_model.make(resolved.model.path, config.model.architecture, resolved.data, config.run.seed)
     finally:
         if release is not None:
             (root / LOCK).unlink()  # a job that waits for it finds everything made

@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pctrain.common.errors import UserError
-from pctrain.config.tree import ArchitectureConfig, ResolvedConfig
+from pctrain.config.tree import ArchitectureConfig, DataConfig
 from pctrain.data.sources import read_records
 from pctrain.hf.directory import TOKENIZER_CONFIG
 from pctrain.hf.tokenizer import BOS_ID, EOS_ID, Tokenizer, read_tokenizer_config, train_sentencepiece
@@ -28,19 +28,13 @@ from pctrain.hf.weight_names import EMBEDDING, LM_HEAD
 INITIAL_STD = 0.02
 
 
-def make(config: ResolvedConfig) -> Path:
-    """Make the directory `model.path`: a model of `model.architecture`, and a tokenizer trained on `data.train`."""
+def make(folder: Path, architecture: ArchitectureConfig, data: DataConfig, seed: int) -> Path:
+    """Make a model of this architecture in `folder`, with a tokenizer trained on `data.train`."""
     texts: list[str] = []
-    for source in config.data.train_sources():
-        for record in read_records(source.path, config.data.fields, need=("response",)):
+    for source in data.train_sources():
+        for record in read_records(source.path, data.fields, need=("response",)):
             texts += [record.question, record.trajectory or ""]
-    return make_hf_dir(
-        config.model.path,
-        config.model.architecture,
-        texts,
-        vocab_size=config.data.problems.vocab_size,
-        seed=config.run.seed,
-    )
+    return make_hf_dir(folder, architecture, texts, vocab_size=data.problems.vocab_size, seed=seed)
 
 
 def make_hf_dir(

@@ -35,7 +35,11 @@ def sample_only(config: Config) -> None:
         sampled = replay.read_step(session.run, session.prompts, step)
         if sampled is None:
             worker.update_weights(session.learner)
-            sampled = GroupSampler(prepared, worker, session.algorithm).sample_groups(session.prompts, step)
+            max_response = prepared.rollout.max_response
+            sampler = GroupSampler(
+                worker, session.algorithm, prepared.rl, max_response=max_response, seed=prepared.run.seed
+            )
+            sampled = sampler.sample_groups(session.prompts, step)
             replay.write_step(session.run, session.prompts, step, sampled)
         _say_where(session.run, sampled, step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pctrain.compute.ledger import Ledger
-from pctrain.config.tree import Config
+from pctrain.config.tree import ParallelConfig, RLConfig
 from pctrain.core import Learner
 from pctrain.core.session import record_ledger
 from pctrain.core.skipped import SkippedUpdates
@@ -24,23 +24,32 @@ from pctrain.run.folder import RunFolder
 class RLJournal:
     """The record of an RL run. Every rank holds one; rank 0 writes. A checkpoint stores its `state`."""
 
-    def __init__(self, config: Config, run: RunFolder, worker: RolloutWorker, eflops_sft: float, state: dict):
+    def __init__(
+        self,
+        rl: RLConfig,
+        layout: ParallelConfig,
+        run: RunFolder,
+        worker: RolloutWorker,
+        eflops_sft: float,
+        state: dict,
+    ):
         """Open the journal.
 
         Args:
-            config: of the run.
-            run: its folder.
+            rl: the section of the config.
+            layout: its `recompute` is part of the exact FLOPs.
+            run: the run folder.
             worker: evaluates, and decodes tokens.
             eflops_sft: compute of SFT up to the switch point.
             state: from the checkpoint that the run resumes from; {} at the start.
         """
-        self.config = config
+        self.rl = rl
         self.run = run
         self.worker = worker
-        self.ledger = Ledger(worker.hf.shape, eflops_sft, parallel.world_size(), config.parallel.recompute)
+        self.ledger = Ledger(worker.hf.shape, eflops_sft, parallel.world_size(), layout.recompute)
         if state:
             self.ledger.load_state_dict(state["ledger"])
-        self.skipped = SkippedUpdates(config.rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
+        self.skipped = SkippedUpdates(rl.optimizer.max_skipped, state.get("skipped_in_a_row", 0))
 
     def state(self, step: int) -> dict:
         """Return what a checkpoint stores."""
@@ -63,7 +72,7 @@ class RLJournal:
         for made in updates.made:
             self.skipped.add(made.update, step, made.problem_ids)
         if not sampled.kept:
-            self.run.say(f"step {step}: no update, {sampled.shortage(self.config.rl.prompts)}")
+            self.run.say(f"step {step}: no update, {sampled.shortage(self.rl.prompts)}")
 
     def evaluate(self, step: int, learner: Learner) -> None:
         """Record the accuracy on the test problems. Collective."""
@@ -80,7 +89,7 @@ class RLJournal:
 
     def ceiling_identified(self) -> bool:
         """Return whether the scores so far identify the ceiling as closely as `rl.stop_within` asks. Collective."""
-        within = self.config.rl.stop_within
+        within = self.rl.stop_within
         if within is None or not self.ledger.eflops_rl:
             return False
         return parallel.from_rank_zero(lambda: _identified(self.run, within))
@@ -134,7 +143,7 @@ class RLJournal:
         line += f" kept {len(sampled.kept)} rounds {sampled.rounds}"
         if "loss" in metrics:
             line += f" loss {metrics['loss']:.4f} grad_norm {metrics['grad_norm']:.3f} entropy {metrics['entropy']:.3f}"
-        if shortage := sampled.shortage(self.config.rl.prompts):
+        if shortage := sampled.shortage(self.rl.prompts):
             line += f" | {shortage}"
         return line
 

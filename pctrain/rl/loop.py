@@ -34,7 +34,8 @@ def train(config: ResolvedConfig, worker: RolloutWorker, role: str = "none") -> 
             return  # it had already finished
         learner = session.learner
         algorithm = session.algorithm
-        sampler = GroupSampler(config, worker, algorithm)
+        max_response = config.rollout.max_response
+        sampler = GroupSampler(worker, algorithm, rl, max_response=max_response, seed=config.run.seed)
         if not session.resumed:
             session.journal.evaluate(0, learner)
 

@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 
 from pctrain_kernels import TokenLoss
+from pctrain_kernels.linear_token_loss import Streams
 
 Correction = Literal["none", "token", "sequence"]
-Streams = dict[str, torch.Tensor]
 
 MEAN = "mismatch/mean"
 MAX = "max/mismatch"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 
-from pctrain.config.tree import Config
+from pctrain.config.tree import RLConfig
 from pctrain.data.problems import Problem
 from pctrain.distributed.health import watchdog
 from pctrain.reward import Verdict
@@ -20,10 +20,12 @@ from pctrain.rollout.worker import RolloutWorker
 class GroupSampler:
     """Samples the groups of each step from the weights that the rollout worker holds."""
 
-    def __init__(self, config: Config, worker: RolloutWorker, algorithm: Algorithm):
-        self.config = config
+    def __init__(self, worker: RolloutWorker, algorithm: Algorithm, rl: RLConfig, *, max_response: int, seed: int):
         self.worker = worker
         self.algorithm = algorithm
+        self.rl = rl
+        self.max_response = max_response
+        self.seed = seed
 
     @watchdog.phase("rollout")
     def sample_groups(self, prompts: PromptStream, step: int) -> Sampled:
@@ -37,12 +39,12 @@ class GroupSampler:
         if self.algorithm.options.dynamic_sampling:
             self._sample_until_full(prompts, step, sampled)
         else:
-            sampled.groups = self._sample_round(prompts.take(self.config.rl.prompts), step, sampled, Counter())
+            sampled.groups = self._sample_round(prompts.take(self.rl.prompts), step, sampled, Counter())
         self.worker.sleep()
         return sampled
 
     def _sample_until_full(self, prompts: PromptStream, step: int, sampled: Sampled) -> None:
-        rl = self.config.rl
+        rl = self.rl
         kept: list[Group] = []
         rejected: list[Group] = []
         surplus: list[Group] = []
@@ -63,7 +65,7 @@ class GroupSampler:
 
     def _rejection(self, group: Group) -> str | None:
         """Return the reason why dynamic sampling rejects the group, or None if it is kept."""
-        rl = self.config.rl
+        rl = self.rl
         size = len(group.completions)
         high = size - 1 if rl.keep_high is None else rl.keep_high
         if rl.keep_low <= group.right <= high:
@@ -104,16 +106,14 @@ class GroupSampler:
         return groups
 
     def _prefixes(self, problem: Problem, step: int) -> list[list[int]]:
-        return self.algorithm.prefixes(problem, step, self.config.rl.steps, self.config.run.seed)
+        return self.algorithm.prefixes(problem, step, self.rl.steps, self.seed)
 
     def _requests(self, problem: Problem, prefixes: list[list[int]], step: int, first_sample: int) -> list[Request]:
-        seed = self.config.run.seed
-        max_response = self.config.rollout.max_response
         return [
             Request(
                 [*problem.prompt_ids, *prefix],
-                sampling_seed(seed, "rollout", step, problem.index, first_sample + number),
-                max_response=max_response - len(prefix),
+                sampling_seed(self.seed, "rollout", step, problem.index, first_sample + number),
+                max_response=self.max_response - len(prefix),
             )
             for number, prefix in enumerate(prefixes)
         ]
@@ -126,7 +126,7 @@ class GroupSampler:
 
         A truncated response is wrong without being judged, unless `rl.truncated` is "masked".
         """
-        judge_truncated = self.config.rl.truncated == "masked"
+        judge_truncated = self.rl.truncated == "masked"
         judged = [i for i, c in enumerate(completions) if c.finish == "stop" or judge_truncated]
         responses = [([*prefixes[i], *completions[i].token_ids], problems[i].answer) for i in judged]
         verdicts = [TRUNCATED] * len(completions)

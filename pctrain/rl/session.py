@@ -126,7 +126,7 @@ def open_session(config: ResolvedConfig, worker: RolloutWorker, role: str) -> It
         first, state = resume(run, learner)
         if state:
             prompts.load_state_dict(state["prompts"])
-        journal = RLJournal(config, run, worker, start["eflops_sft"], state)
+        journal = RLJournal(rl, config.parallel, run, worker, start["eflops_sft"], state)
         yield Session(
             config,
             run,

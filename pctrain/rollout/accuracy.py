@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pctrain.config.tree import Config
+from pctrain.config.tree import EvalConfig
 from pctrain.data.problems import Problem
 from pctrain.distributed import parallel
 from pctrain.hf.tokenizer import Tokenizer
@@ -52,25 +52,32 @@ class Score:
 
 
 def evaluate(
-    engine: RolloutEngine, verifier: VerifierPool, tokenizer: Tokenizer, problems: list[Problem], config: Config
+    engine: RolloutEngine,
+    verifier: VerifierPool,
+    tokenizer: Tokenizer,
+    problems: list[Problem],
+    sampling: EvalConfig,
+    *,
+    max_response: int,
+    seed: int,
 ) -> Score:
     """Return the accuracy of the weights that the engine holds. Collective.
 
-    The seeds do not depend on the training step: two evaluations of one model give the same score, and checkpoints
-    are compared on the same draws.
+    `max_response`, in tokens, is used where `sampling` has none. The seeds do not depend on the training step: two
+    evaluations of one model give the same score, and checkpoints are compared on the same draws.
     """
     began = time.perf_counter()
-    samples = config.eval.samples
+    samples = sampling.samples
     requests = [
-        Request(problem.prompt_ids, sampling_seed(config.run.seed, "eval", 0, problem.index, sample))
+        Request(problem.prompt_ids, sampling_seed(seed, "eval", 0, problem.index, sample))
         for problem in problems
         for sample in range(samples)
     ]
     completions = engine.generate(
         requests,
-        temperature=config.eval.temperature,
-        top_p=config.eval.top_p,
-        max_response=config.eval.max_response or config.rollout.max_response,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        max_response=sampling.max_response or max_response,
     )
     answers = [problem.answer for problem in problems for _ in range(samples)]
     verdicts = parallel.map_over_ranks(

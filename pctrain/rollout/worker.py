@@ -131,7 +131,15 @@ class RolloutWorker:
     def evaluate(self, learner: Learner) -> Score:
         """Return the accuracy of the learner's weights on the test problems."""
         self.update_weights(learner)
-        score = evaluate(self.engine, self.verifier, self.tokenizer, self.problems, self.config)
+        score = evaluate(
+            self.engine,
+            self.verifier,
+            self.tokenizer,
+            self.problems,
+            self.config.eval,
+            max_response=self.config.rollout.max_response,
+            seed=self.config.run.seed,
+        )
         self.sleep()
         return score
 

@@ -8,8 +8,7 @@ import torch
 
 from pctrain.data.trajectories import SOURCE
 from pctrain_kernels import TokenLoss
-
-Streams = dict[str, torch.Tensor]
+from pctrain_kernels.linear_token_loss import Streams
 
 
 def cross_entropy(

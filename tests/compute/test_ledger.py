@@ -1,4 +1,4 @@
-"""What each phase costs, which phases make up x, and that a saved ledger continues bit for bit."""
+"""The ledger: the cost of each phase, the phases that make up x, and a saved ledger that continues bit for bit."""
 
 import json
 

@@ -82,7 +82,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused(ranks, hf_dirs, tmp_path):
 
 
 def _save_in_the_background(directory, folder):
-    """What a GPU does, on the CPU: training goes on while the checkpoint is written."""
+    """A GPU's way of saving, on the CPU: training continues while the checkpoint is written."""
     from pctrain.core import checkpoint
     from pctrain.distributed import parallel
 
@@ -153,7 +153,7 @@ def test_a_checkpoint_cannot_run_a_command(ranks, hf_dirs, tmp_path, part):
 
 
 def _load_spoilt(directory, folder):
-    """What loading says of a checkpoint, each of whose parts is spoilt in turn; None: it was loaded."""
+    """Return the message that refuses a checkpoint for each of its parts, spoilt in turn; None if it was loaded."""
     from pctrain.common.errors import UserError
 
     model = small.learner(directory, {})

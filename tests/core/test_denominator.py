@@ -16,7 +16,7 @@ def _loss(logprob, entropy, streams):
 
 
 def _step(directory, layout, factor):
-    """What forward and step tell of one batch whose denominator is loss_tokens x factor."""
+    """Return the results of forward and step for one batch whose denominator is loss_tokens x factor."""
     model, rows = small.learner(directory, layout), small.rows(12)
     tokens = float(sum(row.weights.sum() for row in rows))
     batch = model.pack(rows, small.BUDGET, denominator=None if factor == 1 else factor * tokens)

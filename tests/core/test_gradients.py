@@ -124,7 +124,7 @@ def _assert_close(gradients, expected):
 
 
 def _forward_only(directory, layout):
-    """What is left of main_grad, filled with sevens, after a forward pass and a log-prob pass."""
+    """Return main_grad, filled with sevens before a forward pass and a log-prob pass."""
     from pctrain.sft.loss import cross_entropy
 
     model = small.learner(directory, layout)

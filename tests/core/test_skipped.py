@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite: nobody updates, the run goes on, and stops where it happens too often."""
+"""A loss or gradient that is not finite: no rank updates, the run continues, and stops if it happens too often."""
 
 import json
 import math
@@ -66,7 +66,7 @@ def test_one_bad_row_skips_the_update_on_every_rank(ranks, hf_dirs, world, layou
         (first, _), (skipped, left_alone), (last, changed_nothing) = found
         assert skipped.skipped and left_alone and math.isnan(skipped.grad_norm)
         assert math.isfinite(skipped.loss) == (kind == "gradient")
-        # The next step is as good as any, and the schedule went on: linear warm-up over 5 steps.
+        # The next step is as good as any, and the schedule advanced: linear warm-up over 5 steps.
         assert (
             not first.skipped
             and not last.skipped

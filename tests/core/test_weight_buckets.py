@@ -68,7 +68,7 @@ def test_the_next_bucket_is_under_way_while_one_is_loaded(ranks, hf_dirs):
 
 
 def _ahead(directory, layout):
-    """Of each tensor: buckets started less the one that it comes from."""
+    """Return, for each tensor, the buckets started less the one that it comes from."""
     from unittest import mock
 
     from pctrain.core import weight_buckets

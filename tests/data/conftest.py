@@ -1,4 +1,4 @@
-"""What the tests of templates and of masks share."""
+"""Fixtures that the tests of templates and of masks share."""
 
 import pytest
 

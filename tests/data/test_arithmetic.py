@@ -99,4 +99,4 @@ def test_written_files_read_back_and_are_the_same_bytes_again(tmp_path):
     assert all(paths[name].read_bytes() == again[name].read_bytes() for name in paths)
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == sorted(
         f"{name}.jsonl" for name in paths
-    )  # nothing beside them
+    )  # nothing else

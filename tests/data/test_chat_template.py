@@ -69,7 +69,7 @@ def test_extensions_filters_and_variables_are_those_of_transformers(directories,
     assert load(directories["llama3"], str(tmp_path / "own.jinja")).render(messages) == expected
     assert (
         expected.count("<|begin_of_text|>") == 2 and "<é>" in expected
-    )  # the loop went on and stopped, HTML was left alone
+    )  # the loop continued and stopped, HTML was left alone
 
 
 def test_where_a_template_is_found(directories, tmp_path):
@@ -81,8 +81,8 @@ def test_where_a_template_is_found(directories, tmp_path):
         json.dumps({"chat_template": [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]})
     )
     assert load(tmp_path, "auto").render([]) == "d"
-    (tmp_path / "chat_template.jinja").write_text("beside")
-    assert load(tmp_path, "auto").render([]) == "beside"  # it goes before the config
+    (tmp_path / "chat_template.jinja").write_text("from the file")
+    assert load(tmp_path, "auto").render([]) == "from the file"  # it goes before the config
     (tmp_path / "own.jinja").write_text("own")
     assert load(tmp_path, str(tmp_path / "own.jinja")).render([]) == "own"
     assert load(tmp_path, "none") is None

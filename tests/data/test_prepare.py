@@ -1,4 +1,4 @@
-"""What a config leaves to be made, by several jobs that begin in one folder at once."""
+"""Several jobs that start in one folder at once make what a config leaves to be made, once."""
 
 from __future__ import annotations
 

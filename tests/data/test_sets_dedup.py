@@ -50,7 +50,7 @@ def test_near_duplicates_are_found_as_exact_jaccard_has_them(tmp_path):
     cli.run("dedup", path, f"--out={out}", "--by=question")
     found = {entry["id"][:-1]: entry for entry in cli.dropped(out)}
     true = {str(i) for i, pair in enumerate(pairs) if jaccard(*pair) >= 0.8}
-    assert 60 < len(true) < 240, "the constructed pairs lie on both sides of the threshold"
+    assert 60 < len(true) < 240, "the constructed pairs are on both sides of the threshold"
     assert found.keys() <= true  # precision 1: every one is confirmed
     recall = len(found.keys() & true) / len(true)
     print(f"recall {recall:.4f} of {len(true)} pairs, precision 1")
@@ -159,7 +159,7 @@ def test_inputs_and_outputs_are_safe(tmp_path):
 
 
 def test_texts_are_not_kept_in_memory():
-    """What a sketched text leaves behind is its band keys and its place."""
+    """A sketched text leaves only its band keys and its place behind."""
     sketcher, sketches = Sketcher(DedupOptions(out="x.jsonl")), Sketches()
     for place in range(50):
         sketches.add(place, sketcher.sketch(" ".join(WORDS[place : place + 300])))

@@ -378,7 +378,7 @@ def test_a_dead_worker_is_told(hf_dir, tmp_path, monkeypatch, many):
     os.kill(worker, signal.SIGKILL)
     with pytest.raises(UserError, match=r"a worker process has died.*fewer data.workers"):
         list(steps)
-    assert len(TokenStore(made(tmp_path / "cache", job)[0].folder)) == 1000  # what it had finished was kept; it goes on
+    assert len(TokenStore(made(tmp_path / "cache", job)[0].folder)) == 1000  # the finished shards were kept
 
 
 def children():

@@ -47,7 +47,7 @@ def encoders(directory):
 def test_ids_agree_and_decode_gives_the_text_back(encoders, text):
     ours, piece, transformers = encoders
     ids = ours.encode(text)
-    assert ids == piece.encode(text) == transformers.encode(text)  # and so: transformers adds no BOS of its own
+    assert ids == piece.encode(text) == transformers.encode(text)  # so transformers adds no BOS
     assert ours.decode(ids) == piece.decode(ids) == transformers.decode(ids) == text
     assert ours.encode_all([text, text]) == [ids, ids]
 
@@ -102,12 +102,14 @@ def test_initial_weights_are_seeded_and_scaled():
 def test_the_same_config_gives_the_same_bytes(tmp_path):
     config = Config()
     config.data.train = [SourceConfig(path=arithmetic.write_sets(PROBLEMS, 0, tmp_path / "data")["train"])]
-    a, b = (hf_dir.make(config.with_model(tmp_path / name)) for name in ("a", "b"))
+    a, b = (
+        hf_dir.make(tmp_path / name, config.model.architecture, config.data, config.run.seed) for name in ("a", "b")
+    )
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
     assert sorted(p.name for p in a.iterdir()) == names
     for path in a.iterdir():
         assert path.read_bytes() == (b / path.name).read_bytes(), path.name
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "data"]  # nothing left beside
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "data"]  # nothing else is left
 
 
 def test_a_directory_that_exists_is_left_alone(tmp_path):

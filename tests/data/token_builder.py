@@ -1,6 +1,6 @@
 """Builds tokens in a process that a test can kill: python token_builder.py CACHE HF_DIR CHUNK_BYTES WORKERS FILE ...
 
-Prints "shards DONE/TOTAL" as it goes on, and the folder at the end.
+Prints "shards DONE/TOTAL" while it works, and the folder at the end.
 """
 
 import sys

@@ -66,7 +66,7 @@ WITHOUT_MODEL = {
     "pctrain fit curves.json --points 0.71": ("--out=3.json",),
     "pctrain fit curves.json --method paper": ("--out=4.json",),
 }
-# A number or a folder of the page, and what stands for it here.
+# A number or a folder of the page, and its replacement in the test.
 CHANGED = {
     "runs/sft/checkpoints/step-720": "runs/mine/checkpoints/step-2",
     "'runs/rl/checkpoints/step-*'": "runs/mine-rl/checkpoints/step-1",
@@ -230,7 +230,7 @@ def check(results, table):
 
 @pytest.fixture(scope="module")
 def sets(folder):
-    """What the commands without a model printed; the sets that they made lie in the folder."""
+    """Return the output of the commands without a model; the sets that they made are in the folder."""
     rated = [
         {"prompt": f"{i}+1=", "response": f"\\boxed{{{i + 1}}}", "win_rate": i % 5 / 4, "attempts": 4}
         for i in range(60)
@@ -249,7 +249,7 @@ def test_commands_on_sets_and_curves(folder, sets):
 
 @pytest.fixture(scope="module")
 def runs(ranks, folder):
-    """What the commands on models printed; their runs lie in the folder."""
+    """Return the output of the commands on models; their runs are in the folder."""
     commands = [words_of(command, more, folder) for command, more in WITH_MODEL.items()]
     return ranks.run(reader.run, folder, commands, world=1, deadline=500)[0]
 

@@ -15,7 +15,7 @@ def without_code(text):
 
 
 def anchors(page):
-    """Of its headings, as GitHub makes them."""
+    """Return the anchors of its headings, as GitHub makes them."""
     headings = re.findall(
         r"^#+ (.+)$", re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S), re.M
     )
@@ -64,4 +64,4 @@ def test_the_readme_has_what_a_newcomer_looks_for():
     assert len(first) == 2 and all(line.startswith("bash launch/") for line in first)
     assert re.search(r"!\[[^\]]+\]\(docs/images/[\w.]+\.png\)", README)
     assert all(f"docs/your_own.md#{name}" in README for name in ("data", "model", "reward", "algorithm"))
-    assert len(README.splitlines()) < 200  # what is longer belongs on a page of its own
+    assert len(README.splitlines()) < 200  # longer texts belong on other pages

@@ -1,4 +1,4 @@
-"""The prose of the package, the kernels and the pages stays plain English; CONTRIBUTING.md says how it should read.
+"""Prose in code, tests, pages, configs and scripts stays plain English; CONTRIBUTING.md says how it should read.
 
 A finding names file:line. Code is no prose: identifiers, fenced blocks and text between backticks are left out.
 """
@@ -33,8 +33,10 @@ OPENING = re.compile(r"(Of|What|Whether|That)\b")
 # Made by a program from texts that are not ours.
 LEFT_OUT = {"docs/dependencies.md"}
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("configs/**/*.md")]
-CODE = [*ROOT.glob("pctrain/**/*.py"), *ROOT.glob("kernels/**/*.py")]
-TEMPLATES = list(ROOT.glob("pctrain/**/*.j2"))
+FOLDERS = ("pctrain", "kernels", "benchmarks", "launch", "tests")
+CODE = [file for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/*.py") if file != Path(__file__).resolve()]
+PATTERNS = ("pctrain/**/*.j2", "configs/**/*.yaml", "launch/*", ".github/workflows/*.yml", "*.toml", "*.yml")
+OTHERS = [file for pattern in PATTERNS for file in ROOT.glob(pattern) if file.is_file() and file.suffix != ".py"]
 
 
 def name(path: Path) -> str:
@@ -86,7 +88,7 @@ def docstring_findings(path: Path) -> list[str]:
 
 
 def test_no_banned_phrase_is_left():
-    files = [path for path in [*PAGES, *CODE, *TEMPLATES] if name(path) not in LEFT_OUT]
+    files = [path for path in [*PAGES, *CODE, *OTHERS] if name(path) not in LEFT_OUT]
     found = [line for path in sorted(files) for line in findings(path)]
     assert not found, f"{len(found)} findings:\n" + "\n".join(found)
 

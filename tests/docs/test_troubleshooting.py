@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes messages: each stands in the code."""
+"""docs/troubleshooting.md quotes messages: each of them is in the code."""
 
 import re
 from pathlib import Path

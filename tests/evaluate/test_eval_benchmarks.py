@@ -132,7 +132,7 @@ def test_arc_keeps_its_order_and_has_letters(tmp_path, record):
 
 
 def test_every_form_of_file_is_read(tmp_path):
-    """Of a table a column that is null somewhere, and whole numbers that became floats beside it."""
+    """Read a table in which a column has a null and whole numbers next to it became floats."""
     rows = [{"problem": "a", "answer": 12.0}, {"problem": "b", "answer": 7.0}]
     plain = cli.write(tmp_path / "b.jsonl", rows)
     packed = tmp_path / "b.jsonl.gz"

@@ -66,7 +66,7 @@ class Unclean(Exception):
 
 @dataclass
 class Outcome:
-    """Of a campaign. `findings`: {what and where: the file of the first case}."""
+    """The result of a campaign. `findings`: {what and where: the file of the first case}."""
 
     target: str
     examples: int = 0

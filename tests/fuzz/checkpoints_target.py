@@ -1,4 +1,4 @@
-"""What runs and models leave on disk: checkpoints, run folders, rollouts, token stores, Hugging Face directories."""
+"""Files of runs and models: checkpoints, run folders, rollouts, token stores, Hugging Face directories."""
 
 from __future__ import annotations
 

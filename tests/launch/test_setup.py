@@ -245,7 +245,7 @@ def test_lint_runs_every_check(setup):
         "ruff check",
         "ruff format --check",
         "mypy",
-        "lizard -C 15 -L 60 -w pctrain kernels/pctrain_kernels benchmarks",
+        "lizard -C 15 -L 60 -w pctrain kernels benchmarks",
     ]
     (setup.checkout / "tests" / "long.py").write_text("pass\n" * 501)
     status, output, _ = setup.script("lint.sh")

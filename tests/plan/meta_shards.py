@@ -4,7 +4,7 @@
     ...]
 
 Prints a line of JSON a case: elements of each module's parameters, of its buffers and the bytes of their gradients, and
-what the optimizer holds. It is a program of its own: it tells this process that a device named meta is its GPU.
+what the optimizer holds. It is a separate program: it tells this process that a device named meta is its GPU.
 """
 
 from __future__ import annotations

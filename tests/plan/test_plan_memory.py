@@ -1,6 +1,6 @@
 """The planner against the resident memory of real steps on CPU ranks: at most 15 % apart.
 
-Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: what the plan counts is 450 MB and more, beside which
+Models of 80 to 170 MB of weights at packs of 512 and 1024 tokens: the plan counts 450 MB and more, next to which
 torch's late imports (40 MB, counted) weigh little. glibc is left to itself, as a user's is: it keeps pages of freed
 tensors, up to 32 MB each, for later. The plan counts a share for them: no step needs that memory, and no GPU has it
 (torch's own allocator keeps blocks there).
@@ -44,7 +44,7 @@ CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 
 
 def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
-    """Of each stage (measured - planned) / planned."""
+    """Return (measured - planned) / planned for each stage."""
     monkeypatch.setattr(planner, "find", lambda name, ranks: CPU)
     path = write_model(folder / "model", **model)
     batch = (

@@ -65,7 +65,9 @@ def sampler(dynamic=True, worker=None, prefix=(), **rl):
     config = Config()
     for key, value in ({"group": GROUP, "prompts": 4, "round_prompts": 8, "max_rounds": 10} | rl).items():
         setattr(config.rl, key, value)
-    return GroupSampler(config, worker or Worker(), Algorithm(dynamic, prefix=prefix))
+    max_response = config.rollout.max_response
+    algorithm = Algorithm(dynamic, prefix=prefix)
+    return GroupSampler(worker or Worker(), algorithm, config.rl, max_response=max_response, seed=config.run.seed)
 
 
 def mixed(group):
@@ -168,7 +170,7 @@ def test_a_rollout_that_continues_a_prefix():
     worker, prefix = Worker(), [7, 8, 9]
     groups = sampler(dynamic=False, worker=worker, prefix=prefix, prompts=2)
     sampled = groups.sample_groups(PromptStream(PROBLEMS, seed=1), 1)
-    longest = groups.config.rollout.max_response
+    longest = groups.max_response
     for i, request in enumerate(worker.requests):
         last = i % GROUP == GROUP - 1
         assert list(request.prompt_ids) == [3, 4] + prefix * last and request.max_response == longest - 3 * last

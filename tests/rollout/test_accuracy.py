@@ -47,7 +47,7 @@ PROBLEMS = [Problem(f"p{i}", i, f"{i} + 1", [5 + i], answer, []) for i, answer i
 def test_samples_are_averaged_by_problem_and_drawn_as_the_config_says():
     config = Config(eval={"samples": 4, "temperature": 0.6, "top_p": 0.95, "max_response": 9})
     engine = Engine()
-    score = evaluate(engine, Verifier(), Words(), PROBLEMS, config)
+    score = evaluate(engine, Verifier(), Words(), PROBLEMS, config.eval, max_response=24, seed=0)
     assert score.score == pytest.approx(50) and score.se == pytest.approx(100 * math.sqrt((0.25 + 0 + 0.25) / 3 / 3))
     assert (score.problems, score.lengths, score.truncated_share) == (3, [3] * 12, pytest.approx(1 / 12))
     [(requests, how)] = engine.asked
@@ -55,7 +55,7 @@ def test_samples_are_averaged_by_problem_and_drawn_as_the_config_says():
     assert [list(request.prompt_ids) for request in requests[::4]] == [[5], [6], [7]] and len(
         {r.seed for r in requests}
     ) == 12
-    evaluate(engine, Verifier(), Words(), PROBLEMS, config)
+    evaluate(engine, Verifier(), Words(), PROBLEMS, config.eval, max_response=24, seed=0)
     assert [r.seed for r in engine.asked[1][0]] == [
         r.seed for r in requests
     ]  # checkpoints are compared on the same draws

@@ -199,7 +199,7 @@ def test_the_next_batch_begins_before_the_last_response_ends(tied, monkeypatch):
 
 
 def test_no_more_than_a_few_batches_are_in_the_engine(tied):
-    """What a kill would lose, and what is held in memory, stays small however many batches come."""
+    """A kill loses little and memory stays small, however many batches come."""
     asked = []
 
     def coming():

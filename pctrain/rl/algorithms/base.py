@@ -26,13 +26,12 @@ from pctrain.data.rows import make_row
 from pctrain.rl import mismatch
 from pctrain.rl.algorithms.options import GRPOOptions
 from pctrain.rl.groups import ExpertMember, Group, Member, MemberRow, RolloutMember
+from pctrain_kernels.linear_token_loss import Streams
 
 EXPERT_REWARD = 1.0  # a trajectory of the training set is taken to be right
 
 # Metrics that are 0 on an expert's tokens, so that their mean over the sampled tokens is a quotient of sums.
 METRICS_OF_SAMPLED = ("ratio", "clip_share", "dual_clip_share", "is_weight", *mismatch.METRICS_OF_SAMPLED)
-
-Streams = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -258,7 +258,7 @@ def test_the_ledger_by_run_and_phase(tmp_path: Path) -> None:
     "arguments, expected",
     [
         (["--ledger", "--watch"], "exclude each other"),
-        (["--port=8000"], "give --watch"),
+        (["--port=8000"], "add --watch"),
         (["--watch", "--port=0"], "--port"),
         (["--ledgre"], "did you mean --ledger"),
         (["other"], "one folder or file"),

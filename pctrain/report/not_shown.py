@@ -73,7 +73,7 @@ def _missing_rl(study: Study) -> list[str]:
         return ["No RL was run, so nothing is said about RL, gains or ceilings."]
     sentences = []
     if not any(run.start_step == 0 for run in study.rl):
-        sentences.append("RL without SFT was not run, so SFT then RL is not compared with it.")
+        sentences.append("RL without SFT was not run, so it is not compared with SFT followed by RL.")
     for run in study.rl:
         gain = run.gain
         if isinstance(gain, NotMeasured):

@@ -1,7 +1,7 @@
 """`pctrain report`: report what a study, a run or a file of curves shows, and what it does not show.
 
 The report is one HTML page, PNG and CSV files of its charts, and study.json. answers.py, findings.py and not_shown.py
-write the sentences, charts.py computes the charts, page.py renders the page; watch.py serves it during a run.
+write the sentences, charts/ computes the charts, page.py renders the page; watch.py serves it during a run.
 """
 
 from __future__ import annotations

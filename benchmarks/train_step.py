@@ -129,7 +129,7 @@ class Pctrain:
         [wrapped] = self.learner.chunks  # one process, one stage
         tensors = [*wrapped.parameters()]
         tensors += [b.grad_data for b in [*wrapped.buffers, *wrapped.expert_parallel_buffers]]
-        for inner in getattr(self.learner._optimizer, "chained_optimizers", [self.learner._optimizer]):
+        for inner in getattr(self.learner.optimizer, "chained_optimizers", [self.learner.optimizer]):
             tensors += [t for state in inner.optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
             tensors += [p for group in inner.optimizer.param_groups for p in group["params"]]
         return storage_bytes(tensors)

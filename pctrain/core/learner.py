@@ -83,14 +83,14 @@ class Learner:
         # Weights first: an optimizer with master weights copies them.
         self._load_start()
         self._reference: Reference | None = None
-        self._head = step.PackHead(self.hf, par.sequence_parallel)
+        self.head = step.PackHead(self.hf, par.sequence_parallel)
         self.saver = checkpoint.Saver(background=on_gpu())
-        self._optimizer: Any = None
+        self.optimizer: Any = None
         self._scheduler: Any = None
         if optimizer_config is not None:
             dtype = DTYPES[config.dtype]
             self._clip, self._skip_above = optimizer_config.clip, optimizer_config.skip_above
-            self._optimizer, self._scheduler = optimizer.build(optimizer_config, self.chunks, dtype, total_steps)
+            self.optimizer, self._scheduler = optimizer.build(optimizer_config, self.chunks, dtype, total_steps)
 
     @property
     def modules(self) -> list[torch.nn.Module]:
@@ -134,10 +134,10 @@ class Learner:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        self._optimizer.zero_grad()
+        self.optimizer.zero_grad()
         loss, metrics = step.run_loss(
             self.chunks,
-            self._head,
+            self.head,
             self.spec,
             batch,
             token_loss,
@@ -147,15 +147,15 @@ class Learner:
         )
         # Before the update, so that the first step already has a learning rate above 0.
         self._scheduler.step(1)
-        lr = self._optimizer.param_groups[0]["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
         if not math.isfinite(loss):  # every rank has the same loss
             return Update(loss, metrics, math.nan, lr, skipped=True)
-        grad_norm = optimizer.global_norm(self._optimizer)
+        grad_norm = optimizer.global_norm(self.optimizer)
         if grad_norm is None:
             return Update(loss, metrics, math.nan, lr, skipped=True)
         if self._skip_above is not None and grad_norm > self._skip_above:
             return Update(loss, metrics, grad_norm, lr, skipped=True)
-        optimizer.apply(self._optimizer, self._clip, grad_norm)
+        optimizer.apply(self.optimizer, self._clip, grad_norm)
         return Update(loss, metrics, grad_norm, lr)
 
     # ---- without gradients -----------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Learner:
         self._eval()
         return step.run_loss(
             self.chunks,
-            self._head,
+            self.head,
             self.spec,
             batch,
             token_loss,
@@ -221,7 +221,7 @@ class Learner:
         batch = self.pack(rows, token_budget)
         by_pack = step.run_logprob(
             self.chunks,
-            self._head,
+            self.head,
             self.spec,
             batch,
             temperature=temperature,
@@ -291,7 +291,7 @@ class Learner:
 
         On a GPU a background process writes it, and a later `poll_save` calls `done`.
         """
-        self.saver.save(directory, self.chunks, self._optimizer, self._scheduler, done)
+        self.saver.save(directory, self.chunks, self.optimizer, self._scheduler, done)
 
     def poll_save(self, *, wait: bool = False) -> None:
         """Complete a save whose writing has ended; `wait` waits for the end. Does nothing if no save is under way."""
@@ -299,9 +299,9 @@ class Learner:
 
     def load(self, directory: Path) -> None:
         """Load weights, optimizer, schedule and RNG state of a checkpoint, saved at any layout."""
-        if self._optimizer is None:
+        if self.optimizer is None:
             raise UserError("a model without an optimizer cannot be resumed. This is a fault of the caller")
-        checkpoint.load(directory, self.chunks, self._optimizer, self._scheduler)
+        checkpoint.load(directory, self.chunks, self.optimizer, self._scheduler)
 
 
 def _pack_shape(config: ResolvedModelConfig, par: ParallelConfig, hf: HFConfig) -> PackShape:

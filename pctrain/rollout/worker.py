@@ -41,7 +41,7 @@ class RolloutWorker:
         self.encoder = Encoder(config.model.path, config.data, self.hf.context)
         self.tokenizer = self.encoder.tokenizer
         self.verifier = VerifierPool(config.reward)
-        self._weight_updates = 0
+        self.weight_updates = 0
         self._training: dict[bool, tuple[list[Problem], list[str]]] = {}
 
     @cached_property
@@ -106,9 +106,9 @@ class RolloutWorker:
         log-probs of the same tokens. RuntimeError if they differ by more than `rollout.verify_tolerance` on average.
         """
         update = self.engine.load_weights(learner.hf_weights())
-        if self._weight_updates % self.config.rollout.verify_every == 0:
+        if self.weight_updates % self.config.rollout.verify_every == 0:
             self._verify(learner)
-        self._weight_updates += 1
+        self.weight_updates += 1
         return update
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -93,7 +93,7 @@ def _gradient_of_one_row(directory, rows, which):
     model.chunks[0].zero_grad_buffer()
     core_step.run_loss(
         model.chunks,
-        model._head,
+        model.head,
         model.spec,
         pack_rows(masked, 1024),
         cross_entropy,

@@ -13,7 +13,7 @@ def _train(directory, dtype):
     model = small.learner(directory, {"tensor": 2}, dtype=dtype)
     losses = [small.step(model, i).loss for i in range(STEPS)]
     parameters = [p for chunk in model.chunks for p in chunk.module.parameters()]
-    inner = model._optimizer.chained_optimizers[0].optimizer
+    inner = model.optimizer.chained_optimizers[0].optimizer
     masters = [p for group in inner.param_groups for p in group["params"]]
     moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
     kinds = {
@@ -76,7 +76,7 @@ def _rounded_gradients(directory):
     [chunk] = model.chunks
     chunk.zero_grad_buffer()
     step.run_loss(
-        model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
+        model.chunks, model.head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
     )
     matrices = {
         name: p.main_grad for name, p in chunk.module.named_parameters() if p.ndim == 2 and "embedding" not in name

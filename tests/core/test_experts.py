@@ -108,7 +108,7 @@ def _gradient(directory, layout, rows, budget, coefficient):
     with mock.patch.object(step, "finalize_model_grads", whole):
         loss, metrics = step.run_loss(
             model.chunks,
-            model._head,
+            model.head,
             model.spec,
             batch,
             cross_entropy,
@@ -116,7 +116,7 @@ def _gradient(directory, layout, rows, budget, coefficient):
             want_entropy=False,
             backward=True,
         )
-    norm = optimizer.global_norm(model._optimizer)
+    norm = optimizer.global_norm(model.optimizer)
     with torch.no_grad():
         for module in model.modules:
             for parameter in module.parameters():

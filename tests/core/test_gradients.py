@@ -42,7 +42,7 @@ def _gradient(model, batch) -> tuple[float, dict[str, np.ndarray]]:
         chunk.train()
         chunk.zero_grad_buffer()
     loss, _ = step.run_loss(
-        model.chunks, model._head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
+        model.chunks, model.head, model.spec, batch, cross_entropy, temperature=1.0, want_entropy=False, backward=True
     )
     return loss, {
         f"{i}.{name}": p.main_grad.numpy().copy()

@@ -31,7 +31,7 @@ def _spoiled(directory, layout, kind):
     def state():
         moments = [
             value.clone()
-            for s in model._optimizer.chained_optimizers[0].optimizer.state.values()
+            for s in model.optimizer.chained_optimizers[0].optimizer.state.values()
             for value in s.values()
         ]
         return [p.detach().clone() for c in model.chunks for p in c.module.parameters()] + moments

@@ -12,7 +12,7 @@ from pctrain.rollout.worker import VERIFY_TOLERANCE, RolloutWorker
 def worker():
     """A worker whose engine and learner are fakes: `differences` has one entry per verification."""
     worker = RolloutWorker.__new__(RolloutWorker)
-    worker.config, worker._weight_updates, worker.tokenizer = Config(), 0, SimpleNamespace(eos_id=2)
+    worker.config, worker.weight_updates, worker.tokenizer = Config(), 0, SimpleNamespace(eos_id=2)
     worker.config.rollout.verify_every = 3
     worker.problems = [SimpleNamespace(prompt_ids=[5, 6])]
     worker.difference, worker.differences = 1e-6, []
@@ -48,7 +48,7 @@ def test_an_engine_that_goes_wrong_later_is_detected(worker):
 def test_each_dtype_has_a_default_tolerance(worker, dtype):
     worker.config.model.dtype, worker.difference = dtype, VERIFY_TOLERANCE[dtype] / 2
     worker.update_weights(worker.learner)
-    worker._weight_updates, worker.difference = 0, VERIFY_TOLERANCE[dtype] * 2
+    worker.weight_updates, worker.difference = 0, VERIFY_TOLERANCE[dtype] * 2
     with pytest.raises(RuntimeError, match="does not hold the learner's weights"):
         worker.update_weights(worker.learner)
 
@@ -57,6 +57,6 @@ def test_each_dtype_has_a_default_tolerance(worker, dtype):
 def test_a_tolerance_that_is_set_holds_for_every_dtype(worker, dtype):
     worker.config.model.dtype, worker.config.rollout.verify_tolerance, worker.difference = dtype, 0.01, 0.005
     worker.update_weights(worker.learner)
-    worker._weight_updates, worker.difference = 0, 0.05
+    worker.weight_updates, worker.difference = 0, 0.05
     with pytest.raises(RuntimeError, match=r"more than rollout.verify_tolerance = 1e-02"):
         worker.update_weights(worker.learner)

@@ -207,7 +207,10 @@ def test_bad_rows():
 
 
 def test_packing_has_no_python_loop_over_tokens():
-    """Ten times the tokens in as many rows execute the same number of lines, including those of NumPy's Python code."""
+    """Ten times the tokens in as many rows execute as many lines, including those of NumPy's Python code.
+
+    The first call and a garbage collection execute a few more; a loop over tokens would execute 23,000 more.
+    """
 
     def lines_executed(tokens: int) -> int:
         rows = [make_row([1] * tokens, [2] * tokens, {"advantage": 0.5}) for _ in range(64)]
@@ -227,4 +230,4 @@ def test_packing_has_no_python_loop_over_tokens():
         assert pack.tokens >= 64 * (2 * tokens - 1)
         return count
 
-    assert lines_executed(200) == lines_executed(20) > 64
+    assert abs(lines_executed(200) - lines_executed(20)) < 64

@@ -150,7 +150,7 @@ def test_a_start_that_did_not_occur_is_left_out_and_reported(pretended, capsys, 
     monkeypatch.setattr(study_folders, "LOSSES", [(0, 0.504), (30, 0.503), (150, 0.5), (270, 0.7)])
     pretended.run("--study.starts=[early, stable]")
     assert pretended.calls == ["sets/easy/sft", "sets/easy/rl-step-150", "sets/hard/sft", "sets/hard/rl-step-150"]
-    assert "easy/rl-early: no checkpoint of" in capsys.readouterr().out
+    assert "easy/rl-early: left out, because no checkpoint of" in capsys.readouterr().out
 
 
 def test_a_study_without_any_start_is_an_error(pretended, monkeypatch):

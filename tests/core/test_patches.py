@@ -57,7 +57,6 @@ import time
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from pctrain.core import patches
-from tests.helpers import small
 
 if __name__ == "__main__":
     patches.install()
@@ -72,7 +71,10 @@ def test_the_manager_of_the_writers_dies_with_its_run(tmp_path):
     """A killed run leaves no process behind."""
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    run = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.Popen(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    )
     manager = int(run.stdout.readline())
     try:
         os.kill(manager, 0)

@@ -295,7 +295,7 @@ def test_text_can_be_read_in_light_and_dark(opened: Opened, scheme: str) -> None
     opened.page.emulate_media(color_scheme=scheme)
     opened.page.wait_for_timeout(100)
     # Plotly shows a note on a dark ground for some seconds after a zoom, and earlier tests zoom.
-    opened.page.wait_for_function("!document.querySelector('.notifier-note')")
+    opened.page.wait_for_selector(".notifier-note", state="detached")
     page = opened.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", page)[:3])) < 200) is (scheme == "dark")
     assert opened.page.evaluate(CONTRAST) == []

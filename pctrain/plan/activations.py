@@ -56,7 +56,7 @@ class Activations:
 
     def _whole_layer(self) -> float:
         """Return two norms, attention and feed-forward."""
-        return 2 * self._norm() + self.attention() + self._feed_forward()
+        return 2 * self._norm() + self.attention() + self.feed_forward()
 
     def _norm(self) -> float:
         """Return the input of a norm, its float32 scale, and its output, which the product after it saves.
@@ -72,10 +72,9 @@ class Activations:
         * `te` and `torch-varlen` (flash attention): rotated queries and keys, a copy of the values, the output, and the
           float32 log-sum-exp of every head. Keys and values of grouped queries are not repeated.
         * `torch` (scaled_dot_product_attention): without a copy of the values, which are a view and keep the whole
-          projection alive.
-        * Norms of queries and keys keep the queries and the projection, and a float32 scale of each head. In the torch
-          spec nothing is a view of the projection then: in packs of several lengths its attention copies all three,
-          and its output once more.
+          projection alive. In packs of several lengths the inputs are copied instead, and the output once more.
+        * Norms of queries and keys keep their inputs: the queries and the projection. On a CPU they keep the normed
+          ones, for bfloat16 as two float32 copies.
         * Recomputed (selective): the inputs and the output. `te` rotates before, so its inputs are rotated queries and
           keys and the values, which keep the projection; the others keep the queries and the projection. Flash
           attention saves less than that without recomputation.
@@ -87,18 +86,14 @@ class Activations:
             elements = projected + 2 * self.queries + (self.keys if self.spec == "te" or hf.qk_norm else 0)
             elements += self.queries if hf.qk_norm else 0
             return self.tokens * (elements * self.size + norms)
-        elements = 2 * self.queries + self.keys  # rotated queries and keys, output
-        if self.spec != "torch":
-            elements += self.keys
-        elif hf.qk_norm:
-            elements += self.queries + self.keys
-        else:
-            elements += projected
-        if hf.qk_norm:
-            elements += projected + self.queries
+        elements = (3 if self.spec == "torch" else 2) * (self.queries + self.keys)
+        if hf.qk_norm and self.gpu.is_cpu:
+            elements += (self.queries + self.keys) * (1 if self.size == FP32 else 2 * FP32 / self.size)
+        elif hf.qk_norm:  # nothing else keeps the projection then
+            elements += self.queries + projected - (self.keys if self.spec == "torch" else 0)
         return self.tokens * (elements * self.size + FP32 * hf.heads / tensor + norms)
 
-    def _feed_forward(self) -> float:
+    def feed_forward(self) -> float:
         """Return what the feed-forward of a layer saves: for each position, or routed copy of one, multiples of F.
 
         Fused (megatron-core's bias_activation_fusion; on a GPU, except for the dense layers of the torch specs): gate
@@ -140,33 +135,35 @@ class Activations:
         attention = self.tokens * self.size * 2 * (self.queries + self.keys)
         return attention if self.par.recompute == "selective" else 0.0
 
-    def chunk(self) -> float:
-        """Return the bytes of one chunk of logits: equal pieces of at most the budget (pctrain_kernels/head.py)."""
-        columns = self.hf.padded_vocab(self.par.tensor) // self.par.tensor
+    def _chunk_rows(self) -> int:
+        """Return the rows of a chunk of logits: equal pieces of at most the budget (pctrain_kernels/head.py)."""
         budget = CPU_LOGITS if self.gpu.is_cpu else GPU_LOGITS
-        rows = max(1, budget // (FP32 * columns))
-        pieces = ceil(self.tokens / rows)
-        return float(ceil(self.tokens / pieces) * columns * FP32)
+        most = max(1, budget // (FP32 * self._columns()))
+        return ceil(self.tokens / ceil(self.tokens / most))
+
+    def _columns(self) -> int:
+        return self.hf.padded_vocab(self.par.tensor) // self.par.tensor
 
     def logits(self, entropy: bool) -> float:
         """Return the buffers of a chunk of logits: the Triton kernels need one, torch a second for the entropy."""
-        return self.chunk() * (2 if self.gpu.is_cpu and entropy else 1)
+        return float(self._chunk_rows() * self._columns() * FP32 * (2 if self.gpu.is_cpu and entropy else 1))
 
     def head(self) -> float:
         """Return what the last stage's head needs next to its logits: hidden states, their gradient, and the weight's.
 
-        The final norm's input and output, and the gradient in float32 and in the model's dtype. The weight's gradient
-        goes into its float32 buffer; autograd gets an empty one.
+        The final norm's input and output, and the gradient in float32 and in the model's dtype; of a chunk's rows, a
+        copy of the states and of their gradient. The weight's gradient goes into its float32 buffer; autograd gets an
+        empty one.
         """
         hf = self.hf
         hidden = self.tokens * hf.hidden * (FP32 + 3 * self.size)
-        rows = hf.padded_vocab(self.par.tensor) / self.par.tensor
-        weight = 0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size
-        return hidden + weight
+        rows = self._chunk_rows() * hf.hidden * (FP32 + self.size)
+        weight = 0.0 if self.gpu.is_cpu and not hf.tied else self.embedding()
+        return hidden + rows + weight
 
     def embedding(self) -> float:
         """Return the first stage's gradient of the embedding, before it is added to the buffer."""
-        return self.hf.padded_vocab(self.par.tensor) / self.par.tensor * self.hf.hidden * self.size
+        return float(self._columns() * self.hf.hidden * self.size)
 
     def forward_alone(self, entropy: bool) -> dict[str, float]:
         """Return the parts of a pass without gradients: its widest layer, or its head with a chunk of logits."""

@@ -93,5 +93,5 @@ class _ByPlace:
         return sum(self._pinned(module.dense) + self._pinned(module.expert) for module in self.modules)
 
     def _pinned(self, counts: Iterable[int]) -> float:
-        """Return pinned memory: torch takes the next power of two for every tensor (ATen/core/CachingHostAllocator.h)."""
+        """Return pinned memory: torch takes the next power of two of a tensor (ATen/core/CachingHostAllocator.h)."""
         return float(sum(1 << (count * self.size - 1).bit_length() for count in counts)) if self.size else 0.0

@@ -76,6 +76,7 @@ class SharedEngine:
             )
             self._held = target if target.checkpoint is None else None
         if self._held != target:
+            self._engine.sleep()  # before the learner is built, or loads another checkpoint, in the same GPU's memory
             self._engine.load_weights(self._weights(target))
             self._held = target
         return self._engine

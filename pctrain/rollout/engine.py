@@ -70,12 +70,11 @@ class RolloutEngine:
         checked = CheckedStream(stream, self._expected)
         self.sleep()
         with guest(self._groups):
-            if on_gpu():
-                torch.cuda.empty_cache()  # vLLM maps the memory that the learner's allocator kept from the last update
-                self._llm.wake_up(tags=["weights"])
+            self._wake("weights")
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checked})
             checked.finish()
-            if on_gpu() and not self._llm.wake_up(tags=["kv_cache"]):
+            self._wake("kv_cache")
+            if self._llm.llm_engine.is_sleeping():
                 raise RuntimeError("vLLM is not fully awake after the weight update")
             # Prompts cached under the old weights would be continued under the new ones.
             if not self._llm.reset_prefix_cache():
@@ -220,6 +219,12 @@ class RolloutEngine:
         raised_alone = isinstance(error, Exception) and not isinstance(error, (UserError, ToBeContinued))
         if not raised_alone or parallel.world_size() == 1:
             self.close()
+
+    def _wake(self, tag: str) -> None:
+        """Map the engine's weights or KV cache again. Without a GPU they never slept."""
+        if on_gpu():
+            torch.cuda.empty_cache()  # vLLM cannot map what the learner's allocator keeps: packs, the weight stream
+            self._llm.wake_up(tags=[tag])
 
     def _check(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):

@@ -99,7 +99,11 @@ class RequestQueue:
         return numbers
 
     def run(self, until: Callable[[], bool]) -> None:
-        """Step vLLM until `until()` is true; it is evaluated before each step."""
+        """Step vLLM until `until()` is true; it is evaluated before each step.
+
+        Under async scheduling, vLLM's default on a GPU, a step may return nothing, and after the last response one
+        more step may be in flight. vLLM drops its output at the next call, also after a weight update.
+        """
         with guest(self._groups):
             while not until():
                 for output in self._llm.llm_engine.step():

@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 import random
+import threading
 import uuid
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,10 @@ if TYPE_CHECKING:  # importing vLLM takes seconds
 
 # Tokens of one forward pass on CPU: room for the prompts of a whole batch at once (256 prompts of 64 tokens).
 CPU_BATCHED_TOKENS = 16384
+# A start compiles, captures CUDA graphs and may read the weights from a slow disk. None of it is progress that the
+# watchdog sees, so a thread beats for it, this long at most: a start that hangs ends `parallel.timeout` later.
+START_SECONDS = 1800.0
+START_BEAT_SECONDS = 1.0
 
 _running = 0  # engines in this process; they share vLLM's process groups
 _vllm_made_the_world = False  # torch.distributed was not initialised before the first engine
@@ -44,7 +49,7 @@ def start_llm(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *, dty
     global _running, _vllm_made_the_world
     if _running == 0:
         _vllm_made_the_world = not dist.is_initialized()
-    with guest(groups, starting=True):
+    with _beating(), guest(groups, starting=True):
         from vllm import LLM
 
         _keep_the_learners_groups()
@@ -74,6 +79,10 @@ def stop_llm(llm: LLM, groups: EngineGroups) -> None:
     """Shut an engine down, and with the last one vLLM's own process groups. The learner's groups stay."""
     global _running
     with guest(groups):
+        if llm.llm_engine.is_sleeping():
+            # Shutdown unmaps all of the engine's memory, and CUDA refuses to unmap what a sleeping engine has unmapped
+            # already. The memory is there: the engine sampled next to this learner.
+            llm.wake_up()
         llm.llm_engine.engine_core.shutdown()
         _running -= 1
         if _running == 0:
@@ -152,6 +161,26 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
             torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.set_default_dtype(default_dtype)
+
+
+@contextmanager
+def _beating() -> Iterator[None]:
+    """Record progress from a thread of its own while vLLM starts, for at most START_SECONDS."""
+    started = threading.Event()
+
+    def beat() -> None:
+        for _ in range(int(START_SECONDS / START_BEAT_SECONDS)):
+            if started.wait(START_BEAT_SECONDS):
+                return
+            watchdog.beat()
+
+    thread = threading.Thread(target=beat, name="pctrain-engine-start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        started.set()
+        thread.join()
 
 
 def _environment(groups: EngineGroups) -> dict[str, str]:

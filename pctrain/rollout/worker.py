@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pctrain.common.device import on_gpu
 from pctrain.config.tree import ResolvedConfig
 from pctrain.core import Learner
 from pctrain.data.encode import Encoder
@@ -25,6 +26,8 @@ from pctrain.rollout.queue import Completion, Request
 # `rollout.verify_tolerance` by dtype where it is not given. bfloat16 keeps 8 bits, and engine and learner round at
 # different places: the largest difference of a single token on a small model was 0.14 nats.
 VERIFY_TOLERANCE = {"float32": 2e-5, "bfloat16": 0.1}
+# vLLM has no float32 FlashAttention: its Triton attention multiplies in TF32, which keeps 11 bits.
+FLOAT32_TOLERANCE_ON_GPU = 5e-3
 VERIFY_PROMPTS = 4
 
 
@@ -153,15 +156,21 @@ class RolloutWorker:
 
         prompts = [problem.prompt_ids for problem in self.problems[:VERIFY_PROMPTS]]
         difference = self.engine.verify(learner_logprobs, prompts, self.tokenizer.eos_id)
-        tolerance = rollout.verify_tolerance
-        if tolerance is None:
-            tolerance = VERIFY_TOLERANCE[self.config.model.dtype]
+        tolerance = self._verify_tolerance()
         if difference > tolerance:
             raise RuntimeError(
                 f"after the weight update the engine's log-probs differ from the learner's by {difference:.2e} nats "
                 f"per token, more than rollout.verify_tolerance = {tolerance:.0e}: "
                 "the engine does not hold the learner's weights"
             )
+
+    def _verify_tolerance(self) -> float:
+        dtype = self.config.model.dtype
+        if self.config.rollout.verify_tolerance is not None:
+            return self.config.rollout.verify_tolerance
+        if dtype == "float32" and on_gpu():
+            return FLOAT32_TOLERANCE_ON_GPU
+        return VERIFY_TOLERANCE[dtype]
 
     def __enter__(self) -> RolloutWorker:
         return self

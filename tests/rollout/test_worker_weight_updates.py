@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import pctrain.rollout.worker as worker_module
 from pctrain.config.tree import Config
 from pctrain.rollout.worker import VERIFY_TOLERANCE, RolloutWorker
 
@@ -53,8 +54,20 @@ def test_each_dtype_has_a_default_tolerance(worker, dtype):
         worker.update_weights(worker.learner)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 5e-3), ("bfloat16", 0.1)])
+def test_default_tolerance_on_a_gpu(worker, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(worker_module, "on_gpu", lambda: True)
+    worker.config.model.dtype, worker.difference = dtype, tolerance * 0.9
+    worker.update_weights(worker.learner)
+    worker.weight_updates, worker.difference = 0, tolerance * 1.1
+    with pytest.raises(RuntimeError, match=f"verify_tolerance = {tolerance:.0e}"):
+        worker.update_weights(worker.learner)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_tolerance_that_is_set_holds_for_every_dtype(worker, dtype):
+def test_a_tolerance_that_is_set_holds_for_every_dtype(worker, dtype, gpu, monkeypatch):
+    monkeypatch.setattr(worker_module, "on_gpu", lambda: gpu)
     worker.config.model.dtype, worker.config.rollout.verify_tolerance, worker.difference = dtype, 0.01, 0.005
     worker.update_weights(worker.learner)
     worker.weight_updates, worker.difference = 0, 0.05

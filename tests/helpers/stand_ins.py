@@ -1,0 +1,121 @@
+"""Stand-ins of real classes and functions, held to the real signature: a stand-in may be simpler, never different."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+ANY = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def check_stand_in(fake: Any, real: Any, *, own: tuple[str, ...] = ()) -> None:
+    """Raise AssertionError, with every difference, if `fake` has or takes what `real` does not.
+
+    Args:
+        fake: a class, a function, or a SimpleNamespace.
+        real: the class or function that it stands in for.
+        own: attributes of the test's own, such as a list of calls.
+
+    A method may take fewer optional parameters. It must take the required ones, by the same names, in the same order.
+    Where the real one says what it returns, the stand-in says and returns the same.
+    """
+    faults = list(_faults(fake, real, own))
+    assert not faults, f"the stand-in for {_name(real)} differs:\n" + "\n".join(faults)
+
+
+def _faults(fake: Any, real: Any, own: tuple[str, ...]) -> Iterator[str]:
+    if not inspect.isclass(fake) and not isinstance(fake, SimpleNamespace):
+        yield from signature_faults(fake, real)
+        return
+    known = attributes(real)
+    members = vars(fake)
+    for name, member in members.items():
+        if name in own or (name.startswith("__") and name != "__init__"):
+            continue
+        if name not in known:
+            yield f"{name}: {_name(real)} has no such attribute"
+        elif inspect.isfunction(member) and callable(getattr(real, name, None)):
+            yield from signature_faults(member, getattr(real, name), is_method=inspect.isclass(fake))
+
+
+def attributes(real: type) -> set[str]:
+    """Return the names of a class's methods, fields and instance attributes, inherited ones included."""
+    names = set(dir(real))
+    for base in inspect.getmro(real)[:-1]:
+        names |= set(getattr(base, "__annotations__", ())) | set(getattr(base, "__struct_fields__", ()))
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # written in C
+            continue
+        stored = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+        names |= {node.attr for node in stored if isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"}
+    return names
+
+
+def signature_faults(fake: Callable, real: Callable, *, is_method: bool = False) -> Iterator[str]:
+    """Yield how the parameters and the result of `fake` differ from those of `real`."""
+    name = getattr(fake, "__name__", str(fake))
+    mine, theirs = inspect.signature(fake), inspect.signature(real)
+    taken = list(mine.parameters.values())[is_method:]
+    expected = {p.name: p for p in theirs.parameters.values() if p.name not in ("self", "cls")}
+    for p in taken:
+        if not _is_parameter(p, expected):
+            yield f"{name}({p}): the real one takes {theirs}"
+    order = [p.name for p in taken if p.kind in POSITIONAL]
+    if order != [known for known in expected if known in order]:
+        yield f"{name}({', '.join(order)}): the real one takes {theirs}"
+    for p in expected.values():
+        if p.name not in mine.parameters and p.default is p.empty and p.kind not in ANY:
+            yield f"{name}: does not take {p.name!r}, which the real one requires"
+    yield from _result_faults(name, fake, mine.return_annotation, theirs.return_annotation)
+
+
+def _is_parameter(mine: inspect.Parameter, expected: dict[str, inspect.Parameter]) -> bool:
+    if mine.kind in ANY:  # anything is taken only where the real one takes anything
+        return mine.kind in {p.kind for p in expected.values()}
+    return mine.name in expected and (mine.kind not in POSITIONAL or expected[mine.name].kind in POSITIONAL)
+
+
+def _result_faults(name: str, fake: Callable, mine: Any, real: Any) -> Iterator[str]:
+    if real is inspect.Signature.empty or name == "__init__":
+        return
+    if _annotation(mine) != _annotation(real):
+        yield f"{name} -> {_annotation(mine)}: the real one returns {_annotation(real)}"
+    elif _annotation(real) not in ("None", "NoReturn", "Any") and not _returns_a_value(fake):
+        yield f"{name}: never returns a value; the real one returns {_annotation(real)}"
+
+
+def _annotation(annotation: Any) -> str:
+    """Return an annotation as text, without modules and quotes."""
+    if annotation is inspect.Signature.empty:
+        return "nothing that it says"
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return ast.unparse(_LastNames().visit(ast.parse(text.strip("'\""), mode="eval")))
+
+
+class _LastNames(ast.NodeTransformer):
+    """Replaces `a.b.C` by `C`, and 'C' by C."""
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        return ast.Name(node.attr)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
+
+
+def _returns_a_value(function: Callable) -> bool:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    return any(
+        isinstance(node, ast.Yield | ast.YieldFrom | ast.Raise | ast.Lambda)
+        or (isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None")
+        for node in ast.walk(tree)
+    )
+
+
+def _name(real: Any) -> str:
+    return f"{real.__module__}.{real.__qualname__}"

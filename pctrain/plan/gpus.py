@@ -83,7 +83,7 @@ def _this_machine(ranks: int) -> Gpu:
     import os
 
     from pctrain.core.peak import peak_flops
-    from pctrain.tools.doctor_measures import copy_bandwidth, memory_left
+    from pctrain.tools.doctor.measures import copy_bandwidth, memory_left
 
     share = min(1.0, (os.cpu_count() or 1) / ranks)  # more ranks than cores take turns
     copied = copy_bandwidth() * share

@@ -7,7 +7,7 @@ import pytest
 
 from pctrain.cli.main import main
 from pctrain.tools import doctor
-from pctrain.tools.doctor import Finding, Package, combined
+from pctrain.tools.doctor import Finding, Package, combined, libraries, versions
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +18,7 @@ def by_check(findings):
 
 def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        versions,
         "PACKAGES",
         (
             Package("torch", "tensors", least="2.10"),
@@ -41,7 +41,7 @@ def test_versions_are_compared_with_the_known_good_ones(monkeypatch):
 
 def test_a_version_that_differs_from_the_set_for_gpus_is_noted(monkeypatch):
     monkeypatch.setattr(
-        doctor,
+        versions,
         "PACKAGES",
         (
             Package("numpy", "arrays", on_gpu="0.0.1"),
@@ -87,7 +87,7 @@ def test_environment_variables(monkeypatch, variables, check, state, advice):
 
 
 def test_a_package_that_does_not_import(monkeypatch):
-    monkeypatch.setattr(doctor, "IMPORTS", ("json", "no_such_module"))
+    monkeypatch.setattr(libraries, "IMPORTS", ("json", "no_such_module"))
     seen = by_check(doctor.imports())
     assert seen["import json"].state == "ok" and seen["import no_such_module"].state == "wrong"
     assert "No module named 'no_such_module'" in seen["import no_such_module"].result
@@ -122,7 +122,7 @@ def _doctor(folder):
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "IMPORTS", ())
+        patch.setattr(libraries, "IMPORTS", ())
         try:
             status = main(["doctor", f"--folder={folder}"])
         except SystemExit as end:
@@ -143,7 +143,10 @@ def test_the_gpu_page_lists_every_file_with_a_gpu_branch():
     branching = {
         str(path.relative_to(ROOT)) for path in (ROOT / "pctrain").rglob("*.py") if "on_gpu()" in path.read_text()
     }
-    branching -= {"pctrain/common/device.py", "pctrain/tools/doctor.py"}  # the check itself, and a reader of figures
+    branching -= {
+        "pctrain/common/device.py",
+        "pctrain/tools/doctor/command.py",
+    }  # the check, a reader
     table = (ROOT / "docs" / "gpu.md").read_text().split("## What differs on a GPU")[1].split("\n## ")[0]
     listed = set(re.findall(r"`((?:pctrain|kernels)/[\w/]+\.py)`", table))
     assert {file for file in listed if file.startswith("pctrain/")} == branching

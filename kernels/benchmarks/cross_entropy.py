@@ -68,5 +68,4 @@ OP = Op(
         "Liger, on a copy": liger,
         "QuACK": quack,
     },
-    linear=False,
 )

@@ -3,7 +3,8 @@
 A module per operation describes an `Op`: how to make the tensors of a shape (`make` returns `Inputs`, which also know
 the float64 answer), and a dict of providers. A provider's builder imports its library and returns a `Step`, a call that
 computes everything the operation returns from the inputs, gradients included. The provider named "floor" is the bare
-work that no implementation can avoid.
+work that no implementation can avoid. For the operations with products there is a second one, "floor, fp32": the same
+products with fp32 logits and an fp32 sum of dW, which any implementation must write that rounds only once.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ Step = Callable[[], Results]
 Row = dict[str, Any]  # one point of the JSON file
 
 FLOOR = "floor"
+FP32_FLOOR = "floor, fp32"
+FLOORS = (FLOOR, FP32_FLOOR)
+COPIED_BYTES = {"cuda": 2**30, "cpu": 2**25}  # of the copy that measures the bandwidth
+COPIES = 5
 HELD = "held "  # prefix of a result that the step adds to memory which existed before it
 QUANTILES = (10, 25, 50, 75, 90)  # percent
 LEAST_TURNS, MOST_TURNS = 3, 200
@@ -63,7 +68,7 @@ class Op:
     floor: str  # a description of the floor
     make: Callable[[HeadShape, torch.device, torch.dtype], Any]
     providers: Mapping[str, Callable[[Any], Step]]  # "floor" among them
-    linear: bool = True  # includes the products with the weight; otherwise it starts from logits
+    products: int = 0  # matrix products of hidden states, weight and logits; 0: it starts from logits
 
 
 @dataclass(frozen=True)
@@ -172,10 +177,42 @@ def run_point(op: Op, shape: HeadShape, setting: Setting, seconds: float) -> lis
             "turns": len(turns),
             "median_ms": statistics.median(turns) * 1e3,
             "quantiles_ms": {str(q): float(np.percentile(turns, q)) * 1e3 for q in QUANTILES},
-            # Ratios within a turn: a disturbance that slowed both cancels.
-            "of_floor": statistics.median(a / b for a, b in zip(turns, times[FLOOR], strict=True)),
+            "of_floor": _ratio(turns, times[FLOOR]),
         }
+        if FP32_FLOOR in times:
+            rows[name]["of_fp32_floor"] = _ratio(turns, times[FP32_FLOOR])
+    if op.products:
+        extra = fp32_bytes(op, shape, setting.dtype)
+        by_bytes = rows[FLOOR]["median_ms"] + extra / copy_bandwidth(setting.device) * 1e3
+        rows[FP32_FLOOR] |= {"bytes_beyond_floor": extra, "ms_by_bytes": by_bytes}
     return [*rows.values()]
+
+
+def _ratio(turns: list[float], floor: list[float]) -> float:
+    """Return the median of the ratios within a turn: a disturbance that slowed both cancels."""
+    return statistics.median(a / b for a, b in zip(turns, floor, strict=True))
+
+
+def fp32_bytes(op: Op, shape: HeadShape, dtype: torch.dtype) -> int:
+    """Return the bytes that the fp32 floor moves beyond the plain one, which writes everything in `dtype`.
+
+    Logits and dX are written in fp32, and dW is read and written in fp32.
+    """
+    wider = 4 - dtype.itemsize
+    logits = (op.products - 2) * shape.tokens * shape.vocab * wider
+    return logits + shape.tokens * shape.width * wider + shape.vocab * shape.width * (4 + wider)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Return the bytes/s that a copy within the device's memory reads and writes, the fastest of a few."""
+    source = torch.ones(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> Results:
+        target.copy_(source)
+        return {}
+
+    return 2 * len(source) / min(seconds_of(copy, device) for _ in range(COPIES))
 
 
 def _built(row: Row, build: Callable[[Any], Step], problem: Inputs) -> Step | None:
@@ -195,7 +232,7 @@ def _check(row: Row, step: Step, problem: Inputs, expected: Results, setting: Se
         results, row["peak_bytes"] = peak_bytes(step, setting.device)
         row["result_bytes"] = sum(result.nbytes for name, result in results.items() if not name.startswith(HELD))
         results = {name.removeprefix(HELD): result for name, result in results.items()}
-        if row["provider"] != FLOOR:
+        if row["provider"] not in FLOORS:
             row["errors"] = errors(problem.sample(results), expected)
             wrong = wrong_pieces(row["errors"], setting.dtype)
             if wrong:

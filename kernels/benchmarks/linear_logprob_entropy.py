@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from harness import FLOOR, Op, Step
+from harness import FLOOR, FP32_FLOOR, Op, Step
 from logprob_entropy import plain as from_logits
 from problems import FromHidden, from_hidden
-from providers import compiled, of_hidden, product_floor, warm
+from providers import compiled, fp32_product_floor, of_hidden, product_floor, warm
 from torch import Tensor
 
 
@@ -32,10 +32,12 @@ def verl(problem: FromHidden) -> Step:
 
 OP = Op(
     name="linear_logprob_entropy",
-    floor="four matrix products, the logits held",
+    floor="four matrix products, the logits held; fp32: with fp32 logits and an fp32 sum of dW",
+    products=4,
     make=from_hidden(None),
     providers={
         FLOOR: product_floor(4),
+        FP32_FLOOR: fp32_product_floor(4),
         "eager": of_hidden(plain),
         "torch.compile": lambda problem: warm(of_hidden(compiled(plain))(problem)),
         "pctrain_kernels": ours,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from harness import FLOOR, HeadShape, Op, Step
+from harness import FLOOR, FP32_FLOOR, HeadShape, Op, Step
 from problems import Coefficients, FromHidden, from_hidden, mean_negative_logprob
-from providers import compiled, loss_of_hidden, product_floor, warm
+from providers import compiled, fp32_product_floor, loss_of_hidden, product_floor, warm
 from torch import Tensor
 
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
@@ -130,10 +130,12 @@ def liger(*, compile: bool) -> Callable[[FromHidden], Step]:
 
 OP = Op(
     name="linear_policy_loss",
-    floor="three matrix products, the logits held",
+    floor="three matrix products, the logits held; fp32: with fp32 logits and an fp32 sum of dW",
+    products=3,
     make=make,
     providers={
         FLOOR: product_floor(3),
+        FP32_FLOOR: fp32_product_floor(3),
         "eager": as_step(plain),
         "torch.compile": lambda problem: warm(as_step(compiled(plain))(problem)),
         "pctrain_kernels": ours,

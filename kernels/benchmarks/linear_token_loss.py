@@ -6,9 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from harness import FLOOR, HELD, Op, Results, Step
+from harness import FLOOR, FP32_FLOOR, HELD, Op, Results, Step
 from problems import FromHidden, from_hidden, mean_negative_logprob
-from providers import compiled, loss_of_hidden, product_floor, warm
+from providers import compiled, fp32_product_floor, loss_of_hidden, product_floor, warm
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,10 +105,12 @@ def quack(problem: FromHidden) -> Step:
 
 OP = Op(
     name="linear_token_loss",
-    floor="three matrix products, the logits held",
+    floor="three matrix products, the logits held; fp32: with fp32 logits and an fp32 sum of dW",
+    products=3,
     make=from_hidden(mean_negative_logprob),
     providers={
         FLOOR: product_floor(3),
+        FP32_FLOOR: fp32_product_floor(3),
         "eager": as_step(plain),
         "torch.compile": lambda problem: warm(as_step(compiled(plain))(problem)),
         "torch linear_cross_entropy": torch_fused,
@@ -126,8 +128,9 @@ OP = Op(
 CHUNKS = Op(
     name="chunk_sizes",
     floor=OP.floor,
+    products=OP.products,
     make=OP.make,
-    providers={FLOOR: product_floor(3)}
+    providers={FLOOR: product_floor(3), FP32_FLOOR: fp32_product_floor(3)}
     | {
         f"{mib} MiB of logits": lambda problem, mib=mib: ours(
             chunk_tokens=max(1, mib * 2**20 // (4 * problem.weight.shape[0]))

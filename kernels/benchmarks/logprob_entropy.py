@@ -48,5 +48,4 @@ OP = Op(
         "pctrain_kernels": ours,
         "verl": verl,
     },
-    linear=False,
 )

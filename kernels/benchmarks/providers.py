@@ -100,3 +100,27 @@ def product_floor(products: int) -> Callable[[FromHidden], Step]:
         return step
 
     return build
+
+
+def fp32_product_floor(products: int) -> Callable[[FromHidden], Step]:
+    """Compute the products of `product_floor` into fp32 buffers, and add dW to one, as exact gradients need it."""
+
+    def build(problem: FromHidden) -> Step:
+        from pctrain_kernels.matmul import add_product, product
+
+        hidden, weight = (leaf.detach() for leaf in problem.leaves)
+        logits = hidden.new_empty(hidden.shape[0], weight.shape[0], dtype=torch.float32)
+        dlogits = torch.randn_like(logits, dtype=hidden.dtype)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+
+        def step() -> Results:
+            for _ in range(products - 2):
+                product(hidden, weight.t(), out=logits)
+            product(dlogits, weight, out=grad_hidden)
+            add_product(grad_weight, dlogits.t(), hidden)
+            return {}
+
+        return warm(step)  # fails here where the device has no half precision product with an fp32 result
+
+    return build

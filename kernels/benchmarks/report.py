@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import FLOOR, Row
+from harness import FLOORS, Row
 
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl")
 SHAPES_PER_PICTURE = 12
@@ -64,6 +64,10 @@ def line(row: Row) -> str:
         return f"{head} {row['status']}: {row['reason'].splitlines()[0][:120]}"
     spread = f"{row['quantiles_ms']['25']:.2f} - {row['quantiles_ms']['75']:.2f}"
     time = f"{row['median_ms']:>10.2f} ms  ({spread}; {row['turns']} turns)  {row['of_floor']:>6.2f} x floor"
+    if "of_fp32_floor" in row:
+        time += f", {row['of_fp32_floor']:.2f} x fp32 floor"
+    if "ms_by_bytes" in row:
+        time += f" ({row['ms_by_bytes']:.2f} ms by its bytes)"
     beyond = (row["peak_bytes"] - row["result_bytes"]) / 2**20
     return f"{head} {time}  {row['peak_bytes'] / 2**20:>9.1f} MiB, {beyond:.1f} beyond results"
 
@@ -100,7 +104,7 @@ def _draw(rows: Sequence[Row], path: Path) -> None:
     for (left, right), op in zip(axes, ops, strict=True):
         of_op = [row for row in rows if row["op"] == op]
         floor = of_op[0]["floor_is"]
-        of_op = [row for row in of_op if row["provider"] != FLOOR]
+        of_op = [row for row in of_op if row["provider"] not in FLOORS]
         _bars(left, of_op, lambda row: row["of_floor"], "{:.2f}")
         left.axhline(1, color="black", linewidth=0.8)
         left.set(title=f"{op}: time over the floor\n({floor})", ylabel="median / floor")

@@ -13,9 +13,10 @@ of pctrain_kernels has no time.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # pctrain_kernels of this checkout, installed or not
@@ -59,14 +60,21 @@ def default_points(ops: Sequence[Op], gpu: bool) -> list[tuple[Op, HeadShape]]:
 
 
 def run(
-    points: Sequence[tuple[Op, HeadShape]], setting: Setting, seconds: float, limit: float, stem: Path
+    points: Sequence[tuple[Op, HeadShape]],
+    setting: Setting,
+    seconds: float,
+    limit: float,
+    stem: Path,
+    on_rows: Callable[[list[Row]], object] = lambda rows: None,
 ) -> list[Row]:
-    """Measure all points, print a line per row, and extend the JSON file after every point.
+    """Measure all points, print a line per row, extend the JSON file, and call `on_rows` after every point.
 
     After `limit` seconds no further point begins.
     """
     # The root gives small shapes more turns and large ones more time.
-    costs = [(shape.tokens * shape.vocab * (shape.width if op.linear else LOGITS_COST)) ** 0.5 for op, shape in points]
+    costs = [
+        (shape.tokens * shape.vocab * (shape.width if op.products else LOGITS_COST)) ** 0.5 for op, shape in points
+    ]
     rows: list[Row] = []
     began = time.perf_counter()
     for (op, shape), cost in zip(points, costs, strict=True):
@@ -78,8 +86,13 @@ def run(
             print(report.line(row), flush=True)
         rows += new_rows
         report.write_json(rows, stem.with_name(f"{stem.name}.json"))
-    paths = report.pictures(rows, stem)
-    print(f"{time.perf_counter() - began:.0f} s; {stem}.json, {', '.join(path.name for path in paths)}")
+        on_rows(new_rows)
+    files = [f"{stem}.json"]
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed")
+    else:
+        files += [path.name for path in report.pictures(rows, stem)]
+    print(f"{time.perf_counter() - began:.0f} s; {', '.join(files)}")
     return rows
 
 
@@ -88,8 +101,8 @@ def parse_shape(text: str) -> HeadShape:
     return HeadShape(*map(int, text.split(",")))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmarks that the command line names."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--ops", nargs="+", choices=[*OPS, *EXTRA_OPS], default=[*OPS], metavar="NAME", help=f"of {', '.join(OPS)}"
@@ -99,8 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=450.0, help="wall seconds after which no further point begins")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
 
+
+def run_options(options: argparse.Namespace, on_rows: Callable[[list[Row]], object] = lambda rows: None) -> list[Row]:
+    """Run the benchmarks that the options name, and call `on_rows` with the rows of every point."""
     device = torch.device(options.device)
     gpu = device.type == "cuda"
     if not gpu:
@@ -110,7 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ops = [(OPS | EXTRA_OPS)[name] for name in options.ops]
     points = [(op, shape) for op in ops for shape in options.shapes] if options.shapes else default_points(ops, gpu)
     seconds = options.seconds if options.seconds is not None else 240.0 if gpu else 60.0
-    rows = run(points, setting, seconds, options.limit, options.out / report.file_stem(setting.about))
+    return run(points, setting, seconds, options.limit, options.out / report.file_stem(setting.about), on_rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmarks that the command line names."""
+    rows = run_options(parse(arguments))
     own_rows = [row for row in rows if row["provider"].startswith("pctrain_kernels")]
     untimed = [row["op"] for row in own_rows if row["status"] not in ("ok", "skipped")]
     if untimed:

@@ -64,6 +64,11 @@ class ModelConfig(Section):
         description="scaling recipe of 8-bit matrix products (needs te and bfloat16; mxfp8 needs Blackwell); default: "
         "none",
     )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: the same run gives the same bits, and a completion does not depend on what is sampled "
+        "with it; slower. A CPU does both anyway: there it changes nothing",
+    )
     router_aux_loss: float = Field(
         0.0,
         ge=0,

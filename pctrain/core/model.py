@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pctrain.common.device import DTYPES, device
+from pctrain.common.device import DTYPES, device, on_gpu
 from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import router_loss
 from pctrain.core.layers import spec as layers
@@ -131,6 +131,7 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig, sp
         apply_rope_fusion=spec == "te",
         bias_dropout_fusion=False,  # there is neither a bias nor dropout
         masked_softmax_fusion=False,  # no spec's attention has a separate softmax
+        deterministic_mode=model.deterministic and on_gpu(),
     )
 
 

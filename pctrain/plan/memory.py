@@ -195,7 +195,8 @@ class _Rank:
 
     def _verified_tokens(self) -> int:
         """Return the tokens of a verification's pack: every engine's rows are shared by the data parallel ranks."""
-        rows = ceil(VERIFY_ROWS * self.layout.gpus // self.config.rollout.tensor / self.layout.data)
+        engines = self.layout.gpus // self.config.rollout.tensor
+        rows = ceil(VERIFY_ROWS * engines / self.layout.data)
         budget = max(self.config.rl.token_budget, self.config.sft.token_budget)
         return min(budget, rows * (self.work.prompt + VERIFY_TOKENS))
 

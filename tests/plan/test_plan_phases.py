@@ -44,6 +44,9 @@ def test_parameters_exist_twice_while_the_model_is_built(models):
     parts = _memory(models["qwen-7b"], "--sft.batch_size=512", gpus=64, kind="sft").of("load").parts
     assert parts["workspace"] == 2 * QWEN and "optimizer" not in parts
     assert parts["weights"] == pytest.approx(2 * QWEN, rel=1e-5)
+    # On one rank the optimizer's masters, made of one parameter at a time, are more than that.
+    alone = _memory(models["qwen-7b"], kind="sft").of("load").parts
+    assert alone["optimizer"] == pytest.approx(4 * QWEN, rel=1e-5) and alone["workspace"] == 2 * HEAD
     # With enough data parallel ranks, little optimizer state and short packs it is the fullest moment.
     short = ["--sft.token_budget=1024", "--sft.batch_size=512", "--parallel.recompute=full"]
     assert _memory(models["qwen-7b"], *short, gpus=512, kind="sft").peak.phase == "load"

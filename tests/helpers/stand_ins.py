@@ -6,6 +6,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -43,6 +44,7 @@ def _faults(fake: Any, real: Any, own: tuple[str, ...]) -> Iterator[str]:
             yield from signature_faults(member, getattr(real, name), is_method=inspect.isclass(fake))
 
 
+@cache
 def attributes(real: type) -> set[str]:
     """Return the names of a class's methods, fields and instance attributes, inherited ones included."""
     names = set(dir(real))

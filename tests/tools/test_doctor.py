@@ -1,13 +1,23 @@
 """`pctrain doctor`: its findings and advice; and docs/gpu.md, which lists every file with a GPU branch."""
 
+import contextlib
+import importlib.metadata
+import io
+import os
+import platform
 import re
+import subprocess
+import sys
 from pathlib import Path
+from unittest.mock import create_autospec
 
 import pytest
 
 from pctrain.cli.main import main
+from pctrain.distributed import parallel
 from pctrain.tools import doctor
-from pctrain.tools.doctor import Finding, Package, combined, libraries, versions
+from pctrain.tools.doctor import Finding, Package, combined, gpus, libraries, versions
+from tests.helpers import fake_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -105,6 +115,19 @@ def test_ranks_that_differ_are_named():
     assert combined([[Finding("b", "1.0")], [bad], [bad]])[1] == Finding("b", "missing (rank 1, 2)", "wrong", "install")
 
 
+def test_results_that_must_agree_or_differ():
+    new, old = Finding("torch", "2.13.0", across="same"), Finding("torch", "2.11.0", across="same")
+    assert combined([[new], [new]], ["a", "b"]) == [new]
+    [mixed] = combined([[new], [old], [new], [old]], ["a", "b", "a", "b"])
+    assert (mixed.result, mixed.state) == ("2.13.0 on a (rank 0, 2); 2.11.0 on b (rank 1, 3)", "wrong") and mixed.stops
+    absent = Finding("vllm", "not installed", "wrong", "install it", across="same")
+    [mixed] = combined([[absent], [Finding("vllm", "0.32.0", across="same")]], ["a", "b"])
+    assert mixed.result == "not installed on a (rank 0); 0.32.0 on b (rank 1)" and mixed.advice.endswith("install it")
+    gpus_of_ranks = [Finding("GPU", uuid, across="distinct") for uuid in ("x", "y", "x")]
+    [shared] = combined([[finding] for finding in gpus_of_ranks], ["a", "a", "b"])
+    assert (shared.result, shared.state) == ("x belongs to a, b (rank 0, 2)", "wrong")
+
+
 def test_the_table_of_the_gpu_page_is_the_known_good_one():
     page = (ROOT / "docs" / "gpu.md").read_text()
     rows = dict(
@@ -116,13 +139,13 @@ def test_the_table_of_the_gpu_page_is_the_known_good_one():
     assert rows["CUDA toolkit"] == doctor.CUDA
 
 
-def _doctor(folder):
-    import contextlib
-    import io
-
+def _doctor(folder, prepare=lambda patch, folder, rank: None):
+    """Return (exit status, output) of `pctrain doctor` on a rank, after `prepare` made its machine."""
+    rank = int(os.environ["RANK"])
     out = io.StringIO()
     with contextlib.redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
         patch.setattr(libraries, "IMPORTS", ())
+        prepare(patch, folder / f"rank{rank}", rank)
         try:
             status = main(["doctor", f"--folder={folder}"])
         except SystemExit as end:
@@ -137,6 +160,88 @@ def test_two_ranks_measure_the_interconnect(ranks, tmp_path):
         r"matrix product, float32 +[\d.e-]+", text
     )
     assert ("ready to train" in text) == (status == 0)
+
+
+def _other_versions(patch, folder, rank):
+    real = importlib.metadata.version
+    older = {"torch": "2.11.0", "megatron-core": "0.16.0"}
+    if rank == 1:
+        patch.setattr(importlib.metadata, "version", lambda name: older.get(name) or real(name))
+    patch.setattr(platform, "node", lambda: f"node{rank}")
+
+
+def test_nodes_with_mixed_versions(ranks, tmp_path):
+    (status, text), (other, silent) = ranks.run(_doctor, tmp_path, _other_versions, world=2)
+    assert (status, other, silent) == (1, 1, "")
+    here = importlib.metadata.version("torch")
+    assert f"WRONG: torch, {here} on node0 (rank 0); 2.11.0 on node1 (rank 1): all ranks need the same: use one" in text
+    assert "WRONG: megatron-core, 0.16.1 on node0 (rank 0); 0.16.0 on node1 (rank 1): all ranks" in text
+    assert "known good is 0.16.1" in text  # the advice of the one that is wrong by itself
+    assert "note: rates, not measured: fix what is wrong" in text and "all-reduce" not in text
+
+
+def _one_gpu_for_two(patch, folder, rank):
+    patch.setattr(gpus, "_installed", lambda package: package == "vllm")
+    fake_gpus.nvidia_smi(patch, folder, gpus=[fake_gpus.gpu(0)])
+    patch.setenv("LOCAL_RANK", "0")
+    fake_gpus.cuda(patch, [fake_gpus.properties(0)])
+
+
+def test_two_ranks_on_one_gpu_do_not_wait_for_each_other(ranks, tmp_path):
+    (status, text), (other, _) = ranks.run(_doctor, tmp_path, _one_gpu_for_two, world=2)
+    assert status == other == 1
+    assert re.search(r"WRONG: GPU of the rank, GPU-00000000-\S+ belongs to \S+ \(rank 0, 1\): NCCL refuses", text)
+    assert "note: rates, not measured" in text
+
+
+def _old_driver_on_one_node(patch, folder, rank):
+    patch.setattr(gpus, "_installed", lambda package: package == "vllm")
+    patch.setattr(platform, "node", lambda: f"node{rank}")
+    patch.setenv("LOCAL_RANK", "0")
+    if rank == 0:
+        fake_gpus.nvidia_smi(patch, folder, gpus=[fake_gpus.gpu(0)])
+        fake_gpus.cuda(patch, [fake_gpus.properties(0)])
+    else:
+        fake_gpus.nvidia_smi(patch, folder, gpus=[fake_gpus.gpu(1, driver_version="570.86.15")])
+        fake_gpus.cuda(patch, error="The NVIDIA driver on your system is too old")
+
+
+def test_a_driver_that_is_too_old_on_one_node(ranks, tmp_path):
+    """That node would take gloo and the other one NCCL, and both would wait."""
+    (status, text), (other, _) = ranks.run(_doctor, tmp_path, _old_driver_on_one_node, world=2)
+    assert status == other == 1
+    assert "WRONG: NVIDIA driver, 580.105.08 on node0 (rank 0); 570.86.15 on node1 (rank 1): all ranks" in text
+    assert "which needs driver 580.65.06 or later" in text and "note: rates, not measured" in text
+
+
+def test_an_error_while_the_ranks_connect_is_a_finding(monkeypatch, tmp_path, capsys):
+    def refuse(config, seed):
+        raise RuntimeError("ncclInvalidUsage: Duplicate GPU detected :\nrank 0 and rank 1 both on CUDA device 53000")
+
+    monkeypatch.setattr(libraries, "IMPORTS", ())
+    monkeypatch.setattr(parallel, "initialize", create_autospec(parallel.initialize, side_effect=refuse))
+    assert doctor.main(tmp_path) == 1
+    output = " ".join(capsys.readouterr().out.split())
+    assert "WRONG: rates, RuntimeError: ncclInvalidUsage: Duplicate GPU detected : rank 0 and rank 1" in output
+    assert "NCCL_DEBUG=INFO" in output and "megatron-core" in output  # the other findings are printed too
+
+
+@pytest.mark.timeout(240)
+def test_ranks_of_torchrun_tell_each_other_before_they_connect(tmp_path):
+    """The exchange uses the store of torchrun, and the process group does so after it."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, platform, sys\nfrom pathlib import Path\n"
+        "from pctrain.tools.doctor import libraries, main\nfrom pctrain.tools.doctor.ranks import exchange\n"
+        "libraries.IMPORTS = ()\nrank = int(os.environ['RANK'])\n"
+        "assert exchange({'rank': rank}) == [{'rank': 0}, {'rank': 1}]\n"
+        f"platform.node = lambda: f'node{{rank}}'\nsys.exit(main(Path({str(tmp_path)!r})))\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    root = {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}:{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(torchrun, capture_output=True, text=True, timeout=200, env=os.environ | root)
+    assert re.search(r"all-reduce over 2 ranks +[\d.e-]+ GB/s \(gloo\)", done.stdout), done.stdout + done.stderr
+    assert "not measured" not in done.stdout
 
 
 def test_the_gpu_page_lists_every_file_with_a_gpu_branch():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from pathlib import Path
 
 from rich import box
@@ -10,9 +12,10 @@ from rich.table import Table
 
 from pctrain.common.progress import make_console
 from pctrain.tools.doctor.findings import Finding, combined
+from pctrain.tools.doctor.gpus import kind
 from pctrain.tools.doctor.host import machine
 from pctrain.tools.doctor.libraries import imports
-from pctrain.tools.doctor.ranks import between_ranks, measured
+from pctrain.tools.doctor.ranks import between_ranks, exchange, measured
 from pctrain.tools.doctor.variables import environment
 from pctrain.tools.doctor.versions import packages
 
@@ -20,19 +23,41 @@ from pctrain.tools.doctor.versions import packages
 def main(folder: Path, console: Console | None = None) -> int:
     """Print the findings and return the exit status. Collective.
 
-    `folder` is where runs will be written.
+    `folder` is where runs will be written. Nothing that needs the ranks' connection begins before the ranks have told
+    each other what they found: a wrong driver or version on one of them would let the others wait, without a reason.
     """
-    from pctrain.common.device import on_gpu
+    where = kind()
+    own = [*packages(where), *environment(where), *imports()]
+    if any(finding.check == "import torch" and finding.state == "wrong" for finding in own):
+        _print(own, console or make_console())
+        return 1
+    own += machine(folder)
+    hosts, by_rank = zip(*exchange((platform.node(), own)), strict=True)
+    findings = combined(by_rank, hosts)
+    if any(finding.stops and finding.state == "wrong" for finding in findings):
+        findings.append(Finding("rates", "not measured", "note", "fix what is wrong, and call doctor again"))
+    else:
+        findings += _rates(hosts)
+    if int(os.environ.get("RANK", "0")) == 0:
+        _print(findings, console or make_console())
+    return int(any(finding.state == "wrong" for finding in findings))
+
+
+def _rates(hosts: tuple[str, ...]) -> list[Finding]:
+    """Connect the ranks and measure them. Collective."""
     from pctrain.config.tree import ParallelConfig
     from pctrain.distributed import parallel
 
-    parallel.initialize(ParallelConfig(timeout=120), seed=0)
-    where = "gpu" if on_gpu() else "cpu"
-    own = [*packages(where), *environment(where), *imports(), *machine(folder), *measured(where)]
-    findings = [*combined(parallel.gather(own)), *between_ranks(where)]
-    if parallel.rank() == 0:
-        _print(findings, console or make_console())
-    return int(any(finding.state == "wrong" for finding in findings))
+    try:
+        parallel.initialize(ParallelConfig(timeout=120), seed=0)
+        return [*combined(parallel.gather(measured()), hosts), *between_ranks()]
+    except Exception as error:  # torch, NCCL and the driver raise many kinds
+        advice = (
+            "the ranks cannot be connected or measured. NCCL_DEBUG=INFO says why, and which interface it uses; see "
+            "docs/gpu.md, section Networks"
+        )
+        reason = " ".join(str(error).split())[:500]
+        return [Finding("rates", f"{type(error).__name__}: {reason}", "wrong", advice)]
 
 
 def _print(findings: list[Finding], console: Console) -> None:

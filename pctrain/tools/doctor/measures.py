@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pctrain.common.device import device, on_gpu
+from pctrain.common.device import device
 from pctrain.core.peak import fastest, peak_flops
 
 COPY_BYTES = 256 << 20
@@ -37,16 +36,6 @@ def all_reduce_bandwidth() -> float:
     n = dist.get_world_size()
     values = torch.ones(REDUCE_BYTES // 4, device=device())
     return 2 * (n - 1) / n * REDUCE_BYTES / fastest(lambda: dist.all_reduce(values))
-
-
-def gpus() -> list[dict[str, Any]]:
-    """Return the name, memory (bytes) and capability (major, minor) of each visible CUDA device."""
-    devices = []
-    for index in range(torch.cuda.device_count() if on_gpu() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        capability = (properties.major, properties.minor)
-        devices.append({"name": properties.name, "memory": properties.total_memory, "capability": capability})
-    return devices
 
 
 def memory_left() -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from packaging.version import Version
@@ -60,7 +60,8 @@ def packages(where: str) -> list[Finding]:
         "ok" if sys.version_info[:2] == (3, 11) else "wrong",
         "pctrain is tested on Python 3.11 only: create the environment again with launch/setup.sh",
     )
-    return [python, *(_check_package(package, where) for package in PACKAGES if package.where in ("both", where))]
+    findings = [python, *(_check_package(package, where) for package in PACKAGES if package.where in ("both", where))]
+    return [replace(finding, across="same") for finding in findings]
 
 
 def _check_package(package: Package, where: str) -> Finding:

@@ -209,7 +209,6 @@ def main() -> int:
 
     from pctrain.common.device import on_gpu
     from pctrain.config.load import read
-    from pctrain.core import patches
 
     assert on_gpu()
     config = read(None, asked.options)
@@ -224,7 +223,6 @@ def main() -> int:
         PHASES[name](scene)
     report = Report(
         described=learner.describe(),
-        patches=[name for name in patches.NAMES if patches.load(name).is_needed()],
         parameters=len(parameters),
         waits=[(*key, count, sorted(mode.waits.lines[key])) for key, count in sorted(mode.waits.items())],
         peaks=mode.memory.peaks,

@@ -25,6 +25,7 @@ aten = torch.ops.aten
 ROUND = 512  # bytes: torch's allocator for CUDA hands out multiples
 HERE = str(Path(__file__).parent)
 TORCH = str(Path(torch.__file__).parent)
+ROOTS = ("pctrain", "pctrain_kernels", "megatron", "tests")  # places are named from here on
 TIMERS = "pctrain/distributed/waits.py"  # wraps torch's collectives
 
 # Operations whose result's shape depends on values: the GPU's host waits for them.
@@ -75,9 +76,8 @@ def _place() -> tuple[str, int]:
     else:
         return "torch's autograd", 0
     parts = Path(name).parts
-    for root in ("pctrain", "pctrain_kernels", "megatron"):
-        if root in parts:
-            parts = parts[len(parts) - 1 - parts[::-1].index(root) :]
+    first = max((at for at, part in enumerate(parts) if part in ROOTS), default=0)
+    parts = parts[first:]
     return f"{'/'.join(parts)}:{frame.f_code.co_qualname}", frame.f_lineno
 
 
@@ -163,7 +163,7 @@ class FakeCuda(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         inputs = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, torch.Tensor)]
         to_cuda = _is_cuda(kwargs.get("device"))
-        pinned = kwargs.pop("pin_memory", None) if "pin_memory" in kwargs else None
+        pinned = bool(kwargs.pop("pin_memory", False))
         if not to_cuda and not any(isinstance(value, FakeTensor) for value in inputs):
             out = func(*args, **kwargs)
             return self.pin(out) if pinned else out
@@ -182,7 +182,7 @@ class FakeCuda(TorchDispatchMode):
         elif func._schema.is_mutable:
             for value in inputs:
                 vars(value).pop(KNOWN, None)
-        return self._keep(out)
+        return self._keep(out, pinned)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
         values, structure = tree_flatten((args, kwargs))
@@ -203,14 +203,15 @@ class FakeCuda(TorchDispatchMode):
         with self.fake:
             return func(*args, **kwargs)
 
-    def _keep(self, out: Any) -> Any:
-        """Count the results' memory; a result on the CPU becomes real."""
+    def _keep(self, out: Any, pinned: bool) -> Any:
+        """Count the results' memory; a result on the host becomes real."""
 
         def settle(tensor: torch.Tensor) -> torch.Tensor:
             if not isinstance(tensor, FakeTensor):
                 return tensor
             if tensor.device.type == "cpu":
-                return torch.zeros(tensor.shape, dtype=tensor.dtype)
+                real = torch.zeros(tensor.shape, dtype=tensor.dtype)
+                return self.pin(real) if pinned else real
             self.memory.note(tensor, self.phase)
             return tensor
 

@@ -24,6 +24,7 @@ def main() -> int:
     x = host.cuda()
     mask = x > 2
     into = torch.zeros(6)
+    like = torch.empty_like(x, device="cpu", pin_memory=True)
 
     def write_by_mask() -> None:
         x[mask] = x[mask] + 1
@@ -50,6 +51,8 @@ def main() -> int:
         "copy to the host": lambda: x.cpu(),
         "non-blocking copy to the host": lambda: x.to("cpu", non_blocking=True),
         "non-blocking copy into pageable memory": lambda: into.copy_(x, non_blocking=True),
+        "non-blocking copy into pinned memory": lambda: like.copy_(x, non_blocking=True),
+        "and back": lambda: like.to("cuda", non_blocking=True),
         "nonzero": lambda: mask.nonzero(),
         "read by a mask": lambda: x[mask],
         "write by a mask": write_by_mask,

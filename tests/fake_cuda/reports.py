@@ -33,7 +33,6 @@ class Report:
     """What happened on rank 0."""
 
     described: str
-    patches: list[str]  # that this machine needs
     parameters: int
     waits: list[tuple[str, str, str, int, list[int]]]  # phase, kind, place, count, lines
     peaks: dict[str, int] = field(repr=False)  # bytes by phase

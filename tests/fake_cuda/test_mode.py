@@ -27,6 +27,8 @@ WAITS = {
     "copy to the host": {"copy to the host": 1},
     "non-blocking copy to the host": {},
     "non-blocking copy into pageable memory": {"copy to the host": 1},
+    "non-blocking copy into pinned memory": {},
+    "and back": {},
     "nonzero": {"nonzero": 1},
     "read by a mask": {"index by a mask": 1},
     "write by a mask": {"index by a mask": 2},
@@ -61,7 +63,7 @@ def test_memory_is_counted_by_storage_in_steps_of_512_bytes(found):
 
 def test_a_wait_that_is_not_pinned_is_named():
     waits = [("sft 1", "item", "a.py:f", 3, [7]), ("sft 2", "item", "a.py:f", 5, [7])]
-    report = reports.Report("", [], 0, waits, {}, [])
+    report = reports.Report("", 0, waits, {}, [])
     per_micro_batch, per_step = report.per_micro_batch_and_step("sft", (1, 2))
     assert (per_micro_batch, per_step) == ({"item: a.py:f": 2}, {"item: a.py:f": 1})
     assert reports.difference("sft, per step", per_step, {"nonzero: b.py:g": 2}, report) == [
@@ -73,4 +75,4 @@ def test_a_wait_that_is_not_pinned_is_named():
 def test_waits_that_do_not_follow_the_micro_batches_are_an_error():
     waits = [(f"sft {n}", "item", "a.py:f", n * n, [7]) for n in (1, 2, 4)]
     with pytest.raises(AssertionError, match=r"item: a\.py:f: by micro-batches \{1: 1, 2: 4, 4: 16\}"):
-        reports.Report("", [], 0, waits, {}, []).per_micro_batch_and_step("sft", (1, 2, 4))
+        reports.Report("", 0, waits, {}, []).per_micro_batch_and_step("sft", (1, 2, 4))

@@ -47,6 +47,7 @@ class HeadOptions:
     want_entropy: bool
     chunk_tokens: int | None
     sequence_parallel: bool
+    rows: Tensor | None
 
     def check(self, hidden: Tensor, weight: Tensor, target: Tensor, grad_weight_out: Tensor | None) -> None:
         """Raise ValueError if shapes, dtypes or options do not fit each other."""
@@ -74,6 +75,9 @@ class HeadOptions:
         tokens = hidden.shape[0] * (dist.get_world_size(self.group) if self.sequence_parallel else 1)
         if target.shape != (tokens,) or target.dtype != torch.int64:
             raise ValueError(f"expected target int64 [{tokens}], got {target.dtype} {list(target.shape)}")
+        rows = self.rows
+        if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64 or rows.shape[0] > tokens):
+            raise ValueError(f"expected rows int64 [at most {tokens}], got {rows.dtype} {list(rows.shape)}")
 
 
 def _check_grad_weight_out(weight: Tensor, grad_weight_out: Tensor) -> None:
@@ -94,7 +98,7 @@ class Head(LabelledRows):
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, target: Tensor, options: HeadOptions) -> None:
-        super().__init__(target, options.ignore_index)
+        super().__init__(target, options.ignore_index, options.rows)
         self.options = options
         group = options.group
         self.group = None if group is None or dist.get_world_size(group) == 1 else group

@@ -32,6 +32,7 @@ def linear_logprob_entropy(
     chunk_tokens: int | None = None,
     grad_weight_out: Tensor | None = None,
     sequence_parallel: bool = False,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return logprob_i = log softmax(W h_i / temperature)[target_i] and entropy_i = -sum p log p, in nats.
 
@@ -54,6 +55,8 @@ def linear_logprob_entropy(
         grad_weight_out: fp32 [V_l, H] (Megatron's `main_grad`). Backward adds dW to it, sets
             `weight.grad_added_to_main_grad` and returns a dummy gradient for `weight`.
         sequence_parallel: hidden is this rank's [T / tp, H]; it is gathered inside and its gradient scattered back.
+        rows: int64 [n], the ascending positions whose target is not `ignore_index`, if the caller knows them. Without
+            them the host waits for a GPU to count them. Wrong rows fail an assertion.
 
     Returns:
         logprob [T], and entropy [T] or None.
@@ -70,6 +73,7 @@ def linear_logprob_entropy(
         want_entropy=want_entropy,
         chunk_tokens=chunk_tokens,
         sequence_parallel=sequence_parallel,
+        rows=rows,
     )
     options.check(hidden, weight, target, grad_weight_out)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):

@@ -22,6 +22,7 @@ class HeadKeywords(TypedDict, total=False):
     chunk_tokens: int | None
     grad_weight_out: Tensor | None
     sequence_parallel: bool
+    rows: Tensor | None
 
 
 def linear_cross_entropy(

@@ -55,6 +55,7 @@ def linear_token_loss(
     chunk_tokens: int | None = None,
     grad_weight_out: Tensor | None = None,
     sequence_parallel: bool = False,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Streams]:
     """Return loss = sum_i token_weight_i loss_i / denom and metrics {name: sum_i token_weight_i value_i}, fp32 scalars.
 
@@ -80,6 +81,7 @@ def linear_token_loss(
         want_entropy=want_entropy,
         chunk_tokens=chunk_tokens,
         sequence_parallel=sequence_parallel,
+        rows=rows,
     )
     options.check(hidden, weight, target, grad_weight_out)
     _check_per_token(target, streams, token_weight, denom)

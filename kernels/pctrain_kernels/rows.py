@@ -9,11 +9,18 @@ from torch import Tensor
 class LabelledRows:
     """The n of T tokens that have a target: target int64 [n], rows int64 [n] or None for all T."""
 
-    def __init__(self, target: Tensor, ignore_index: int) -> None:
-        rows = (target != ignore_index).nonzero().squeeze(1)
+    def __init__(self, target: Tensor, ignore_index: int, rows: Tensor | None = None) -> None:
+        """Choose the rows; if the caller gives them, the host does not wait for a GPU to count them."""
+        has_target = target != ignore_index
+        given = rows is not None
+        if rows is None:
+            rows = has_target.nonzero().squeeze(1)
         self.rows = None if rows.shape == target.shape else rows
         self._tokens = target.shape[0]
         self.target = self.select(target)
+        if given:
+            is_right = (has_target.sum() == rows.shape[0]) & self.select(has_target).all() & (rows.diff() > 0).all()
+            torch._assert_async(is_right, "rows are not the ascending positions whose target is not ignore_index")
 
     def select(self, per_token: Tensor) -> Tensor:
         """Return [n, ...], the rows with a target, from [T, ...]."""

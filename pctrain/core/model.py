@@ -217,7 +217,7 @@ def _keep_experts_apart(part: CausalLM) -> None:
 
 
 def attention_layout(spec: str, config: TransformerConfig, cu_seqlens: torch.Tensor, tokens: int) -> PackedSeqParams:
-    """Return the bounds of a pack's sequences in the form that the spec's attention reads.
+    """Return the bounds of a pack's sequences in the form that the spec's attention reads, in host memory.
 
     `cu_seqlens` is int32 [n + 1] over the sequences of a pack of `tokens` positions.
     """

@@ -68,7 +68,7 @@ def global_norm(optimizer: MegatronOptimizer) -> float | None:
     failed = optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     # Each part of a chained optimizer (experts are one) sums over a separate group: agree over the whole world.
-    finite = torch.tensor(float(not failed and math.isfinite(norm)), device=device())
+    finite = torch.full((), float(not failed and math.isfinite(norm)), device=device())
     dist.all_reduce(finite, op=dist.ReduceOp.MIN)
     return norm if finite.item() else None
 

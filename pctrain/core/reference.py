@@ -29,8 +29,7 @@ class Reference:
         tensors = [torch.zeros_like(parameter, requires_grad=False) for parameter in self._parameters]
         with self._holding(tensors):
             load()
-        # Pinned, so that the way back to the GPU is a plain copy.
-        self._tensors = [tensor.cpu().pin_memory() for tensor in tensors] if offload and on_gpu() else tensors
+        self._tensors = [_pinned_copy(tensor) for tensor in tensors] if offload and on_gpu() else tensors
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -48,3 +47,8 @@ class Reference:
         finally:
             for parameter, tensor in zip(self._parameters, trained, strict=True):
                 parameter.data = tensor
+
+
+def _pinned_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to pinned host memory without waiting. Only later work of the same stream may read the copy."""
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -18,6 +18,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pctrain_kernels
 from pctrain.common.device import device
+from pctrain.core.device_pack import DevicePack
 from pctrain.core.layers import context_parallel, router_loss
 from pctrain.core.model import attention_layout
 from pctrain.data.packing import NO_LABEL, Pack, PackedBatch
@@ -29,7 +30,7 @@ from pctrain_kernels.linear_token_loss import MAX
 HeadFunction = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (hidden states, weight) -> a sum over the pack
 # megatron-core's loss function: it gets the head's sum and returns (sum, an integer token count, a dict).
 Collect = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict]]
-Prepare = Callable[[Pack], tuple[HeadFunction, Collect]]
+Prepare = Callable[[DevicePack], tuple[HeadFunction, Collect]]
 
 
 @dataclass(frozen=True)
@@ -52,31 +53,30 @@ class PackHead:
 
     def loss(
         self,
-        pack: Pack,
+        pack: DevicePack,
         token_loss: TokenLoss,
         temperature: float,
         want_entropy: bool,
         metric_sums: dict[str, torch.Tensor],
     ) -> HeadFunction:
         """Return a head that returns the pack's weighted loss sum and puts the metrics' sums in `metric_sums`."""
-        # Tokens that are not trained on cost nothing in the head.
-        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL).to(device())
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             total, metrics = pctrain_kernels.linear_token_loss(
                 hidden,
                 weight,
-                labels,
+                pack.labels,
                 token_loss,
-                streams={name: stream.to(device()) for name, stream in pack.streams.items()},
+                streams=pack.streams,
                 denom=1.0,
-                token_weight=pack.weights.to(device()),
+                token_weight=pack.weights,
                 temperature=temperature,
                 want_entropy=want_entropy,
                 # dW goes straight into the fp32 main_grad that data parallelism made, in the forward pass: there is no
                 # [V, H] gradient in the parameter's dtype, and no rounding to it between micro-batches. (Ignored
                 # without grad mode.)
                 grad_weight_out=weight.main_grad,
+                rows=pack.labelled,
                 **self.shard(),
             )
             metric_sums.update(metrics)
@@ -86,19 +86,22 @@ class PackHead:
 
     def logprob(
         self,
-        pack: Pack,
+        pack: DevicePack,
         temperature: float,
-        trained_only: bool,
         want_entropy: bool,
         results: list[tuple[torch.Tensor, ...]],
     ) -> HeadFunction:
         """Return a head that appends the pack's (log-probs [T],) or (log-probs [T], entropies [T]) to `results`."""
-        labels = pack.labels.masked_fill(pack.weights == 0, NO_LABEL) if trained_only else pack.labels
-        labels = labels.to(device())
 
         def head(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
             logprob, entropy = pctrain_kernels.linear_logprob_entropy(
-                hidden, weight, labels, temperature=temperature, want_entropy=want_entropy, **self.shard()
+                hidden,
+                weight,
+                pack.labels,
+                temperature=temperature,
+                want_entropy=want_entropy,
+                rows=pack.labelled,
+                **self.shard(),
             )
             results.append((logprob, entropy) if want_entropy else (logprob,))
             return logprob.sum()
@@ -128,7 +131,7 @@ def run_loss(
     """
     sums: list[dict[str, torch.Tensor]] = []
 
-    def prepare(pack: Pack) -> tuple[HeadFunction, Collect]:
+    def prepare(pack: DevicePack) -> tuple[HeadFunction, Collect]:
         metric_sums: dict[str, torch.Tensor] = {}
 
         def collect(total: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict]:
@@ -141,7 +144,9 @@ def run_loss(
     balanced = backward and _has_router_loss(chunks)
     if balanced:
         router_loss.start(chunks, batch.denominator, batch.tokens)
-    _schedule(chunks, spec, batch.packs, prepare, denominator=batch.denominator if backward else None)
+    # Tokens that are not trained on cost nothing in the head.
+    denominator = batch.denominator if backward else None
+    _schedule(chunks, spec, batch.packs, prepare, trained_only=True, denominator=denominator)
     loss, metrics = _reduce(sums, batch)
     if balanced:
         metrics[router_loss.METRIC] = router_loss.mean(chunks, batch.tokens)
@@ -164,11 +169,11 @@ def run_logprob(
     """
     results: list[tuple[torch.Tensor, ...]] = []
 
-    def prepare(pack: Pack) -> tuple[HeadFunction, Collect]:
-        pack_head = head.logprob(pack, temperature, trained_only, want_entropy, results)
+    def prepare(pack: DevicePack) -> tuple[HeadFunction, Collect]:
+        pack_head = head.logprob(pack, temperature, want_entropy, results)
         return pack_head, lambda total: (total, torch.ones((), dtype=torch.int), {})
 
-    _schedule(chunks, spec, batch.packs, prepare, denominator=None)
+    _schedule(chunks, spec, batch.packs, prepare, trained_only=trained_only, denominator=None)
     group = parallel_state.get_pipeline_model_parallel_group()
     del results[len(batch.packs) :]  # padding packs of the schedule
     if results:  # on the last stage
@@ -189,7 +194,9 @@ def run_logprob(
     return results
 
 
-def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Prepare, denominator: float | None) -> None:
+def _schedule(
+    chunks: list, spec: str, packs: list[Pack], prepare: Prepare, *, trained_only: bool, denominator: float | None
+) -> None:
     """Run every pack through the pipeline; a denominator asks for gradients."""
     config = chunks[0].module.config
     balanced = denominator is not None and _has_router_loss(chunks)
@@ -201,14 +208,15 @@ def _schedule(chunks: list, spec: str, packs: list[Pack], prepare: Prepare, deno
     def forward_step(remaining: Iterator[Pack], wrapped: Any) -> tuple[torch.Tensor, Collect]:
         watchdog.beat()
         whole = next(remaining)
-        pack = context_parallel.shard(whole)
+        layout = attention_layout(spec, config, whole.cu_seqlens, len(whole.tokens))
+        pack = DevicePack.place(context_parallel.shard(whole), layout, trained_only=trained_only)
         wrapped.module.head, collect = prepare(pack)
         output = wrapped(
-            pack.tokens[None].to(device()),
-            pack.position_ids[None].to(device()),
+            pack.tokens[None],
+            pack.position_ids[None],
             attention_mask=None,
-            padding_mask=pack.padding[None].to(device()) if balanced else None,  # only the auxiliary loss reads it
-            packed_seq_params=attention_layout(spec, config, pack.cu_seqlens, len(whole.tokens)),
+            padding_mask=pack.padding[None] if balanced else None,  # only the auxiliary loss reads it
+            packed_seq_params=pack.layout,
         )
         return output, collect
 
@@ -233,7 +241,7 @@ def _finalize(denominator: float) -> Callable[..., None]:
         # megatron-core sums its argument over the ranks that hold other tokens, so each contributes an equal part.
         # float64 keeps the quotient exact.
         ranks = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
-        share = torch.tensor(denominator / ranks, dtype=torch.float64, device=device())
+        share = torch.full((), denominator / ranks, dtype=torch.float64, device=device())
         finalize_model_grads(chunks, share, **kwargs)
 
     return finalize

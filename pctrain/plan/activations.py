@@ -1,14 +1,15 @@
 """Activation memory: what a micro-batch keeps for its backward pass, and temporary tensors. Bytes on one rank.
 
-The counts follow what autograd saves in our layers (core/layers). tests/plan/test_plan_memory.py compares them with the
-resident memory of real steps.
+The counts follow what autograd saves in our layers (core/layers) and in Transformer Engine's.
+tests/plan/test_plan_activations.py compares them with the tensors that the real model saves, and
+tests/plan/test_plan_memory.py with the resident memory of real steps.
 """
 
 from __future__ import annotations
 
 from math import ceil
 
-from pctrain.config.tree import Config
+from pctrain.config.tree import Config, ModelConfig
 from pctrain.hf.config import HFConfig
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, largest_matrix
@@ -16,6 +17,16 @@ from pctrain.plan.shapes import DTYPE_BYTES, Layout, largest_matrix
 # One chunk of logits: pctrain_kernels/head.py, GPU_LOGITS_BYTES and CPU_LOGITS_BYTES.
 GPU_LOGITS, CPU_LOGITS = 5 * 2**29, 2**25
 FP32 = 4
+
+
+def layer_spec(model: ModelConfig, gpu: Gpu) -> str:
+    """Return `te`, `torch-varlen` or `torch`: the layer spec of the plan (core/layers/spec.py, `choose_spec`).
+
+    `auto` on a GPU is `te` for bfloat16, as if Transformer Engine were installed, and `torch` for float32.
+    """
+    if model.spec != "auto":
+        return model.spec
+    return "te" if not gpu.is_cpu and model.dtype == "bfloat16" else "torch"
 
 
 class Activations:
@@ -32,83 +43,134 @@ class Activations:
         self.entropy = entropy
         self.par = par = layout.parallel
         self.size = DTYPE_BYTES[config.model.dtype]
-        self.te = config.model.spec == "te" or (config.model.spec == "auto" and not gpu.is_cpu)
+        self.spec = layer_spec(config.model, gpu)
         self.tokens = ceil(tokens / par.context)
+        self.queries, self.keys = hf.heads * hf.head_dim / par.tensor, hf.kv_heads * hf.head_dim / par.tensor
         # Only sequence parallelism shards norms and the residual stream over the tensor parallel ranks.
-        self.stream = self.tokens * hf.hidden * self.size / (par.tensor if par.sequence_parallel else 1)
+        self.stream_tokens = self.tokens / (par.tensor if par.sequence_parallel else 1)
+        self.stream = self.stream_tokens * hf.hidden * self.size
 
     def layer(self) -> float:
         """Return what one layer keeps, with the recomputation of the layout."""
         return self.stream if self.par.recompute == "full" else self._whole_layer()
 
     def _whole_layer(self) -> float:
-        """Return two norms, each normed and scaled (four times the stream), attention and feed-forward."""
-        hf, tensor = self.hf, self.par.tensor
-        queries, keys = hf.heads * hf.head_dim / tensor, hf.kv_heads * hf.head_dim / tensor
-        projected, rotated = queries + 2 * keys, queries + keys
-        # Attention saves its output. In the torch spec the next product saves it again, in the order of the pack.
-        attended = queries * (1 if self.te else 2)
-        attention = projected + rotated + attended
-        if self.par.recompute == "selective":
-            attention = projected + queries * 2  # its inputs, the queries by themselves, and its output
-        if hf.qk_norm:
-            attention += rotated
-        return 4 * self.stream + self.tokens * self.size * attention + self._feed_forward()
+        """Return two norms, attention and feed-forward."""
+        return 2 * self._norm() + self.attention() + self.feed_forward()
 
-    def _feed_forward(self) -> float:
-        """Return gate and up, the activated gate, and their product; for experts also the routed copies of tokens."""
+    def _norm(self) -> float:
+        """Return the input of a norm, its float32 scale, and its output, which the product after it saves.
+
+        On a CPU the torch norm composes bfloat16 of float32 copies: of the input and of the normed input.
+        """
+        composed = self.gpu.is_cpu and self.size < FP32
+        return self.stream * (1 + 2 * FP32 / self.size if composed else 2) + self.stream_tokens * FP32
+
+    def attention(self) -> float:
+        """Return what the attention of a layer saves.
+
+        * `te` and `torch-varlen` (flash attention): rotated queries and keys, a copy of the values, the output, and the
+          float32 log-sum-exp of every head. Keys and values of grouped queries are not repeated.
+        * `torch` (scaled_dot_product_attention): without a copy of the values, which are a view and keep the whole
+          projection alive. In packs of several lengths the inputs are copied instead, and the output once more.
+        * Norms of queries and keys keep their inputs: the queries and the projection. On a CPU they keep the normed
+          ones, for bfloat16 as two float32 copies.
+        * Recomputed (selective): the inputs and the output. `te` rotates before, so its inputs are rotated queries and
+          keys and the values, which keep the projection; the others keep the queries and the projection. Flash
+          attention saves less than that without recomputation.
+        """
+        hf, tensor = self.hf, self.par.tensor
+        projected = self.queries + 2 * self.keys
+        norms = FP32 * (hf.heads + hf.kv_heads) / tensor if hf.qk_norm else 0.0
+        if self.par.recompute == "selective":
+            elements = projected + 2 * self.queries + (self.keys if self.spec == "te" or hf.qk_norm else 0)
+            elements += self.queries if hf.qk_norm else 0
+            return self.tokens * (elements * self.size + norms)
+        elements = (3 if self.spec == "torch" else 2) * (self.queries + self.keys)
+        if hf.qk_norm and self.gpu.is_cpu:
+            elements += (self.queries + self.keys) * (1 if self.size == FP32 else 2 * FP32 / self.size)
+        elif hf.qk_norm:  # nothing else keeps the projection then
+            elements += self.queries + projected - (self.keys if self.spec == "torch" else 0)
+        return self.tokens * (elements * self.size + FP32 * hf.heads / tensor + norms)
+
+    def feed_forward(self) -> float:
+        """Return what the feed-forward of a layer saves: for each position, or routed copy of one, multiples of F.
+
+        Fused (megatron-core's bias_activation_fusion; on a GPU, except for the dense layers of the torch specs): gate
+        and up, and their product. The torch specs' dense layers save the activated gate too (core/layers/swiglu.py).
+        Experts on a CPU save six: also a copy of up, and the product before and after it is weighted.
+        """
         hf, tensor = self.hf, self.par.tensor
         if hf.experts is None:
-            return self.tokens * self.size * 4 * hf.ffn / tensor
+            return self.tokens * self.size * (3 if self.spec == "te" else 4) * hf.ffn / tensor
         routed = self.tokens * hf.experts.per_token
-        router = self.tokens * hf.experts.count * (FP32 * 2 + 1) / tensor
-        # Tokens in the order of the experts, their results, and both in order again; between ranks also what was
-        # received.
-        between = tensor * self.par.expert > 1
-        copies = hf.hidden * (2 / tensor + 1 + between)
-        return routed * self.size * (4 * hf.experts.ffn / tensor + copies) + router
+        # Logits and probabilities in float32, the map of routed tokens; chosen experts, their weights, and the order.
+        router = self.stream_tokens * (hf.experts.count * (FP32 + 1) + hf.experts.per_token * 24)
+        width = (6 if self.gpu.is_cpu else 3) * hf.experts.ffn / tensor
+        return routed * self.size * (width + hf.hidden) + router
 
     def micro_batch(self, layers: int) -> float:
         """Return what `layers` layers of a stage keep of a micro-batch; in a pipeline with its input and output."""
         between = 2 * self.stream if self.par.pipeline > 1 else 0.0
-        return layers * self.layer() + between + self._angles()
+        return layers * self.layer() + between + self.angles()
 
-    def _angles(self) -> float:
-        """Return the cosines and sines of every position, made once per pack (torch specs only)."""
-        hf = self.hf
-        return (
-            0.0 if self.te else 2 * self.tokens * self.size * (hf.heads + hf.kv_heads) * hf.head_dim / self.par.tensor
-        )
+    def angles(self) -> float:
+        """Return the cosines and sines of every position and head, made once per pack (torch specs only)."""
+        return 0.0 if self.spec == "te" else 2 * self.tokens * self.size * (self.queries + self.keys)
 
     def backward_of_layer(self) -> float:
         """Return the temporary gradients through the widest block, and the layer again if it is recomputed."""
         hf, tensor = self.hf, self.par.tensor
         width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
         gradients = self.tokens * self.size * (3 * width / tensor + 3 * hf.hidden)
-        again = self._whole_layer() if self.par.recompute == "full" else 0.0
+        again = self._recomputed()
         # megatron-core gives autograd an empty gradient of each matrix. On a CPU, memory never written is not resident.
         dummy = 0.0 if self.gpu.is_cpu else largest_matrix(hf, self.par) * self.size
         return gradients + again + dummy
 
-    def head(self) -> float:
-        """Return the last stage's chunk of logits and its gradients of the hidden states and of the head."""
-        hf, tensor = self.hf, self.par.tensor
-        rows = hf.padded_vocab(tensor) / tensor
+    def _recomputed(self) -> float:
+        """Return what exists twice while the backward pass recomputes a layer."""
+        if self.par.recompute == "full":
+            return self._whole_layer()
+        attention = self.tokens * self.size * 2 * (self.queries + self.keys)
+        return attention if self.par.recompute == "selective" else 0.0
+
+    def _chunk_rows(self) -> int:
+        """Return the rows of a chunk of logits: equal pieces of at most the budget (pctrain_kernels/head.py)."""
         budget = CPU_LOGITS if self.gpu.is_cpu else GPU_LOGITS
-        chunk = min(budget, self.tokens * rows * FP32)
-        buffers = 2 if self.gpu.is_cpu and self.entropy else 1
-        # Normed and scaled states, and their gradient in float32 and in the model's dtype.
+        most = max(1, budget // (FP32 * self._columns()))
+        return ceil(self.tokens / ceil(self.tokens / most))
+
+    def _columns(self) -> int:
+        return self.hf.padded_vocab(self.par.tensor) // self.par.tensor
+
+    def logits(self, entropy: bool) -> float:
+        """Return the buffers of a chunk of logits: the Triton kernels need one, torch a second for the entropy."""
+        return float(self._chunk_rows() * self._columns() * FP32 * (2 if self.gpu.is_cpu and entropy else 1))
+
+    def head(self) -> float:
+        """Return what the last stage's head needs next to its logits: hidden states, their gradient, and the weight's.
+
+        The final norm's input and output, and the gradient in float32 and in the model's dtype; of a chunk's rows, a
+        copy of the states and of their gradient. The weight's gradient goes into its float32 buffer; autograd gets an
+        empty one.
+        """
+        hf = self.hf
         hidden = self.tokens * hf.hidden * (FP32 + 3 * self.size)
-        # The gradient that autograd is given.
-        weight = 0.0 if self.gpu.is_cpu and not hf.tied else rows * hf.hidden * self.size
-        return chunk * buffers + hidden + weight
+        rows = self._chunk_rows() * hf.hidden * (FP32 + self.size)
+        weight = 0.0 if self.gpu.is_cpu and not hf.tied else self.embedding()
+        return hidden + rows + weight
 
     def embedding(self) -> float:
         """Return the first stage's gradient of the embedding, before it is added to the buffer."""
-        return self.hf.padded_vocab(self.par.tensor) / self.par.tensor * self.hf.hidden * self.size
+        return float(self._columns() * self.hf.hidden * self.size)
 
-    def forward_alone(self) -> float:
-        """Return the memory of a pass without gradients."""
+    def forward_alone(self, entropy: bool) -> dict[str, float]:
+        """Return the parts of a pass without gradients: its widest layer, or its head with a chunk of logits."""
         hf, tensor = self.hf, self.par.tensor
         width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
-        return self.tokens * self.size * (4 * width / tensor + 4 * hf.hidden) + self.head()
+        layer = self.tokens * self.size * (4 * width / tensor + 4 * hf.hidden)
+        hidden, logits = 2 * self.tokens * hf.hidden * self.size, self.logits(entropy)
+        if layer > hidden + logits:
+            return {"workspace": layer + self.angles()}
+        return {"logits": logits, "workspace": hidden + self.angles()}

@@ -16,8 +16,8 @@ from pctrain.plan.planner import Plan, Planner
 def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequence[str], launch: str) -> None:
     """Write {gpu, gpus, kind, work, layouts, options, launch, assumptions, warnings} in bytes, seconds and FLOPs.
 
-    A layout is {name, parallel, fits, memory {phase: {part: bytes}}, seconds {part: seconds}, ...}. The file is
-    replaced atomically.
+    A layout is {name, parallel, fits, memory {phase: {part: bytes}}, host {save_rank, save_node, reference_node},
+    seconds {part: seconds}, ...}. The file is replaced atomically.
     """
     content = {
         "gpu": asdict(planner.gpu),
@@ -35,7 +35,6 @@ def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequen
 
 def _layout(plan: Plan) -> dict[str, Any]:
     speed = plan.speed
-    phases = dict.fromkeys(moment.phase for moment in plan.memory.moments)
     return {
         "name": plan.name,
         "parallel": plan.layout.parallel.model_dump(mode="json"),
@@ -44,7 +43,8 @@ def _layout(plan: Plan) -> dict[str, Any]:
         "fits": plan.fits,
         "share": plan.share,
         "fullest": plan.memory.peak.phase,
-        "memory": {phase: plan.memory.of(phase).parts for phase in phases},
+        "memory": {phase: moment.parts for phase, moment in plan.memory.phases.items()},
+        "host": asdict(plan.memory.host),
         "seconds": speed.parts,
         "step_seconds": speed.seconds,
         "tokens": speed.tokens,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pctrain.files.durable import write_atomically
 from pctrain.plan.gpus import GIB
+from pctrain.plan.memory import PARTS
 from pctrain.plan.planner import Plan
 
 COLOURS = {
@@ -15,9 +16,12 @@ COLOURS = {
     "gradients": "#7fb2d6",
     "optimizer": "#1b3f5c",
     "reference": "#9a6fb0",
-    "activations": "#d98a3d",
-    "workspace": "#f0c08a",
     "engine": "#4f9d69",
+    "activations": "#d98a3d",
+    "logits": "#b5651d",
+    "workspace": "#f0c08a",
+    "stream": "#8fc7a1",
+    "checkpoint": "#7a6a58",
     "reserve": "#c3cad2",
 }
 
@@ -34,7 +38,7 @@ def draw(path: Path, plans: Sequence[Plan]) -> None:
         axes = figure.subplots()
         peaks = [plan.memory.peak for plan in plans]
         left = [0.0] * len(plans)
-        for name in dict.fromkeys(name for peak in peaks for name in peak.parts):
+        for name in (name for name in PARTS if any(name in peak.parts for peak in peaks)):
             widths = [peak.parts.get(name, 0.0) / GIB for peak in peaks]
             axes.barh(range(len(plans)), widths, left=left, color=COLOURS[name], label=name, height=0.66)
             left = [a + b for a, b in zip(left, widths, strict=True)]

@@ -9,14 +9,37 @@ from pctrain.config.tree import Config
 from pctrain.hf.config import HFConfig
 from pctrain.plan.activations import FP32, Activations
 from pctrain.plan.gpus import GIB, Gpu
+from pctrain.plan.host import HostMemory, host_memory, save_bytes
 from pctrain.plan.rollouts import EngineMemory
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, buffers, chunks
+from pctrain.plan.work import Work
 
-SWAP_BUCKETS = 2 * (512 << 20)  # core/weight_buckets.py: one is sent while the other is read
+BUCKET = 512 << 20  # core/weight_buckets.py, BUCKET_BYTES
+# Rows of a weight update's verification: rollout/worker.py, VERIFY_PROMPTS, and one long prompt; and the tokens sampled
+# after each (rollout/engine.py, VERIFY_TOKENS).
+VERIFY_ROWS, VERIFY_TOKENS = 5, 8
 CPU_RUNTIME = 40e6  # what torch maps at its first steps: 30 to 50 MB measured
 # What glibc keeps of freed tensors (up to 32 MB each), as a share of all else. Measured: 1 to 10% on a lone rank; 7 to
 # 27% on one of several ranks, whose exchange buffers come and go as well. None with MALLOC_MMAP_THRESHOLD_=131072.
 CPU_HOLES, CPU_HOLES_OF_SEVERAL = 0.06, 0.18
+
+
+PHASES = ("load", "swap", "verify", "rollout", "logprob", "reference", "update", "save")  # in the order of a run
+# In the order of the table. `stream` is a weight update's buckets and what vLLM loads them into; `checkpoint` is what a
+# save gathers (on a CPU; on a GPU it is host memory).
+PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "reference",
+    "engine",
+    "activations",
+    "logits",
+    "workspace",
+    "stream",
+    "checkpoint",
+    "reserve",
+)
 
 
 @dataclass(frozen=True)
@@ -35,14 +58,20 @@ class Moment:
 
 @dataclass(frozen=True)
 class Memory:
-    """All moments of a layout."""
+    """All moments of a layout, and what it needs of the machines' own memory."""
 
     moments: list[Moment] = field(repr=False)
+    host: HostMemory
 
     @property
     def peak(self) -> Moment:
         """Return the fullest moment."""
         return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def phases(self) -> dict[str, Moment]:
+        """Return the fullest stage of every phase, in the order of a run."""
+        return {name: self.of(name) for name in dict.fromkeys(moment.phase for moment in self.moments)}
 
     def of(self, phase: str) -> Moment:
         """Return the fullest stage of a phase."""
@@ -68,56 +97,147 @@ def memory(
     config: Config,
     layout: Layout,
     gpu: Gpu,
+    work: Work,
     *,
-    tokens: int,
     micro_batches: int,
     reserve: float,
     engine: EngineMemory | None,
-    reference: bool,
-    offload: bool,
+    per_node: int,
 ) -> Memory:
-    """Return the memory of a layout.
+    """Return the memory of a layout, phase by phase.
+
+    * load: the model is built; its parameters exist twice until megatron-core has moved them into its buffer.
+    * swap, verify, rollout: the weight update, its verification's forward pass next to the awake engine, sampling.
+    * logprob, reference: passes without gradients, if the algorithm needs them.
+    * update: forward, backward and optimizer. SFT has load, update and save only.
+    * save: a checkpoint. On a CPU its copies are in the same memory.
 
     Args:
         hf: sizes of the model.
         config: the config.
         layout: the layout.
         gpu: the kind of GPU.
-        tokens: positions of a micro-batch.
+        work: the work of a step.
         micro_batches: micro-batches of one update on one data parallel rank.
         reserve: bytes for CUDA and libraries.
         engine: the engine of RL.
-        reference: whether RL keeps reference weights.
-        offload: whether these are in host memory between their passes.
+        per_node: ranks of a machine.
     """
-    activations = Activations(hf, config, layout, gpu, tokens, entropy=engine is not None)
     moments = []
     last = layout.parallel.pipeline - 1
     for stage in sorted({0, min(1, last), last}):  # of the middle stages, the first holds most
-        held = held_always(hf, config, layout, gpu, stage, reserve)
-        parameters = sum(chunk.parameters for chunk in chunks(hf, layout, stage)) * DTYPE_BYTES[config.model.dtype]
-        kept = {"reference": float(parameters)} if reference else {}
-        resident = {} if offload and not gpu.is_cpu else kept
-        asleep = {"engine": engine.asleep} if engine is not None else {}
-        moments.append(
-            Moment(
-                "update",
-                stage,
-                {**held, **resident, **asleep, **_update(activations, layout, stage, hf, micro_batches)},
-            )
-        )
-        if reference:
-            moments.append(
-                Moment("reference", stage, {**held, **kept, **asleep, "workspace": activations.forward_alone()})
-            )
-        if engine is not None:
-            par = layout.parallel
-            is_sharded = par.tensor * par.pipeline * par.expert > 1
-            gathered = min(SWAP_BUCKETS, 2 * engine.model_bytes) if is_sharded else 0.0
-            waking = min(engine.weights + engine.asleep, engine.awake)  # its weights wake first, then the cache
-            moments.append(Moment("swap", stage, {**held, **resident, "engine": waking, "workspace": gathered}))
-            moments.append(Moment("rollout", stage, {**held, **resident, "engine": engine.awake}))
-    return Memory([_with_holes(moment, cpu_holes(layout.gpus)) for moment in moments] if gpu.is_cpu else moments)
+        rank = _Rank(hf, config, layout, gpu, work, stage, reserve, engine)
+        moments += rank.moments(micro_batches)
+    moments.sort(key=lambda moment: PHASES.index(moment.phase))
+    if gpu.is_cpu:
+        moments = [_with_holes(moment, cpu_holes(layout.gpus)) for moment in moments]
+    return Memory(moments, host_memory(hf, config, layout, gpu, work, per_node))
+
+
+class _Rank:
+    """The memory of a rank of one pipeline stage."""
+
+    def __init__(
+        self,
+        hf: HFConfig,
+        config: Config,
+        layout: Layout,
+        gpu: Gpu,
+        work: Work,
+        stage: int,
+        reserve: float,
+        engine: EngineMemory | None,
+    ):
+        self.hf, self.config, self.layout, self.gpu, self.work, self.stage = hf, config, layout, gpu, work, stage
+        self.engine = engine
+        self.held = held_always(hf, config, layout, gpu, stage, reserve)
+        self.activations = self._of(work.micro_batch(layout.data))
+        count = sum(chunk.parameters for chunk in chunks(hf, layout, stage))
+        self.parameters = float(count * DTYPE_BYTES[config.model.dtype])
+        self.reference = {"reference": self.parameters} if "reference" in work.passes else {}
+        offloaded = config.rl.reference_offload and not gpu.is_cpu
+        self.resident = {**self.held, **({} if offloaded else self.reference)}
+
+    def _of(self, tokens: int) -> Activations:
+        return Activations(self.hf, self.config, self.layout, self.gpu, tokens, entropy=self.engine is not None)
+
+    def moments(self, micro_batches: int) -> list[Moment]:
+        """Return the moments of all phases."""
+        asleep = {} if self.engine is None else {"engine": self.engine.asleep}
+        built = {name: self.held[name] for name in ("weights", "gradients", "reserve")}
+        phases = {
+            "load": {**built, **asleep, "workspace": self.parameters},
+            "update": {**self.resident, **asleep, **self._update(micro_batches)},
+            "save": {**self.resident, **asleep, **self._save()},
+        }
+        if self.engine is not None:
+            phases |= self._engine_phases(self.engine)
+        if "logprob" in self.work.passes:
+            phases["logprob"] = {**self.resident, **asleep, **self.activations.forward_alone(entropy=True)}
+        if self.reference:
+            alone = self.activations.forward_alone(entropy=False)
+            phases["reference"] = {**self.held, **self.reference, **asleep, **alone}
+        return [Moment(phase, self.stage, parts) for phase, parts in phases.items()]
+
+    def _engine_phases(self, engine: EngineMemory) -> dict[str, dict[str, float]]:
+        """Return the phases in which the engine is awake, in whole or in part.
+
+        Its weights wake first, then the cache, each after the allocator gave its free blocks back. The verification
+        runs between two passes of the engine.
+        """
+        waking = min(engine.weights + engine.asleep, engine.awake)
+        verify = self._of(self._verified_tokens()).forward_alone(entropy=False)
+        return {
+            "swap": {**self.resident, "engine": waking, "stream": self._stream(engine)},
+            "verify": {**self.resident, "engine": engine.idle, **verify},
+            "rollout": {**self.resident, "engine": engine.awake},
+        }
+
+    def _verified_tokens(self) -> int:
+        """Return the tokens of a verification's pack: every engine's rows are shared by the data parallel ranks."""
+        rows = ceil(VERIFY_ROWS * self.layout.gpus // self.config.rollout.tensor / self.layout.data)
+        budget = max(self.config.rl.token_budget, self.config.sft.token_budget)
+        return min(budget, rows * (self.work.prompt + VERIFY_TOKENS))
+
+    def _stream(self, engine: EngineMemory) -> float:
+        """Return what a weight update holds next to both models.
+
+        The stream: two buckets of full tensors, one with this rank's part still next to it (core/weight_buckets.py); on
+        a rank that holds everything, none. A matrix larger than a bucket is alone in one. The engine: the tensors of a
+        module, and the module before it is copied into the captured graphs' memory (vllm 0.32.0,
+        model_executor/model_loader/reload/layerwise.py; all experts of a layer are one module).
+        """
+        hf, par, size = self.hf, self.layout.parallel, DTYPE_BYTES[self.config.model.dtype]
+        ffn = 2 * hf.ffn if hf.experts is None else 3 * hf.experts.ffn * hf.experts.count
+        module = max(hf.vocab, ffn) * hf.hidden * size
+        loading = module * (1 + 1 / self.config.rollout.tensor)
+        if par.tensor * par.pipeline * par.expert == 1:
+            return loading
+        width = hf.ffn if hf.experts is None else hf.experts.ffn
+        largest = max(BUCKET, max(hf.vocab, 2 * width) * hf.hidden * size)
+        own = largest / par.tensor if par.tensor > 1 else 0.0
+        return min(largest + own + BUCKET, 2 * engine.model_bytes) + loading
+
+    def _save(self) -> dict[str, float]:
+        """Return what a save adds: nothing on a GPU, where it gathers over gloo in host memory."""
+        return {"checkpoint": save_bytes(self.hf, self.layout, self.stage)} if self.gpu.is_cpu else {}
+
+    def _update(self, micro_batches: int) -> dict[str, float]:
+        """Return the fullest moment of an update: the end of a forward pass, or the embedding's gradient."""
+        activations, pipeline = self.activations, self.layout.parallel.pipeline
+        layers = self.layout.stage_layers(self.hf.layers)[self.stage]
+        per_micro_batch = activations.micro_batch(layers)
+        count = in_flight(self.layout, self.stage, micro_batches)
+        backward = activations.backward_of_layer()
+        moments = [{"activations": per_micro_batch * count, "workspace": backward}]
+        if self.stage == pipeline - 1:
+            logits = activations.logits(activations.entropy)
+            head = {"logits": logits, "workspace": activations.head()}
+            moments.append({"activations": per_micro_batch * count, **head})
+        if self.stage == 0:
+            others = per_micro_batch * max(0.0, count - 1)
+            moments.append({"activations": others, "workspace": activations.embedding() + backward})
+        return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def cpu_holes(ranks: int) -> float:
@@ -139,21 +259,6 @@ def held_always(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, stage: i
         "optimizer": float(held.owned * (2 * FP32 + (FP32 if size < FP32 else 0))),
         "reserve": CPU_RUNTIME if gpu.is_cpu else reserve,
     }
-
-
-def _update(activations: Activations, layout: Layout, stage: int, hf: HFConfig, micro_batches: int) -> dict[str, float]:
-    """Return the fullest moment of an update: the end of a forward pass, or the embedding's gradient."""
-    layers, pipeline = layout.stage_layers(hf.layers)[stage], layout.parallel.pipeline
-    per_micro_batch, count = activations.micro_batch(layers), in_flight(layout, stage, micro_batches)
-    workspace = max(activations.backward_of_layer(), activations.head() if stage == pipeline - 1 else 0.0)
-    at_forward_end = {"activations": per_micro_batch * count, "workspace": workspace}
-    if stage > 0:
-        return at_forward_end
-    at_embedding = {
-        "activations": per_micro_batch * max(0.0, count - 1),
-        "workspace": activations.embedding() + activations.backward_of_layer(),
-    }
-    return max(at_forward_end, at_embedding, key=lambda parts: sum(parts.values()))
 
 
 def gib(value: float) -> str:

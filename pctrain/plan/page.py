@@ -8,8 +8,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from pctrain.plan.activations import layer_spec
 from pctrain.plan.gpus import GIB, Gpu
-from pctrain.plan.memory import CPU_RUNTIME, cpu_holes, gib
+from pctrain.plan.host import HostMemory
+from pctrain.plan.memory import CPU_RUNTIME, PARTS, cpu_holes, gib
 from pctrain.plan.planner import Plan, Planner
 from pctrain.plan.rollouts import BANDWIDTH, LAUNCH, SCHEDULING
 from pctrain.plan.shapes import all_parameters
@@ -129,9 +131,8 @@ def _too_small_a_cache(plan: Plan) -> str:
 
 
 def _memory(console: Console, plan: Plan) -> None:
-    phases = list(dict.fromkeys(moment.phase for moment in plan.memory.moments))
-    moments = [plan.memory.of(phase) for phase in phases]
-    names = list(dict.fromkeys(name for moment in moments for name in moment.parts))
+    moments = list(plan.memory.phases.values())
+    names = [name for name in PARTS if any(name in moment.parts for moment in moments)]
     _say(console, f"{plan.name}: GiB on the fullest GPU, by phase", style="bold")
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("part")
@@ -143,6 +144,19 @@ def _memory(console: Console, plan: Plan) -> None:
     table.add_section()
     table.add_row("total", *(gib(moment.total) for moment in moments))
     console.print(table)
+    if not plan.gpu.is_cpu:
+        _say(console, _host(plan.memory.host))
+
+
+def _host(host: HostMemory) -> str:
+    """Return the line about the machines' own memory."""
+    line = (
+        f"Host memory: a save takes {gib(host.save_rank)} GiB on the first rank of each data parallel group, at most "
+        f"{gib(host.save_node)} GiB on a node"
+    )
+    if host.reference_node:
+        line += f"; the offloaded reference takes {gib(host.reference_node)} GiB on a node"
+    return f"{line}."
 
 
 def _traffic(console: Console, plan: Plan) -> None:
@@ -222,7 +236,8 @@ def assumptions(planner: Planner) -> Iterator[str]:
         reserve = f"{CPU_RUNTIME / 1e6:g} MB that torch maps at its first steps, {holes}"
     else:
         reserve = f"{options.reserve:g} GiB for CUDA, NCCL and fragmentation (--reserve)"
-    yield f"memory: a micro-batch of full length; {reserve}"
+    spec = layer_spec(planner.config.model, gpu)
+    yield f"memory: a micro-batch of full length; layer spec {spec} (model.spec); {reserve}"
     yield (
         "communication is not hidden, except gradients behind the backward pass, context parallelism behind "
         "attention, and virtual stages"

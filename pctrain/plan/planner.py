@@ -117,12 +117,11 @@ class Planner:
             config,
             layout,
             gpu,
-            tokens=step.micro_batch(layout.data),
+            step,
             micro_batches=timing.micro_batches,
             reserve=options.reserve * GIB,
             engine=sampler,
-            reference="reference" in step.passes,
-            offload=config.rl.reference_offload,
+            per_node=options.gpus_per_node,
         )
         return Plan(config, layout, gpu, config.longest_rollout(hf.context), footprint, timing, sampler)
 
@@ -182,16 +181,30 @@ class Planner:
             if first.fits:
                 ways.append(f"more GPUs: {gpus * times} ({first.name}, recompute {first.layout.parallel.recompute})")
                 break
+        if best.config.model.dtype == "float32" and not best.gpu.is_cpu:
+            model = best.config.model.model_copy(update={"dtype": "bfloat16"})
+            if self._fits(best.config.model_copy(update={"model": model})):
+                ways.append("half the bytes of weights and activations: --model.dtype=bfloat16")
         if self.kind == "rl":
-            ways += self._with_another_engine(best)
+            ways += self._with_reference_on_host(best) + self._with_another_engine(best)
         return ways
+
+    def _fits(self, config: Config) -> bool:
+        return problem(config, self.options.gpus, self.kind) is None and self.plan(config).fits
+
+    def _with_reference_on_host(self, best: Plan) -> list[str]:
+        rl = best.config.rl.model_copy(update={"reference_offload": True})
+        has_reference = "reference" in self.work.passes and not best.config.rl.reference_offload
+        if has_reference and not best.gpu.is_cpu and self._fits(best.config.model_copy(update={"rl": rl})):
+            return ["the reference in host memory between its passes: --rl.reference_offload=true"]
+        return []
 
     def _with_smaller_packs(self, best: Plan) -> int | None:
         section = getattr(best.config, self.kind)
         budget = section.token_budget // 2
         while budget >= 256:
             smaller = best.config.model_copy(update={self.kind: section.model_copy(update={"token_budget": budget})})
-            if problem(smaller, best.layout.gpus, self.kind) is None and self.plan(smaller).fits:
+            if self._fits(smaller):
                 return budget
             budget //= 2
         return None

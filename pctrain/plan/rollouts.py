@@ -11,7 +11,12 @@ from pctrain.plan.gpus import GIB, Gpu
 from pctrain.plan.shapes import DTYPE_BYTES, Layout, all_parameters
 
 ASLEEP = 1.5 * GIB  # a sleeping engine on a GPU: captured graphs, kernel workspaces, buffers of its communicator
-PREFILL = 8192  # tokens of the largest pass that vLLM reserves memory for (its default max_num_batched_tokens)
+# Tokens of the largest pass that vLLM reserves memory for, its default max_num_batched_tokens for the class LLM
+# (vllm 0.32.0, engine/arg_utils.py, `get_batch_defaults`): the larger number on GPUs of 70 GiB and more, except A100.
+PREFILL, PREFILL_LARGE, LARGE_GPU = 8192, 16384, 70 * GIB
+# Bytes of one logit while vLLM's profile run samples: in float32 the logit, its log-softmax and its probability, and
+# the model's dtype before that (v1/sample/sampler.py).
+SAMPLER = 3 * 4
 CPU_ENGINE = 85e6  # an engine on a CPU: imported code, buffers
 BANDWIDTH = 0.6  # share of the memory bandwidth that decoding reaches
 LAUNCH = 15e-6  # seconds per layer and token besides reading: launches, small all-reduces
@@ -26,6 +31,7 @@ class EngineMemory:
         model_bytes: weights of the whole model.
         weights: weights on this rank.
         cache: KV cache.
+        passing: activations of its largest pass, which vLLM's profile run measures.
         awake: everything while it samples.
         asleep: everything while it sleeps.
         token_bytes: KV cache of one token.
@@ -34,9 +40,15 @@ class EngineMemory:
     model_bytes: float
     weights: float
     cache: float
+    passing: float
     awake: float
     asleep: float
     token_bytes: float
+
+    @property
+    def idle(self) -> float:
+        """Return what it holds awake between two passes."""
+        return self.awake - self.passing
 
     @property
     def tokens(self) -> int:
@@ -51,8 +63,9 @@ class EngineMemory:
 def engine(hf: HFConfig, config: Config, gpu: Gpu) -> EngineMemory:
     """Return the engine of a config.
 
-    On a GPU it takes `rollout.gpu_memory` of the memory while awake; asleep (level 2) it keeps neither weights nor
-    cache. On a CPU it never sleeps.
+    On a GPU it takes `rollout.gpu_memory` of the memory while awake: vLLM gives its cache what weights, its largest
+    pass and captured graphs leave of that (v1/worker/gpu_worker.py, `determine_available_memory`). Asleep (level 2) it
+    keeps neither weights nor cache. On a CPU it never sleeps.
     """
     rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
     whole = float(all_parameters(hf) * size)
@@ -61,12 +74,25 @@ def engine(hf: HFConfig, config: Config, gpu: Gpu) -> EngineMemory:
     token = 2 * hf.layers * heads * hf.head_dim * size
     if gpu.is_cpu:
         cache = float(rollout.kv_cache_mb << 20)
-        return EngineMemory(whole, weights, cache, weights + cache + CPU_ENGINE, weights + cache + CPU_ENGINE, token)
+        held = weights + cache + CPU_ENGINE
+        return EngineMemory(whole, weights, cache, 0.0, held, held, token)
     share = rollout.gpu_memory * gpu.memory
-    # Activations of the largest pass, and float32 logits of every sequence.
+    passing = _largest_pass(hf, config, gpu)
+    cache = max(0.0, share - weights - passing - ASLEEP)
+    return EngineMemory(whole, weights, cache, passing, share, ASLEEP, token)
+
+
+def prefill_tokens(gpu: Gpu) -> int:
+    """Return the most tokens that vLLM computes in one pass on this kind of GPU."""
+    return PREFILL_LARGE if gpu.memory >= LARGE_GPU and not gpu.name.startswith("a100") else PREFILL
+
+
+def _largest_pass(hf: HFConfig, config: Config, gpu: Gpu) -> float:
+    """Return the peak of vLLM's profile run: a layer over the most tokens, or sampling for the most sequences."""
+    rollout, size = config.rollout, DTYPE_BYTES[config.model.dtype]
     width = hf.ffn if hf.experts is None else hf.experts.ffn * hf.experts.per_token
-    passing = PREFILL * size * (3 * width / rollout.tensor + 4 * hf.hidden) + 2 * rollout.max_sequences * hf.vocab * 4
-    return EngineMemory(whole, weights, max(0.0, share - weights - passing), share, ASLEEP, token)
+    layer = prefill_tokens(gpu) * size * (3 * width / rollout.tensor + 4 * hf.hidden)
+    return max(layer, rollout.max_sequences * hf.vocab * (size + SAMPLER))
 
 
 @dataclass(frozen=True)

@@ -163,14 +163,14 @@ def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varl
 @pytest.mark.skipif(not varlen_attention.available(), reason="needs torch 2.10 or later")
 def test_torch_takes_the_call(fresh_options):
     """The real function accepts the arguments, forward and backward, on tensors without data; shapes are right."""
-    with mock.patch.object(varlen_attention, "device", return_value=torch.device("meta")):
-        layout = VarlenLayout.build(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
-        layout.angles = torch.empty(150, 1, 1, 64, device="meta")
-        q, k, v = (
-            torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True)
-            for heads in (8, 2, 2)
-        )
-        out = _attention(64**-0.5)(q, k, v, None, packed_seq_params=layout)
+    layout = VarlenLayout.build(torch.tensor([0, 100, 250], dtype=torch.int32), 256)
+    layout.angles = torch.empty(150, 1, 1, 64, device="meta")
+    for name in ("cu_seqlens_q", "cu_seqlens_kv", "positions"):
+        setattr(layout, name, getattr(layout, name).to("meta"))
+    q, k, v = (
+        torch.empty(256, 1, heads, 64, dtype=torch.bfloat16, device="meta", requires_grad=True) for heads in (8, 2, 2)
+    )
+    out = _attention(64**-0.5)(q, k, v, None, packed_seq_params=layout)
     assert out.shape == (256, 1, 512) and out.dtype == torch.bfloat16
     out.sum().backward()
     assert q.grad.shape == q.shape and k.grad.shape == k.shape

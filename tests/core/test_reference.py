@@ -100,3 +100,42 @@ def test_entropies_come_with_the_logprobs(ranks, hf_dirs, world, layout):
             assert (entropy[row.weights > 0] > 1).all() and (entropy[row.weights == 0] == 0).all()
         # The loss path's entropies are computed apart from these.
         assert sum(e.sum() for e in entropies) / sum(r.weights.sum() for r in rows) == pytest.approx(mean, rel=1e-5)
+
+
+def _offloaded(directory):
+    """Keep the reference as on a GPU; return what was copied to the host, and whether it holds the start weights."""
+    from unittest import mock
+
+    import torch
+
+    from pctrain.core import reference
+
+    model, rows = small.learner(directory, {}), small.rows(6, seed=5)
+    start = model.logprobs(rows, small.BUDGET)
+    pinned, waited_for = [], []
+    copy, empty_like = torch.Tensor.copy_, torch.empty_like
+
+    def empty(tensor, pin_memory=False, **options):
+        host = empty_like(tensor, **options)
+        pinned.extend([host] if pin_memory else [])
+        return host
+
+    def counted(target, source, non_blocking=False):
+        waited_for.extend([target] if not non_blocking and any(target is host for host in pinned) else [])
+        return copy(target, source)
+
+    with (
+        mock.patch.object(reference, "on_gpu", return_value=True),
+        mock.patch.object(torch, "empty_like", empty),
+        mock.patch.object(torch.Tensor, "copy_", counted),
+        mock.patch.object(torch.Tensor, "cpu", side_effect=AssertionError("waits for a GPU")),
+    ):
+        model.keep_reference(offload=True)
+    small.step(model, 0)
+    same = all(np.array_equal(a, b) for a, b in zip(_reference_logprobs(model, rows), start, strict=True))
+    return len(pinned), len(waited_for), len(_weights(model)), same
+
+
+def test_offloading_waits_for_no_copy(ranks, hf_dirs):
+    ((pinned, waited_for, parameters, same),) = ranks.run(_offloaded, hf_dirs[True], world=1)
+    assert pinned == parameters and waited_for == 0 and same

@@ -1,10 +1,10 @@
 """The peak of host memory of real steps, on a rank: the program that tests/plan/test_plan_memory.py starts.
 
     python step_memory.py CONFIG.json     {"options": [--section.key=value, ...], "kind": "sft" | "rl", "rows": n,
-    "length": tokens}
+    "length": tokens, "save": folder or null}
 
 Two steps of `rows` sequences of `length` tokens each; of RL with an engine that samples and is given the weights in
-between.
+between. Then a checkpoint, if it is asked for.
 """
 
 from __future__ import annotations
@@ -59,6 +59,9 @@ def main() -> int:
             engine.generate(requests, temperature=1.0, max_response=16, logprobs=True)
             engine.sleep()
         learner.train_step(learner.pack(rows, kind.token_budget), cross_entropy, want_entropy=sampling)
+    if asked["save"]:
+        learner.save(Path(asked["save"]))
+        learner.poll_save(wait=True)
     peak = status("VmHWM")
     print(json.dumps({"base": base, "peak": peak}), flush=True)
     return 0

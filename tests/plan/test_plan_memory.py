@@ -43,8 +43,8 @@ EXPERTS = LARGER | {
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 
 
-def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
-    """Return (measured - planned) / planned for each stage."""
+def _apart(monkeypatch, folder, model, kind, world, rows, length, *options, save=False):
+    """Return (measured - planned) / planned for each stage; of steps alone, or with a checkpoint after them."""
     monkeypatch.setattr(planner, "find", lambda name, ranks: CPU)
     path = write_model(folder / "model", **model)
     batch = (
@@ -53,11 +53,16 @@ def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
         else [f"--rl.prompts={rows // 4}", "--rl.group=4", "--rollout.max_response=60"]
     )
     typed = [f"--model.path={path}", *batch, *options]
-    (folder / "asked.json").write_text(json.dumps({"options": typed, "kind": kind, "rows": rows, "length": length}))
+    asked = {"options": typed, "kind": kind, "rows": rows, "length": length, "save": None}
+    if save:
+        (folder / "checkpoint").mkdir()
+        asked["save"] = str(folder / "checkpoint")
+    (folder / "asked.json").write_text(json.dumps(asked))
     plan = planner.Planner.of(read(None, typed), PlanOptions(gpus=world, gpu="cpu", kind=kind), ()).as_configured()
     measured = on_ranks(PROGRAM, folder / "asked.json", world=world)
     stages = plan.layout.parallel.pipeline
-    planned = [max(moment.total for moment in plan.memory.moments if moment.stage == stage) for stage in range(stages)]
+    moments = [moment for moment in plan.memory.moments if save or moment.phase != "save"]
+    planned = [max(moment.total for moment in moments if moment.stage == stage) for stage in range(stages)]
     above = [
         max(memory.peak - memory.base for memory in measured[stage * world // stages : (stage + 1) * world // stages])
         for stage in range(stages)
@@ -68,6 +73,13 @@ def _apart(monkeypatch, folder, model, kind, world, rows, length, *options):
 
 def test_a_step_of_sft(monkeypatch, tmp_path):
     apart = _apart(monkeypatch, tmp_path, SMALL, "sft", 1, 4, 128, "--sft.token_budget=512")
+    assert max(map(abs, apart)) <= 0.15, apart
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_save(monkeypatch, tmp_path, world):
+    apart = _apart(monkeypatch, tmp_path, SMALL, "sft", world, 4, 128, "--sft.token_budget=512", save=True)
     assert max(map(abs, apart)) <= 0.15, apart
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from pctrain.common.device import to_device
 from pctrain.data.packing import Pack
 
 
@@ -60,6 +61,7 @@ def gather(values: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     shares = [torch.empty_like(values) for _ in range(group.size())]
     dist.all_gather(shares, values.contiguous(), group=group)
     whole = values.new_empty(len(values) * group.size())
-    for rank, share in enumerate(shares):
-        whole[positions(cu_seqlens, len(whole), rank, group.size()).to(values.device)] = share
+    places = to_device([positions(cu_seqlens, len(whole), rank, group.size()) for rank in range(group.size())])
+    for place, share in zip(places, shares, strict=True):
+        whole[place] = share
     return whole

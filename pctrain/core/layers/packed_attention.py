@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from pctrain.common.device import device
 from pctrain.core.layers.rotary import RotatedLayout
 
 # The cost of one more bucket, as a number of query-key pairs of one head of one channel: its calls, forward and
@@ -77,10 +76,10 @@ class PackedLayout(RotatedLayout):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             buckets=buckets,
-            index=None if in_place else torch.from_numpy(index).to(device()),
-            inverse=None if in_place else torch.from_numpy(inverse).to(device()),
+            index=None if in_place else torch.from_numpy(index),
+            inverse=None if in_place else torch.from_numpy(inverse),
             filled=int(bounds[-1]),
-            positions=torch.from_numpy(positions).to(device()),
+            positions=torch.from_numpy(positions),
         )
 
     def take(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 
-from pctrain.common.device import device
 from pctrain.core.layers.rotary import RotatedLayout
 
 
@@ -25,7 +24,7 @@ class VarlenLayout(RotatedLayout):
         """Return the layout of a pack of `tokens` positions; `cu_seqlens` is int32 [n + 1] over its sequences."""
         bounds = whole_bounds(cu_seqlens, tokens)
         starts = torch.repeat_interleave(bounds[:-1].long(), bounds.diff().long())
-        return cls(**flash_bounds(bounds), qkv_format="varlen", positions=(torch.arange(tokens) - starts).to(device()))
+        return cls(**flash_bounds(bounds), qkv_format="varlen", positions=torch.arange(tokens) - starts)
 
 
 def whole_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -34,8 +33,8 @@ def whole_bounds(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 def flash_bounds(bounds: torch.Tensor) -> dict[str, Any]:
-    """Return `whole_bounds` as the keywords of PackedSeqParams that flash attention reads, on this rank's device."""
-    longest, bounds = int(bounds.diff().max()), bounds.to(device())
+    """Return `whole_bounds` as the keywords of PackedSeqParams that flash attention reads."""
+    longest = int(bounds.diff().max())
     return {"cu_seqlens_q": bounds, "cu_seqlens_kv": bounds, "max_seqlen_q": longest, "max_seqlen_kv": longest}
 
 

@@ -23,6 +23,7 @@ NAMES = (
     "expert_dispatch",
     "uneven_splits",
     "grad_accumulation",
+    "gradient_norm",
     "bucket_padding",
     "single_rank_collectives",
     "checkpoint_manager",

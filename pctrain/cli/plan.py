@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pydantic import Field
 
 from pctrain.cli.command import Call, Command
 from pctrain.cli.environment import set_environment
+from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Section
 from pctrain.plan.options import PlanOptions
@@ -18,6 +20,11 @@ class DoctorOptions(Section):
 
     folder: Path = Field(
         Path("."), description="folder where runs will be written: check that it is writable and has space"
+    )
+    full: bool = Field(
+        False,
+        description="first run every phase of launch/gpu_check.py (kernels, learner, checkpoints, engine; ten minutes "
+        "on a GPU); results go to gpu-check in the folder",
     )
 
 
@@ -36,10 +43,23 @@ def _plan(call: Call[PlanOptions]) -> None:
 
 def _doctor(call: Call[DoctorOptions]) -> None:
     set_environment()
+    failed = _run_phases(call.options.folder) if call.options.full else False
     from pctrain.tools import doctor
 
-    if doctor.main(call.options.folder):
+    if doctor.main(call.options.folder) or failed:
         raise SystemExit(1)
+
+
+def _run_phases(folder: Path) -> bool:
+    """Run the phases of the GPU check, on the CPU where there is no GPU; return whether one failed."""
+    import torch
+
+    from pctrain.tools.gpu_check.command import run
+    from pctrain.tools.gpu_check.phase_table import choose
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("doctor --full checks one GPU: start it without torchrun. Expected one rank")
+    return bool(run(choose(None), folder / "gpu-check", cpu=not torch.cuda.is_available()))
 
 
 COMMANDS = (
@@ -84,10 +104,11 @@ COMMANDS = (
     Command(
         "doctor",
         "check this machine: versions, devices, memory, interconnect; say what is wrong and how to fix it",
-        "pctrain doctor [--folder DIR]",
+        "pctrain doctor [--folder DIR] [--full]",
         _doctor,
         (
             "pctrain doctor",
+            "pctrain doctor --full",
             "torchrun --standalone --nproc-per-node=2 -m pctrain doctor --folder /shared/runs",
         ),
         DoctorOptions,

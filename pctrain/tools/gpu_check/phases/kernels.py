@@ -82,9 +82,7 @@ class Poisoned(TorchDispatchMode):
 def run(check: Check) -> None:
     """Compare every operation over dtypes, vocabularies and temperatures."""
     device = torch.device("cuda" if check.gpu else "cpu")
-    vocabularies = VOCABULARIES if check.gpu else CPU_VOCABULARIES
-    if check.quick:
-        vocabularies = vocabularies[:1]
+    vocabularies = (VOCABULARIES if check.gpu else CPU_VOCABULARIES)[: 1 if check.quick else None]
     tokens, width = (384, 256) if check.gpu else (8, 24)
     for dtype in (torch.bfloat16, torch.float32):
         for index, vocab in enumerate(vocabularies):

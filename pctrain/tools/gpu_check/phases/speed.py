@@ -33,7 +33,12 @@ def run(check: Check) -> None:
     arguments = ["--ops", *ops, "--shapes", shape, "--seconds", str(seconds), "--out", str(check.out)]
     arguments += ["--limit", str(LAST_START * check.seconds), "--device", "cuda" if check.gpu else "cpu"]
     options: argparse.Namespace = run_all.parse(arguments)
-    run_all.run_options(options, lambda rows: [record(check, row) for row in rows])
+
+    def record_all(rows: list[dict[str, Any]]) -> None:
+        for row in rows:
+            record(check, row)
+
+    run_all.run_options(options, record_all)
 
 
 def record(check: Check, row: dict[str, Any]) -> None:

@@ -80,9 +80,12 @@ def parameter_faults(
     order = [p.name for p in taken if p.kind in POSITIONAL]
     if order != [known for known in expected if known in order]:
         yield f"{name}({', '.join(order)}): the real one takes {theirs}"
-    required = [p.name for p in expected.values() if p.default is p.empty and p.kind not in ANY]
-    for missing in set(required) - set(mine.parameters):
+    for missing in _required(expected) - set(mine.parameters):
         yield f"{name}: does not take {missing!r}, which the real one requires"
+
+
+def _required(parameters: dict[str, inspect.Parameter]) -> set[str]:
+    return {p.name for p in parameters.values() if p.default is p.empty and p.kind not in ANY}
 
 
 def _is_parameter(mine: inspect.Parameter, expected: dict[str, inspect.Parameter]) -> bool:

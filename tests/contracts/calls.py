@@ -145,7 +145,7 @@ class Uses(ast.NodeVisitor):
         try:
             value = resolve(dotted)
         except (ImportError, AttributeError) as error:
-            if dotted not in self.absent:
+            if dotted not in self.absent and not dotted.startswith(OWN):
                 self._fault(node, f"{dotted}: {error}")
             return Unknown
         return value
@@ -228,7 +228,7 @@ class Uses(ast.NodeVisitor):
         function = self._callee(call)[0]
         if inspect.isclass(function):
             return function
-        return Unknown if function is None else hinted(function)
+        return hinted(function) if inspect.isfunction(function) or inspect.ismethod(function) else Unknown
 
     def _callee(self, call: ast.Call) -> tuple[Any, bool]:
         """Return (the function or class that is called or None, whether it is a method of an instance)."""

@@ -83,7 +83,9 @@ def _stand_in():
         mock.patch.object(DotProductAttention, "__init__", build_alone),
         mock.patch.object(layers, "choose_spec", return_value="torch"),
         # For packed sequences in Transformer Engine's format megatron-core leaves the angles whole, too.
-        mock.patch.object(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", lambda angles, dim, group: angles),
+        mock.patch.object(
+            rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", lambda pos_emb, seq_dim, cp_group: pos_emb
+        ),
     )
 
 

@@ -62,8 +62,17 @@ def attributes(real: type) -> set[str]:
 def signature_faults(fake: Callable, real: Callable, *, is_method: bool = False) -> Iterator[str]:
     """Yield how the parameters and the result of `fake` differ from those of `real`."""
     name = getattr(fake, "__name__", str(fake))
-    mine, theirs = inspect.signature(fake), inspect.signature(real)
-    taken = list(mine.parameters.values())[is_method:]
+    theirs = inspect.signature(real)
+    yield from parameter_faults(name, inspect.signature(fake), theirs, is_method=is_method)
+    if name != "__init__":
+        yield from result_faults(name, ast.parse(textwrap.dedent(inspect.getsource(fake))), theirs.return_annotation)
+
+
+def parameter_faults(
+    name: str, mine: inspect.Signature, theirs: inspect.Signature, *, is_method: bool = False
+) -> Iterator[str]:
+    """Yield how the parameters of a stand-in differ."""
+    taken = [p for p in list(mine.parameters.values())[is_method:] if p.name not in ("self", "cls")]
     expected = {p.name: p for p in theirs.parameters.values() if p.name not in ("self", "cls")}
     for p in taken:
         if not _is_parameter(p, expected):
@@ -71,10 +80,12 @@ def signature_faults(fake: Callable, real: Callable, *, is_method: bool = False)
     order = [p.name for p in taken if p.kind in POSITIONAL]
     if order != [known for known in expected if known in order]:
         yield f"{name}({', '.join(order)}): the real one takes {theirs}"
-    for p in expected.values():
-        if p.name not in mine.parameters and p.default is p.empty and p.kind not in ANY:
-            yield f"{name}: does not take {p.name!r}, which the real one requires"
-    yield from _result_faults(name, fake, mine.return_annotation, theirs.return_annotation)
+    for missing in _required(expected) - set(mine.parameters):
+        yield f"{name}: does not take {missing!r}, which the real one requires"
+
+
+def _required(parameters: dict[str, inspect.Parameter]) -> set[str]:
+    return {p.name for p in parameters.values() if p.default is p.empty and p.kind not in ANY}
 
 
 def _is_parameter(mine: inspect.Parameter, expected: dict[str, inspect.Parameter]) -> bool:
@@ -83,13 +94,20 @@ def _is_parameter(mine: inspect.Parameter, expected: dict[str, inspect.Parameter
     return mine.name in expected and (mine.kind not in POSITIONAL or expected[mine.name].kind in POSITIONAL)
 
 
-def _result_faults(name: str, fake: Callable, mine: Any, real: Any) -> Iterator[str]:
-    if real is inspect.Signature.empty or name == "__init__":
+def result_faults(name: str, tree: ast.Module, real: Any, *, must_say: bool = True) -> Iterator[str]:
+    """Yield how the result of a stand-in, given as its syntax tree, differs from the real one's annotation `real`.
+
+    With `must_say` a function without an annotation is a fault; without it, only one that returns None.
+    """
+    if real is inspect.Signature.empty:
         return
-    if _annotation(mine) != _annotation(real):
-        yield f"{name} -> {_annotation(mine)}: the real one returns {_annotation(real)}"
-    elif _annotation(real) not in ("None", "NoReturn", "Any") and not _returns_a_value(fake):
-        yield f"{name}: never returns a value; the real one returns {_annotation(real)}"
+    returns, function = _annotation(real), tree.body[0]
+    if isinstance(function, ast.FunctionDef):
+        said = _annotation(ast.unparse(function.returns) if function.returns else inspect.Signature.empty)
+        if said != returns and (function.returns or must_say):
+            yield f"{name} -> {said}: the real one returns {returns}"
+    if returns not in ("None", "NoReturn", "Any") and not _returns_a_value(tree):
+        yield f"{name}: never returns a value; the real one returns {returns}"
 
 
 def _annotation(annotation: Any) -> str:
@@ -110,13 +128,14 @@ class _LastNames(ast.NodeTransformer):
         return ast.parse(node.value, mode="eval").body if isinstance(node.value, str) else node
 
 
-def _returns_a_value(function: Callable) -> bool:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    return any(
-        isinstance(node, ast.Yield | ast.YieldFrom | ast.Raise | ast.Lambda)
-        or (isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None")
-        for node in ast.walk(tree)
-    )
+def _returns_a_value(tree: ast.AST) -> bool:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Yield | ast.YieldFrom | ast.Raise):
+            return True
+        result = node.value if isinstance(node, ast.Return) else node.body if isinstance(node, ast.Lambda) else None
+        if result is not None and ast.unparse(result) != "None":
+            return True
+    return False
 
 
 def _name(real: Any) -> str:

@@ -98,10 +98,10 @@ def test_tensor_parallel_ranks_that_disagree_are_an_error(monkeypatch):
     from pctrain.rollout.sharing import EngineGroups
 
     for name, value in {"is_initialized": True, "get_backend": "gloo", "get_world_size": 4, "get_rank": 0}.items():
-        monkeypatch.setattr(dist, name, lambda *args, value=value: value)
+        monkeypatch.setattr(dist, name, lambda group=None, value=value: value)
 
-    def gathered(by_rank, mine, group):
-        by_rank[:] = [["a"], ["a"], ["b"], ["c"]]
+    def gathered(object_list, obj, group=None):
+        object_list[:] = [["a"], ["a"], ["b"], ["c"]]
 
     monkeypatch.setattr(dist, "all_gather_object", gathered)
     with pytest.raises(RuntimeError, match="ranks 2 and 3 of one engine sampled different"):

@@ -98,8 +98,8 @@ class Event:
     def query(self):
         return self.at <= Event.over
 
-    def elapsed_time(self, after):
-        return 1000 * (after.at - self.at)
+    def elapsed_time(self, end_event):
+        return 1000 * (end_event.at - self.at)
 
 
 def test_on_a_gpu_the_stream_is_timed(monkeypatch):

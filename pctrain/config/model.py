@@ -57,12 +57,17 @@ class ModelConfig(Section):
     spec: Literal["auto", "te", "torch-varlen", "torch"] = Field(
         "auto",
         description="layer implementation: te (Transformer Engine), torch-varlen (PyTorch with variable-length flash "
-        "attention, CUDA only), torch (plain PyTorch); auto: the fastest one available",
+        "attention, CUDA only), torch (plain PyTorch); auto: the fastest one available, for float32 torch",
     )
-    fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = Field(
+    fp8: Literal["tensorwise", "blockwise", "mxfp8"] | None = Field(
         None,
         description="scaling recipe of 8-bit matrix products (needs te and bfloat16; mxfp8 needs Blackwell); default: "
         "none",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: the same run gives the same bits, and a completion does not depend on what is sampled "
+        "with it; slower. A CPU does both anyway: there it changes nothing",
     )
     router_aux_loss: float = Field(
         0.0,

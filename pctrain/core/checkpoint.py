@@ -171,8 +171,13 @@ def _sharded_state(
     chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer | None, is_loading: bool
 ) -> dict[str, Any]:
     # The fully reshardable format costs a gather over data parallel ranks and allows a resume at any TP x PP x DP.
+    # Memory-efficient, it gathers through host memory on one rank of each data parallel group. Otherwise every rank
+    # would hold the group's whole optimizer, and its GPU a third of that.
     # (A new dict each time: megatron-core leaves its process group in it.)
-    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
+    }
     # The inner module's state, not the data parallel wrapper's: its names would carry the wrapper's prefix.
     state = {_key(i): chunk.module.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(chunks)}
     if optimizer is not None:

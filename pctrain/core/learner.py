@@ -24,7 +24,7 @@ from pctrain.core.layers import spec as layers
 from pctrain.core.reference import Reference
 from pctrain.data.packing import MULTIPLE, PackedBatch, PackShape, pack_rows
 from pctrain.data.rows import Row, RowSet
-from pctrain.distributed import parallel
+from pctrain.distributed import gpu_environment, parallel
 from pctrain.hf.config import HFConfig
 from pctrain_kernels import TokenLoss
 
@@ -71,6 +71,7 @@ class Learner:
             seed: of the generators.
         """
         patches.install()
+        gpu_environment.prepare(deterministic=config.deterministic)
         parallel.initialize(par, seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         self._source = config.path

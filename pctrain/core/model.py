@@ -14,7 +14,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pctrain.common.device import DTYPES, device
+from pctrain.common.device import DTYPES, device, on_gpu
 from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import router_loss
 from pctrain.core.layers import spec as layers
@@ -32,7 +32,6 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 _FP8: dict[str | None, dict[str, Any]] = {
     None: {},
     "tensorwise": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
-    "delayed": {"fp8": "hybrid", "fp8_recipe": "delayed", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     "blockwise": {"fp8": "e4m3", "fp8_recipe": "blockwise"},
     "mxfp8": {"fp8": "e4m3", "fp8_recipe": "mxfp8"},
 }
@@ -83,8 +82,8 @@ class CausalLM(GPTModel):
         return self.head(hidden_states.squeeze(1), weight)
 
 
-def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) -> TransformerConfig:
-    """Return megatron-core's config of the model at this layout."""
+def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig, spec: str) -> TransformerConfig:
+    """Return megatron-core's config of the model at this layout, with the layers of `spec`."""
     return TransformerConfig(
         num_layers=hf.layers,
         hidden_size=hf.hidden,
@@ -126,11 +125,13 @@ def transformer_config(hf: HFConfig, model: ModelConfig, par: ParallelConfig) ->
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=True,  # see patches/grad_accumulation.py
         **_RECOMPUTE[par.recompute],
-        # These fused kernels of megatron-core need CUDA extensions.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
+        # Compiled by torch.compile, and only where a GPU runs it. It keeps a third less for the backward pass.
+        bias_activation_fusion=spec != "torch",
+        # A kernel of Transformer Engine. Without it, the host reads the bounds of the sequences in every layer.
+        apply_rope_fusion=spec == "te",
+        bias_dropout_fusion=False,  # there is neither a bias nor dropout
+        masked_softmax_fusion=False,  # no spec's attention has a separate softmax
+        deterministic_mode=model.deterministic and on_gpu(),
     )
 
 
@@ -158,7 +159,8 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     The weights are not loaded yet. A model that is not `trainable` has no gradient buffers, which are as large as the
     model in float32. Call `core.patches.install()` first.
     """
-    config = transformer_config(hf, model, par)
+    spec = layers.choose_spec(model, par)
+    config = transformer_config(hf, model, par, spec)
     stages: list[int | None] = [*range(par.virtual_pipeline)] if par.virtual_pipeline > 1 else [None]
     ddp = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -168,7 +170,7 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
         check_for_nan_in_grad=False,
     )
     # Buckets serve overlap. Those of the other chunks are reduced after the whole backward pass anyway.
-    parts = [_chunk(hf, model, par, config, i).requires_grad_(trainable) for i in stages]
+    parts = [_chunk(hf, par, config, spec, i).requires_grad_(trainable) for i in stages]
     for part in parts:
         _keep_experts_apart(part)
     chunks = [DistributedDataParallel(config, ddp, part, disable_bucketing=i > 0) for i, part in enumerate(parts)]
@@ -178,16 +180,14 @@ def build(hf: HFConfig, model: ModelConfig, par: ParallelConfig, *, trainable: b
     return chunks
 
 
-def _chunk(
-    hf: HFConfig, model: ModelConfig, par: ParallelConfig, config: TransformerConfig, vp_stage: int | None
-) -> CausalLM:
+def _chunk(hf: HFConfig, par: ParallelConfig, config: TransformerConfig, spec: str, vp_stage: int | None) -> CausalLM:
     """Return the layers of this rank's pipeline stage, or of one of its virtual stages."""
-    spec = layers.layer_spec(layers.choose_spec(model, par), config, hf.qk_norm, vp_stage=vp_stage)
+    layer_spec = layers.layer_spec(spec, config, hf.qk_norm, vp_stage=vp_stage)
     if hf.experts is not None:
-        router_loss.use_in(spec)
+        router_loss.use_in(layer_spec)
     module = CausalLM(
         config,
-        spec,
+        layer_spec,
         vocab_size=hf.padded_vocab(par.tensor),
         max_sequence_length=hf.context,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),

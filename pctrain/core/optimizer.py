@@ -87,24 +87,22 @@ def apply(optimizer: MegatronOptimizer, clip: float, norm: float) -> None:
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> list[torch.optim.Optimizer]:
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    inner = [getattr(part, "optimizer", None) for part in chained]
+    inner = [part.optimizer for part in optimizer.chained_optimizers]
     return [adam for adam in inner if isinstance(adam, torch.optim.AdamW)]
 
 
 def prime(optimizer: MegatronOptimizer) -> None:
-    """Give torch's AdamW its state before a save or a load.
+    """Give Adam its state before a save or a load.
 
-    megatron-core 0.16.1 reads state["step"], which an optimizer that never stepped does not have yet.
+    megatron-core 0.16.1 reads a state that an optimizer which never stepped does not have yet: the moments of Adam, be
+    it Transformer Engine's or torch's, and the `step` that torch's AdamW keeps for each parameter.
     """
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            part.init_state_fn(part.optimizer, part.config)
     for inner in _torch_optimizers(optimizer):
-        for parameter in (p for group in inner.param_groups for p in group["params"]):
-            if not inner.state[parameter]:
-                inner.state[parameter].update(
-                    step=torch.tensor(0.0, device=parameter.device),
-                    exp_avg=torch.zeros_like(parameter),
-                    exp_avg_sq=torch.zeros_like(parameter),
-                )
+        for parameter, state in inner.state.items():
+            state.setdefault("step", torch.zeros((), device=parameter.device))
 
 
 def unshare_steps(optimizer: MegatronOptimizer) -> None:

@@ -18,7 +18,7 @@ from pctrain.compute.ledger import Ledger
 from pctrain.config.tree import Config, ResolvedConfig
 from pctrain.data.prepare import prepare
 from pctrain.data.sources import content_hash
-from pctrain.distributed import parallel
+from pctrain.distributed import gpu_environment, parallel
 from pctrain.distributed.health import watchdog
 from pctrain.files.durable import write_atomically
 from pctrain.hf.chat_template import ChatTemplate
@@ -43,6 +43,7 @@ def begin(config: Config) -> Iterator[ResolvedConfig]:
     """
     from pctrain.core.layers.spec import choose_spec
 
+    gpu_environment.prepare(deterministic=config.model.deterministic)
     parallel.initialize(config.parallel, config.run.seed)
     choose_spec(config.model, config.parallel)
     run_dir = Path(config.run.dir)

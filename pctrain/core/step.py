@@ -7,6 +7,7 @@ and in `_reduce` (the reported loss). Nothing here is a mean of means.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,7 +223,7 @@ def _schedule(
 
     if denominator is not None:
         config.finalize_model_grads_func = _finalize(denominator)
-    with torch.set_grad_enabled(denominator is not None):
+    with torch.set_grad_enabled(denominator is not None), _deterministic(config.deterministic_mode):
         get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=[iter(packs) for _ in chunks] if interleaved else iter(packs),
@@ -232,6 +233,25 @@ def _schedule(
             micro_batch_size=1,
             forward_only=denominator is None,
         )
+
+
+@contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Have torch take deterministic algorithms only, and raise RuntimeError where an operation has none.
+
+    It does so here only, because vLLM samples with operations that have none.
+    """
+    if not wanted:
+        yield
+        return
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a pass over memory that everything here overwrites
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _finalize(denominator: float) -> Callable[..., None]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from pctrain.common.device import device, on_gpu
 from pctrain.config.tree import ParallelConfig
-from pctrain.distributed import waits
+from pctrain.distributed import gpu_environment, waits
 from pctrain.distributed.health import watchdog
 
 KEEP_ALIVE_SECONDS = 2.0  # between rank 0's keep-alives to the ranks that wait for it
@@ -29,6 +29,7 @@ def join(timeout: float) -> None:
     `timeout` is in seconds, for one collective.
     """
     if not dist.is_initialized():
+        gpu_environment.prepare()
         if on_gpu():
             torch.cuda.set_device(device())
         # A process that torchrun did not start is alone, and needs no rendezvous: no port, no address.

@@ -3,7 +3,8 @@
 All of torch.distributed goes through the methods of ProcessGroup and `Work.wait`, which are wrapped once per process.
 On a CPU the host waits in them. On a GPU the current stream does: two events around a call bound the stream's time
 there. That is the collective itself if it runs on this stream, the rest of an asynchronous one if it is waited for, and
-otherwise nothing. vLLM's CPU ranks of one engine exchange data through shared memory, so their waits are not measured.
+otherwise nothing. A stream that is captured into a CUDA graph is not timed. vLLM's CPU ranks of one engine exchange
+data through shared memory, so their waits are not measured.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ COLLECTIVES = (
     "all_to_all_single",
     "_end_coalescing",
 )
+
+SETTLE_EVERY = 1024  # collectives; runs settle at every step, an evaluation never does
 
 _installed = False
 _pairs: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []  # on a GPU: phase, before, after
@@ -94,11 +97,15 @@ def _on_host(phase: str) -> Callable[[], None]:
 
 
 def _on_stream(phase: str) -> Callable[[], None]:
+    if torch.cuda.is_current_stream_capturing():  # an event of the graph could not be asked later
+        return lambda: None
     before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     before.record()
 
     def end() -> None:
         after.record()
         _pairs.append((phase, before, after))
+        if len(_pairs) % SETTLE_EVERY == 0:
+            settle()
 
     return end

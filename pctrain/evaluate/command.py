@@ -18,7 +18,7 @@ from pctrain.common.progress import Bar, make_console, progress
 from pctrain.config.tree import Config
 from pctrain.core import session
 from pctrain.data.encode import Encoder
-from pctrain.distributed import parallel
+from pctrain.distributed import gpu_environment, parallel
 from pctrain.distributed.health import watchdog
 from pctrain.evaluate import results
 from pctrain.evaluate.benchmarks import Benchmark, read_benchmarks
@@ -68,6 +68,7 @@ def main(config: Config, targets: list[Target], out: Path) -> None:
 
 def _join(config: Config, targets: Sequence[Target]) -> None:
     """Join the ranks. megatron-core takes seconds to import, so it is left out for Hugging Face directories."""
+    gpu_environment.prepare(deterministic=config.model.deterministic)
     if any(target.checkpoint is not None for target in targets):
         parallel.initialize(config.parallel, config.run.seed)
     else:

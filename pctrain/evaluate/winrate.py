@@ -27,7 +27,7 @@ from pctrain.data.sets.options import CommandCall, WinrateOptions
 from pctrain.data.sets.outputs import PROGRESS, Outputs
 from pctrain.data.sets.reading import Data, Item
 from pctrain.data.sources import list_disk_files
-from pctrain.distributed import parallel
+from pctrain.distributed import gpu_environment, parallel
 from pctrain.evaluate.resumable import append, batches, refuse_other, requests_a_batch
 from pctrain.files import json_file
 from pctrain.files.durable import cut_torn_line, fingerprint, json_line, write_atomically
@@ -43,6 +43,7 @@ COLUMNS = ("win_rate", "attempts", "win_rate_model")
 def main(request: CommandCall[WinrateOptions]) -> None:
     """Run `pctrain data winrate`."""
     config = _resolve(request.config)
+    gpu_environment.prepare(deterministic=config.model.deterministic)
     parallel.initialize(config.parallel, config.run.seed)
     data = parallel.agree(lambda: Data(request.paths, config.data.fields))
     outputs = parallel.agree(lambda: Outputs(request, data.files, resumable=True) if parallel.rank() == 0 else None)

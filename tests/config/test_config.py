@@ -270,10 +270,10 @@ def test_malformed_command_line(tokens, message):
         ),
         (
             1,
-            ["--model.fp8=delayed", "--model.dtype=bfloat16", "--model.spec=torch-varlen"],
-            "model.fp8 = delayed needs Transformer Engine",
+            ["--model.fp8=blockwise", "--model.dtype=bfloat16", "--model.spec=torch-varlen"],
+            "model.fp8 = blockwise needs Transformer Engine",
         ),
-        (1, ["--model.fp8=delayed"], "model.fp8 = delayed needs model.dtype = bfloat16, not float32"),
+        (1, ["--model.fp8=blockwise"], "model.fp8 = blockwise needs model.dtype = bfloat16, not float32"),
         (4, ["--parallel.tensor=4", "--rollout.tensor=3"], "expected 1 or a divisor of parallel.tensor = 4"),
         (
             1,

@@ -21,24 +21,66 @@ def test_same_layout_bit_for_bit(ranks, hf_dirs, tmp_path, world, layout):
         assert all(np.array_equal(a[3][name], b[3][name]) for name in a[3])
 
 
-def _saved_before_its_first_step(directory, folder, action):
-    model = small.learner(directory, {})
-    if action == "save":
-        folder.mkdir()
-        model.save(folder)
-    elif action == "load":
-        model.load(folder)
-    return small.train_on(model, 3)
+def _train_from(directory, folder, adam, action):
+    """Train after a save to `folder` or a load from it, with the Adam of torch or of Transformer Engine."""
+    from contextlib import nullcontext
+
+    from tests.helpers import fused_adam
+
+    with fused_adam.in_place_of_torchs() if adam == "te" else nullcontext():
+        model = small.learner(directory, {})
+        if action == "save":
+            folder.mkdir()
+            model.save(folder)
+        elif action == "load":
+            model.load(folder)
+        result = small.train_on(model, 3)
+        if action == "train and save":
+            folder.mkdir()
+            model.save(folder)
+            return small.train_on(model, 3)
+        return result
 
 
-def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path):
+@pytest.mark.parametrize("adam", ["torch", "te"])
+def test_a_run_that_has_not_stepped_yet_is_saved_too(ranks, hf_dirs, tmp_path, adam):
     """RL whose dynamic sampling has kept no prompt so far."""
     plain, saved, loaded = (
-        ranks.run(_saved_before_its_first_step, hf_dirs[True], tmp_path / "step-0", action, world=1)[0]
+        ranks.run(_train_from, hf_dirs[True], tmp_path / "step-0", adam, action, world=1)[0]
         for action in ("nothing", "save", "load")
     )
     for other in (saved, loaded):
         assert other[:3] == plain[:3] and all(np.array_equal(other[3][name], plain[3][name]) for name in plain[3])
+
+
+def test_transformer_engines_adam_resumes_bit_for_bit(ranks, hf_dirs, tmp_path):
+    saved, loaded = (
+        ranks.run(_train_from, hf_dirs[True], tmp_path / "step-3", "te", action, world=1)[0]
+        for action in ("train and save", "load")
+    )
+    assert loaded[:2] == saved[:2] and all(np.array_equal(loaded[3][name], saved[3][name]) for name in saved[3])
+
+
+def _optimizer_bytes_of_a_save(directory, layout):
+    """Return the bytes of optimizer state that this rank holds for a save, and of its parameters in float32."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    from pctrain.core import checkpoint
+
+    model = small.learner(directory, layout)
+    state = checkpoint._sharded_state(model.chunks, model.optimizer, is_loading=False)
+    apply_factories(state)
+    tensors = [value.data for value in nested_values(state["optimizer"]) if isinstance(value, ShardedTensor)]
+    return sum(tensor.nbytes for tensor in tensors), 4 * sum(p.numel() for m in model.modules for p in m.parameters())
+
+
+def test_one_rank_of_a_data_parallel_group_holds_the_optimizer(ranks, hf_dirs):
+    """It has the float32 weights and two moments; the others would each need as much host memory."""
+    (first, parameters), (second, _) = ranks.run(_optimizer_bytes_of_a_save, hf_dirs[True], {}, world=2)
+    assert first == 3 * parameters and second == 0
+    for held, parameters in ranks.run(_optimizer_bytes_of_a_save, hf_dirs[True], {"tensor": 2}, world=2):
+        assert held == 3 * parameters
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ def _choose(model, parallel=None, *, gpu, te=False, varlen=True):
         ({"gpu": True}, {"dtype": "bfloat16"}, "torch-varlen"),
         ({"gpu": True, "varlen": False}, {"dtype": "bfloat16"}, "torch"),
         ({"gpu": True}, {"dtype": "float32"}, "torch"),  # flash attention has no float32
+        ({"gpu": True, "te": True}, {"dtype": "float32"}, "torch"),  # Transformer Engine takes TF32 for it
+        ({"gpu": True, "te": True}, {"dtype": "float32", "spec": "te"}, "te"),
         ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch"}, "torch"),
         ({"gpu": True, "te": True}, {"dtype": "bfloat16", "spec": "torch-varlen"}, "torch-varlen"),
         ({"gpu": True, "te": True}, {"dtype": "bfloat16", "fp8": "blockwise"}, "te"),
@@ -50,7 +52,8 @@ def test_the_choice(machine, model, expected):
         ({"gpu": False}, {"spec": "torch-varlen", "dtype": "bfloat16"}, {}, "torch-varlen needs a CUDA device"),
         ({"gpu": True}, {"spec": "torch-varlen"}, {}, "model.dtype = bfloat16"),
         ({"gpu": True}, {"dtype": "bfloat16"}, {"context": 2}, "parallel.context needs the layer spec te"),
-        ({"gpu": False}, {"dtype": "bfloat16", "fp8": "delayed"}, {}, "model.fp8 needs the layer spec te"),
+        ({"gpu": True, "te": True}, {}, {"context": 2}, "auto takes it for model.dtype = bfloat16 only"),
+        ({"gpu": False}, {"dtype": "bfloat16", "fp8": "blockwise"}, {}, "model.fp8 needs the layer spec te"),
     ],
 )
 def test_what_cannot_run_is_refused(machine, model, parallel, message):
@@ -85,11 +88,9 @@ def test_recipes_of_8_bits_reach_the_model():
 
     from pctrain.core import model
 
-    for recipe in ("tensorwise", "delayed", "blockwise", "mxfp8"):
+    for recipe in ("tensorwise", "blockwise", "mxfp8"):
         config = TransformerConfig(num_layers=1, hidden_size=64, num_attention_heads=4, bf16=True, **model._FP8[recipe])
-        assert (
-            config.fp8 == ("hybrid" if recipe in ("tensorwise", "delayed") else "e4m3") and config.fp8_recipe == recipe
-        )
+        assert config.fp8 == ("hybrid" if recipe == "tensorwise" else "e4m3") and config.fp8_recipe == recipe
 
 
 # ---- torch's variable-length flash attention
@@ -102,8 +103,15 @@ def _of_torch_2_13(
     return _by_definition(query, key, value, cu_seq_q, max_q, scale)
 
 
+def _of_torch_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size == (-1, 0) and query.shape[1] == 2 * key.shape[1]
+    return _by_definition(query, key, value, cu_seq_q, max_q, scale)
+
+
 def _of_torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert is_causal and query.shape[1] == key.shape[1]
+    assert is_causal and query.shape[1] == 2 * key.shape[1]
     return _by_definition(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5)
 
 
@@ -138,7 +146,7 @@ def fresh_options():
     varlen_attention._has_option.cache_clear()
 
 
-@pytest.mark.parametrize("varlen_attn", [_of_torch_2_13, _of_torch_2_10])
+@pytest.mark.parametrize("varlen_attn", [_of_torch_2_13, _of_torch_2_11, _of_torch_2_10])
 @pytest.mark.parametrize("lengths, tokens", [([9, 9, 9, 9], 36), ([300, 9, 70], 400), ([], 16)], ids=str)
 def test_varlen_attention_of_a_pack_is_that_of_each_sequence(fresh_options, varlen_attn, lengths, tokens):
     torch.manual_seed(0)

@@ -33,6 +33,53 @@ def test_a_patch_names_its_version_reason_and_test(name):
     assert f"def {function}(" in (ROOT / file).read_text()
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("te", [False, True])
+def test_patches_without_transformer_engine_are_not_about_the_device(monkeypatch, gpu, te):
+    """Four patches depend on Transformer Engine or Apex, which a GPU may lack; four on the device; three on neither."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
+    from megatron.core.tensor_parallel import layers
+    from megatron.core.transformer.moe import moe_utils
+
+    from pctrain.core.patches import patch
+
+    monkeypatch.setattr(patch, "on_gpu", lambda: gpu)
+    monkeypatch.setattr(distrib_optimizer, "HAVE_APEX_OR_TE", te)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)  # Apex's; Transformer Engine's is in its layers
+    local_norm = utils.local_multi_tensor_l2_norm
+    monkeypatch.setattr(clip_grads, "l2_norm_impl", mock.Mock() if te else local_norm)
+    monkeypatch.setattr(moe_utils, "te_general_gemm", mock.Mock(), raising=False)
+    if not te:
+        monkeypatch.delattr(moe_utils, "te_general_gemm")
+    of_device = {"device_names", "rng", "expert_dispatch", "uneven_splits"}
+    without_te = {"adam_step", "router_product", "gradient_norm"}
+    always = {"grad_accumulation", "bucket_padding", "single_rank_collectives", "checkpoint_manager"}
+    needed = {name for name in patches.NAMES if patches.load(name).is_needed()}
+    assert needed == always | (set() if gpu else of_device) | (set() if te else without_te)
+
+
+ON_A_GPU_WITHOUT_TE = """
+import torch
+from megatron.core.transformer.moe.moe_utils import router_gating_linear
+from pctrain.core import patches
+from pctrain.core.patches import patch
+
+patch.on_gpu = lambda: True
+patches.install()
+assert torch.tensor.__name__ == "tensor" and not hasattr(torch.tensor, "__wrapped__"), "device names are patched"
+inputs, weight = torch.randn(5, 8, requires_grad=True), torch.randn(4, 8, requires_grad=True)
+logits = router_gating_linear(inputs, weight, None, torch.float32)
+logits.sum().backward()
+assert torch.allclose(logits, inputs @ weight.T) and weight.grad is not None
+"""
+
+
+def test_the_router_runs_on_a_gpu_without_transformer_engine():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", ON_A_GPU_WITHOUT_TE], check=True, env=environment)
+
+
 def _collectives_of_a_step(directory):
     import torch.distributed as dist
 

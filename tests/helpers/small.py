@@ -55,10 +55,11 @@ def learner(
     total_steps: int = 100,
     dtype: str = "float32",
     router_aux_loss: float = 0.0,
+    deterministic: bool = False,
 ) -> Learner:
     from pctrain.core import Learner
 
-    config = ModelConfig.model_validate({"dtype": dtype, "router_aux_loss": router_aux_loss})
+    config = ModelConfig(dtype=dtype, router_aux_loss=router_aux_loss, deterministic=deterministic)
     return Learner(
         config.resolved(directory, checkpoint),
         ParallelConfig(**layout),

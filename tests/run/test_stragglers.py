@@ -110,6 +110,7 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
         return "work"
 
     monkeypatch.setattr(waits.torch.cuda, "Event", Event)
+    monkeypatch.setattr(waits.torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(phases.time, "perf_counter", lambda: Event.now)
     timed = waits._timed(collective, waits._on_stream)
     phases.take()
@@ -125,6 +126,39 @@ def test_on_a_gpu_the_stream_is_timed(monkeypatch):
     Event.over = Event.now
     waits.settle()
     assert phases._waits == {"update": 4.0} and waits._pairs == []
+    phases.take()
+
+
+def test_events_do_not_pile_up_where_nobody_settles(monkeypatch):
+    """An evaluation has collectives and no steps."""
+    from pctrain.distributed import waits
+
+    monkeypatch.setattr(waits.torch.cuda, "Event", Event)
+    monkeypatch.setattr(waits.torch.cuda, "is_current_stream_capturing", lambda: False)
+    timed = waits._timed(lambda: None, waits._on_stream)
+    phases.take()
+    with watchdog.phase("eval"):
+        for _ in range(5 * waits.SETTLE_EVERY):
+            Event.over = Event.now
+            timed()
+            assert len(waits._pairs) < waits.SETTLE_EVERY
+    waits.settle()
+    assert waits._pairs == []
+    phases.take()
+
+
+def test_a_captured_stream_is_not_timed(monkeypatch):
+    """An event that is recorded into a CUDA graph cannot be asked afterwards."""
+    from pctrain.distributed import waits
+
+    def refuse(**options):
+        raise AssertionError("an event in a captured stream")
+
+    monkeypatch.setattr(waits.torch.cuda, "Event", refuse)
+    monkeypatch.setattr(waits.torch.cuda, "is_current_stream_capturing", lambda: True)
+    with watchdog.phase("rollout"):
+        assert waits._timed(lambda: "work", waits._on_stream)() == "work"
+    assert waits._pairs == []
     phases.take()
 
 

@@ -30,7 +30,8 @@ def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
     """
     te = on_gpu() and importlib.util.find_spec("transformer_engine") is not None
     varlen = on_gpu() and varlen_attention.available() and model.dtype == "bfloat16"
-    best = "te" if te else "torch-varlen" if varlen else "torch"
+    # Transformer Engine computes float32 products in TF32, and has no fused attention for them.
+    best = "te" if te and model.dtype == "bfloat16" else "torch-varlen" if varlen else "torch"
     spec: str = best if model.spec == "auto" else model.spec
     if spec == "te" and not te:
         raise UserError(
@@ -46,8 +47,8 @@ def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
         for key, is_set in (("parallel.context", parallel.context > 1), ("model.fp8", model.fp8 is not None)):
             if is_set:
                 raise UserError(
-                    f"{key} needs the layer spec te (Transformer Engine on CUDA devices), "
-                    f"but this model runs on {spec}; leave {key} out"
+                    f"{key} needs the layer spec te (Transformer Engine on CUDA devices; auto takes it for "
+                    f"model.dtype = bfloat16 only), but this model runs on {spec}; leave {key} out"
                 )
     return spec
 

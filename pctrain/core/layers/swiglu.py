@@ -13,6 +13,11 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     return activated
 
 
+def _keeps_activated(gate_up: torch.Tensor) -> bool:
+    """Return whether the activated gate is kept for backward. A GPU has more time than memory and computes it again."""
+    return gate_up.is_cpu
+
+
 class _SwiGLU(torch.autograd.Function):
     """SwiGLU whose gradient is written into the halves of one matrix; autograd would make two and copy both."""
 
@@ -20,7 +25,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: FunctionCtx, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
         activated = F.silu(gate)
-        ctx.save_for_backward(gate_up, activated)
+        ctx.save_for_backward(gate_up, activated if _keeps_activated(gate_up) else None)
         return activated * up
 
     @staticmethod
@@ -28,6 +33,8 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, -1)
+        if activated is None:
+            activated = F.silu(gate)
         both = torch.empty_like(gate_up)
         dgate, dup = both.chunk(2, -1)
         torch.mul(grad, activated, out=dup)

@@ -57,8 +57,6 @@ class VarlenAttention(DotProductAttention):
         layout = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         q, k = layout.rotate(q), layout.rotate(k)
-        if not _has_option("enable_gqa"):
-            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         causal: dict[str, Any] = {"window_size": (-1, 0)} if _has_option("window_size") else {"is_causal": True}
         options = {"scale": self.softmax_scale, "enable_gqa": q.shape[1] != k.shape[1]}
         out = _varlen().varlen_attn(
@@ -90,6 +88,7 @@ def _has_option(option: str) -> bool:
     """Return True if `varlen_attn` of this torch takes the option.
 
     torch 2.10 has `is_causal`; later versions have `window_size`, `scale` and `enable_gqa`. Where `scale` is missing it
-    is fixed at 1 / sqrt(dim), which is the scale of every model here.
+    is fixed at 1 / sqrt(dim), which is the scale of every model here. Where `enable_gqa` is missing, nothing compares
+    the numbers of heads, and flash attention shares the key and value heads by itself.
     """
     return option in inspect.signature(_varlen().varlen_attn).parameters

@@ -21,6 +21,7 @@ NAMES = (
     "rng",
     "adam_step",
     "expert_dispatch",
+    "router_product",
     "uneven_splits",
     "grad_accumulation",
     "gradient_norm",

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from pctrain.core.patches.patch import Patch, without_gpu
@@ -27,9 +26,6 @@ def _convert_counts(
 
 
 def _apply() -> None:
-    # The router asks whether Transformer Engine has this function, a name that is unbound without it.
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None
     postprocess = MoEAlltoAllTokenDispatcher.combine_postprocess
 
     def combine_and_release(self: MoEAlltoAllTokenDispatcher, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -1,0 +1,124 @@
+"""Environment variables of a GPU process: defaults, what a user has set, and the switches of `model.deterministic`."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pctrain.common.errors import UserError
+from pctrain.distributed import gpu_environment
+
+NAMES = (*gpu_environment.ALLOCATOR, *gpu_environment.DEFAULTS, *gpu_environment.DETERMINISTIC)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """Begin without the variables; return the environment."""
+    for name in NAMES:
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    return os.environ
+
+
+def _set(environment):
+    return {name: environment[name] for name in NAMES if name in environment}
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_defaults(environment, monkeypatch, gpu):
+    monkeypatch.setattr(gpu_environment, "on_gpu", lambda: gpu)
+    gpu_environment.prepare()
+    gpu_environment.prepare()
+    assert _set(environment) == {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+
+
+@pytest.mark.parametrize("name", gpu_environment.ALLOCATOR)
+def test_what_a_user_has_set_stays(environment, name):
+    environment[name] = "max_split_size_mb:512"
+    environment["CUDA_DEVICE_MAX_CONNECTIONS"] = "8"
+    gpu_environment.prepare()
+    assert _set(environment) == {name: "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+
+
+def test_a_deterministic_gpu_gets_every_switch(environment, monkeypatch):
+    monkeypatch.setattr(gpu_environment, "on_gpu", lambda: True)
+    environment["NCCL_ALGO"] = "Tree"
+    gpu_environment.prepare(deterministic=True)
+    assert _set(environment) == gpu_environment.DEFAULTS | {
+        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "NCCL_ALGO": "Tree",
+        "VLLM_BATCH_INVARIANT": "1",
+    }
+
+
+def test_a_deterministic_cpu_gets_none(environment, monkeypatch):
+    """vLLM's CPU engine does not start with VLLM_BATCH_INVARIANT."""
+    monkeypatch.setattr(gpu_environment, "on_gpu", lambda: False)
+    gpu_environment.prepare(deterministic=True)
+    assert _set(environment) == gpu_environment.DEFAULTS
+
+
+def test_an_environment_that_says_the_opposite_is_refused(environment, monkeypatch):
+    monkeypatch.setattr(gpu_environment, "on_gpu", lambda: True)
+    environment["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "1"
+    with pytest.raises(UserError, match="NVTE_ALLOW_NONDETERMINISTIC_ALGO=1; expected 0"):
+        gpu_environment.prepare(deterministic=True)
+
+
+JOIN = """
+import os
+import torch
+asked = torch.cuda.is_available
+
+def is_available():
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1", "too late"
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == "expandable_segments:True", "too late"
+    return asked()
+
+torch.cuda.is_available = is_available
+from pctrain.distributed import parallel
+parallel.join(60.0)
+"""
+
+
+def test_ranks_set_the_defaults_before_they_ask_for_a_gpu():
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", JOIN], check=True, env=environment)
+
+
+def _deterministic_step(directory, gpu):
+    """Return what a step, a log-prob pass and their end see of torch's deterministic mode."""
+    from unittest import mock
+
+    import torch
+
+    from pctrain.core import model as models
+    from pctrain.core import step
+    from tests.helpers import small
+
+    seen = []
+    place = step.DevicePack.place
+
+    def look(*arguments, **options):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return place(*arguments, **options)
+
+    with mock.patch.object(models, "on_gpu", return_value=gpu), mock.patch.object(step.DevicePack, "place", look):
+        learner = small.learner(directory, {}, deterministic=True)
+        losses = [small.step(learner, i).loss for i in range(2)]
+        learner.logprobs(small.rows(3), small.BUDGET)
+    return losses, set(seen), torch.are_deterministic_algorithms_enabled()
+
+
+def test_the_learner_of_a_gpu_computes_deterministically_and_that_of_a_cpu_as_ever(ranks, hf_dirs):
+    [(on_gpu, inside, after)] = ranks.run(_deterministic_step, hf_dirs[True], True, world=1)
+    assert inside == {True} and after is False
+    [(on_cpu, inside, after)] = ranks.run(_deterministic_step, hf_dirs[True], False, world=1)
+    assert inside == {False} and after is False
+    assert on_gpu == on_cpu

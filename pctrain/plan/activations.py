@@ -96,17 +96,17 @@ class Activations:
     def feed_forward(self) -> float:
         """Return what the feed-forward of a layer saves: for each position, or routed copy of one, multiples of F.
 
-        Fused (megatron-core's bias_activation_fusion; on a GPU, except for the dense layers of the torch specs): gate
-        and up, and their product. The torch specs' dense layers save the activated gate too (core/layers/swiglu.py).
-        Experts on a CPU save six: also a copy of up, and the product before and after it is weighted.
+        A dense layer keeps gate and up, and their product; on a CPU also the activated gate (core/layers/swiglu.py).
+        Experts keep as much with megatron-core's fused activation, which `te` and `torch-varlen` have. In the torch
+        spec they keep six: also the activated gate, a copy of up, and the product before and after it is weighted.
         """
         hf, tensor = self.hf, self.par.tensor
         if hf.experts is None:
-            return self.tokens * self.size * (3 if self.spec == "te" else 4) * hf.ffn / tensor
+            return self.tokens * self.size * (4 if self.gpu.is_cpu else 3) * hf.ffn / tensor
         routed = self.tokens * hf.experts.per_token
         # Logits and probabilities in float32, the map of routed tokens; chosen experts, their weights, and the order.
         router = self.stream_tokens * (hf.experts.count * (FP32 + 1) + hf.experts.per_token * 24)
-        width = (6 if self.gpu.is_cpu else 3) * hf.experts.ffn / tensor
+        width = (6 if self.spec == "torch" else 3) * hf.experts.ffn / tensor
         return routed * self.size * (width + hf.hidden) + router
 
     def micro_batch(self, layers: int) -> float:

@@ -106,7 +106,7 @@ def memory(
 ) -> Memory:
     """Return the memory of a layout, phase by phase.
 
-    * load: the model is built; its parameters exist twice until megatron-core has moved them into its buffer.
+    * load: the learner is built; its parameters exist twice until megatron-core has moved them into its buffer.
     * swap, verify, rollout: the weight update, its verification's forward pass next to the awake engine, sampling.
     * logprob, reference: passes without gradients, if the algorithm needs them.
     * update: forward, backward and optimizer. SFT has load, update and save only.
@@ -164,9 +164,8 @@ class _Rank:
     def moments(self, micro_batches: int) -> list[Moment]:
         """Return the moments of all phases."""
         asleep = {} if self.engine is None else {"engine": self.engine.asleep}
-        built = {name: self.held[name] for name in ("weights", "gradients", "reserve")}
         phases = {
-            "load": {**built, **asleep, "workspace": self.parameters},
+            "load": {**self._load(), **asleep},
             "update": {**self.resident, **asleep, **self._update(micro_batches)},
             "save": {**self.resident, **asleep, **self._save()},
         }
@@ -178,6 +177,22 @@ class _Rank:
             alone = self.activations.forward_alone(entropy=False)
             phases["reference"] = {**self.held, **self.reference, **asleep, **alone}
         return [Moment(phase, self.stage, parts) for phase, parts in phases.items()]
+
+    def _load(self) -> dict[str, float]:
+        """Return the fuller moment while the learner is built: parameters exist twice, or the optimizer copies them.
+
+        Its float32 masters are made of copies in the model's dtype, one parameter at a time. Float32 models have none.
+        """
+        built = {name: self.held[name] for name in ("weights", "gradients", "reserve")}
+        size = DTYPE_BYTES[self.config.model.dtype]
+        modules = chunks(self.hf, self.layout, self.stage)
+        largest = max(max((*module.dense, *module.expert), default=0) for module in modules)
+        masters = FP32 * buffers(self.hf, self.layout, self.stage).owned if size < FP32 else 0
+        moments: list[dict[str, float]] = [
+            {**built, "workspace": self.parameters},
+            {**built, "optimizer": float(masters), "workspace": float(largest * size)},
+        ]
+        return max(moments, key=lambda parts: sum(parts.values()))
 
     def _engine_phases(self, engine: EngineMemory) -> dict[str, dict[str, float]]:
         """Return the phases in which the engine is awake, in whole or in part.
@@ -195,7 +210,8 @@ class _Rank:
 
     def _verified_tokens(self) -> int:
         """Return the tokens of a verification's pack: every engine's rows are shared by the data parallel ranks."""
-        rows = ceil(VERIFY_ROWS * self.layout.gpus // self.config.rollout.tensor / self.layout.data)
+        engines = self.layout.gpus // self.config.rollout.tensor
+        rows = ceil(VERIFY_ROWS * engines / self.layout.data)
         budget = max(self.config.rl.token_budget, self.config.sft.token_budget)
         return min(budget, rows * (self.work.prompt + VERIFY_TOKENS))
 

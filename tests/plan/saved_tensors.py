@@ -1,4 +1,4 @@
-"""What autograd saves in a forward pass of the real model: the program that tests/plan/test_plan_activations.py starts.
+"""Count what autograd saves in a forward pass of the real model, for tests/plan/test_plan_activations.py.
 
     python saved_tensors.py CASES.json     [{"folder": model, "dtype": ..., "spec": ..., "device": "cpu" | "meta",
     "parallel": {...}, "tokens": n, "lengths": [n, ...], "fused": true | false}, ...]

@@ -17,7 +17,7 @@ from tests.helpers.plan_models import write_config
 
 PROGRAM = Path(__file__).with_name("saved_tensors.py")
 TOKENS = 1024
-# No two sizes are equal, so that no part can stand in for another.
+# No two sizes are equal, so that no part is mistaken for another.
 DENSE = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 512,
@@ -108,12 +108,12 @@ def test_the_model_saves_what_the_plan_says(saved, index):
 
 @pytest.mark.parametrize("name", ["dense", "experts"])
 def test_a_fused_activation_keeps_three_widths(saved, name):
-    """The feed-forward of the te spec, and experts on a GPU: what megatron-core's fused functions save less of."""
+    """megatron-core's fused functions, which run the feed-forward of the te spec and its experts."""
     folder, found = saved
     hf, layout = HFConfig.read(folder / f"{name}-2"), Layout(ParallelConfig(), 1)
     planned = []
     for spec, gpu in (("torch", CPU), ("te", GPUS["h200"])):
-        model = Config(model=ModelConfig(path=folder / f"{name}-2", spec=spec))
+        model = Config(model=ModelConfig(path=folder / f"{name}-2", dtype="float32", spec=spec))
         planned.append(Activations(hf, model, layout, gpu, TOKENS, entropy=False).feed_forward())
     saved_less = []
     for fused in (False, True):

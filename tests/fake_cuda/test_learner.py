@@ -181,12 +181,11 @@ def test_memory_is_what_the_plan_says(models, tmp_path, name, world, tokens, opt
         planned = {phase: _of_the_learner(memory.of(phase)) for phase in phases}
         both = {done: max(planned[phase] for phase in phases if phases[phase] == done) for done in phases.values()}
         rows += [(kind, done, peaks[done], bytes_) for done, bytes_ in both.items()]
-    swap = _of_the_learner(_plan(typed, world, "rl").memory.of("swap"))
+    # The plan also counts what the engine holds while it loads.
+    rows.append(("rl", "weights", peaks["weights"], _of_the_learner(_plan(typed, world, "rl").memory.of("swap"))))
     print(json.dumps([(kind, phase, a >> 20, round(b) >> 20, f"{a / b - 1:+.1%}") for kind, phase, a, b in rows]))
     apart = {(kind, phase): round(a / b - 1, 3) for kind, phase, a, b in rows}
     assert max(map(abs, apart.values())) <= 0.15, apart
-    # The plan also counts what the engine holds while it loads.
-    assert peaks["weights"] <= 1.02 * swap, (peaks["weights"], swap)
 
 
 def _plan(options: list[str], world: int, kind: str) -> planner.Plan:

@@ -181,7 +181,7 @@ def run_point(op: Op, shape: HeadShape, setting: Setting, seconds: float) -> lis
         }
         if FP32_FLOOR in times:
             rows[name]["of_fp32_floor"] = _ratio(turns, times[FP32_FLOOR])
-    if op.products:
+    if FP32_FLOOR in rows:
         extra = fp32_bytes(op, shape, setting.dtype)
         by_bytes = rows[FLOOR]["median_ms"] + extra / copy_bandwidth(setting.device) * 1e3
         rows[FP32_FLOOR] |= {"bytes_beyond_floor": extra, "ms_by_bytes": by_bytes}

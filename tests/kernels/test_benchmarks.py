@@ -47,7 +47,9 @@ def test_every_operation_leaves_rows_and_a_picture(benchmarks, tmp_path: Path, c
             )
             assert row["turns"] == benchmarks.harness.LEAST_TURNS
             assert row["of_floor"] == 1 if row["provider"] == "floor" else row["of_floor"] > 0
-            assert row["provider"] == "floor" or (
+            linear = row["op"].startswith("linear_")
+            assert ("of_fp32_floor" in row) == linear
+            assert row["provider"].startswith("floor") or (
                 row["peak_bytes"] >= row["result_bytes"] > 0 and max(row["errors"].values()) < 1e-4
             )
         else:
@@ -112,3 +114,56 @@ def test_after_the_limit_points_are_skipped_by_name(benchmarks, tmp_path: Path) 
     setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
     rows = benchmarks.run_all.run([(op, harness.HeadShape(8, 32, 4))], setting, 0.0, -1.0, tmp_path / "late")
     assert {row["status"] for row in rows} == {"skipped"} and {row["provider"] for row in rows} == op.providers.keys()
+
+
+def test_the_fp32_floor_writes_full_precision_logits_and_adds_dw(benchmarks, tmp_path: Path) -> None:
+    op, harness = benchmarks.run_all.OPS["linear_token_loss"], benchmarks.harness
+    shape = harness.HeadShape(32, 96, 8)
+    names = (harness.FLOOR, harness.FP32_FLOOR)
+    op = dataclasses.replace(op, providers={name: op.providers[name] for name in names})
+    setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
+    floor, full = benchmarks.run_all.run([(op, shape)], setting, 0.0, 60.0, tmp_path / "floors")
+    assert floor["of_floor"] == full["of_fp32_floor"] == 1 and "fp32 sum of dW" in floor["floor_is"]
+    assert floor["of_fp32_floor"] > 0 and full["ms_by_bytes"] > floor["median_ms"]
+    assert full["bytes_beyond_floor"] == 96 * 8 * 4  # fp32 inputs: dW is read as well as written
+    bf16 = harness.fp32_bytes(op, shape, torch.bfloat16)
+    assert bf16 == 32 * 96 * 2 + 32 * 8 * 2 + 96 * 8 * (4 + 2)
+
+    problem = op.make(shape, torch.device("cpu"), torch.float32)
+    mode = _Products()
+    with mode:
+        op.providers[harness.FP32_FLOOR](problem)()
+    logits, grad_hidden, grad_weight = mode.results[-3:]
+    assert [tuple(x.shape) for x in (logits, grad_hidden, grad_weight)] == [(32, 96), (32, 8), (96, 8)]
+    torch.testing.assert_close(logits, problem.hidden.detach() @ problem.weight.detach().T)
+    first = mode.results[2]
+    assert first is grad_weight or first.data_ptr() == grad_weight.data_ptr()  # one buffer, added to twice
+    assert mode.names[-1] == "addmm_"
+
+
+class _Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Record the matrix products and their results."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.results: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name.startswith(("mm", "addmm")):
+            self.names.append(name)
+            self.results.append(result)
+        return result
+
+
+def test_without_matplotlib_there_are_numbers_and_no_picture(benchmarks, tmp_path, monkeypatch, capsys) -> None:
+    op, harness = benchmarks.run_all.OPS["cross_entropy"], benchmarks.harness
+    monkeypatch.setattr(benchmarks.run_all.importlib.util, "find_spec", lambda name: None)
+    setting = harness.Setting(torch.device("cpu"), torch.float32, benchmarks.report.about(torch.device("cpu")))
+    seen = []
+    benchmarks.run_all.run([(op, harness.HeadShape(8, 32, 4))], setting, 0.0, -1.0, tmp_path / "late", seen.append)
+    assert len(seen[0]) == len(op.providers)
+    assert (tmp_path / "late.json").exists() and not (tmp_path / "late.png").exists()
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().out

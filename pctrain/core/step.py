@@ -233,6 +233,8 @@ def _schedule(
             micro_batch_size=1,
             forward_only=denominator is None,
         )
+    for chunk in chunks:
+        del chunk.module.head  # it holds the last pack, with the layout's rotary angles
 
 
 @contextmanager

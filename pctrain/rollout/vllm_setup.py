@@ -169,7 +169,7 @@ def guest(groups: EngineGroups, *, starting: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _beating() -> Iterator[None]:
-    """Record progress from a thread of its own while vLLM starts, for at most START_SECONDS."""
+    """Record progress from another thread while vLLM starts, for at most START_SECONDS."""
     started = threading.Event()
 
     def beat() -> None:

@@ -96,7 +96,7 @@ def plain(hint: Any) -> Any:
 
 @dataclass(frozen=True)
 class Tables:
-    """What the syntax tree does not say.
+    """Facts that the syntax tree does not contain.
 
     Attributes:
         variables: FILE:EXPRESSION -> class.

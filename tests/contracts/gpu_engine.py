@@ -1,7 +1,7 @@
 """Build vLLM's config from our engine options on a CUDA platform that is faked, and print it as JSON.
 
-`python -m tests.contracts.gpu_engine HF_DIR DTYPE,WORLD,DEVICE_GIB...`: a process of its own, because vLLM's modules
-keep the platform that they are imported on. Nothing is allocated and no engine starts.
+Run `python -m tests.contracts.gpu_engine HF_DIR DTYPE,WORLD,DEVICE_GIB...` in a separate process: vLLM's modules keep
+the platform that they are imported on. Nothing is allocated and no engine starts.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""What tests put in the place of other packages' functions and classes, held to the real signatures.
+"""Replacements of other packages' functions and classes in tests, held to the real signatures.
 
-The replacements are found in the tests' syntax trees.
+They are found in the tests' syntax trees.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the code does not say about the objects of other packages that it uses.
+"""Classes of variables and attributes that the code does not name.
 
 An entry that nothing uses is a fault (tests/contracts/test_calls.py).
 """

@@ -1,4 +1,4 @@
-"""What the rollout engine takes from vLLM beyond calls: results, fields, methods by name, environment variables."""
+"""The rollout engine's uses of vLLM beyond calls: results, fields, methods by name, environment variables."""
 
 import ast
 import inspect

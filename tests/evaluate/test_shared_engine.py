@@ -17,7 +17,7 @@ from tests.helpers.stand_ins import check_stand_in
 
 
 class Engine:
-    """Stands in for RolloutEngine. `awake`: it holds memory."""
+    """Replaces RolloutEngine. `awake`: it holds memory."""
 
     awake = False
 
@@ -36,7 +36,7 @@ class Engine:
 
 
 class Model:
-    """Stands in for Learner, which needs memory that an engine awake has taken."""
+    """Replaces Learner, which needs memory that an engine awake has taken."""
 
     chunks = ()
 

@@ -19,7 +19,7 @@ def check_stand_in(fake: Any, real: Any, *, own: tuple[str, ...] = ()) -> None:
 
     Args:
         fake: a class, a function, or a SimpleNamespace.
-        real: the class or function that it stands in for.
+        real: the class or function that it replaces.
         own: attributes of the test's own, such as a list of calls.
 
     A method may take fewer optional parameters. It must take the required ones, by the same names, in the same order.

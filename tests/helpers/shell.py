@@ -1,4 +1,4 @@
-"""Shell scripts under test: programs that stand in for real ones, and calls in a small environment."""
+"""Shell scripts under test: programs that replace real ones, and calls in a small environment."""
 
 from __future__ import annotations
 

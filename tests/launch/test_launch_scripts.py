@@ -144,7 +144,7 @@ def test_the_page_of_networks_lists_the_defaults():
     defaults = dict(re.findall(r"^ *default (\w+) (\w+)", TORCHRUN.read_text(), re.M))
     assert defaults == {**DEFAULTS, "NCCL_IB_TIMEOUT": "22"}
     assert all(f"`{name}={value}`" in page for name, value in defaults.items())
-    # torch reads every variable of its own that the page names; the ones of NCCL are in headers of the CPU's build too
+    # torch reads each TORCH_ variable that the page names; those for NCCL are in headers of the CPU's build too
     sources = Path(torch.__file__).parent / "include/torch/csrc/distributed/c10d"
     known = set(re.findall(r"TORCH_NCCL_\w+", (sources / "ProcessGroupNCCL.hpp").read_text()))
     with (Path(torch.__file__).parent / "lib/libtorch_cpu.so").open("rb") as library:

@@ -207,7 +207,7 @@ def _old_driver_on_one_node(patch, folder, rank):
 
 
 def test_a_driver_that_is_too_old_on_one_node(ranks, tmp_path):
-    """That node would take gloo and the other one NCCL, and both would wait."""
+    """The old node would take gloo and the other one NCCL, and both would wait."""
     (status, text), (other, _) = ranks.run(_doctor, tmp_path, _old_driver_on_one_node, world=2)
     assert status == other == 1
     assert "WRONG: NVIDIA driver, 580.105.08 on node0 (rank 0); 570.86.15 on node1 (rank 1): all ranks" in text

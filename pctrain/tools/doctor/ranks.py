@@ -1,4 +1,4 @@
-"""What the ranks tell each other, and rates measured on every rank and between the ranks."""
+"""Exchange of findings between the ranks, and rates measured on every rank and between the ranks."""
 
 from __future__ import annotations
 

@@ -97,6 +97,8 @@ def _buckets(table: list[Unit], tp: int, routes: list[weights.Route], limit: int
     }
     cuts = {after.name for before, after in pairwise(table) if senders[before.name] != senders[after.name]}
     for group, _ in routes:
+        if group.size() == 1:  # on a GPU the host would wait to hear from itself
+            continue
         by_rank: list = [None] * group.size()
         dist.all_gather_object(by_rank, cuts, group=group)
         cuts = set().union(*by_rank)

@@ -82,7 +82,7 @@ def _place() -> tuple[str, int]:
 
 
 class Memory:
-    """Bytes of living fake CUDA storages: now, at the peak of each phase, and by name of a phase at its end."""
+    """Bytes of living fake CUDA storages: now, and at the peak of each phase."""
 
     def __init__(self) -> None:
         self.now = 0
@@ -177,11 +177,7 @@ class FakeCuda(TorchDispatchMode):
             return copied
         self._count_waits(func, args)
         out = self._run(func, args, kwargs)
-        if func is aten._to_copy.default and args[0].numel() == 1 and not isinstance(args[0], FakeTensor):
-            setattr(out, KNOWN, args[0].item())
-        elif func._schema.is_mutable:
-            for value in inputs:
-                vars(value).pop(KNOWN, None)
+        _note_value(func, args[0] if args else None, inputs, out)
         return self._keep(out, pinned)
 
     def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -273,6 +269,15 @@ class FakeCuda(TorchDispatchMode):
         work = FakeWork().boxed()
         # The tensors that an operation returns with its work are its first argument.
         return work if returned == 1 else (args[0], work)
+
+
+def _note_value(func: Any, source: Any, inputs: list[torch.Tensor], out: Any) -> None:
+    """Keep the value of a single number that is copied to the device; forget what an operation overwrites."""
+    if func is aten._to_copy.default and source.numel() == 1 and not isinstance(source, FakeTensor):
+        setattr(out, KNOWN, source.item())
+    elif func._schema.is_mutable:
+        for value in inputs:
+            vars(value).pop(KNOWN, None)
 
 
 def _is_mask(index: torch.Tensor | None) -> bool:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from tests.fake_cuda.device import start
 
 
-def main() -> int:
-    mode = start(world=1)
+def cases() -> dict[str, Callable[[], object]]:
+    """Return what is tried."""
     import torch
 
     host = torch.arange(6.0)
@@ -34,7 +34,7 @@ def main() -> int:
         (x @ weight).sum().backward()
         assert weight.grad is not None and weight.grad.is_cuda
 
-    cases: dict[str, Callable[[], object]] = {
+    return {
         "real work on the host": lambda: (host + 1).sum().item(),
         "matrix product and its gradient": multiply,
         "item": lambda: x[0].item(),
@@ -63,8 +63,14 @@ def main() -> int:
         "mixed devices": lambda: x + host,
         "numpy": lambda: x.numpy(),
     }
+
+
+def main() -> int:
+    mode = start(world=1)
+    import torch
+
     report = {}
-    for name, case in cases.items():
+    for name, case in cases().items():
         raised = None
         with mode.in_phase(name):
             try:

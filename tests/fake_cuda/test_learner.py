@@ -119,11 +119,10 @@ def test_the_whole_learner(models, tmp_path, dtype, spec, world):
     assert per_step == {key: count * passes for key, count in extra.get("logprob", {}).items()}
     written = {path.name for path in (tmp_path / "checkpoint").iterdir()}
     assert {".metadata", "common.pt", "metadata.json", "__0_0.distcp"} <= written
-    if world == 1:
-        assert not found.waits_in("weights")
-    else:  # one gather of a bucket, not one of each parameter
+    assert not found.waits_in("weights")
+    if world > 1:  # one gather of a bucket, not one of each parameter
         gathers = {name: count for phase, name, count in found.collectives if phase == "weights"}
-        assert gathers["_allgather_base_"] == 1
+        assert gathers == {"_allgather_base_": 1}
         reduced = {phase for phase, name, _ in found.collectives if name == "reduce_scatter_tensor_coalesced_"}
         assert {f"sft {packs}" for packs in asked.packs} <= reduced
 
@@ -185,7 +184,8 @@ def test_memory_is_what_the_plan_says(models, tmp_path, name, world, tokens, opt
     rows.append(("rl", "weights", peaks["weights"], _of_the_learner(_plan(typed, world, "rl").memory.of("swap"))))
     print(json.dumps([(kind, phase, a >> 20, round(b) >> 20, f"{a / b - 1:+.1%}") for kind, phase, a, b in rows]))
     apart = {(kind, phase): round(a / b - 1, 3) for kind, phase, a, b in rows}
-    assert max(map(abs, apart.values())) <= 0.15, apart
+    too_far = {key: value for key, value in apart.items() if abs(value) > (0.15 if key[1] == "weights" else 0.05)}
+    assert not too_far, apart
 
 
 def _plan(options: list[str], world: int, kind: str) -> planner.Plan:

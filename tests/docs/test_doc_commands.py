@@ -146,6 +146,9 @@ ELSEWHERE = {
     "python -m pytest tests/rl tests/core -m 'not full'": "tests/docs/test_doc_commands.py::test_every_command_",
     "python -m pytest tests/kernels": "tests/kernels/test_compile_gate.py::test_",
     "python kernels/benchmarks/run_all.py": "tests/kernels/test_benchmarks.py::test_",
+    "python launch/gpu_check.py": "tests/launch/test_gpu_check.py::test_",
+    "python launch/gpu_check.py --compare gpu-check/results.jsonl": "tests/launch/test_gpu_check.py::test_",
+    "pctrain doctor --full": "tests/tools/test_gpu_check.py::test_doctor_full_",
     "python kernels/benchmarks/compile_report.py": "tests/kernels/test_compile_gate.py::test_",
 }
 # Parsed, and their configs resolved, by the tests below: what needs GPUs, nodes, Slurm or Docker.

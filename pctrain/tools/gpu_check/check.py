@@ -1,4 +1,4 @@
-"""What a phase gets: the mode, its folders, and the functions that record points."""
+"""Give a phase its mode, its folders, and the functions that record points."""
 
 from __future__ import annotations
 

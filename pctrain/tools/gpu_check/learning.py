@@ -1,4 +1,4 @@
-"""What the phases of the learner share: a model, rows, steps and checkpoints."""
+"""Build models, rows, steps and checkpoints for the phases of the learner."""
 
 from __future__ import annotations
 

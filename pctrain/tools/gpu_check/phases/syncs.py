@@ -101,7 +101,7 @@ def _idle(check: Check, learner: Learner) -> None:
     kernels = [
         (event.time_range.start, event.time_range.end)
         for event in profiled.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
     ]
     busy, span = busy_time(kernels)
     check.measure("a step, from its first kernel to its last", span / 1e3, "ms")

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from pctrain.common.errors import UserError
 from pctrain.core import optimizer as optim
 from pctrain.core.child_processes import children_die_with_this_process
+from pctrain.core.megatron_version import HAS_COMMON_FILE, SAVE_IN_BACKGROUND
 from pctrain.distributed.health import watchdog
 from pctrain.run.checkpoints import note_digests
 
@@ -66,7 +67,7 @@ class Saver:
         state["rng"] = torch.get_rng_state()
         _write_in_place(state)
         request = dist_checkpointing.save(
-            state, str(directory), validate_access_integrity=False, async_sharded_save=True
+            state, str(directory), validate_access_integrity=False, async_sharded_save=True, **SAVE_IN_BACKGROUND
         )
         write_and_hash = partial(_write_and_hash, request.async_fn, Path(directory), dist.get_rank())
         request = request._replace(async_fn=write_and_hash)
@@ -141,7 +142,9 @@ def _sharded_state_to_read(
             f"{directory}: not a pctrain checkpoint (metadata.json is missing); name a folder RUN/checkpoints/step-N"
         )
     _refuse_foreign_objects(Path(directory) / ".metadata")
-    _refuse_other_values(Path(directory) / "common.pt")
+    common = Path(directory) / "common.pt"
+    if HAS_COMMON_FILE or common.exists():
+        _refuse_other_values(common)
     state = _sharded_state(chunks, optimizer, is_loading=True)
     for i in range(len(chunks)):
         _read_in_place(state[_key(i)])

@@ -30,6 +30,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from pctrain.core.megatron_version import mlp_submodules
 from pctrain.distributed import parallel
 
 METRIC = "router_aux_loss"
@@ -79,7 +80,7 @@ class BalancedRouter(TopKRouter):
 def use_in(spec: ModuleSpec | TransformerBlockSubmodules) -> None:
     """Put the router into the spec of a mixture of experts: of one layer (Transformer Engine) or of a whole block."""
     for layer in spec.layer_specs if isinstance(spec, TransformerBlockSubmodules) else [spec]:
-        layer.submodules.mlp.submodules.router = BalancedRouter
+        mlp_submodules(layer.submodules.mlp).router = BalancedRouter
 
 
 def start(chunks: list[torch.nn.Module], denominator: float, tokens: int) -> None:

@@ -8,7 +8,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -19,8 +18,9 @@ from pctrain.config.tree import ModelConfig, ParallelConfig
 from pctrain.core.layers import varlen_attention
 from pctrain.core.layers.packed_attention import PackedSDPA
 from pctrain.core.layers.rms_norm import RMSNorm
-from pctrain.core.layers.swiglu import swiglu
+from pctrain.core.layers.swiglu import SwiGLU
 from pctrain.core.layers.varlen_attention import VarlenAttention
+from pctrain.core.megatron_version import mlp_submodules
 
 
 def choose_spec(model: ModelConfig, parallel: ParallelConfig) -> str:
@@ -73,9 +73,9 @@ def layer_spec(
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = {"torch": PackedSDPA, "torch-varlen": VarlenAttention}[spec]
-    if layer.submodules.mlp.module is MLP:
+    if config.num_moe_experts is None:
         # Despite its name, this flag makes megatron-core's MLP call the activation of its spec.
-        layer.submodules.mlp.submodules.activation_func = swiglu
+        mlp_submodules(layer.submodules.mlp).activation_func = SwiGLU
         config.use_te_activation_func = True
     if qk_layernorm:
         attention.q_layernorm = RMSNorm

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
@@ -11,6 +12,14 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up [..., F] of gate_up [..., 2 F], whose halves are gate and up."""
     activated: torch.Tensor = _SwiGLU.apply(gate_up)
     return activated
+
+
+class SwiGLU(MegatronModule):
+    """`swiglu` as the module that a layer spec names."""
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """Return `swiglu(gate_up)`."""
+        return swiglu(gate_up)
 
 
 def _keeps_activated(gate_up: torch.Tensor) -> bool:

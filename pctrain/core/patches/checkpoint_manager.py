@@ -13,13 +13,14 @@ from queue import Queue
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from pctrain.core.child_processes import die_with
+from pctrain.core.megatron_version import RESULTS_QUEUE
 from pctrain.core.patches.patch import Patch
 
 
-def _results_queue() -> Queue:
+def _results_queue(mp_mode: str = "spawn") -> Queue:
     if filesystem_async._results_queue is None:
         # Forked, the manager would keep a copy of every page that training changes.
-        manager = SyncManager(ctx=get_context("spawn"))
+        manager = SyncManager(ctx=get_context(mp_mode))
         manager.start(initializer=die_with, initargs=(os.getpid(),))
         filesystem_async._results_queue = manager.Queue()  # keeps the manager alive
     queue: Queue = filesystem_async._results_queue
@@ -27,7 +28,7 @@ def _results_queue() -> Queue:
 
 
 def _apply() -> None:
-    filesystem_async._get_write_results_queue = _results_queue
+    setattr(filesystem_async, RESULTS_QUEUE, _results_queue)
 
 
 PATCH = Patch(

@@ -48,6 +48,7 @@ def _apply() -> None:
     torch.cuda.current_device = lambda: "cpu"  # megatron-core only ever passes it on as device=...
     torch.cuda.set_device = lambda device: None
     torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: None
     # `with torch.device(...)` recognizes factories by identity in a cached set. Fill the cache before the factories are
     # wrapped, or loading a transformers model on the meta device silently leaves garbage in its rotary buffers.
     _device_constructors()

@@ -101,9 +101,13 @@ def test_environment_variables(monkeypatch, variables, check, state, advice):
 
 def test_a_package_that_does_not_import(monkeypatch):
     monkeypatch.setattr(libraries, "IMPORTS", ("json", "no_such_module"))
+    monkeypatch.setattr(libraries, "NEEDED", ("json",))  # without vLLM, the ranks are still connected and measured
     seen = by_check(doctor.imports())
     assert seen["import json"].state == "ok" and seen["import no_such_module"].state == "wrong"
     assert "No module named 'no_such_module'" in seen["import no_such_module"].result
+    assert not seen["import no_such_module"].stops
+    monkeypatch.setattr(libraries, "NEEDED", ("no_such_module",))
+    assert by_check(doctor.imports())["import no_such_module"].stops
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

@@ -12,6 +12,7 @@ from pctrain.tools.doctor.findings import Finding
 
 IMPORT_SECONDS = 180
 IMPORTS = ("torch", "megatron.core", "vllm", "pctrain_kernels")
+NEEDED = ("torch", "megatron.core")  # to connect the ranks and measure them
 # {module: its distribution}: imported if it is installed. They are compiled against one version of torch.
 OPTIONAL_IMPORTS = {"transformer_engine.pytorch": "transformer-engine", "flash_attn": "flash-attn"}
 STATEMENTS = {"vllm": "from vllm.platforms import current_platform; current_platform.device_type"}  # loads its kernels
@@ -62,7 +63,7 @@ def _check_import(name: str) -> tuple[Finding, list[str]]:
     line = next((line for line in reversed(lines) if telling.search(line)), lines[-1])
     if telling.search(line) and name != "torch":
         advice = f"it was built for another torch or CUDA than the installed one: {_rebuild(name)}"
-    return Finding(check, line, "wrong", advice, stops=name in IMPORTS), []
+    return Finding(check, line, "wrong", advice, stops=name in NEEDED), []
 
 
 def _rebuild(name: str) -> str:

@@ -22,12 +22,18 @@ def terminal(verdicts: Sequence[Verdict], points: dict[str, list[Row]]) -> str:
         rows.append((verdict.status, verdict.phase, f"{verdict.seconds:.1f}", counted, first))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*map(str.ljust, row[:4], widths), row[4]]).rstrip() for row in rows]
-    details = [f"\n{v.phase}: {v.reason}" for v in verdicts if v.status == FAIL and "\n" in v.reason]
+    return "\n".join([*lines, *_details(verdicts, points)])
+
+
+def _details(verdicts: Sequence[Verdict], points: dict[str, list[Row]]) -> list[str]:
+    """Return what the table has no room for: reasons of several lines, and the points that failed."""
+    details = []
     for verdict in verdicts:
-        details += [
-            f"{FAIL}: {verdict.phase}: {point_line(row)}" for row in points[verdict.phase] if row["status"] == FAIL
-        ]
-    return "\n".join([*lines, *details])
+        if verdict.status == FAIL and "\n" in verdict.reason:
+            details.append(f"\n{verdict.phase}: {verdict.reason}")
+        failed = [row for row in points[verdict.phase] if row["status"] == FAIL]
+        details += [f"{FAIL}: {verdict.phase}: {point_line(row)}" for row in failed]
+    return details
 
 
 def point_line(row: Row) -> str:
@@ -115,15 +121,22 @@ def side_by_side(new: Sequence[Result], old: Sequence[Result]) -> str:
     for result in new:
         for row in result.points:
             other = before.pop((result.phase, row["point"]), None)
-            values = [figure(one) if one is not None and "value" in one else "" for one in (row, other)]
-            ratio = ""
-            if all(values) and other is not None and other["value"]:
-                ratio = f"{row['value'] / other['value']:.3g}"
-            was = other["status"] if other is not None else "absent"
-            state = row["status"] if row["status"] == was else f"{row['status']}, was {was}"
-            if values[0] or state != row["status"]:
-                lines.append(f"| {' | '.join(map(_cell, (result.phase, row['point'], *values, ratio, state)))} |")
+            line = _compared(row, other)
+            if line is not None:
+                lines.append(f"| {_cell(result.phase)} | {line} |")
     for (phase, point), row in before.items():
         value = figure(row) if "value" in row else ""
         lines.append(f"| {_cell(phase)} | {_cell(point)} |  | {_cell(value)} |  | absent, was {row['status']} |")
     return "\n".join(lines)
+
+
+def _compared(row: Row, other: Row | None) -> str | None:
+    """Return a point's cells next to its baseline, or None if it has no figure and the same state as before."""
+    new, old = figure(row) if "value" in row else "", figure(other) if other and "value" in other else ""
+    ratio = f"{row['value'] / other['value']:.3g}" if new and other and old and other["value"] else ""
+    was = other["status"] if other else "absent"
+    changed = row["status"] != was
+    if not new and not changed:
+        return None
+    state = f"{row['status']}, was {was}" if changed else row["status"]
+    return " | ".join(map(_cell, (row["point"], new, old, ratio, state)))

@@ -22,7 +22,7 @@ def _losses(directory, layout, fused):
     calls = []
 
     def full_logits(
-        hidden, weight, target, token_loss, *, grad_weight_out, group, vocab_start, sequence_parallel, **options
+        hidden, weight, target, token_loss, *, grad_weight_out, group, vocab_start, sequence_parallel, rows, **options
     ):
         assert group is None and vocab_start == 0
         calls.append(1)

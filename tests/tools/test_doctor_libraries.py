@@ -60,6 +60,21 @@ def test_flash_attn_built_for_another_cuda(installed):
     assert finding.state == "wrong" and finding.advice.endswith("--force-reinstall flash-attn==2.8.3")
 
 
+def test_a_cudnn_without_its_parts(installed):
+    message = "libcudnn_graph.so.9: cannot open shared object file: No such file or directory"
+    files = {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": f"raise OSError({message!r})"}
+    installed("transformer-engine", "2.11.0", files)
+    finding = imports()["import transformer_engine.pytorch"]
+    assert finding.state == "wrong" and "unset CUDNN_PATH and CUDNN_HOME" in finding.advice
+
+
+def test_packages_are_imported_in_the_environment_of_a_run(installed, monkeypatch):
+    """A run chooses the cuDNN and other settings before anything is imported."""
+    monkeypatch.delenv("TORCH_CPP_LOG_LEVEL", raising=False)
+    installed("flash-attn", "2.8.3", {"flash_attn/__init__.py": "import os\nos.environ['TORCH_CPP_LOG_LEVEL']"})
+    assert imports()["import flash_attn"].state == "ok"
+
+
 def test_a_compiled_module_with_an_undefined_symbol(installed, tmp_path):
     """As above, with the message of the real loader."""
     source = "void missing_symbol(void); void *PyInit_flash_attn(void) { missing_symbol(); return 0; }"
@@ -95,7 +110,7 @@ def test_two_cudnns(installed, tmp_path):
     finding = imports()["cuDNN"]
     assert finding.state == "wrong"
     assert finding.result == f"2 are loaded: {pip[0].parent}, {system[0].parent}"
-    assert finding.advice.endswith(f"Set CUDNN_PATH={tmp_path}/site-packages/nvidia/cudnn")
+    assert finding.advice.endswith(f"Unset CUDNN_HOME, and set CUDNN_PATH={tmp_path}/site-packages/nvidia/cudnn")
 
 
 def test_one_cudnn(installed, tmp_path):

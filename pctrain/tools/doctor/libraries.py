@@ -16,6 +16,7 @@ NEEDED = ("torch", "megatron.core")  # to connect the ranks and measure them
 # {module: its distribution}: imported if it is installed. They are compiled against one version of torch.
 OPTIONAL_IMPORTS = {"transformer_engine.pytorch": "transformer-engine", "flash_attn": "flash-attn"}
 STATEMENTS = {"vllm": "from vllm.platforms import current_platform; current_platform.device_type"}  # loads its kernels
+AS_A_RUN = "from pctrain.cli.environment import set_environment; set_environment()\n"  # it chooses a cuDNN, too
 LIBRARY = "loaded: "
 # Prints the files of cuDNN that are loaded after the import.
 LOADED_CUDNN = f"""
@@ -50,7 +51,7 @@ def _check_import(name: str) -> tuple[Finding, list[str]]:
     """Return the finding, and the files of cuDNN that the import loads."""
     advice = "create the environment again with launch/setup.sh, which installs packages that fit together"
     check = f"import {name}"
-    code = STATEMENTS.get(name, check) + LOADED_CUDNN
+    code = AS_A_RUN + STATEMENTS.get(name, check) + LOADED_CUDNN
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
@@ -61,7 +62,9 @@ def _check_import(name: str) -> tuple[Finding, list[str]]:
     lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
     telling = re.compile("undefined symbol|cannot open shared object file")
     line = next((line for line in reversed(lines) if telling.search(line)), lines[-1])
-    if telling.search(line) and name != "torch":
+    if "libcudnn" in line and name != "torch":
+        advice = "parts of cuDNN are missing where it is looked for: unset CUDNN_PATH and CUDNN_HOME, or name torch's"
+    elif telling.search(line) and name != "torch":
         advice = f"it was built for another torch or CUDA than the installed one: {_rebuild(name)}"
     return Finding(check, line, "wrong", advice, stops=name in NEEDED), []
 
@@ -83,6 +86,6 @@ def _cudnn(files: list[str]) -> list[Finding]:
     path = str(Path(from_pip).parent) if from_pip else "the folder above the one that torch loads"
     advice = (
         "one is expected: Transformer Engine takes the system's before torch's, and parts of two versions do not work "
-        f"together. Set CUDNN_PATH={path}"
+        f"together. Unset CUDNN_HOME, and set CUDNN_PATH={path}"
     )
     return [Finding("cuDNN", f"{len(folders)} are loaded: {', '.join(folders)}", "wrong", advice)]

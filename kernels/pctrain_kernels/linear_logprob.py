@@ -34,10 +34,10 @@ def linear_logprob_entropy(
     sequence_parallel: bool = False,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return logprob_i = log softmax(W h_i / temperature)[target_i] and entropy_i = -sum p log p, in nats.
+    """Return logprob_i = log softmax(W h_i / temperature)[target_i] and entropy_i = -sum p log p (or None), in nats.
 
-    `reference.py` is the definition. The results are fp32 (float64 for float64 inputs) and exactly 0 where target is
-    `ignore_index`; such rows cost nothing. A target outside the vocabulary fails an assertion.
+    `reference.py` is the definition. The results are [T], fp32 (float64 for float64 inputs) and exactly 0 where target
+    is `ignore_index`; such rows cost nothing. A target outside the vocabulary and wrong `rows` fail an assertion.
 
     Args:
         hidden: [T, H], of the dtype of `weight`.
@@ -55,11 +55,7 @@ def linear_logprob_entropy(
         grad_weight_out: fp32 [V_l, H] (Megatron's `main_grad`). Backward adds dW to it, sets
             `weight.grad_added_to_main_grad` and returns a dummy gradient for `weight`.
         sequence_parallel: hidden is this rank's [T / tp, H]; it is gathered inside and its gradient scattered back.
-        rows: int64 [n], the ascending positions whose target is not `ignore_index`, if the caller knows them. Without
-            them the host waits for a GPU to count them. Wrong rows fail an assertion.
-
-    Returns:
-        logprob [T], and entropy [T] or None.
+        rows: int64 [n], the ascending positions with a target. Without them the host waits for a GPU to count them.
 
     Raises:
         ValueError: shapes, dtypes or options do not fit.

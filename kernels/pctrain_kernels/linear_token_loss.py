@@ -65,7 +65,6 @@ def linear_token_loss(
 
     Args:
         streams: constants {name: [T]} that `token_loss` reads.
-        denom: a number or a scalar tensor.
         token_weight: [T]; None for ones.
         group: one all-gather of [4, n] per chunk; the default chunk size follows from the largest shard.
         want_entropy: False if the loss does not read the entropy: saves one pass and half of a chunk's memory.
@@ -85,7 +84,6 @@ def linear_token_loss(
     )
     options.check(hidden, weight, target, grad_weight_out)
     _check_per_token(target, streams, token_weight, denom)
-
     # Inside Function.forward grad mode is always off, so what is to be differentiated is decided here.
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         names: list[str] = []

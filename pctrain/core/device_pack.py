@@ -13,7 +13,7 @@ from pctrain.data.packing import NO_LABEL, Pack
 
 @dataclass(frozen=True)
 class DevicePack:
-    """What the model and the head read of a pack (or of this rank's positions of it), T positions."""
+    """T positions on the device: a pack, or this rank's share of one, with everything that model and head read."""
 
     tokens: torch.Tensor  # int64 [T]
     position_ids: torch.Tensor  # int64 [T]

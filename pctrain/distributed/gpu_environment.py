@@ -22,7 +22,8 @@ DEFAULTS = {
 DETERMINISTIC = {
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO": ("0",),  # backward of Transformer Engine's attention
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),  # torch refuses products in deterministic mode without one of them
-    "NCCL_ALGO": ("^NVLS", "Ring", "Tree"),  # switches add in no fixed order
+    # Switches add in no fixed order. The last value is what vLLM sets for its batch-invariant engine.
+    "NCCL_ALGO": ("^NVLS", "Ring", "Tree", "ring,tree;allreduce:tree"),
     "VLLM_BATCH_INVARIANT": ("1",),  # products and attention of vLLM that do not depend on the batch
 }
 
@@ -39,13 +40,19 @@ def prepare(*, deterministic: bool = False) -> None:
     """
     for name, value in DEFAULTS.items():
         if name not in ALLOCATOR or not any(os.environ.get(alias) for alias in ALLOCATOR):
-            os.environ.setdefault(name, value)
+            os.environ[name] = os.environ.get(name) or value
     if not (deterministic and on_gpu()):
         return
     for name, accepted in DETERMINISTIC.items():
-        value = os.environ.setdefault(name, accepted[0])
+        value = os.environ[name] = os.environ.get(name) or accepted[0]
         if value not in accepted:
             raise UserError(
                 f"model.deterministic = true, but the environment has {name}={value}; expected "
                 f"{' or '.join(accepted)}. Unset {name}, or leave model.deterministic out"
             )
+
+
+def expandable_segments() -> bool:
+    """Return whether this process asks torch's allocator for segments that grow."""
+    asked = next((value for name in ALLOCATOR if (value := os.environ.get(name))), "")
+    return "expandable_segments:true" in asked.lower().replace(" ", "")

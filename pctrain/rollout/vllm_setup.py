@@ -25,6 +25,7 @@ import torch.distributed as dist
 from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
 from pctrain.config.tree import RolloutConfig
+from pctrain.distributed import gpu_environment
 from pctrain.distributed.health import watchdog
 from pctrain.hf.config import HFConfig
 from pctrain.rollout.sharing import EngineGroups
@@ -105,6 +106,9 @@ def engine_options(hf_dir: Path, rollout: RolloutConfig, groups: EngineGroups, *
         options["distributed_executor_backend"] = "external_launcher"
     if on_gpu():
         options.update(gpu_memory_utilization=rollout.gpu_memory, enable_sleep_mode=True)
+        # vLLM's own all-reduce shares the memory of its CUDA graphs over CUDA IPC, which takes no expandable segments:
+        # the process would exit.
+        options["disable_custom_all_reduce"] = gpu_environment.expandable_segments()
     else:
         # Whole prompts only: a prompt prefilled in pieces rewinds the request's generator, and CPU generators cannot.
         options.update(

@@ -1,8 +1,11 @@
 """Environment variables of a GPU process: defaults, what a user has set, and the switches of `model.deterministic`."""
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +47,31 @@ def test_what_a_user_has_set_stays(environment, name):
     assert _set(environment) == {name: "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
 
 
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("PYTORCH_CUDA_ALLOC_CONF", "", True),  # not set: the default
+        ("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False", False),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512, expandable_segments: true", True),
+        ("PYTORCH_ALLOC_CONF", "max_split_size_mb:512", False),
+    ],
+)
+def test_vllms_own_all_reduce_is_off_with_them(environment, monkeypatch, tmp_path, name, value, expected):
+    """It would share the memory of CUDA graphs over CUDA IPC, which takes no expandable segments, and exit."""
+    from pctrain.config.tree import RolloutConfig
+    from pctrain.rollout import vllm_setup
+    from pctrain.rollout.sharing import EngineGroups
+
+    environment[name] = value
+    gpu_environment.prepare()
+    monkeypatch.setattr(vllm_setup, "on_gpu", lambda: True)
+    options = vllm_setup.engine_options(tmp_path, RolloutConfig(), EngineGroups(1), dtype="bfloat16", context=512)
+    assert options["disable_custom_all_reduce"] is expected
+    monkeypatch.setattr(vllm_setup, "on_gpu", lambda: False)
+    options = vllm_setup.engine_options(tmp_path, RolloutConfig(), EngineGroups(1), dtype="bfloat16", context=512)
+    assert "disable_custom_all_reduce" not in options
+
+
 def test_a_deterministic_gpu_gets_every_switch(environment, monkeypatch):
     monkeypatch.setattr(gpu_environment, "on_gpu", lambda: True)
     environment["NCCL_ALGO"] = "Tree"
@@ -54,6 +82,23 @@ def test_a_deterministic_gpu_gets_every_switch(environment, monkeypatch):
         "NCCL_ALGO": "Tree",
         "VLLM_BATCH_INVARIANT": "1",
     }
+
+
+def test_what_vllm_sets_for_its_engine_is_accepted_later(environment, monkeypatch):
+    """A learner may be built after an engine, in the environment that the engine has left."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None:
+        pytest.skip("vLLM is not installed")
+    source = Path(spec.origin).parent / "model_executor" / "determinism" / "batch_invariant.py"
+    [algorithm] = re.findall(r'"NCCL_ALGO": "([^"]+)"', source.read_text())
+    workspaces = re.findall(r'environ\["CUBLAS_WORKSPACE_CONFIG"\] = "([^"]+)"', source.read_text())
+    monkeypatch.setattr(gpu_environment, "on_gpu", lambda: True)
+    gpu_environment.prepare(deterministic=True)
+    for workspace in workspaces:
+        environment.update(NCCL_ALGO=algorithm, CUBLAS_WORKSPACE_CONFIG=workspace)
+        gpu_environment.prepare(deterministic=True)
+        assert environment["CUBLAS_WORKSPACE_CONFIG"] == workspace
+    assert len(workspaces) == 2
 
 
 def test_a_deterministic_cpu_gets_none(environment, monkeypatch):

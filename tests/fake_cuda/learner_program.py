@@ -1,4 +1,4 @@
-"""The learner on a fake `cuda:0`, phase by phase: the program that test_learner.py starts, in a process of its own.
+"""The learner on a fake `cuda:0`, phase by phase: the program that test_learner.py starts in a new process.
 
     python -m tests.fake_cuda.learner_program ASKED.json
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scene:
-    """What every phase works on."""
+    """A learner on the fake device, which every phase works on."""
 
     asked: Asked
     mode: FakeCuda

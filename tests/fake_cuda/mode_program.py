@@ -1,4 +1,4 @@
-"""What the fake device counts and refuses, case by case: the program that test_mode.py starts.
+"""The waits that the fake device counts and the calls that it refuses: the program that test_mode.py starts.
 
     python -m tests.fake_cuda.mode_program CASES.json
 

@@ -1,4 +1,4 @@
-"""What learner_program.py is asked, and what it reports. Imports no torch: the shim must be loaded before it."""
+"""The questions to learner_program.py and its answers. Imports no torch: the shim must be loaded before it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Asked:
 
 @dataclass
 class Report:
-    """What happened on rank 0."""
+    """The waits, the memory and the collectives of rank 0."""
 
     described: str
     parameters: int

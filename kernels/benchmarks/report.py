@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -35,7 +36,8 @@ def about(device: torch.device) -> Row:
     driver = None
     if device.type == "cuda":
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):  # some containers have no nvidia-smi
+            driver = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
         versions["cuda"] = torch.version.cuda
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{_cpu_name()}, one thread"
     return {"machine": name, "driver": driver, "versions": versions, "date": datetime.date.today().isoformat()}

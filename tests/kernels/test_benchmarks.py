@@ -167,3 +167,10 @@ def test_without_matplotlib_there_are_numbers_and_no_picture(benchmarks, tmp_pat
     assert len(seen[0]) == len(op.providers)
     assert (tmp_path / "late.json").exists() and not (tmp_path / "late.png").exists()
     assert "no pictures: matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_a_gpu_without_nvidia_smi_has_no_driver_version(benchmarks, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    about = benchmarks.report.about(torch.device("cuda"))
+    assert about["machine"] == "NVIDIA H200" and about["driver"] is None

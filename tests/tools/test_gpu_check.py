@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -357,32 +359,29 @@ def test_a_program_that_fails_is_an_error_of_its_phase(planted, tmp_path):
 # ---- doctor --full ---------------------------------------------------------------------------------------------------
 
 
-def test_doctor_full_runs_the_phases_and_then_the_doctor(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("faults", "broken"), [(0, False), (1, False), (0, True)])
+def test_doctor_full_runs_the_phases_and_then_the_doctor(planted, tmp_path, monkeypatch, capsys, faults, broken):
     from pctrain.cli.main import main
     from pctrain.tools import doctor
 
-    first = [phase for phase in PHASES if phase.name in ("environment", "rates")]
-    monkeypatch.setattr(phase_table, "PHASES", tuple(first))
-    monkeypatch.setattr(doctor, "IMPORTS", ("json",))  # vLLM takes half a minute
-    with pytest.raises(SystemExit) if doctor_finds_faults(tmp_path) else _nothing():
+    real = inspect.signature(doctor.main)
+
+    def checked(*arguments: Any, **options: Any) -> int:
+        assert real.bind(*arguments, **options).arguments["folder"] == tmp_path
+        print("the doctor's table")
+        return faults
+
+    monkeypatch.setattr(doctor, "main", checked)
+    name = "raises" if broken else "fine"
+    monkeypatch.setattr(phase_table, "PHASES", (Phase(name, "base", 60, name),))
+    monkeypatch.setattr(tables, "PHASES", phase_table.PHASES)
+    with pytest.raises(SystemExit) if faults or broken else nullcontext():
         main(["doctor", "--full", f"--folder={tmp_path}"])
     printed = capsys.readouterr().out
-    assert printed.index("2 passed, 0 failed, 0 skipped") < printed.index("copy in cpu memory")
-    points = results.read(tmp_path / "gpu-check" / results.FILE)
-    assert {row["phase"] for row in points if row["kind"] == "phase"} == {"environment", "rates"}
-
-
-def doctor_finds_faults(folder: Path) -> bool:
-    from pctrain.tools import doctor
-
-    findings = [*doctor.packages("cpu"), *doctor.environment("cpu"), *doctor.machine(folder)]
-    return any(finding.state == "wrong" for finding in findings)
-
-
-def _nothing() -> Any:
-    from contextlib import nullcontext
-
-    return nullcontext()
+    summary = "0 passed, 1 failed, 0 skipped" if broken else "1 passed, 0 failed, 0 skipped"
+    assert printed.index(summary) < printed.index("the doctor's table")
+    rows = results.read(tmp_path / "gpu-check" / results.FILE)
+    assert [row["phase"] for row in rows if row["kind"] == "phase"] == [name]
 
 
 def test_doctor_full_refuses_several_ranks(tmp_path, monkeypatch, capsys):

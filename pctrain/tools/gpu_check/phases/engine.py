@@ -16,6 +16,7 @@ from pctrain.tools.gpu_check.check import Check
 if TYPE_CHECKING:
     from pctrain.rollout import RolloutEngine
 
+TIMEOUT = 120.0  # seconds of a collective
 EOS = 2
 PROMPTS, PROMPT, NEW = 8, 24, 32  # number of prompts, and tokens
 GPU_MEMORY = 0.3  # rollout.gpu_memory
@@ -55,8 +56,10 @@ def fresh(check: Check, seed: int) -> dict[str, Any]:
 
 def _start(check: Check, seed: int) -> tuple[RolloutEngine, float]:
     from pctrain.config.tree import RolloutConfig
+    from pctrain.distributed import parallel
     from pctrain.rollout import RolloutEngine
 
+    parallel.join(TIMEOUT)  # as in a run, whose learner has its process group
     directory = _model(check, seed)
     size = _size(check)
     rollout = RolloutConfig(gpu_memory=GPU_MEMORY, kv_cache_mb=64)

@@ -28,7 +28,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 TOOLS = ("pip-licenses==5.5.5", "pip-audit==2.10.1")
-EXTRAS = ("cpu", "gpu", "test")  # of pctrain; what they install is counted if it is there
+EXTRAS = ("cpu", "gpu", "ampere", "test")  # of pctrain; what they install is counted if it is there
 KNOWN, CLEAN, NOT_ASKED = 1, 0, 3
 # Licences that need attention before pctrain is redistributed, by pattern; the first match counts.
 CONCERNS = (

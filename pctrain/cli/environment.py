@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import glob
+import importlib.util
 import os
+import sysconfig
 
 
 def set_environment() -> None:
@@ -17,7 +21,9 @@ def set_environment() -> None:
         # vLLM's extension logs on every rank how it binds memory to the NUMA node.
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
-    if not _has_gpu():
+    if _has_gpu():
+        _share_cudnn()
+    else:
         # Ranks, engine and verifiers share the cores: two processes with two threads each on two cores are ten times
         # slower than with one.
         defaults["OMP_NUM_THREADS"] = "1"
@@ -25,6 +31,24 @@ def set_environment() -> None:
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _share_cudnn() -> None:
+    """Make Transformer Engine load the cuDNN of torch's wheel, unless the user names another folder.
+
+    It takes the system's if there is one, and the process would have two. With CUDNN_PATH it takes libcudnn from there,
+    but the loader does not find the libraries next to it, which its own core is linked with: they are loaded here.
+    """
+    folder = os.path.join(sysconfig.get_path("purelib"), "nvidia", "cudnn")
+    libraries = glob.glob(os.path.join(folder, "lib", "libcudnn*.so.*"))
+    if not libraries or importlib.util.find_spec("transformer_engine") is None or os.environ.get("CUDNN_HOME"):
+        return
+    if os.environ.setdefault("CUDNN_PATH", folder) != folder:
+        return
+    # Those first that others are linked with: they would come from LD_LIBRARY_PATH.
+    first = ("libcudnn_graph.", "libcudnn_ops.")
+    for library in sorted(libraries, key=lambda path: (not os.path.basename(path).startswith(first), path)):
+        ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def _has_gpu() -> bool:

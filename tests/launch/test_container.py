@@ -56,15 +56,48 @@ def ignored(path: str) -> bool:
 
 def test_every_line_is_an_instruction_that_is_known():
     assert {word for word, _ in STEPS} <= set(WORDS) and len(RUNS) >= 7
-    assert list(stages()) == ["python", "cpu", "gpu"]
+    assert list(stages()) == ["cpu", "gpu"]
 
 
 def test_bases_are_pinned_as_the_doctor_knows_them():
     arguments = dict(pair.split("=") for word, pair in STEPS if word == "ARG")
-    assert arguments["CUDA"] == doctor.CUDA and re.fullmatch(r"3\.11\.\d+", arguments["PYTHON"])
+    assert arguments["CUDA"] == doctor.CUDA and re.fullmatch(r"3\.12\.\d+", arguments["PYTHON"])
+    assert (3, 12) in doctor.PYTHONS
     bases = [text.split(" AS ")[0] for word, text in STEPS if word == "FROM"]
-    assert bases == ["python:${PYTHON}-slim-bookworm", "python", "nvidia/cuda:${CUDA}-cudnn-devel-ubuntu24.04"]
+    # Without cuDNN and with Python 3.12, which both images have.
+    assert bases == ["python:${PYTHON}-slim-bookworm", "nvidia/cuda:${CUDA}-devel-ubuntu24.04"]
     assert not re.search(r"==\d", FILE.read_text())  # package versions are in pyproject.toml and setup.sh only
+
+
+def gpu_environment() -> dict[str, str]:
+    return dict(pair.split("=", 1) for word, text in stages()["gpu"] if word == "ENV" for pair in text.split())
+
+
+def test_transformer_engine_finds_the_cudnn_of_torch():
+    """CUDNN_PATH is where pip puts it, and the build stops if it is not there or if the system has another one."""
+    folder = gpu_environment()["CUDNN_PATH"]
+    assert folder == "/opt/pctrain/.venv/lib/python3.12/site-packages/nvidia/cudnn"
+    assert gpu_environment()["LD_LIBRARY_PATH"] == "$CUDNN_PATH/lib:$LD_LIBRARY_PATH"
+    assert "cudnn" not in " ".join(text for word, text in stages()["gpu"][:2])  # the base and the system's packages
+    names = [text for word, text in stages()["gpu"] if word == "RUN"]
+    assert "test -e $CUDNN_PATH/lib/libcudnn.so.9 && ! ldconfig -p | grep libcudnn" in names
+
+
+@pytest.mark.parametrize(("files", "system", "status"), [(True, "", 0), (False, "", 1), (True, "libcudnn.so.9", 1)])
+def test_the_step_that_looks_for_two_cudnns(tmp_path, files, system, status):
+    step = next(text for word, text in stages()["gpu"] if "ldconfig" in text)
+    (tmp_path / "lib").mkdir()
+    if files:
+        (tmp_path / "lib" / "libcudnn.so.9").touch()
+    (tmp_path / "ldconfig").write_text(f"#!/bin/sh\necho 'libc.so.6'; echo '{system}'\n")
+    (tmp_path / "ldconfig").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "CUDNN_PATH": str(tmp_path)}
+    assert subprocess.run(["sh", "-c", step], env=environment, capture_output=True).returncode == status
+
+
+def test_flash_attn_is_compiled_where_asked_only():
+    arguments = [text for word, text in stages()["gpu"] if word == "ARG"]
+    assert arguments == ["FLASH_ATTN=0"] and gpu_environment()["PCTRAIN_FLASH_ATTN"] == "$FLASH_ATTN"
 
 
 @pytest.mark.parametrize("step", RUNS, ids=range(len(RUNS)))
@@ -82,7 +115,7 @@ def test_a_target_installs_as_anywhere_else_and_runs_as_a_user(target):
     user = names.index("USER")
     assert steps[user][1] == "pctrain" and "useradd" in " ".join(text for word, text in steps[:user] if word == "RUN")
     later = [text for word, text in steps[user:] if word == "RUN"]
-    assert later[0] == "bash launch/setup.sh" and f"packages('{target}')" in later[1]
+    assert later[0] == "bash launch/setup.sh" and f"packages('{target}')" in later[-1]
     environment = " ".join(text for word, text in steps if word == "ENV")
     assert f"PCTRAIN_DEVICE={target}" in environment and "/opt/pctrain/.venv/bin:$PATH" in environment
     assert json.loads(dict(steps)["CMD"]) == ["pctrain", "doctor"]
@@ -96,7 +129,7 @@ def test_copied_files_exist_and_reach_the_builder():
         if not any(w.startswith("--from") for w in words)
         for source in [w for w in words if not w.startswith("--")][:-1]
     }
-    assert {"setup.py", "launch/setup.sh", "."} <= sources
+    assert {"setup.py", "launch/setup.sh", "launch/constraints-gpu.txt", "."} <= sources
     for source in sources - {"."}:
         assert (ROOT / source).exists() and not ignored(source)
     for path in (
@@ -127,7 +160,7 @@ def test_the_package_builds_from_the_files_that_are_copied_first(tmp_path):
     for words in (text.split() for word, text in stages()["cpu"] if word == "COPY" and text != "--chown=pctrain . ."):
         *sources, target = [word for word in words if not word.startswith("--")]
         for source in sources:
-            to = tmp_path / "checkout" / (source if target == "./" else target)
+            to = tmp_path / "checkout" / (target + Path(source).name if target.endswith("/") else target)
             to.parent.mkdir(parents=True, exist_ok=True)
             (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, to)
     offline = ["--no-deps", "--no-index", "--no-build-isolation"]

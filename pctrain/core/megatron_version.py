@@ -1,4 +1,4 @@
-"""What differs between megatron-core 0.16.1, the pinned version, and 0.19.2 (Python 3.12 and later).
+"""Bridges the differences between megatron-core 0.16.1, the pinned version, and 0.19.2 (Python 3.12 and later).
 
 The patches in `pctrain/core/patches/` apply to both.
 """
@@ -9,7 +9,6 @@ import inspect
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 TESTED = ("0.16.1", "0.19.2")
 _IS_019 = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
@@ -22,7 +21,6 @@ HAS_COMMON_FILE = not _IS_019
 
 # The name of the function of `filesystem_async` that starts the manager of the checkpoint writers.
 RESULTS_QUEUE = "get_write_results_queue" if _IS_019 else "_get_write_results_queue"
-assert hasattr(filesystem_async, RESULTS_QUEUE)
 
 
 def mlp_submodules(mlp: Any) -> Any:

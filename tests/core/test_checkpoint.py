@@ -226,7 +226,8 @@ def _load_spoilt(directory, folder):
 def test_a_part_that_cannot_be_read_is_reported(ranks, hf_dirs, tmp_path):
     """Found by fuzzing: each way ended in another exception of pickle, torch or megatron-core."""
     [said] = ranks.run(_load_spoilt, hf_dirs[True], tmp_path / "step-1", world=1)
-    assert {name for name, _ in said} >= {".metadata", "metadata.json", *["common.pt"] * HAS_COMMON_FILE}
-    assert len(said) >= 16
+    names = {name for name, _ in said}
+    assert names >= {".metadata", "metadata.json", *["common.pt"] * HAS_COMMON_FILE}
+    assert any(name.endswith(".distcp") for name in names)
     for (name, how), message in said.items():
         assert message and str(tmp_path / "step-1") in message, (name, how, message)

@@ -114,8 +114,9 @@ def _saved(case: dict) -> int:
         config.bias_activation_fusion = case["fused"]
         return config
 
-    def fused(gate_up):  # what megatron-core's feed-forward calls in the te spec
-        return bias_swiglu_impl(gate_up, None)
+    class Fused(layers.SwiGLU):
+        def forward(self, gate_up):  # what megatron-core's feed-forward calls in the te spec
+            return bias_swiglu_impl(gate_up, None)
 
     of_model, par = model.transformer_config, ParallelConfig(**case["parallel"])
     config = ModelConfig(path=case["folder"], dtype=case["dtype"])
@@ -123,7 +124,7 @@ def _saved(case: dict) -> int:
         torch.device(case["device"]),
         mock.patch.object(model, "transformer_config", config_of),
         mock.patch.object(layers, "choose_spec", return_value=case["spec"]),
-        mock.patch.object(layers, "swiglu", fused if case["fused"] else layers.swiglu),
+        mock.patch.object(layers, "SwiGLU", Fused if case["fused"] else layers.SwiGLU),
     ):
         [chunk] = model.build(HFConfig.read(Path(case["folder"])), config, par, trainable=True)
     chunk.train()

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Check a GPU machine in at most ten minutes: kernels, learner, checkpoints, engine (docs/gpu.md, "Checking").
+"""Check a GPU machine in at most ten minutes: kernels, learner, checkpoints, engine (docs/gpu.md, "Checking a GPU machine").
 
     python launch/gpu_check.py [--phases A,B] [--out DIR] [--quick] [--cpu] [--seconds S]
     python launch/gpu_check.py --compare RESULTS [BASELINE]

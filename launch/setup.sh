@@ -44,7 +44,7 @@ python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])
 supported() { [[ " ${pythons[*]} " = *" ${1%.*} "* ]]; }  # supported VERSION
 
 find_python() {  # the Python to build with; an existing environment has its own
-  local expected="pctrain needs Python ${pythons[*]}" seen="" candidate
+  local expected="pctrain needs Python 3.11, 3.12 or 3.13" seen=""
   if [[ -x "$venv/bin/python" ]]; then
     python="$venv/bin/python"
     version="$(python_version "$python")" || refuse "$python does not run; delete $venv and call this again"
@@ -84,7 +84,7 @@ check_driver() {
     # A package cuda-compat lets an older driver run a newer CUDA; the banner of nvidia-smi says so.
     newest="$(nvidia-smi | sed -n 's/.*CUDA[A-Z ]* Version: *\([0-9.]*\).*/\1/p')" || newest=""
     if older "${newest:-0}" "$cuda"; then
-      refuse "the NVIDIA driver is $driver, for CUDA ${newest:-unknown}; torch $torch needs CUDA $cuda, that is driver $least_driver or later: update the driver, or set PCTRAIN_DEVICE=cpu"
+      refuse "the NVIDIA driver is $driver, for CUDA ${newest:-unknown}; torch $torch needs CUDA $cuda, that is driver $least_driver or later. Update the driver, or install the package cuda-compat of CUDA $cuda (data-center GPUs), or set PCTRAIN_DEVICE=cpu"
     fi
   fi
 }

@@ -211,7 +211,7 @@ def test_a_gpu_machine_is_recognised(setup):
         (
             "580.42",
             "CUDA UMD Version: 12.9",
-            "that is driver 580.65.06 or later: update the driver, or set PCTRAIN_DEVICE",
+            "that is driver 580.65.06 or later. Update the driver, or install",
         ),
         ("535.274.02", "CUDA Version: 13.0", ""),  # with the package cuda-compat
         ("1580.1", "CUDA UMD Version: 14.0", ""),
@@ -334,7 +334,7 @@ def test_an_index_without_the_extras_is_no_failure(setup):
 @pytest.mark.parametrize("version", ["3.10.13", "3.14.0", "3.1.0"])
 def test_another_python_is_refused(setup, version):
     status, output, calls = setup(PRETEND_VERSION=version)
-    assert (status, calls) == (2, []) and f"is Python {version}; pctrain needs Python 3.11 3.12 3.13: install" in output
+    assert (status, calls) == (2, []) and f"is Python {version}; pctrain needs Python 3.11, 3.12 or 3.13: install" in output
     assert not (setup.checkout / ".venv").exists()
 
 
@@ -371,7 +371,7 @@ def test_the_first_python_that_fits_is_taken(setup, there, chosen):
     seen = " none found on PATH;" if not there else " python3.12 is 3.14.0; python3 is 3.10.1;"
     assert (status, calls) == (2, []), output
     assert (
-        f"no suitable Python:{seen} pctrain needs Python 3.11 3.12 3.13: install one, or set PCTRAIN_PYTHON" in output
+        f"no suitable Python:{seen} pctrain needs Python 3.11, 3.12 or 3.13: install one, or set PCTRAIN_PYTHON" in output
     )
 
 

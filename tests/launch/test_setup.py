@@ -334,7 +334,8 @@ def test_an_index_without_the_extras_is_no_failure(setup):
 @pytest.mark.parametrize("version", ["3.10.13", "3.14.0", "3.1.0"])
 def test_another_python_is_refused(setup, version):
     status, output, calls = setup(PRETEND_VERSION=version)
-    assert (status, calls) == (2, []) and f"is Python {version}; pctrain needs Python 3.11, 3.12 or 3.13: install" in output
+    assert (status, calls) == (2, [])
+    assert f"is Python {version}; pctrain needs Python 3.11, 3.12 or 3.13: install" in output
     assert not (setup.checkout / ".venv").exists()
 
 
@@ -370,9 +371,8 @@ def test_the_first_python_that_fits_is_taken(setup, there, chosen):
         return
     seen = " none found on PATH;" if not there else " python3.12 is 3.14.0; python3 is 3.10.1;"
     assert (status, calls) == (2, []), output
-    assert (
-        f"no suitable Python:{seen} pctrain needs Python 3.11, 3.12 or 3.13: install one, or set PCTRAIN_PYTHON" in output
-    )
+    expected = "pctrain needs Python 3.11, 3.12 or 3.13: install one, or set PCTRAIN_PYTHON"
+    assert f"no suitable Python:{seen} {expected}" in output
 
 
 def test_an_environment_for_the_other_device_is_refused(setup):

@@ -19,7 +19,7 @@ from pctrain.common.errors import UserError
 from pctrain.tools.gpu_check import command, phase_table, phases, results, tables
 from pctrain.tools.gpu_check.check import Check
 from pctrain.tools.gpu_check.phase_table import PHASES, TOTAL_SECONDS, Phase, choose
-from pctrain.tools.gpu_check.phases import memory, sanitizer, speed, syncs
+from pctrain.tools.gpu_check.phases import environment, memory, sanitizer, speed, syncs
 from pctrain.tools.gpu_check.results import FAIL, INFO, PASS, SKIP, Journal
 from pctrain.tools.gpu_check.runner import Runner, Verdict
 
@@ -291,6 +291,18 @@ def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def test_the_doctors_advice_is_noted_only_where_something_is_amiss(tmp_path, monkeypatch):
+    from pctrain.tools import doctor
+
+    found = [doctor.Finding("memory", "9 GB", "ok", "end others"), doctor.Finding("disk", "1 GB", "wrong", "make room")]
+    real = inspect.signature(doctor.machine)
+    monkeypatch.setattr(doctor, "machine", lambda *arguments: real.bind(*arguments) and found)
+    check = check_of(tmp_path)
+    environment._doctor(check)
+    notes = {row["point"]: row["note"] for row in check.journal.points("a")}
+    assert (notes["doctor: memory"], notes["doctor: disk"]) == ("9 GB", "1 GB (make room)")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ exit_if_up_to_date
 if [[ -f "$stamp" && "$(head -n 1 "$stamp")" != "device $device" ]]; then
   refuse "$venv was made for another device ($(head -n 1 "$stamp"), now $device); delete it, or set PCTRAIN_VENV to another folder"
 fi
-if [[ -d "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv" | grep -vxF -e setup.log -e .setup.lock || true)" ]]; then
+if [[ -d "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv" | grep -vxF -e setup.log -e .setup.lock -e .pctrain-setup || true)" ]]; then
   refuse "$venv is not empty and not a virtual environment; set PCTRAIN_VENV to another folder"
 fi
 
@@ -225,7 +225,7 @@ prove_te() {
 make() {
   local began=$SECONDS complaints
   say "making $venv ($device, Python $version)"
-  rm -f "$stamp"
+  printf 'device %s\n' "$device" >"$stamp"  # incomplete, and never another device's
   : >"$log"
   [[ -f "$venv/pyvenv.cfg" ]] || phase "virtual environment" "$python" -m venv "$venv"
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || phase "pip" "$venv/bin/python" -m ensurepip  # a killed setup can leave an environment without pip

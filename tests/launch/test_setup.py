@@ -444,3 +444,10 @@ def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, 
         ]
     )
     assert output.endswith(f"The report: {report}\n")
+
+
+def test_an_unfinished_environment_keeps_its_device(setup):
+    assert setup(PCTRAIN_DEVICE="gpu", PRETEND_BROKEN="vllm")[0] == 1
+    status, output, calls = setup(PCTRAIN_DEVICE="cpu")
+    assert (status, calls) == (2, []) and "another device" in output
+    assert setup(PCTRAIN_DEVICE="gpu")[0] == 0

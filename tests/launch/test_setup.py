@@ -17,6 +17,7 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 PRETENDER = r"""#!/usr/bin/env bash
 case "$1 $2" in
   "-c import sys; print"*) echo "$PRETEND_VERSION" ;;
+  "-c import torch; print(torch.cuda.device_count())") echo "$PRETEND_GPUS" ;;
   "-c import sysconfig; print"*) echo /site-packages ;;
   "-c from pctrain.cli.environment"*)
     [[ -n "${PRETEND_OTHER_TORCH:-}" ]] && { echo "ImportError: undefined symbol: _ZN3c104cuda"; exit 1; } ;;
@@ -423,15 +424,21 @@ def test_lint_runs_every_check(setup):
     assert status == 1 and "tests/long.py has 501 lines" in output
 
 
-@pytest.mark.parametrize(
-    "options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")]
-)
-def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, folder):
+def quick_start(setup, folder):
+    """Make the config of the quick start and the report in the run's folder; return the report."""
     (setup.checkout / "configs").mkdir()
     (setup.checkout / "configs" / "quickstart.yaml").write_text("run:\n  dir: runs/quick\n")
     report = setup.checkout / folder / "report" / "report.html"
     report.parent.mkdir(parents=True)
     report.touch()
+    return report
+
+
+@pytest.mark.parametrize(
+    "options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")]
+)
+def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, folder):
+    report = quick_start(setup, folder)
     status, output, calls = setup.script("quickstart.sh", *options)
     assert status == 0, output
     ranks = 2 if len(os.sched_getaffinity(0)) >= 2 else 1
@@ -444,6 +451,15 @@ def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, 
         ]
     )
     assert output.endswith(f"The report: {report}\n")
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [("0", 1), ("1", 1), ("8", 2)])
+def test_the_quick_start_has_at_most_one_rank_per_visible_gpu(setup, gpus, ranks):
+    quick_start(setup, "runs/quick")
+    status, output, calls = setup.script(
+        "quickstart.sh", PCTRAIN_DEVICE="gpu", PRETEND_DRIVER="580.95", PRETEND_GPUS=gpus
+    )
+    assert status == 0 and f"--nproc-per-node {ranks} " in calls[-1], output
 
 
 def test_an_unfinished_environment_keeps_its_device(setup):

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Check a GPU machine in at most ten minutes: kernels, learner, checkpoints, engine (docs/gpu.md, "Checking").
+"""Check a GPU machine in at most ten minutes: kernels, learner, checkpoints, engine.
+
+docs/gpu.md, section "Checking a GPU machine", lists the phases.
 
     python launch/gpu_check.py [--phases A,B] [--out DIR] [--quick] [--cpu] [--seconds S]
     python launch/gpu_check.py --compare RESULTS [BASELINE]

@@ -9,7 +9,9 @@ bash launch/setup.sh
 
 # Two ranks with one thread each if there are two cores; on GPUs at most one rank per GPU.
 units=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)  # nproc obeys both
-if [[ "$(head -n 1 "$venv/.pctrain-setup")" = "device gpu" ]]; then units=$(nvidia-smi -L | wc -l); fi
+if [[ "$(head -n 1 "$venv/.pctrain-setup")" = "device gpu" ]]; then
+  units="$("$venv/bin/python" -c 'import torch; print(torch.cuda.device_count())')"  # the visible ones; of MIG slices one
+fi
 ranks=$((units >= 2 ? 2 : 1))
 
 # The ranks use the loopback interface, whatever the host's name resolves to.

@@ -44,7 +44,7 @@ python_version() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])
 supported() { [[ " ${pythons[*]} " = *" ${1%.*} "* ]]; }  # supported VERSION
 
 find_python() {  # the Python to build with; an existing environment has its own
-  local expected="pctrain needs Python ${pythons[*]}" seen="" candidate
+  local expected="pctrain needs Python 3.11, 3.12 or 3.13" seen=""
   if [[ -x "$venv/bin/python" ]]; then
     python="$venv/bin/python"
     version="$(python_version "$python")" || refuse "$python does not run; delete $venv and call this again"
@@ -84,7 +84,7 @@ check_driver() {
     # A package cuda-compat lets an older driver run a newer CUDA; the banner of nvidia-smi says so.
     newest="$(nvidia-smi | sed -n 's/.*CUDA[A-Z ]* Version: *\([0-9.]*\).*/\1/p')" || newest=""
     if older "${newest:-0}" "$cuda"; then
-      refuse "the NVIDIA driver is $driver, for CUDA ${newest:-unknown}; torch $torch needs CUDA $cuda, that is driver $least_driver or later: update the driver, or set PCTRAIN_DEVICE=cpu"
+      refuse "the NVIDIA driver is $driver, for CUDA ${newest:-unknown}; torch $torch needs CUDA $cuda, that is driver $least_driver or later. Update the driver, or install the package cuda-compat of CUDA $cuda (data-center GPUs), or set PCTRAIN_DEVICE=cpu"
     fi
   fi
 }
@@ -137,7 +137,7 @@ exit_if_up_to_date
 if [[ -f "$stamp" && "$(head -n 1 "$stamp")" != "device $device" ]]; then
   refuse "$venv was made for another device ($(head -n 1 "$stamp"), now $device); delete it, or set PCTRAIN_VENV to another folder"
 fi
-if [[ -d "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv" | grep -vxF -e setup.log -e .setup.lock || true)" ]]; then
+if [[ -d "$venv" && ! -f "$venv/pyvenv.cfg" && -n "$(ls -A "$venv" | grep -vxF -e setup.log -e .setup.lock -e .pctrain-setup || true)" ]]; then
   refuse "$venv is not empty and not a virtual environment; set PCTRAIN_VENV to another folder"
 fi
 
@@ -225,7 +225,7 @@ prove_te() {
 make() {
   local began=$SECONDS complaints
   say "making $venv ($device, Python $version)"
-  rm -f "$stamp"
+  printf 'device %s\n' "$device" >"$stamp"  # incomplete, and never another device's
   : >"$log"
   [[ -f "$venv/pyvenv.cfg" ]] || phase "virtual environment" "$python" -m venv "$venv"
   "$venv/bin/python" -m pip --version >/dev/null 2>&1 || phase "pip" "$venv/bin/python" -m ensurepip  # a killed setup can leave an environment without pip

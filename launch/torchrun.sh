@@ -14,12 +14,14 @@
 #   STOP_SECONDS  time to finish a step and save, on SIGTERM           default: 600
 #   NUMA_BINDING  node, socket, exclusive or core-complex: keep ranks  default: ranks may run on all CPUs
 #                 on the CPUs next to their GPUs
-#   PCTRAIN_VENV  the environment                                      default: .venv in the checkout
+#   PCTRAIN_VENV  the environment, relative to the checkout            default: .venv
 #
 # SIGUSR1 to all processes, or SIGTERM to this one: the step under way is finished and saved, exit status 0, "to be continued".
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-python="${PCTRAIN_VENV:-$root/.venv}/bin/python"
+venv="${PCTRAIN_VENV:-.venv}"
+[[ "$venv" = /* ]] || venv="$root/$venv"
+python="$venv/bin/python"
 say() { printf 'torchrun.sh: %s\n' "$*" >&2; }
 refuse() { say "$*"; exit 2; }
 

@@ -181,6 +181,7 @@ def test_several_nodes(venv):
         ([], {}, "no command given"),
         (["sft"], {"NNODES": "2"}, "needs RDZV=host:port"),
         (["sft"], {"PCTRAIN_VENV": "/absent"}, "run launch/setup.sh"),
+        (["sft"], {"PCTRAIN_VENV": "absent"}, f"{ROOT}/absent/bin/python does not exist: run launch/setup.sh"),
         (["sft"], {"PCTRAIN_VENV": "{tmp}/no-torch"}, "has no torch: run launch/setup.sh"),
     ],
 )

@@ -17,6 +17,7 @@ SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), ROOT / ".ci" / "run"])
 PRETENDER = r"""#!/usr/bin/env bash
 case "$1 $2" in
   "-c import sys; print"*) echo "$PRETEND_VERSION" ;;
+  "-c import torch; print(torch.cuda.device_count())") echo "$PRETEND_GPUS" ;;
   "-c import sysconfig; print"*) echo /site-packages ;;
   "-c from pctrain.cli.environment"*)
     [[ -n "${PRETEND_OTHER_TORCH:-}" ]] && { echo "ImportError: undefined symbol: _ZN3c104cuda"; exit 1; } ;;
@@ -211,7 +212,7 @@ def test_a_gpu_machine_is_recognised(setup):
         (
             "580.42",
             "CUDA UMD Version: 12.9",
-            "that is driver 580.65.06 or later: update the driver, or set PCTRAIN_DEVICE",
+            "that is driver 580.65.06 or later. Update the driver, or install",
         ),
         ("535.274.02", "CUDA Version: 13.0", ""),  # with the package cuda-compat
         ("1580.1", "CUDA UMD Version: 14.0", ""),
@@ -334,7 +335,8 @@ def test_an_index_without_the_extras_is_no_failure(setup):
 @pytest.mark.parametrize("version", ["3.10.13", "3.14.0", "3.1.0"])
 def test_another_python_is_refused(setup, version):
     status, output, calls = setup(PRETEND_VERSION=version)
-    assert (status, calls) == (2, []) and f"is Python {version}; pctrain needs Python 3.11 3.12 3.13: install" in output
+    assert (status, calls) == (2, [])
+    assert f"is Python {version}; pctrain needs Python 3.11, 3.12 or 3.13: install" in output
     assert not (setup.checkout / ".venv").exists()
 
 
@@ -370,9 +372,8 @@ def test_the_first_python_that_fits_is_taken(setup, there, chosen):
         return
     seen = " none found on PATH;" if not there else " python3.12 is 3.14.0; python3 is 3.10.1;"
     assert (status, calls) == (2, []), output
-    assert (
-        f"no suitable Python:{seen} pctrain needs Python 3.11 3.12 3.13: install one, or set PCTRAIN_PYTHON" in output
-    )
+    expected = "pctrain needs Python 3.11, 3.12 or 3.13: install one, or set PCTRAIN_PYTHON"
+    assert f"no suitable Python:{seen} {expected}" in output
 
 
 def test_an_environment_for_the_other_device_is_refused(setup):
@@ -423,15 +424,21 @@ def test_lint_runs_every_check(setup):
     assert status == 1 and "tests/long.py has 501 lines" in output
 
 
-@pytest.mark.parametrize(
-    "options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")]
-)
-def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, folder):
+def quick_start(setup, folder):
+    """Make the config of the quick start and the report in the run's folder; return the report."""
     (setup.checkout / "configs").mkdir()
     (setup.checkout / "configs" / "quickstart.yaml").write_text("run:\n  dir: runs/quick\n")
     report = setup.checkout / folder / "report" / "report.html"
     report.parent.mkdir(parents=True)
     report.touch()
+    return report
+
+
+@pytest.mark.parametrize(
+    "options, folder", [((), "runs/quick"), (("--sft.steps=3", "--run.dir=runs/other"), "runs/other")]
+)
+def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, folder):
+    report = quick_start(setup, folder)
     status, output, calls = setup.script("quickstart.sh", *options)
     assert status == 0, output
     ranks = 2 if len(os.sched_getaffinity(0)) >= 2 else 1
@@ -444,3 +451,19 @@ def test_the_quick_start_passes_options_on_and_names_the_report(setup, options, 
         ]
     )
     assert output.endswith(f"The report: {report}\n")
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [("0", 1), ("1", 1), ("8", 2)])
+def test_the_quick_start_has_at_most_one_rank_per_visible_gpu(setup, gpus, ranks):
+    quick_start(setup, "runs/quick")
+    status, output, calls = setup.script(
+        "quickstart.sh", PCTRAIN_DEVICE="gpu", PRETEND_DRIVER="580.95", PRETEND_GPUS=gpus
+    )
+    assert status == 0 and f"--nproc-per-node {ranks} " in calls[-1], output
+
+
+def test_an_unfinished_environment_keeps_its_device(setup):
+    assert setup(PCTRAIN_DEVICE="gpu", PRETEND_BROKEN="vllm")[0] == 1
+    status, output, calls = setup(PCTRAIN_DEVICE="cpu")
+    assert (status, calls) == (2, []) and "another device" in output
+    assert setup(PCTRAIN_DEVICE="gpu")[0] == 0

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 
+from pctrain.common.errors import UserError
 from pctrain.tools.gpu_check import command, phase_table, phases, results, tables
 from pctrain.tools.gpu_check.check import Check
 from pctrain.tools.gpu_check.phase_table import PHASES, TOTAL_SECONDS, Phase, choose
-from pctrain.tools.gpu_check.phases import memory, sanitizer, speed, syncs
+from pctrain.tools.gpu_check.phases import environment, memory, sanitizer, speed, syncs
 from pctrain.tools.gpu_check.results import FAIL, INFO, PASS, SKIP, Journal
 from pctrain.tools.gpu_check.runner import Runner, Verdict
 
@@ -32,6 +33,7 @@ time.sleep(300)
 """,
     "aborts": "print('about to abort', flush=True); os.abort()",
     "raises": "raise ValueError('planted')",
+    "exits": "raise SystemExit('planted')",
     "judges_nothing": "check.measure('a rate', 1.0, 'GB/s')",
     "skips": "raise SkipPhase('needs a moon')",
     "fails_a_point": "check.expect('one', True); check.measure('two', 3.0, 'ms', at_most=2.0)",
@@ -82,6 +84,7 @@ def states(check: Check) -> dict[str, str]:
         ("fine", PASS, ""),
         ("aborts", FAIL, "died by SIGABRT: "),
         ("raises", FAIL, "ended with status 1: ValueError: planted"),
+        ("exits", FAIL, "ended with status 1: planted"),
         ("judges_nothing", FAIL, "checked nothing: none of its 1 points has a bound"),
         ("skips", SKIP, "needs a moon"),
         ("fails_a_point", FAIL, "1 of 2 points failed: two"),
@@ -92,6 +95,7 @@ def test_a_phase_is_judged_by_its_points_and_its_end(planted, name, status, reas
     verdict = verdict_of(planted, name)
     assert (verdict.status, verdict.reason.startswith(reason)) == (status, True), verdict
     assert "about to abort" in verdict.reason or name != "aborts"
+    assert verdict.reason == reason or name != "exits"  # the log's only line is not repeated
     [row] = [row for row in results.read(planted / results.FILE) if row["kind"] == "phase"]
     assert (row["phase"], row["status"], row["reason"]) == (name, verdict.status, verdict.reason)
 
@@ -178,13 +182,27 @@ def test_every_phase_has_a_file_and_a_place():
 def test_phases_are_chosen_by_name_and_group():
     assert [phase.name for phase in choose("vllm, rates")] == ["rates", "engine"]
     assert choose(None) == [*PHASES]
-    with pytest.raises(ValueError, match=r"--phases rate: unknown: rate\. Expected names out of environment, rates"):
+    with pytest.raises(UserError, match=r"--phases rate: unknown: rate\. Expected names out of environment, rates"):
         choose("rate")
 
 
 def test_an_unknown_phase_is_bad_input(tmp_path, capsys):
     assert command.main(["--phases", "rate", "--out", str(tmp_path / "out")]) == 2
     assert "unknown: rate" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("")
+    assert command.main(["--cpu", "--phases", "rates", "--out", str(tmp_path / place)]) == 2
+    printed = capsys.readouterr()
+    assert f"{tmp_path / place} cannot be written (" in printed.err and not printed.out
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_a_run_without_time_is_bad_input(tmp_path, capsys, seconds):
+    assert command.main(["--cpu", "--out", str(tmp_path / "out"), f"--seconds={seconds}"]) == 2
+    assert f"--seconds {seconds}: expected more than 0" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 # ---- results and tables ----------------------------------------------------------------------------------------------
@@ -241,12 +259,18 @@ def test_compare_prints_the_readmes_table_and_figures_next_to_a_baseline(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("content", "fault"), [(None, "cannot be read"), ("", "has no finished phase"), ("x\n[1]\n", "has no finished")]
+    ("content", "fault"),
+    [
+        (None, "cannot be read (No such file or directory). Expected"),
+        (b"", "has no finished phase. Expected"),
+        (b"x\n[1]\n", "has no finished phase. Expected"),
+        (b"\xff", "cannot be read (it is not text). Expected"),
+    ],
 )
 def test_compare_names_a_file_that_holds_no_results(tmp_path, capsys, content, fault):
     path = tmp_path / "results.jsonl"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content)
     assert command.main(["--compare", str(path)]) == 2
     assert f"{path} {fault}" in capsys.readouterr().err
 
@@ -267,6 +291,18 @@ def script(path: Path, text: str) -> str:
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def test_the_doctors_advice_is_noted_only_where_something_is_amiss(tmp_path, monkeypatch):
+    from pctrain.tools import doctor
+
+    found = [doctor.Finding("memory", "9 GB", "ok", "end others"), doctor.Finding("disk", "1 GB", "wrong", "make room")]
+    real = inspect.signature(doctor.machine)
+    monkeypatch.setattr(doctor, "machine", lambda *arguments: real.bind(*arguments) and found)
+    check = check_of(tmp_path)
+    environment._doctor(check)
+    notes = {row["point"]: row["note"] for row in check.journal.points("a")}
+    assert (notes["doctor: memory"], notes["doctor: disk"]) == ("9 GB", "1 GB (make room)")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
+from pctrain.common.errors import UserError
 from pctrain.tools.gpu_check import tables
 from pctrain.tools.gpu_check.about import about
 from pctrain.tools.gpu_check.phase_table import (
@@ -22,7 +23,7 @@ from pctrain.tools.gpu_check.phase_table import (
     Phase,
     choose,
 )
-from pctrain.tools.gpu_check.results import FAIL, FILE, SKIP, Journal, newest, read
+from pctrain.tools.gpu_check.results import FAIL, FILE, SKIP, Journal, Result, newest, read
 from pctrain.tools.gpu_check.runner import LOG, Runner, Verdict
 
 PASSED, FAILED, BAD_INPUT = 0, 1, 2
@@ -57,25 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "with a second file, also both files' figures next to each other",
     )
     options = parser.parse_args(arguments)
-    if options.compare is not None:
-        return compare(options.compare)
     try:
+        if options.compare is not None:
+            return compare(options.compare)
         phases = choose(options.phases)
-    except ValueError as error:
+        return run(phases, options.out, cpu=options.cpu, quick=options.quick, seconds=options.seconds)
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    return run(phases, options.out, cpu=options.cpu, quick=options.quick, seconds=options.seconds)
 
 
 def run(phases: Sequence[Phase], out: Path, *, cpu: bool, quick: bool = False, seconds: float | None = None) -> int:
     """Run the phases, print their table, and return the exit status."""
     if seconds is None:
         seconds = TOTAL_SECONDS * (CPU_PATIENCE if cpu else 1)
-    out.mkdir(parents=True, exist_ok=True)
+    if not seconds > 0:
+        raise UserError(f"--seconds {seconds:g}: expected more than 0, the time of the whole run")
     out = out.resolve()
     journal = Journal(out / FILE, time.strftime("%Y-%m-%dT%H:%M:%S"))
     facts = about(cpu)
-    journal.append("run", **facts, quick=quick, phases=[phase.name for phase in phases])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        journal.append("run", **facts, quick=quick, phases=[phase.name for phase in phases])
+    except OSError as error:
+        reason = f"{out} cannot be written ({error.strerror})"
+        raise UserError(f"{reason}. Expected a folder for the results: name another one") from None
     print(f"{facts['machine']}{', in CPU mode' if cpu else ''}; results in {out}", flush=True)
     scratch = Path(tempfile.mkdtemp(prefix="gpu-check-"))
     runner = Runner(journal, out, scratch, cpu, quick)
@@ -120,21 +127,25 @@ def _line(verdict: Verdict) -> str:
 def compare(files: Sequence[Path]) -> int:
     """Print the tables of one results file, or of two; return the exit status."""
     if len(files) > 2:
-        print(f"error: --compare: got {len(files)} files. Expected RESULTS and at most one BASELINE", file=sys.stderr)
-        return BAD_INPUT
-    contents = []
-    for file in files:
-        try:
-            results = newest(read(file))
-            fault = "" if results else "has no finished phase"
-        except (OSError, UnicodeDecodeError) as error:
-            fault = f"cannot be read ({error})"
-        if fault:
-            print(f"error: --compare: {file} {fault}. Expected a {FILE} of this check", file=sys.stderr)
-            return BAD_INPUT
-        contents.append(results)
+        raise UserError(f"--compare: got {len(files)} files. Expected RESULTS and at most one BASELINE")
+    contents = [_results(file) for file in files]
     print(tables.markdown(contents[0]))
     if len(contents) == 2:
         print()
         print(tables.side_by_side(*contents))
     return PASSED
+
+
+def _results(file: Path) -> list[Result]:
+    try:
+        results = newest(read(file))
+        fault = "" if results else "has no finished phase"
+    except OSError as error:
+        fault = f"cannot be read ({error.strerror})"
+    except UnicodeDecodeError:
+        fault = "cannot be read (it is not text)"
+    if fault:
+        raise UserError(
+            f"--compare: {file} {fault}. Expected the {FILE} of a run of this check: name that file, or run the check"
+        )
+    return results

@@ -6,6 +6,8 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pctrain.common.errors import UserError
+
 TOTAL_SECONDS = 600.0  # of a whole run on a GPU
 CPU_PATIENCE = 5.0  # a CPU that does other work as well gets so many times the limits
 
@@ -97,14 +99,14 @@ GROUPS = tuple(dict.fromkeys(phase.group for phase in PHASES))
 def choose(asked: str | None) -> list[Phase]:
     """Return the phases of a comma-separated list of names and groups, in order; all of them for None.
 
-    Raises ValueError for an unknown name.
+    Raises UserError for an unknown name.
     """
     if asked is None:
         return [*PHASES]
     words = [word.strip() for word in asked.split(",")]
     unknown = [word for word in words if word not in (*NAMES, *GROUPS)]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"--phases {asked}: unknown: {', '.join(unknown)}. Expected names out of {', '.join(NAMES)}, or groups: "
             f"{', '.join(GROUPS)}"
         )

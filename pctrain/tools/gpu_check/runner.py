@@ -128,7 +128,10 @@ class Runner:
     def _judge(self, phase: Phase, ended: Ended, limit: float, tail: str) -> Verdict:
         points = self.journal.points(phase.name)
         failed = [row["point"] for row in points if row["status"] == FAIL]
-        last = f": {tail.splitlines()[-1]}\n{tail}" if tail else ""
+        lines = tail.splitlines()
+        last = f": {lines[-1]}" if lines else ""
+        if len(lines) > 1:
+            last += f"\n{tail}"
         if ended.still_there:
             reason = f"took longer than {limit:.0f} s and did not end after SIGKILL{last}"
         elif ended.returncode is None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pctrain.tools.gpu_check.check import Check
+
+if TYPE_CHECKING:
+    from pctrain.tools.doctor import Finding
 
 CAPABILITY = 8.0  # bfloat16 matrix products
 LEAST_TORCH = (2, 10)
@@ -51,8 +55,11 @@ def _doctor(check: Check) -> None:
         return
     where = "gpu" if check.gpu else "cpu"
     for finding in (*doctor.packages(where), *doctor.environment(where)):
-        note = f"{finding.result} ({finding.advice})" if finding.state != "ok" else finding.result
-        check.inform(f"doctor: {finding.check}", note)
+        check.inform(f"doctor: {finding.check}", _note(finding))
     for finding in doctor.machine(Path(check.out)):
         name = finding.check.replace(check.out, "of the results")
-        check.expect(f"doctor: {name}", finding.state != "wrong", f"{finding.result}; {finding.advice}")
+        check.expect(f"doctor: {name}", finding.state != "wrong", _note(finding))
+
+
+def _note(finding: Finding) -> str:
+    return finding.result if finding.state == "ok" else f"{finding.result} ({finding.advice})"

@@ -10,6 +10,7 @@ pip resolves from its index and installs nothing, but may download wheels of sev
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import subprocess
@@ -31,13 +32,16 @@ SOURCE_ONLY = {
 # Of torch's toolkit, so in its version. vLLM's kernel libraries bring the newest nvcc, whose headers do not fit.
 TOOLKIT = "cuda-toolkit[cccl,nvcc]"
 # pip's --python-version chooses wheels. Markers such as python_version <= "3.12" concern the Python that it runs in,
-# unless told otherwise.
+# unless told otherwise. So does, in pip 23.2, what a package requires of Python.
 PIP = """
 import sys
+import pip._internal.resolution.resolvelib.factory as factory
 import pip._vendor.packaging.markers as markers
 from pip._internal.cli.main import main
 python, own = sys.argv[1], markers.default_environment
 markers.default_environment = lambda: {**own(), "python_version": python, "python_full_version": f"{python}.9"}
+candidate = factory.RequiresPythonCandidate
+factory.RequiresPythonCandidate = lambda _: candidate((*map(int, python.split(".")), 9))
 sys.exit(main(sys.argv[2:]))
 """
 HEAD = f"""\
@@ -48,7 +52,8 @@ HEAD = f"""\
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the file. It takes no arguments."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter).parse_args()
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pythons = supported_pythons(project)
     wanted, pinned = split_requirements(project)

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -144,3 +145,34 @@ def test_pip_is_asked_for_that_python_and_for_wheels(monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", answer)
     assert constraints.resolve(["torch===2.1"], "3.12") == {"some-thing-x": "1.0"}
+
+
+@pytest.mark.parametrize(("argument", "status"), [("--help", 0), ("--python=3.12", 2)])
+def test_an_argument_resolves_nothing(monkeypatch, tmp_path, argument, status):
+    monkeypatch.setattr(constraints, "FILE", tmp_path / "constraints-gpu.txt")
+    monkeypatch.setattr(constraints, "resolve", lambda wanted, python: pytest.fail("pip was called"))
+    monkeypatch.setattr(sys, "argv", ["constraints.py", argument])
+    with pytest.raises(SystemExit) as ended:
+        constraints.main()
+    assert ended.value.code == status and not constraints.FILE.exists()
+
+
+def test_pip_resolves_for_another_python_than_its_own(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a-1-py3-none-any.whl", "w") as wheel:
+        metadata = "Metadata-Version: 2.1\nName: a\nVersion: 1\nRequires-Python: >=3.99\n"
+        wheel.writestr("a-1.dist-info/METADATA", metadata)
+        wheel.writestr("a-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("a-1.dist-info/RECORD", "")
+    target = ["--python-version=3.99", "--only-binary=:all:", f"--target={tmp_path}/there"]
+    pip = [
+        sys.executable,
+        "-c",
+        constraints.PIP,
+        "3.99",
+        "install",
+        "--dry-run",
+        "--no-index",
+        f"--find-links={tmp_path}",
+    ]
+    result = subprocess.run([*pip, *target, "a"], capture_output=True, text=True)
+    assert "Would install a-1" in result.stdout, result.stderr

@@ -57,14 +57,11 @@ def test_every_call_fits():
     layers = {"Linear", "LayerNormLinear", "GroupedLinear", "DotProductAttention"}
     assert {f"transformer_engine.pytorch.{layer}.__init__" for layer in layers} <= checked
     assert {f"transformer_engine.pytorch.{layer}.forward" for layer in layers} <= checked
-    assert {f"transformer_engine.common.recipe.{recipe}" for recipe in RECIPES.values()} <= checked | {
-        "transformer_engine.common.recipe.DelayedScaling"  # by its subclass
-    }
+    assert {f"transformer_engine.common.recipe.{recipe}" for recipe in RECIPES.values()} <= checked
 
 
 RECIPES = {
     "tensorwise": "Float8CurrentScaling",
-    "delayed": "DelayedScaling",
     "blockwise": "Float8BlockScaling",
     "mxfp8": "MXFP8BlockScaling",
 }

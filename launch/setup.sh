@@ -218,7 +218,7 @@ prove() (
 )
 
 prove_te() {
-  "$venv/bin/python" -c 'from pctrain.cli.environment import set_environment; set_environment(); import torch, transformer_engine.pytorch' ||
+  "$venv/bin/python" -c 'from pctrain.common.environment import set_environment; set_environment(); import torch, transformer_engine.pytorch' ||
     { echo "Transformer Engine does not import. Compiled against another torch? Delete $venv and call this again"; return 1; }
 }
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pctrain.cli.environment import set_environment
+from pctrain.common.environment import set_environment
 from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Config, Section

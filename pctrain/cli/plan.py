@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pctrain.cli.command import Call, Command
-from pctrain.cli.environment import set_environment
+from pctrain.common.environment import set_environment
 from pctrain.common.errors import UserError
 from pctrain.config import load as config_load
 from pctrain.config.tree import Section

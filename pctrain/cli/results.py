@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from pctrain.cli.command import Call, Command, Operands
-from pctrain.cli.environment import set_environment
+from pctrain.common.environment import set_environment
 from pctrain.common.errors import UserError
 from pctrain.config.tree import Section
 from pctrain.report.fit_options import FitOptions

@@ -146,8 +146,7 @@ def _sharded_state_to_read(
     if HAS_COMMON_FILE or common.exists():
         _refuse_other_values(common)
     state = _sharded_state(chunks, optimizer, is_loading=True)
-    for i in range(len(chunks)):
-        _read_in_place(state[_key(i)])
+    _read_in_place(state)
     return state
 
 
@@ -191,7 +190,7 @@ def _sharded_state(
 
 
 # megatron-core stores the two halves of a SwiGLU's first matrix separately. It would hold a copy of all these matrices,
-# half of a model, at once. Both functions below avoid that copy.
+# half of a model and of its optimizer's state, at once. Both functions below avoid that copy.
 
 
 def _write_in_place(state: dict[str, Any]) -> None:
@@ -209,8 +208,8 @@ def _write_in_place(state: dict[str, Any]) -> None:
     dict_list_map_inplace(own_storage, state)
 
 
-def _read_in_place(weights: dict[str, Any]) -> None:
-    """Skip joining the halves into a new tensor where they were read into views of the parameter."""
+def _read_in_place(state: dict[str, Any]) -> None:
+    """Skip joining the halves into a new tensor where they were read into views of the whole."""
 
     def keep(whole: torch.Tensor, join: Callable[..., torch.Tensor], parts: list[torch.Tensor]) -> torch.Tensor:
         inside = all(part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr() for part in parts)
@@ -221,7 +220,7 @@ def _read_in_place(weights: dict[str, Any]) -> None:
             value.merge_fn = partial(keep, value.data, value.merge_fn)
         return value
 
-    dict_list_map_inplace(without_join, weights)
+    dict_list_map_inplace(without_join, state)
 
 
 # ---- what a checkpoint may hold -------------------------------------------------------------------------------------

@@ -70,8 +70,8 @@ class Learner:
             total_steps: optimizer updates of the whole run, for the learning rate schedule.
             seed: of the generators.
         """
-        patches.install()
         gpu_environment.prepare(deterministic=config.deterministic)
+        patches.install()  # asks for a GPU
         parallel.initialize(par, seed)
         model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
         self._source = config.path

@@ -16,8 +16,8 @@ from pctrain.plan.planner import Plan, Planner
 def as_json(path: Path, planner: Planner, plans: Sequence[Plan], options: Sequence[str], launch: str) -> None:
     """Write {gpu, gpus, kind, work, layouts, options, launch, assumptions, warnings} in bytes, seconds and FLOPs.
 
-    A layout is {name, parallel, fits, memory {phase: {part: bytes}}, host {save_rank, save_node, reference_node},
-    seconds {part: seconds}, ...}. The file is replaced atomically.
+    A layout is {name, parallel, fits, memory {phase: {part: bytes}}, host {save_rank, save_node, load_rank,
+    load_node, reference_node}, seconds {part: seconds}, ...}. The file is replaced atomically.
     """
     content = {
         "gpu": asdict(planner.gpu),

@@ -1,4 +1,4 @@
-"""Host memory that a run needs next to its GPUs': a save, and a reference that waits there. Bytes."""
+"""Host memory that a run needs next to its GPUs': a save, a resume, and a reference that waits there. Bytes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ STATE = 3 * 4  # of one parameter: its float32 value and Adam's two moments
 
 @dataclass(frozen=True)
 class HostMemory:
-    """The most that a save takes on one rank and on one node, and an offloaded reference on one node.
+    """The most that a save and a resume take on one rank and on one node, and an offloaded reference on one node.
 
-    A save takes `save_rank` on the first rank of a data parallel group, and little on the others.
+    A save takes `save_rank` on the first rank of a data parallel group, and little on the others. A resume takes
+    `load_rank` on every rank: each reads the optimizer's state of its whole group, and keeps its own shard.
     """
 
     save_rank: float
     save_node: float
+    load_rank: float
+    load_node: float
     reference_node: float
 
 
@@ -39,12 +42,19 @@ def host_memory(hf: HFConfig, config: Config, layout: Layout, gpu: Gpu, work: Wo
     reference = [0.0] * par.pipeline
     if "reference" in work.passes and config.rl.reference_offload:
         reference = [table.pinned_reference() for table in tables]
-    saves, references = [], []
+    saves, loads, references = [], [], []
     for start in range(0, layout.gpus, per_node):
         node = [divmod(rank, ranks) for rank in range(start, min(start + per_node, layout.gpus))]
         saves.append(sum(tables[stage].save(place) for stage, place in node))
+        loads.append(sum(tables[stage].load() for stage, _ in node))
         references.append(sum(reference[stage] for stage, _ in node))
-    return HostMemory(max(table.save(0) for table in tables), max(saves), max(references))
+    return HostMemory(
+        save_rank=max(table.save(0) for table in tables),
+        save_node=max(saves),
+        load_rank=max(table.load() for table in tables),
+        load_node=max(loads),
+        reference_node=max(references),
+    )
 
 
 def save_bytes(hf: HFConfig, layout: Layout, stage: int) -> float:
@@ -83,6 +93,10 @@ class _ByPlace:
                 kept += sum(STATE * sum(counts) + self._pinned(counts) for counts in tensors)
                 gathering[-1] += STATE * largest
         return kept + max(gathering)
+
+    def load(self) -> float:
+        """Return the most host memory of a resume: the optimizer's state of the whole group, on any of its ranks."""
+        return float(STATE * sum(sum(module.dense) + sum(module.expert) for module in self.modules))
 
     def _bucket(self, index: int, elements: int) -> int:
         """Return the elements of the largest bucket of a buffer: all of them without overlapped reductions."""

@@ -152,7 +152,8 @@ def _host(host: HostMemory) -> str:
     """Return the line about the machines' own memory."""
     line = (
         f"Host memory: a save takes {gib(host.save_rank)} GiB on the first rank of each data parallel group, at most "
-        f"{gib(host.save_node)} GiB on a node"
+        f"{gib(host.save_node)} GiB on a node; a resume takes {gib(host.load_rank)} GiB on every rank, at most "
+        f"{gib(host.load_node)} GiB on a node"
     )
     if host.reference_node:
         line += f"; the offloaded reference takes {gib(host.reference_node)} GiB on a node"

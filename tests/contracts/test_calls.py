@@ -4,21 +4,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.contracts.calls import Uses, uses_of
 from tests.contracts.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def torchs_own_events():
-    """Undo what vLLM's CPU engine does to torch when a test of the same process has started it."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("Event", "Stream"):
-            patch.setattr(torch.cuda, name, getattr(torch.cuda.streams, name))
-        yield
 
 
 @pytest.fixture(scope="module")

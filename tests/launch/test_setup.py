@@ -19,7 +19,7 @@ case "$1 $2" in
   "-c import sys; print"*) echo "$PRETEND_VERSION" ;;
   "-c import torch; print(torch.cuda.device_count())") echo "$PRETEND_GPUS" ;;
   "-c import sysconfig; print"*) echo /site-packages ;;
-  "-c from pctrain.cli.environment"*)
+  "-c from pctrain.common.environment"*)
     [[ -n "${PRETEND_OTHER_TORCH:-}" ]] && { echo "ImportError: undefined symbol: _ZN3c104cuda"; exit 1; } ;;
   "-m venv") mkdir -p "$3/bin" && touch "$3/pyvenv.cfg" && cp "$0" "$3/bin/python" ;;
   "-m pip")

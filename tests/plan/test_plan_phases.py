@@ -98,6 +98,17 @@ def test_host_memory_of_a_save(models):
     assert few.save_rank < 0.6 * host.save_rank  # buckets of 40 million elements
 
 
+def test_host_memory_of_a_resume(models):
+    host = _memory(models["qwen-7b"], gpus=16, kind="sft").host
+    assert host.load_rank == 12 * QWEN and host.load_node == 8 * host.load_rank  # every rank reads the whole state
+    cut = _memory(models["qwen-7b"], "--parallel.tensor=4", gpus=8, kind="sft").host
+    assert cut.load_node == 8 * cut.load_rank and cut.load_rank == pytest.approx(host.load_rank / 4, rel=0.01)
+    # A rank of 8 expert parallel ones reads an eighth of the experts.
+    experts = _memory(models["qwen-30b-a3b"], "--parallel.expert=8", gpus=8, kind="sft").host
+    whole = _memory(models["qwen-30b-a3b"], gpus=8, kind="sft").host
+    assert whole.load_rank - experts.load_rank == 12 * 7 / 8 * 48 * 128 * 3 * 768 * 2048
+
+
 def test_an_offloaded_reference_is_pinned_on_every_rank(models):
     options = ["--rl.algorithm.kl_coef=0.01", "--rl.reference_offload=true"]
     memory = _memory(models["qwen-7b"], *options, gpus=8)

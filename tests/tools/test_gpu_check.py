@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pctrain.common.errors import UserError
-from pctrain.tools.gpu_check import command, phase_table, phases, results, tables
+from pctrain.tools.gpu_check import child, command, phase_table, phases, results, tables
 from pctrain.tools.gpu_check.check import Check
 from pctrain.tools.gpu_check.phase_table import PHASES, TOTAL_SECONDS, Phase, choose
 from pctrain.tools.gpu_check.phases import environment, memory, sanitizer, speed, syncs
@@ -384,6 +386,23 @@ def test_busy_time_of_overlapping_kernels():
 def test_the_planned_bytes_of_a_step_leave_the_reserve_out():
     parts = {"weights": 1.0, "optimizer": 2.0, "reserve": 100.0}
     assert memory.planned_bytes({"layouts": [{"memory": {"load": {}, "update": parts}}]}) == 3.0
+
+
+def test_a_phase_has_the_environment_of_a_run_before_it_asks_for_a_gpu(tmp_path, monkeypatch):
+    found = []
+
+    def available() -> bool:
+        found.append([os.environ.get(name) for name in ("HF_HUB_OFFLINE", "CUDA_DEVICE_MAX_CONNECTIONS")])
+        return False
+
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    monkeypatch.setattr(torch.cuda, "is_available", available)
+    monkeypatch.setattr(child, "die_with", lambda parent: None)
+    check = Check("rates", str(tmp_path / "r"), "now", str(tmp_path), str(tmp_path), gpu=True, quick=True, seconds=1.0)
+    monkeypatch.setattr(sys, "argv", ["child", json.dumps({"check": check.to_json()})])
+    with pytest.raises(SystemExit, match="sees no CUDA device"):
+        child.main()
+    assert found == [["1", "1"]]
 
 
 def test_a_program_that_fails_is_an_error_of_its_phase(planted, tmp_path):

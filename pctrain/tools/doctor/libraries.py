@@ -16,7 +16,7 @@ NEEDED = ("torch", "megatron.core")  # to connect the ranks and measure them
 # {module: its distribution}: imported if it is installed. They are compiled against one version of torch.
 OPTIONAL_IMPORTS = {"transformer_engine.pytorch": "transformer-engine", "flash_attn": "flash-attn"}
 STATEMENTS = {"vllm": "from vllm.platforms import current_platform; current_platform.device_type"}  # loads its kernels
-AS_A_RUN = "from pctrain.cli.environment import set_environment; set_environment()\n"  # it chooses a cuDNN, too
+AS_A_RUN = "from pctrain.common.environment import set_environment; set_environment()\n"  # it chooses a cuDNN, too
 LIBRARY = "loaded: "
 # Prints the files of cuDNN that are loaded after the import.
 LOADED_CUDNN = f"""

@@ -9,6 +9,7 @@ import signal
 import sys
 from typing import Any
 
+from pctrain.common.environment import set_environment
 from pctrain.core.child_processes import die_with
 from pctrain.tools.gpu_check.check import Check, SkipPhase, hand_over
 from pctrain.tools.gpu_check.results import SKIP
@@ -21,6 +22,7 @@ def main() -> int:
     asked: dict[str, Any] = json.loads(sys.argv[1])
     die_with(os.getppid())
     check = Check(**asked["check"])
+    set_environment()
     if check.gpu:
         _need_a_gpu()
     phase = importlib.import_module(f"pctrain.tools.gpu_check.phases.{check.phase}")
@@ -38,8 +40,12 @@ def main() -> int:
 
 
 def _need_a_gpu() -> None:
+    """Exit with the way out where torch has no GPU. Its variables are set before it is asked for, as in a run."""
     import torch
 
+    from pctrain.distributed import gpu_environment
+
+    gpu_environment.prepare()
     if not torch.cuda.is_available():
         raise SystemExit(
             f"torch {torch.__version__} sees no CUDA device. Expected a GPU and its driver. Check nvidia-smi and "

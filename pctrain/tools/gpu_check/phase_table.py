@@ -89,7 +89,6 @@ PHASES = (
         240,
         "vLLM: CUDA graphs, sleep level 2, tagged wake-up, weight updates in place",
         ENGINE,
-        cpu_environment={"TORCHDYNAMO_DISABLE": "1"},
     ),
 )
 NAMES = tuple(phase.name for phase in PHASES)

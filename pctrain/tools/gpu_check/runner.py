@@ -114,13 +114,7 @@ class Runner:
 
     def _environment(self, phase: Phase) -> dict[str, str]:
         path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = {
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_OFFLINE": "1",
-            **os.environ,
-            "PYTHONPATH": path,
-        }
+        environment = {**os.environ, "PYTHONPATH": path}
         if self.cpu:
             environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **phase.cpu_environment}
         return environment

@@ -7,7 +7,7 @@ import sysconfig
 
 import pytest
 
-from pctrain.cli import environment
+from pctrain.common import environment
 
 NAMES = ("libcudnn.so.9", "libcudnn_adv.so.9", "libcudnn_graph.so.9", "libcudnn_ops.so.9")
 

@@ -115,7 +115,7 @@ def test_an_environment_that_says_the_opposite_is_refused(environment, monkeypat
         gpu_environment.prepare(deterministic=True)
 
 
-JOIN = """
+ASKED = """
 import os
 import torch
 asked = torch.cuda.is_available
@@ -126,15 +126,26 @@ def is_available():
     return asked()
 
 torch.cuda.is_available = is_available
+"""
+JOIN = """
 from pctrain.distributed import parallel
 parallel.join(60.0)
 """
+LEARNER = """
+from types import SimpleNamespace
+from pctrain.core import Learner
+try:
+    Learner(SimpleNamespace(deterministic=False), None, optimizer_config=None, total_steps=1, seed=0)
+except AttributeError as error:
+    assert "timeout" in str(error)  # of the layout that it did not get
+"""
 
 
-def test_ranks_set_the_defaults_before_they_ask_for_a_gpu():
+@pytest.mark.parametrize("start", [JOIN, LEARNER], ids=["join", "learner"])
+def test_ranks_set_the_defaults_before_they_ask_for_a_gpu(start):
     environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    subprocess.run([sys.executable, "-c", JOIN], check=True, env=environment)
+    subprocess.run([sys.executable, "-c", ASKED + start], check=True, env=environment)
 
 
 def _deterministic_step(directory, gpu):

@@ -12,6 +12,7 @@ from pathlib import Path
 from unittest.mock import create_autospec
 
 import pytest
+import torch
 
 from pctrain.cli.main import main
 from pctrain.distributed import parallel
@@ -219,6 +220,22 @@ def test_a_driver_that_is_too_old_on_one_node(ranks, tmp_path):
     assert status == other == 1
     assert "WRONG: NVIDIA driver, 580.105.08 on node0 (rank 0); 570.86.15 on node1 (rank 1): all ranks" in text
     assert "which needs driver 580.65.06 or later" in text and "note: rates, not measured" in text
+
+
+def test_the_environment_of_a_run_is_set_before_cuda_starts(monkeypatch, tmp_path):
+    found = []
+
+    def look() -> None:
+        found.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        raise RuntimeError("no driver")
+
+    fake_gpus.nvidia_smi(monkeypatch, tmp_path / "bin", gpus=[fake_gpus.gpu(0)])
+    fake_gpus.cuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "init", look)
+    monkeypatch.setattr(libraries, "IMPORTS", ())
+    monkeypatch.setattr(os, "environ", {"PATH": os.environ["PATH"]})
+    assert doctor.main(tmp_path) == 1
+    assert found == ["1"]
 
 
 def test_an_error_while_the_ranks_connect_is_a_finding(monkeypatch, tmp_path, capsys):

@@ -31,6 +31,9 @@ def main(folder: Path, console: Console | None = None) -> int:
     if any(finding.check == "import torch" and finding.state == "wrong" for finding in own):
         _print(own, console or make_console())
         return 1
+    from pctrain.distributed import gpu_environment
+
+    gpu_environment.prepare()  # before a GPU is asked for, as in a run
     own += machine(folder)
     hosts, by_rank = zip(*exchange((platform.node(), own)), strict=True)
     findings = combined(by_rank, hosts)

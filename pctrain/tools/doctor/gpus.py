@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from pctrain.tools.doctor import nvidia_smi
+from pctrain.common import nvidia_smi
 from pctrain.tools.doctor.findings import GB, Finding
 
 if TYPE_CHECKING:

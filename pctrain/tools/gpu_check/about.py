@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 from pathlib import Path
 
+from pctrain.common import nvidia_smi
 from pctrain.tools.gpu_check.results import Row
 
 PACKAGES = (
@@ -21,29 +21,17 @@ PACKAGES = (
     "nvidia-nccl-cu13",
     "nvidia-cudnn-cu13",
 )
-SMI_SECONDS = 20  # it hangs if the driver does
 
 
 def about(cpu: bool) -> Row:
-    """Return {machine, driver, versions, mode, quick...} of this machine; the driver is None where it has none."""
-    gpu = None if cpu else _smi()
+    """Return {machine, driver, versions, mode} of this machine; the driver is None where it has none."""
+    gpu = None if cpu else next(iter(nvidia_smi.query().gpus), None)
     return {
-        "machine": gpu[0] if gpu else f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
-        "driver": gpu[1] if gpu else None,
+        "machine": gpu.name if gpu else f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores",
+        "driver": gpu.driver if gpu else None,
         "versions": {"python": platform.python_version(), **_versions()},
         "mode": "cpu" if cpu else "gpu",
     }
-
-
-def _smi() -> tuple[str, str] | None:
-    """Return the first GPU's name and the driver's version, or None without a working nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    try:
-        printed = subprocess.run(command, capture_output=True, text=True, timeout=SMI_SECONDS, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    names = [tuple(part.strip() for part in line.split(",")) for line in printed.splitlines() if "," in line]
-    return (names[0][0], names[0][1]) if names else None
 
 
 def _versions() -> dict[str, str]:

@@ -10,10 +10,10 @@ import os
 from pctrain.common.device import on_gpu
 from pctrain.common.errors import UserError
 
-ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # old and new name; torch and vLLM take either
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # old and new name, in torch's order
 DEFAULTS = {
-    # Packs differ in size. Segments that grow leave no gaps. vLLM looks for the old name, and suspends them where its
-    # sleeping engine allocates.
+    # Packs differ in size. Segments that grow leave no gaps. vLLM suspends them where its sleeping engine allocates;
+    # before 0.32 it looked for the old name only.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # megatron-core's own linear layers start a collective before the product that hides it, and rely on this order.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",

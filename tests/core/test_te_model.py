@@ -94,30 +94,6 @@ def test_fused_rope_and_activation_give_the_same_model(ranks, tmp_path, family):
     np.testing.assert_allclose(te_losses, losses, rtol=1e-5)
 
 
-def test_the_wrapper_hands_transformer_engine_what_it_takes():
-    """megatron-core's wrapper exists only with TE; its call is bound to the signature of TE 2.11.0's function."""
-    import ast
-    import inspect
-    from pathlib import Path
-
-    from megatron.core.extensions import transformer_engine
-
-    def apply_rotary_pos_emb(
-        t, freqs, tensor_format="sbhd", start_positions=None, interleaved=False, fused=False,
-        cu_seqlens=None, cp_size=1, cp_rank=0,
-    ):  # fmt: skip
-        raise NotImplementedError
-
-    tree = ast.parse(Path(transformer_engine.__file__).read_text())
-    [wrapper] = [node for node in ast.walk(tree) if getattr(node, "name", "") == "fused_apply_rotary_pos_emb_thd"]
-    calls = [node for node in ast.walk(wrapper) if isinstance(node, ast.Call)]
-    calls = [call for call in calls if getattr(call.func, "id", "") == "apply_rotary_pos_emb"]
-    assert calls
-    for call in calls:
-        arguments = {keyword.arg: keyword.value for keyword in call.keywords}
-        inspect.signature(apply_rotary_pos_emb).bind(*call.args, **arguments)
-
-
 def test_a_gpu_keeps_less_of_the_activation():
     """On a device that is not the CPU, the gate's activation is computed again for the backward pass."""
     from pctrain.core.layers.swiglu import swiglu

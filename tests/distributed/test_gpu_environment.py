@@ -47,6 +47,19 @@ def test_what_a_user_has_set_stays(environment, name):
     assert _set(environment) == {name: "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
 
 
+def test_of_two_settings_of_the_allocator_torch_takes_the_old_name(environment):
+    code = "import torch; torch._C._accelerator_setAllocatorSettings('max_split_size_mb:100')"  # reads them first
+    for names in (gpu_environment.ALLOCATOR, reversed(gpu_environment.ALLOCATOR)):
+        set_here = dict(zip(names, ("max_split_size_mb:5", "max_split_size_mb:100"), strict=True))
+        done = subprocess.run([sys.executable, "-c", code], env=environment | set_here, capture_output=True, text=True)
+        is_read = set_here[gpu_environment.ALLOCATOR[0]] == "max_split_size_mb:5"
+        assert ("max_split_size_mb too small" in done.stderr) == is_read == (done.returncode != 0)
+    environment["PYTORCH_CUDA_ALLOC_CONF"], environment["PYTORCH_ALLOC_CONF"] = "", "expandable_segments:True"
+    assert gpu_environment.expandable_segments()
+    environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:False"
+    assert not gpu_environment.expandable_segments()
+
+
 @pytest.mark.parametrize(
     "name, value, expected",
     [

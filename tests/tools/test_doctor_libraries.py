@@ -142,7 +142,7 @@ def test_a_broken_torch_is_reported_before_anything_uses_it(monkeypatch, tmp_pat
             {"PYTORCH_ALLOC_CONF": "max_split_size_mb:512", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"},
             "allocator",
             "wrong",
-            "set only the second",
+            "set only PYTORCH_CUDA_ALLOC_CONF",
         ),
         ({"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}, "allocator", "wrong", "leave backend"),
         ({"NCCL_P2P_DISABLE": "1"}, "NCCL_P2P_DISABLE", "note", "unset it"),

@@ -46,7 +46,8 @@ def _allocator() -> list[Finding]:
     new, old = os.environ.get("PYTORCH_ALLOC_CONF", ""), os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
     setting = f"PYTORCH_ALLOC_CONF={new} PYTORCH_CUDA_ALLOC_CONF={old}"
     if new and old and new != old:
-        return [Finding("allocator", setting, "wrong", "torch reads the first, others the second: set only the second")]
+        advice = "torch reads PYTORCH_CUDA_ALLOC_CONF, and vLLM the other: set only PYTORCH_CUDA_ALLOC_CONF"
+        return [Finding("allocator", setting, "wrong", advice)]
     if "backend:cudaMallocAsync" in new + old:
         advice = "sleep mode needs memory pools of torch's own allocator: leave backend:cudaMallocAsync out"
         return [Finding("allocator", new or old, "wrong", advice)]

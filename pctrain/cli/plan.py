@@ -51,15 +51,14 @@ def _doctor(call: Call[DoctorOptions]) -> None:
 
 
 def _run_phases(folder: Path) -> bool:
-    """Run the phases of the GPU check, on the CPU where there is no GPU; return whether one failed."""
-    import torch
-
+    """Run the phases of the GPU check, on the CPU where pctrain is installed for one; return whether one failed."""
+    from pctrain.tools.doctor.gpus import kind
     from pctrain.tools.gpu_check.command import run
     from pctrain.tools.gpu_check.phase_table import choose
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("doctor --full checks one GPU: start it without torchrun. Expected one rank")
-    return bool(run(choose(None), folder / "gpu-check", cpu=not torch.cuda.is_available()))
+    return bool(run(choose(None), folder / "gpu-check", cpu=kind() == "cpu"))
 
 
 COMMANDS = (

@@ -150,7 +150,6 @@ ELSEWHERE = {
     "python launch/gpu_check.py --compare gpu-check/results.jsonl": "tests/launch/test_gpu_check.py::test_",
     "python launch/constraints.py": "tests/launch/test_constraints.py::test_",
     "pctrain doctor --full": "tests/tools/test_gpu_check.py::test_doctor_full_",
-    "python launch/constraints.py": "tests/launch/test_constraints.py::test_",
     "python kernels/benchmarks/compile_report.py": "tests/kernels/test_compile_gate.py::test_",
 }
 # Parsed, and their configs resolved, by the tests below: what needs GPUs, nodes, Slurm or Docker.

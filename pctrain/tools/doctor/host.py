@@ -27,7 +27,8 @@ def _memory() -> list[Finding]:
                 "memory left",
                 f"{left / GB:.1f} GB",
                 "ok" if left > 4 * GB else "wrong",
-                "a rank needs about 4 GB besides the model (torch, vLLM, verifiers): end other programs",
+                "a rank needs about 4 GB besides the model (torch, vLLM, verifiers), and 12 bytes per parameter of its "
+                "shard to resume or save (see pctrain plan): end other programs",
             )
         )
     if shared is not None:

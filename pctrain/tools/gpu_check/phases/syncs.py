@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from pctrain.tools.gpu_check import learning
 from pctrain.tools.gpu_check.check import Check
+from pctrain.tools.gpu_check.expected import SYNCS_PER_MICRO_BATCH, SYNCS_PER_STEP
 
 if TYPE_CHECKING:
     from pctrain.core import Learner
@@ -75,13 +76,6 @@ def _record(check: Check, few: Counter[str], many: Counter[str]) -> None:
     per_step = few.total() - FEW * per_micro_batch
     for place, count in sorted(by_place.items()):
         check.measure(f"waits at {place}", count, "per micro-batch", note=f"{few[place]} in a step of {FEW}")
-    try:
-        from pctrain.tools.gpu_check.expected import SYNCS_PER_MICRO_BATCH, SYNCS_PER_STEP
-    except ImportError:
-        check.skip("pinned host syncs", "pctrain/tools/gpu_check/expected.py is missing")
-        check.measure("host syncs per micro-batch", per_micro_batch)
-        check.measure("host syncs per step", per_step)
-        return
     for name, value, pinned in (
         ("host syncs per micro-batch", per_micro_batch, SYNCS_PER_MICRO_BATCH),
         ("host syncs per step", per_step, SYNCS_PER_STEP),

@@ -53,4 +53,9 @@ def _share_cudnn() -> None:
 
 def _has_gpu() -> bool:
     """Return whether a CUDA device is visible, without importing torch."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and os.path.exists("/dev/nvidiactl")
+    return not gpus_are_hidden() and os.path.exists("/dev/nvidiactl")
+
+
+def gpus_are_hidden() -> bool:
+    """Return whether CUDA_VISIBLE_DEVICES hides every GPU."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")

@@ -12,6 +12,15 @@ COMMON = {
     "eos_token_id": 2,
     "tie_word_embeddings": False,
 }
+# Over a dense model's keys: 8 experts of which a token takes 2.
+SMALL_EXPERTS = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 384,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 3584,

@@ -23,6 +23,7 @@ FILES = [
     "test_triton_mutations.py",
     "test_linear_logprob.py",
     "test_linear_token_loss.py",
+    "test_rows.py",
     "test_vocab_parallel.py",
     pytest.param("test_logits.py", marks=pytest.mark.full),
 ]  # the other files cover the same kernels at more sizes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -229,34 +227,3 @@ def test_a_target_outside_the_vocabulary_is_refused(bad: int) -> None:
     target[2] = bad
     with pytest.raises(RuntimeError, match=r"\[0, 50\)"):
         linear_logprob_entropy(hidden, weight, target, valid_vocab=50)
-
-
-@pytest.mark.parametrize("ignored", [0.0, 0.4, 1.1])
-def test_rows_that_the_caller_knows_are_not_counted(ignored: float) -> None:
-    hidden, weight, target = make_inputs(40, 90, ignored=ignored)
-
-    def compute(**options):
-        return sum(linear_logprob_entropy(hidden, weight, target, **options)).sum()
-
-    expected = compute()
-    want = torch.autograd.grad(expected, (hidden, weight))
-    rows = (target != -100).nonzero().squeeze(1)
-    with mock.patch.object(torch.Tensor, "nonzero", side_effect=AssertionError("waits for a GPU")):
-        got = compute(rows=rows)
-        gradients = torch.autograd.grad(got, (hidden, weight))
-    assert torch.equal(got, expected) and all(map(torch.equal, gradients, want))
-
-
-@pytest.mark.parametrize("wrong", [[0, 2], [0, 1, 3], [0, 2, 2], [2, 0, 4], [0, 2, 3, 4]], ids=str)
-def test_rows_without_a_target_are_refused(wrong: list[int]) -> None:
-    hidden, weight, target = make_inputs(5, 9, ignored=0)
-    target[[1, 3]] = -100
-
-    def compute(**options):
-        return sum(linear_logprob_entropy(hidden, weight, target, **options)).sum()
-
-    with pytest.raises(RuntimeError, match="rows are not the ascending positions"):
-        compute(rows=torch.tensor(wrong))
-    compute(rows=torch.tensor([0, 2, 4]))
-    with pytest.raises(ValueError, match=r"expected rows int64 \[at most 5\]"):
-        compute(rows=torch.tensor([0, 2, 4], dtype=torch.int32))

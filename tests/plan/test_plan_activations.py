@@ -13,7 +13,7 @@ from pctrain.hf.config import HFConfig
 from pctrain.plan.activations import FP32, Activations, layer_spec
 from pctrain.plan.gpus import GPUS, Gpu
 from pctrain.plan.shapes import Layout
-from tests.helpers.plan_models import write_config
+from tests.helpers.plan_models import SMALL_EXPERTS, write_config
 
 PROGRAM = Path(__file__).with_name("saved_tensors.py")
 TOKENS = 1024
@@ -29,14 +29,7 @@ DENSE = {
     "max_position_embeddings": 1024,
 }
 NORMED = DENSE | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-EXPERTS = NORMED | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 384,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-}
+EXPERTS = NORMED | SMALL_EXPERTS
 MODELS = {"dense": DENSE, "normed": NORMED, "experts": EXPERTS}
 WHOLE, SEVERAL = [TOKENS], [300, 400, 124, 200]
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")

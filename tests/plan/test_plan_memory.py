@@ -16,7 +16,7 @@ from pctrain.plan import planner
 from pctrain.plan.gpus import Gpu
 from pctrain.plan.options import PlanOptions
 from tests.helpers.peak_memory import on_ranks
-from tests.helpers.plan_models import write_model
+from tests.helpers.plan_models import SMALL_EXPERTS, write_model
 
 PROGRAM = str(Path(__file__).with_name("step_memory.py"))
 SMALL = {
@@ -29,16 +29,7 @@ SMALL = {
     "max_position_embeddings": 1024,
 }
 LARGER = SMALL | {"num_hidden_layers": 8, "vocab_size": 8000}
-EXPERTS = LARGER | {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "moe_intermediate_size": 384,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "norm_topk_prob": True,
-    "head_dim": 64,
-    "num_hidden_layers": 6,
-}
+EXPERTS = LARGER | SMALL_EXPERTS | {"head_dim": 64, "num_hidden_layers": 6}
 # Its rates do not matter here, and measuring them takes a while.
 CPU = Gpu("cpu", 1e12, 1e11, 1e11, 1e10, 1e9, 1e9, "none")
 

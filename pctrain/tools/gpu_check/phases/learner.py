@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import numpy as np
 import torch
@@ -58,8 +57,9 @@ def _grouped_queries(check: Check) -> None:
     """Compare `varlen_attn` with and without repeated keys and values, and with the definition per sequence."""
     from torch.nn.attention.varlen import varlen_attn
 
-    options = inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
+    from pctrain.core.layers.varlen_attention import causal_option
+
+    causal = causal_option()
     generator = torch.Generator("cuda").manual_seed(0)
     lengths = [700, 1, 300]
     bounds = torch.tensor([0, 700, 701, 1001], dtype=torch.int32, device="cuda")
@@ -79,7 +79,7 @@ def _grouped_queries(check: Check) -> None:
     want = torch.cat(expected)
     error = float((out.double() - want).norm() / want.norm())
     check.measure("varlen_attn with repeated keys, against float64", error, "relative error", at_most=OUTPUT)
-    if "enable_gqa" not in options:
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:
         check.skip("grouped queries", f"varlen_attn of torch {torch.__version__} has no enable_gqa")
         return
     grouped = varlen_attn(q, k, v, bounds, bounds, max(lengths), max(lengths), enable_gqa=True, **causal)
